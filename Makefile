@@ -1,0 +1,41 @@
+# Every target sets up what it needs in .venv first, and is quick once that is done.
+# PYTHON=/path/to/python names the Python to use (3.10, 3.11 or 3.12); ARGS="..." is passed on.
+
+VENV := .venv
+# What .venv was made from. tools/setup.sh writes the two stamps; the full set-up holds the core one.
+SOURCES := setup.py pyproject.toml constraints.txt tools/setup.sh
+CORE := $(VENV)/.core
+FULL := $(VENV)/.full
+
+export PYTHON
+
+.PHONY: help setup fit test lint clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@echo 'make TARGET [ARGS="..."] [PYTHON=/path/to/python]'
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(FULL) ## set up everything, with every extra, in .venv
+
+fit: $(CORE) ## train on the built-in data set: imvia-graph fit countries $(ARGS)
+	@$(VENV)/bin/imvia-graph fit countries $(ARGS)
+
+test: $(FULL) ## run the tests: pytest $(ARGS)
+	@$(VENV)/bin/pytest $(ARGS)
+
+lint: $(FULL) ## check style and types: ruff, mypy
+	@failed=0; \
+	$(VENV)/bin/ruff check . || failed=1; \
+	$(VENV)/bin/ruff format --check . || failed=1; \
+	$(VENV)/bin/python tools/typecheck.py || failed=1; \
+	exit $$failed
+
+clean: ## remove .venv and everything else that was made here
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(CORE): $(SOURCES)
+	@tools/setup.sh core
+
+$(FULL): $(SOURCES)
+	@tools/setup.sh full

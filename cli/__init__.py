@@ -1,0 +1,84 @@
+"""The command line: ``imvia-graph``, one file a command.
+
+Commands are imported when they are called, so that ``--help`` does not wait for torch and DGL.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from imvia_graph._version import __version__
+
+#: Command, module, and what ``imvia-graph --help`` says of it.
+COMMANDS = {
+    "fit": "Train IMVIA on a knowledge graph and rank its test triples.",
+    "evaluate": "Rank the triples of a split with a trained run.",
+    "predict": "Complete a triple: the best answers to a query.",
+    "datasets": "List the data sets: built in, and published ones.",
+    "settings": "Print every setting with its default and what it is for.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Commands in the order in which one needs them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import a command's module; it holds the command under the same name."""
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"imvia_graph.cli.{name}")
+        command: click.Command = getattr(module, name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="imvia-graph")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def command_line(ctx: click.Context, debug: bool) -> None:
+    """Complete multi-modal knowledge graphs with IMVIA.
+
+    Start with the graph that comes with the package:
+
+    \b
+      imvia-graph fit countries --out runs/countries
+      imvia-graph predict runs/countries --head France --relation borders
+
+    and go on with your own: a folder with train.tsv (head, relation, tail labels, separated by
+    tabs), and views of the entities in views/. `imvia-graph fit --help` says more.
+    """
+    ctx.obj = {"debug": debug}
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; an `IMVIAError` becomes one paragraph and an exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = command_line.main(args=arguments, prog_name="imvia-graph", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("Stopped.", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Exception as error:
+        from imvia_graph.errors import IMVIAError
+
+        if not isinstance(error, IMVIAError) or "--debug" in arguments:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)

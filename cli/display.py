@@ -1,0 +1,125 @@
+"""What people see in the terminal: progress of a training, tables of metrics."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from imvia_graph.training import Callback, Trainer
+
+#: For people; results for programs go to standard output on their own.
+console = Console(stderr=True, highlight=False)
+
+COLUMNS = ("mrr", "mr", "hits@1", "hits@3", "hits@10", "hits@100")
+
+
+class ProgressBar(Callback):
+    """A progress bar with loss and the last validation MRR; plain lines without a terminal."""
+
+    def __init__(self) -> None:
+        self.live = console.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.loss: Tensor | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Show the bar: a unit a step."""
+        steps = len(trainer.batches)
+        self.task = self.progress.add_task(
+            "Training",
+            total=trainer.settings.epochs * steps,
+            completed=trainer.progress.epoch * steps,
+            status="",
+        )
+        if self.live:
+            self.progress.start()
+
+    def on_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
+        """Advance; the loss is read once an epoch, so that a GPU is not waited for."""
+        self.loss = losses["loss"]
+        self.progress.advance(self.task)
+
+    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """Show loss and validation MRR; without a terminal a line for every tenth of the way."""
+        valid = record.get("valid")
+        status = f"epoch {record['epoch']}/{trainer.settings.epochs}  loss {record['loss']:.4g}"
+        if valid:
+            status += f"  valid MRR {100 * valid['mrr']:.2f} %"
+        if trainer.progress.best_mrr is not None:
+            status += (
+                f"  best {100 * trainer.progress.best_mrr:.2f} % (epoch"
+                f" {trainer.progress.best_epoch})"
+            )
+        self.progress.update(self.task, status=status)
+        every = max(1, trainer.settings.epochs // 10)
+        if not self.live and (record["epoch"] % every == 0 or trainer.progress.ended):
+            print(f"{status}  {record['seconds']:.1f} s", file=sys.stderr, flush=True)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Say why training ended."""
+        self.close()
+        progress = trainer.progress
+        reason = {
+            "epochs": "all epochs are done",
+            "patience": f"no better validation MRR for {progress.waited} validations",
+        }[progress.ended]
+        chosen = (
+            f"the best epoch is {progress.best_epoch}"
+            if progress.best_mrr is not None
+            else "no validation triples, the last epoch is kept"
+        )
+        console.print(
+            f"Trained {progress.epoch} epochs in {progress.seconds:.0f} s: {reason}; {chosen}."
+        )
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self.live:
+            self.progress.stop()
+
+
+def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
+    """Both sides, each side, and each head of the model, in per cent."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in COLUMNS:
+        name = {"mrr": "MRR %", "mr": "MR"}.get(column, f"{column.replace('hits', 'H')} %")
+        table.add_column(name, justify="right")
+    rows = {"all": metrics["both"], "heads asked": metrics["head"], "tails asked": metrics["tail"]}
+    if len(metrics["modalities"]) > 1:
+        rows.update({f"{name} head": m for name, m in metrics["modalities"].items()})
+    for name, row in rows.items():
+        table.add_row(escape(name), *(_cell(column, row[column]) for column in COLUMNS))
+    return table
+
+
+def relations_table(metrics: Mapping[str, Any]) -> Table:
+    """Both sides by relation, the most frequent first."""
+    table = Table(title="By relation", title_justify="left")
+    table.add_column("relation")
+    table.add_column("triples", justify="right")
+    for column in COLUMNS[:1] + COLUMNS[2:5]:
+        name = {"mrr": "MRR %"}.get(column, f"{column.capitalize()} %")
+        table.add_column(name, justify="right")
+    rows = sorted(metrics["relations"].items(), key=lambda item: -item[1]["triples"])
+    for label, row in rows:
+        cells = (_cell(column, row[column]) for column in COLUMNS[:1] + COLUMNS[2:5])
+        table.add_row(escape(label), str(row["triples"]), *cells)
+    return table
+
+
+def _cell(column: str, value: float) -> str:
+    return f"{value:.1f}" if column == "mr" else f"{100 * value:.2f}"

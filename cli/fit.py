@@ -1,0 +1,113 @@
+"""``imvia-graph fit``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+
+from imvia_graph import _files, load_kg
+from imvia_graph.cli.display import ProgressBar, console, metrics_table
+from imvia_graph.errors import SettingsError
+from imvia_graph.run import fit as fit_model
+from imvia_graph.settings import Settings
+
+
+@click.command()
+@click.argument("source", required=False)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Run folder to write.  [default: runs/NAME-1, -2, …]",
+)
+@click.option("--epochs", type=int, help="Epochs at most.")
+@click.option("--seed", type=int, help="Seed of everything random.")
+@click.option("--device", help="cpu, cuda, cuda:1, … or auto.")
+@click.option(
+    "--validation",
+    type=click.Choice(["auto", "published", "held-out"]),
+    help="The source's validation set, or 5 % of train held out; auto: held-out where the source's"
+    " shares triples with train.",
+)
+@click.option(
+    "--settings",
+    "file",
+    type=click.Path(path_type=Path),
+    help="YAML or TOML file of settings; `imvia-graph settings` lists them.",
+)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+def fit(
+    source: str | None,
+    out: Path | None,
+    epochs: int | None,
+    seed: int | None,
+    device: str | None,
+    validation: str | None,
+    file: Path | None,
+    assignments: tuple[str, ...],
+    resume: bool,
+) -> None:
+    """Train IMVIA on SOURCE and rank its test triples.
+
+    SOURCE is a data set's name (see `imvia-graph datasets`) or a folder: train.tsv, valid.tsv,
+    test.tsv of head, relation, tail labels separated by tabs, with features of the entities'
+    pictures, texts, … in views/NAME.safetensors and views/NAME.csv; or the OpenKE layout
+    (train2id.txt, …).
+
+    \b
+    Examples:
+      imvia-graph fit countries
+      imvia-graph fit countries --out runs/c --epochs 30 --seed 1 --set dim=128
+      imvia-graph fit countries --set 'modalities=[text]' --set joint=false
+      imvia-graph fit my-graph/ --settings my-settings.yaml --device cuda
+      imvia-graph fit --resume --out runs/c --epochs 60
+    """
+    logging.basicConfig(format="%(message)s")
+    named = {"epochs": epochs, "seed": seed, "device": device, "validation": validation}
+    changes: dict[str, Any] = Settings.read(file) if file is not None else {}
+    changes.update(Settings.parse(assignments))
+    changes.update({key: value for key, value in named.items() if value is not None})
+    settings = Settings.create(changes)
+    bar = ProgressBar()
+    try:
+        if resume:
+            if out is None:
+                raise SettingsError("--resume: say with --out which run to go on with.")
+            run = fit_model(source or "", out=out, resume=True, callbacks=[bar], **changes)
+        else:
+            if source is None:
+                raise click.UsageError(
+                    "SOURCE is missing: a data set's name or a folder. Try: imvia-graph fit"
+                    " countries"
+                )
+            kg = load_kg(source, settings.validation, settings.seed)
+            console.print(repr(kg), markup=False)
+            out = out or _free_folder(kg.name)
+            run = fit_model(kg, out=out, settings=settings, callbacks=[bar])
+    except KeyboardInterrupt:
+        bar.close()
+        resumable = f" Go on with: imvia-graph fit --resume --out {out}" if out else ""
+        console.print(f"Stopped.{resumable}", markup=False)
+        raise SystemExit(130) from None
+    finally:
+        bar.close()
+    assert run.folder is not None
+    for split in ("test", "valid"):
+        if len(run.kg.triples(split)):
+            metrics = run.evaluate(split)
+            if split == "test":
+                _files.write_json(run.folder / "test.json", metrics)
+            console.print(metrics_table(f"{run.kg.name}: {split}, filtered", metrics))
+            break
+    click.echo(f"Run folder: {run.folder}")
+
+
+def _free_folder(name: str) -> Path:
+    """The first of runs/NAME-1, runs/NAME-2, … that is not there."""
+    number = 1
+    while (folder := Path("runs") / f"{name or 'kg'}-{number}").exists():
+        number += 1
+    return folder

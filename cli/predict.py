@@ -1,0 +1,69 @@
+"""``imvia-graph predict``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from imvia_graph.cli.options import device_option, run_argument
+from imvia_graph.run import load
+
+
+@click.command()
+@run_argument
+@click.option("--head", help="Label or name of the head, to ask for tails.")
+@click.option("--relation", required=True, help="Label or name of the relation.")
+@click.option("--tail", help="Label or name of the tail, to ask for heads.")
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Answers.")
+@click.option("--known", is_flag=True, help="Show facts of the graph among the answers, marked.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@device_option
+def predict(
+    run: Path,
+    head: str | None,
+    relation: str,
+    tail: str | None,
+    top: int,
+    known: bool,
+    as_json: bool,
+    device: str,
+) -> None:
+    """Complete a triple with the trained run in the folder RUN.
+
+    Give --head and --relation to ask for tails, or --relation and --tail to ask for heads. Facts
+    of the graph are left out unless --known asks for them.
+
+    \b
+    Examples:
+      imvia-graph predict runs/countries-1 --head France --relation borders --top 10
+      imvia-graph predict runs/countries-1 --relation borders --tail France --known
+    """
+    if (head is None) == (tail is None):
+        raise click.UsageError("Give either --head or --tail: the end of the triple that is known.")
+    trained = load(run, device)
+    answers = trained.predict(head=head, relation=relation, tail=tail, k=top, include_known=known)
+    if as_json:
+        click.echo(json.dumps([answer._asdict() for answer in answers], ensure_ascii=False))
+        return
+    query = f"({head}, {relation}, ?)" if head is not None else f"(?, {relation}, {tail})"
+    table = Table(title=escape(query), title_justify="left")
+    table.add_column("", justify="right")
+    table.add_column("answer")
+    table.add_column("score", justify="right")
+    heads = trained.model.heads if len(trained.model.heads) > 1 else []
+    for name in heads:
+        table.add_column(escape(name), justify="right")
+    for place, answer in enumerate(answers, 1):
+        shown = answer.name if answer.name == answer.entity else f"{answer.name} ({answer.entity})"
+        table.add_row(
+            str(place),
+            escape(shown + (" [known]" if answer.known else "")),
+            f"{answer.score:.3f}",
+            *(f"{answer.modalities[name]:.3f}" for name in heads),
+        )
+    Console(highlight=False).print(table)

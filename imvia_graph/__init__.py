@@ -1,0 +1,97 @@
+"""imvia-graph: multi-modal knowledge graph completion on DGL.
+
+Everything that a user needs is reachable from here. Modules are imported when they are first used,
+so that what does not need torch and DGL does not wait for them.
+
+>>> import imvia_graph as ig
+>>> kg = ig.load_kg("countries")
+>>> kg.modalities
+['image', 'text']
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from imvia_graph._version import __version__
+
+if TYPE_CHECKING:
+    from imvia_graph import datasets, io, losses, nn, ops
+    from imvia_graph.errors import (
+        CheckpointError,
+        DataError,
+        IMVIAError,
+        SettingsError,
+        UnknownLabelError,
+    )
+    from imvia_graph.evaluation import evaluate, rank
+    from imvia_graph.inference import Prediction
+    from imvia_graph.io import load_kg
+    from imvia_graph.kg import MultiViewKG, Views
+    from imvia_graph.model import IMVIA
+    from imvia_graph.run import Run, fit, load
+    from imvia_graph.settings import Settings
+    from imvia_graph.training import Callback, Trainer
+
+#: Public name -> module that holds it.
+_HOME = {
+    "CheckpointError": "errors",
+    "DataError": "errors",
+    "IMVIAError": "errors",
+    "SettingsError": "errors",
+    "UnknownLabelError": "errors",
+    "evaluate": "evaluation",
+    "rank": "evaluation",
+    "Prediction": "inference",
+    "load_kg": "io",
+    "MultiViewKG": "kg",
+    "Views": "kg",
+    "IMVIA": "model",
+    "Run": "run",
+    "fit": "run",
+    "load": "run",
+    "Settings": "settings",
+    "Callback": "training",
+    "Trainer": "training",
+}
+_MODULES = ("datasets", "io", "losses", "nn", "ops")
+
+__all__ = [
+    "IMVIA",
+    "Callback",
+    "CheckpointError",
+    "DataError",
+    "IMVIAError",
+    "MultiViewKG",
+    "Prediction",
+    "Run",
+    "Settings",
+    "SettingsError",
+    "Trainer",
+    "UnknownLabelError",
+    "Views",
+    "__version__",
+    "datasets",
+    "evaluate",
+    "fit",
+    "io",
+    "load",
+    "load_kg",
+    "losses",
+    "nn",
+    "ops",
+    "rank",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"imvia_graph.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"imvia_graph.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'imvia_graph' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

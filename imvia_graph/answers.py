@@ -1,0 +1,119 @@
+"""The known answers of every query, as CSR: for filtering, for KvsAll targets, for predictions.
+
+A query is a pair (entity, relation); its answers are the tails of the triples that start so. Heads
+are asked for through inverse relations: (tail, relation + num_relations) is answered by heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class AnswerIndex(NamedTuple):
+    """Answers of all queries that have one.
+
+    Attributes
+    ----------
+    key : Tensor
+        (Q,) int64, ascending: ``relation * num_entities + entity`` of each query.
+    ptr : Tensor
+        (Q + 1,) int64: the answers of query i are ``answer[ptr[i]:ptr[i + 1]]``.
+    answer : Tensor
+        (A,) int64 entity ids, ascending and distinct within a query.
+    num_entities : int
+        Number of entities, the base of ``key``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.answers import AnswerIndex
+    >>> triples = torch.tensor([[0, 0, 1], [0, 0, 2]])
+    >>> index = AnswerIndex.from_triples([triples], num_entities=3, num_relations=1)
+    >>> row, col = index.pairs(entity=torch.tensor([2, 0]), relation=torch.tensor([1, 0]))
+    >>> row.tolist(), col.tolist()  # (2, inverse) is answered by 0; (0, relation) by 1 and 2
+    ([0, 1, 1], [0, 1, 2])
+    """
+
+    key: Tensor
+    ptr: Tensor
+    answer: Tensor
+    num_entities: int
+
+    @classmethod
+    def from_triples(
+        cls, triples: Sequence[Tensor], num_entities: int, num_relations: int
+    ) -> AnswerIndex:
+        """Index (n, 3) int64 triple tensors, in both directions."""
+        both = torch.cat([with_inverses(part, num_relations) for part in triples])
+        return cls.from_queries(both, num_entities)
+
+    @classmethod
+    def from_queries(cls, queries: Tensor, num_entities: int) -> AnswerIndex:
+        """Index (n, 3) int64 rows of (entity, relation, answer), one direction as they stand."""
+        key = queries[:, 1] * num_entities + queries[:, 0]
+        # Two stable sorts order by (key, answer) without a product that could overflow int64.
+        order = torch.argsort(queries[:, 2], stable=True)
+        order = order[torch.argsort(key[order], stable=True)]
+        key, answer = key[order], queries[order, 2]
+        first = torch.ones_like(key, dtype=torch.bool)
+        first[1:] = (key[1:] != key[:-1]) | (answer[1:] != answer[:-1])
+        key, answer = key[first], answer[first]
+        unique, counts = torch.unique_consecutive(key, return_counts=True)
+        return cls(unique, pointer(counts), answer, num_entities)
+
+    def to(self, device: torch.device | str) -> AnswerIndex:
+        """The same index on another device."""
+        return AnswerIndex(
+            self.key.to(device), self.ptr.to(device), self.answer.to(device), self.num_entities
+        )
+
+    def pairs(self, entity: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
+        """Known answers of a batch of queries.
+
+        Parameters
+        ----------
+        entity, relation : Tensor
+            (B,) int64; relations from ``num_relations`` on are inverses.
+
+        Returns
+        -------
+        tuple of Tensor
+            ``row`` and ``col``, (P,) int64: entity ``col[i]`` answers query ``row[i]``; rows
+            ascend, a query without known answers has no row.
+        """
+        key = relation * self.num_entities + entity
+        if not len(self.key):
+            empty = key.new_empty(0)
+            return empty, empty
+        place = torch.searchsorted(self.key, key).clamp_(max=len(self.key) - 1)
+        start = self.ptr[place]
+        count = (self.ptr[place + 1] - start) * (self.key[place] == key)
+        row, position = expand(start, count)
+        return row, self.answer[position]
+
+    def queries(self) -> Tensor:
+        """All queries of the index: (Q, 2) int64 rows of (entity, relation)."""
+        return torch.stack([self.key % self.num_entities, self.key // self.num_entities], dim=1)
+
+
+def with_inverses(triples: Tensor, num_relations: int) -> Tensor:
+    """Queries (entity, relation, answer) of both directions: the triples, then their inverses."""
+    head, relation, tail = triples.unbind(dim=1)
+    inverse = torch.stack([tail, relation + num_relations, head], dim=1)
+    return torch.cat([triples, inverse])
+
+
+def pointer(counts: Tensor) -> Tensor:
+    """CSR pointer (n + 1,) of (n,) counts."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def expand(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """All positions ``start[i], …, start[i] + count[i] - 1``, with the i that each belongs to."""
+    row = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    offset = torch.arange(len(row), device=count.device) - pointer(count)[row]
+    return row, start[row] + offset

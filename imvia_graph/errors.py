@@ -1,0 +1,37 @@
+"""Errors for people: what was expected, what came, where, and what to do."""
+
+from __future__ import annotations
+
+
+class IMVIAError(Exception):
+    """Base class of every error that the library raises on purpose."""
+
+    exit_code = 1
+
+
+class DataError(IMVIAError, ValueError):
+    """Triples, vocabularies or views that cannot be used as they are."""
+
+    exit_code = 2
+
+
+class SettingsError(IMVIAError, ValueError):
+    """A setting that does not exist or has a value that it cannot take."""
+
+    exit_code = 2
+
+
+class UnknownLabelError(IMVIAError, KeyError):
+    """An entity, relation, modality or data set name that is not known."""
+
+    exit_code = 2
+
+    def __str__(self) -> str:
+        # KeyError would show the message in quotes.
+        return str(self.args[0])
+
+
+class CheckpointError(IMVIAError):
+    """A run folder or checkpoint that cannot be read or does not fit."""
+
+    exit_code = 2

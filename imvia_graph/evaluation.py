@@ -1,0 +1,246 @@
+"""Filtered ranking of both sides, ties at their mean rank.
+
+The rank of an answer is 1 + (number of better candidates) + (number of tied others) / 2, known
+answers of the query left out: the "realistic" rank, the mean of the optimistic and the pessimistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from imvia_graph.answers import AnswerIndex, with_inverses
+from imvia_graph.errors import DataError
+from imvia_graph.kg import SPLITS, MultiViewKG, Split
+from imvia_graph.model import DECISION, IMVIA
+
+HITS = (1, 3, 10, 100)
+
+
+class Ranking(NamedTuple):
+    """Ranks of the triples of a split.
+
+    Attributes
+    ----------
+    triples : Tensor
+        (n, 3) int64.
+    tail, head : dict of str to Tensor
+        (n,) float64 ranks of the true tail and of the true head, for each head of the model and
+        for ``decision``.
+    """
+
+    triples: Tensor
+    tail: dict[str, Tensor]
+    head: dict[str, Tensor]
+
+    def metrics(self, relations: Sequence[str] | None = None) -> dict[str, Any]:
+        """Metrics, as fractions: of both sides, each side, each head of the model, each relation.
+
+        Parameters
+        ----------
+        relations : sequence of str, optional
+            Labels of the relations; with them, ``relations`` is part of the result: metrics of
+            both sides and the number of triples, of each relation that has triples in the split.
+
+        Returns
+        -------
+        dict
+            ``{"both": {"mrr", "mr", "hits@1", …}, "head": …, "tail": …, "modalities": {head: …},
+            "relations": {label: …}}``. ``both`` is over the ranks of both sides together.
+        """
+        tail, head = self.tail[DECISION], self.head[DECISION]
+        result: dict[str, Any] = {
+            "both": rank_metrics(torch.cat([head, tail])),
+            "head": rank_metrics(head),
+            "tail": rank_metrics(tail),
+            "modalities": {
+                name: rank_metrics(torch.cat([self.head[name], self.tail[name]]))
+                for name in self.tail
+                if name != DECISION
+            },
+        }
+        if relations is not None:
+            of_triple = self.triples[:, 1]
+            result["relations"] = {
+                relations[i]: {
+                    **rank_metrics(torch.cat([head[of_triple == i], tail[of_triple == i]])),
+                    "triples": int((of_triple == i).sum()),
+                }
+                for i in of_triple.unique().tolist()
+            }
+        return result
+
+
+def rank_metrics(ranks: Tensor) -> dict[str, float]:
+    """MRR, mean rank and Hits@1, 3, 10, 100 of (n,) ranks; fractions.
+
+    >>> import torch
+    >>> from imvia_graph.evaluation import rank_metrics
+    >>> rank_metrics(torch.tensor([1.0, 4.0]))["mrr"]
+    0.625
+    """
+    ranks = ranks.double()
+    metrics = {"mrr": ranks.reciprocal().mean().item(), "mr": ranks.mean().item()}
+    metrics.update({f"hits@{k}": (ranks <= k).double().mean().item() for k in HITS})
+    return metrics
+
+
+def filtered_ranks(scores: Tensor, answer: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """Realistic ranks of a batch of queries.
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, N) scores of all candidates.
+    answer : Tensor
+        (B,) int64: the candidate whose rank is asked for.
+    row, col : Tensor
+        (P,) int64: candidate ``col`` is a known answer of query ``row`` and does not compete;
+        the asked one may be among them.
+
+    Returns
+    -------
+    Tensor
+        (B,) float64 ranks from 1 on. A NaN score of the answer ranks last.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.evaluation import filtered_ranks
+    >>> scores = torch.tensor([[0.9, 0.5, 0.5, 0.8]])
+    >>> none = torch.empty(0, dtype=torch.int64)
+    >>> filtered_ranks(scores, torch.tensor([1]), none, none)  # two better, one tied
+    tensor([3.5000], dtype=torch.float64)
+    >>> filtered_ranks(scores, torch.tensor([1]), torch.tensor([0]), torch.tensor([0]))
+    tensor([2.5000], dtype=torch.float64)
+    """
+    true = scores.gather(1, answer[:, None])
+    better = (scores > true).sum(1)
+    tied = (scores == true).sum(1) - 1
+    # Known answers are few: take them out of the counts instead of out of the scores.
+    other = col != answer[row]
+    row, col = row[other], col[other]
+    known = scores[row, col]
+    better = better.index_add(0, row, -(known > true[row, 0]).long())
+    tied = tied.index_add(0, row, -(known == true[row, 0]).long())
+    ranks = 1 + better.double() + tied.double() / 2
+    return torch.where(true[:, 0].isnan(), float(scores.shape[1]), ranks)
+
+
+@torch.no_grad()
+def rank(
+    model: IMVIA,
+    triples: Tensor,
+    known: AnswerIndex,
+    batch_size: int = 1024,
+    heads: Sequence[str] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Ranking:
+    """Rank the tails and heads of triples against all entities.
+
+    Parameters
+    ----------
+    model : IMVIA
+        Put into evaluation mode while it ranks; scores are made in float32.
+    triples : Tensor
+        (n, 3) int64.
+    known : AnswerIndex
+        Answers that do not compete: those of train, valid and test, as is customary.
+    batch_size : int
+        Queries at a time.
+    heads : sequence of str, optional
+        Which of the model's heads to rank beside ``decision``. Default: all.
+    on_batch : callable, optional
+        Called with the numbers of queries done and in all.
+    """
+    device = model.device
+    known = known.to(device)
+    queries = with_inverses(triples, model.num_relations).to(device)
+    wanted = [*(model.heads if heads is None else heads), DECISION]
+    ranks = {name: torch.empty(len(queries), dtype=torch.float64, device=device) for name in wanted}
+    training = model.training
+    model.eval()
+    done = 0
+    try:
+        for positions, scores in score_all(model, queries[:, 0], queries[:, 1], batch_size):
+            entity, relation, answer = queries[positions].unbind(1)
+            row, col = known.pairs(entity, relation)
+            for name in wanted:
+                ranks[name][positions] = filtered_ranks(scores[name], answer, row, col)
+            done += len(positions)
+            if on_batch:
+                on_batch(done, len(queries))
+    finally:
+        model.train(training)
+    # Queries come as all tails, then all heads.
+    sides = {name: value.cpu().split(len(triples)) for name, value in ranks.items()}
+    if not len(triples):
+        sides = {name: (torch.empty(0), torch.empty(0)) for name in ranks}
+    return Ranking(
+        triples,
+        {name: side[0] for name, side in sides.items()},
+        {name: side[1] for name, side in sides.items()},
+    )
+
+
+def score_all(model: IMVIA, entity: Tensor, relation: Tensor, batch_size: int):  # type: ignore[no-untyped-def]
+    """Yield (positions, scores by head) of queries against all entities, batch by batch.
+
+    With ``candidates="relation"`` queries are taken relation by relation, and the candidate tables
+    are made once a relation.
+    """
+    if model.settings.candidates == "shared":
+        tables = model.candidates()
+        for positions in torch.arange(len(entity), device=entity.device).split(batch_size):
+            yield positions, _scores(model, entity[positions], relation[positions], tables)
+        return
+    order = torch.argsort(relation, stable=True)
+    distinct, counts = torch.unique_consecutive(relation[order], return_counts=True)
+    for one, group in zip(distinct, order.split(counts.tolist()), strict=True):
+        tables = model.candidates(one)
+        for positions in group.split(batch_size):
+            yield positions, _scores(model, entity[positions], relation[positions], tables)
+
+
+def _scores(
+    model: IMVIA, entity: Tensor, relation: Tensor, tables: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    return model.scores(model.queries(entity, relation), tables, relation)
+
+
+def evaluate(
+    model: IMVIA,
+    kg: MultiViewKG,
+    split: Split = "test",
+    batch_size: int = 1024,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Filtered metrics of a split, as `Ranking.metrics` gives them.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig
+    >>> kg = ig.load_kg("countries")
+    >>> metrics = ig.evaluate(ig.IMVIA.from_kg(kg, ig.Settings(dim=8)), kg, "valid")
+    >>> sorted(metrics)
+    ['both', 'head', 'modalities', 'relations', 'tail']
+    """
+    triples = kg.triples(split)
+    if not len(triples):
+        raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
+    ranking = rank(model, triples, kg.answers(SPLITS), batch_size, on_batch=on_batch)
+    return ranking.metrics(kg.relations)
+
+
+__all__ = [
+    "HITS",
+    "Ranking",
+    "evaluate",
+    "filtered_ranks",
+    "rank",
+    "rank_metrics",
+    "score_all",
+]

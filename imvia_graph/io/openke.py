@@ -1,0 +1,187 @@
+"""The OpenKE layout, in which DB15K, MKG-W and MKG-Y are published.
+
+A folder of ``entity2id.txt`` and ``relation2id.txt`` (a line with the count, then a label and its
+id a line) and ``train2id.txt``, ``valid2id.txt``, ``test2id.txt`` (a line with the count, then
+*head, tail, relation* ids a line). Optional ``entity_names.tsv`` and ``relation_names.tsv``, with
+the columns ``id`` and ``name`` under a header, give display names.
+
+Source of the layout: https://github.com/thunlp/OpenKE, "Input Files Format".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imvia_graph._files import open_input, read_lines, shorten
+from imvia_graph.errors import DataError
+from imvia_graph.kg import SPLITS, MultiViewKG
+
+
+def read_openke(folder: str | Path) -> MultiViewKG:
+    r"""Read a folder in the OpenKE layout.
+
+    Raises
+    ------
+    DataError
+        A file that is missing or malformed, a count line that lies, ids out of range.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig, pathlib, tempfile
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "entity2id.txt").write_text("2\nFrance 0\nParis 1\n")
+    >>> _ = (folder / "relation2id.txt").write_text("1\ncapital 0\n")
+    >>> _ = (folder / "train2id.txt").write_text("1\n0 1 0\n")  # head, tail, relation
+    >>> ig.io.read_openke(folder).train.tolist()  # head, relation, tail
+    [[0, 0, 1]]
+    """
+    folder = Path(folder)
+    entities = _read_vocabulary(folder / "entity2id.txt")
+    relations = _read_vocabulary(folder / "relation2id.txt")
+    parts: dict[str, Tensor | None] = dict.fromkeys(SPLITS)
+    for split in SPLITS:
+        path = folder / f"{split}2id.txt"
+        if path.is_file() or split == "train":
+            parts[split] = _read_triples(path, len(entities), len(relations))
+    assert parts["train"] is not None
+    return MultiViewKG(
+        entities,
+        relations,
+        parts["train"],
+        parts["valid"],
+        parts["test"],
+        name=folder.resolve().name,
+        entity_names=_read_names(folder / "entity_names.tsv", len(entities)),
+        relation_names=_read_names(folder / "relation_names.tsv", len(relations)),
+    )
+
+
+def _read_triples(path: Path, num_entities: int, num_relations: int) -> Tensor:
+    """(n, 3) int64 rows of head, relation, tail from a file of head, tail, relation."""
+    with open_input(path) as file:
+        raw = file.read()
+    # Fast path: every line as three plain numbers. Anything else is read by line, which either
+    # copes with it or names the line at fault.
+    if raw and not raw.translate(None, b"0123456789 \t\r\n"):
+        values = np.array(raw.split(), dtype=np.int64)
+        if len(values) % 3 == 1 and values[0] == len(values) // 3 == len(raw.splitlines()) - 1:
+            rows = torch.from_numpy(values[1:].reshape(-1, 3))
+            if _in_range(rows, num_entities, num_relations):
+                return rows[:, [0, 2, 1]]
+    return _read_triples_by_line(path, num_entities, num_relations)
+
+
+def _in_range(rows: Tensor, num_entities: int, num_relations: int) -> bool:
+    limit = torch.tensor([num_entities, num_entities, num_relations])
+    return bool((rows < limit).all())
+
+
+def _read_triples_by_line(path: Path, num_entities: int, num_relations: int) -> Tensor:
+    count: int | None = None
+    rows: list[tuple[int, int, int]] = []
+    for number, line in read_lines(path):
+        fields = line.split()
+        if not fields:
+            continue
+        if count is None:
+            count = _count(path, number, line)
+            continue
+        if len(fields) != 3 or not all(field.isdecimal() for field in fields):
+            raise DataError(
+                f"{path}, line {number}: expected three ids (head, tail, relation), found"
+                f" {shorten(line)!r}."
+            )
+        head, tail, relation = (int(field) for field in fields)
+        for what, value, limit in (
+            ("head", head, num_entities),
+            ("tail", tail, num_entities),
+            ("relation", relation, num_relations),
+        ):
+            if value >= limit:
+                raise DataError(
+                    f"{path}, line {number}: the {what} id {value} is out of range; expected 0 to"
+                    f" {limit - 1}. The columns are head, tail, relation."
+                )
+        rows.append((head, relation, tail))
+    _check_count(path, count, len(rows))
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+
+
+def _read_vocabulary(path: Path) -> list[str]:
+    """Labels in id order."""
+    count: int | None = None
+    by_id: dict[int, str] = {}
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        if count is None:
+            count = _count(path, number, line)
+            continue
+        # The id is the last column; labels may hold spaces.
+        fields = line.rsplit(None, 1)
+        if len(fields) != 2 or not fields[1].isdecimal():
+            raise DataError(
+                f"{path}, line {number}: expected a label and its id, found {shorten(line)!r}."
+            )
+        label, value = fields[0].strip(), int(fields[1])
+        if value in by_id:
+            raise DataError(
+                f"{path}, line {number}: the id {value} is {by_id[value]!r} already; ids are"
+                " distinct."
+            )
+        by_id[value] = label
+    _check_count(path, count, len(by_id))
+    missing = next((i for i in range(len(by_id)) if i not in by_id), None)
+    if missing is not None:
+        raise DataError(f"{path}: expected the ids 0 to {len(by_id) - 1}; {missing} is missing.")
+    return [by_id[i] for i in range(len(by_id))]
+
+
+def _count(path: Path, number: int, line: str) -> int:
+    if not line.strip().isdecimal():
+        raise DataError(
+            f"{path}, line {number}: expected the number of lines that follow, found"
+            f" {shorten(line)!r}."
+        )
+    return int(line)
+
+
+def _check_count(path: Path, count: int | None, found: int) -> None:
+    if count is None:
+        raise DataError(f"{path} is empty: expected the number of lines, then the lines.")
+    if count != found:
+        raise DataError(
+            f"{path}, line 1: the file announces {count} lines, but {found} follow. It may be cut"
+            " short; fetch it again, or mend the count."
+        )
+
+
+def _read_names(path: Path, count: int) -> list[str] | None:
+    """Display names by id from a table with a header; None where there is no such file."""
+    if not path.is_file():
+        return None
+    names = [""] * count
+    header: list[str] | None = None
+    for number, line in read_lines(path):
+        fields = line.split("\t")
+        if header is None:
+            header = fields
+            if "id" not in header or "name" not in header:
+                raise DataError(
+                    f"{path}, line 1: expected a header with the columns id and name, found"
+                    f" {shorten(line)!r}."
+                )
+            continue
+        row = dict(zip(header, fields, strict=False))
+        place = row.get("id", "")
+        if len(fields) != len(header) or not place.isdecimal() or int(place) >= count:
+            raise DataError(
+                f"{path}, line {number}: expected an id below {count} and a name, found"
+                f" {shorten(line)!r}."
+            )
+        names[int(place)] = row["name"]
+    return names

@@ -1,0 +1,683 @@
+"""MultiViewKG: a multi-modal knowledge graph with any number of views an entity, over DGL."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+import torch
+from rapidfuzz import fuzz, process
+from torch import Tensor
+
+from imvia_graph import _files
+from imvia_graph._dgl import dgl
+from imvia_graph.answers import AnswerIndex, pointer
+from imvia_graph.errors import DataError, UnknownLabelError
+
+#: What ``kg.json`` says of the folder's format.
+FORMAT, FORMAT_VERSION = "imvia-graph/kg", 1
+#: Names that a modality cannot take: node types of the graph and heads of the model.
+RESERVED_MODALITIES = ("entity", "structure", "joint", "decision")
+
+Split = str  # "train", "valid" or "test"
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+class Views(NamedTuple):
+    """The views of one modality, as they go into a `MultiViewKG`.
+
+    Attributes
+    ----------
+    feat : Tensor
+        (V, d_m) floating point: a row a view.
+    entity : Tensor
+        (V,) int64: the entity that each view shows; any order, zero or many views an entity.
+    source : sequence of str, optional
+        Where each view comes from: a path, an address or the text itself.
+    """
+
+    feat: Tensor
+    entity: Tensor
+    source: Sequence[str] | None = None
+
+
+class MultiViewKG:
+    """A multi-modal knowledge graph: vocabularies, split triples, and a DGL heterograph.
+
+    The heterograph `graph` has the node type ``entity`` with the edge type
+    ``('entity', 'fact', 'entity')`` of *training* facts (edge data ``rel``, int64), and for every
+    modality a node type of its name, a node a view, with the edge type
+    ``(modality, 'of', 'entity')`` and the node data ``feat`` (V, d_m). Views are sorted by entity,
+    so the in-degrees give the CSR pointer of `views`. Validation and test triples never become
+    edges.
+
+    Parameters
+    ----------
+    entities, relations : sequence of str
+        Distinct, non-empty labels in id order.
+    train, valid, test : Tensor
+        (n, 3) int64 rows of (head, relation, tail). ``valid`` and ``test`` may be empty or None.
+        Repeated rows are kept.
+    views : mapping of str to Views, optional
+        Views by modality. Any name that is not one of ``entity``, ``structure``, ``joint``,
+        ``decision`` and can be a file's name.
+    name : str, optional
+        What the graph is called.
+    entity_names, relation_names : sequence of str, optional
+        Display names in id order; the labels where there are none.
+    notes : sequence of str, optional
+        What a reader should know about how the splits came about.
+
+    Attributes
+    ----------
+    entities, relations : list of str
+        Labels in id order.
+    num_entities, num_relations : int
+        Their numbers. Inverse relations are the model's affair and not counted.
+    train, valid, test : Tensor
+        (n, 3) int64 triples.
+    modalities : list of str
+        Names of the modalities, in the order given.
+    graph : dgl.DGLGraph
+        The heterograph described above.
+
+    Raises
+    ------
+    DataError
+        Repeated or empty labels, ids out of range, wrong shapes or dtypes, non-finite features.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import imvia_graph as ig
+    >>> kg = ig.MultiViewKG(
+    ...     entities=["France", "Germany", "Paris"],
+    ...     relations=["borders", "capital"],
+    ...     train=torch.tensor([[0, 0, 1], [0, 1, 2]]),
+    ...     views={"image": ig.Views(torch.rand(3, 8), entity=torch.tensor([2, 0, 2]))},
+    ... )
+    >>> kg.graph.num_nodes("image"), kg.graph.in_degrees(etype="of").tolist()
+    (3, [1, 0, 2])
+    >>> feat, ptr = kg.views("image")
+    >>> feat.shape, ptr.tolist()
+    (torch.Size([3, 8]), [0, 1, 1, 3])
+    """
+
+    def __init__(
+        self,
+        entities: Sequence[str],
+        relations: Sequence[str],
+        train: Tensor,
+        valid: Tensor | None = None,
+        test: Tensor | None = None,
+        views: Mapping[str, Views] | None = None,
+        *,
+        name: str = "",
+        entity_names: Sequence[str] | None = None,
+        relation_names: Sequence[str] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self.notes = list(notes)
+        self.entities = _checked_labels(entities, "entities")
+        self.relations = _checked_labels(relations, "relations")
+        self.entity_names = _checked_names(entity_names, self.entities, "entity_names")
+        self.relation_names = _checked_names(relation_names, self.relations, "relation_names")
+        self.train = self._checked_triples(train, "train")
+        self.valid = self._checked_triples(valid, "valid")
+        self.test = self._checked_triples(test, "test")
+        if not len(self.train):
+            raise DataError(f"{self}: there are no training triples; at least one is needed.")
+        self._sources: dict[str, list[str]] = {}
+        self.graph = self._build_graph(views or {})
+
+    # -- construction ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_labels(
+        cls,
+        train: Iterable[Sequence[str]],
+        valid: Iterable[Sequence[str]] = (),
+        test: Iterable[Sequence[str]] = (),
+        views: Mapping[str, Views | tuple[Tensor, Sequence[str]]] | None = None,
+        **options: Any,
+    ) -> MultiViewKG:
+        """Build a graph from triples of labels; ids follow the order of first appearance.
+
+        Parameters
+        ----------
+        train, valid, test : iterable of (head, relation, tail)
+            Labels.
+        views : mapping, optional
+            Modality to ``(feat, entity labels)`` or `Views`.
+        **options
+            Further arguments of `MultiViewKG`.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import imvia_graph as ig
+        >>> kg = ig.MultiViewKG.from_labels(
+        ...     train=[("France", "borders", "Germany")],
+        ...     test=[("Germany", "borders", "Poland")],
+        ...     views={"text": (torch.rand(2, 4), ["Poland", "France"])},
+        ... )
+        >>> kg.entities, kg.views("text")[1].tolist()
+        (['France', 'Germany', 'Poland'], [0, 1, 1, 2])
+        """
+        frames = [
+            _label_frame(part, split)
+            for part, split in zip((train, valid, test), SPLITS, strict=True)
+        ]
+        entities, relations = vocabulary(frames)
+        triples = [encode_triples(frame, entities, relations) for frame in frames]
+        known: dict[str, Views] = {}
+        for modality, value in (views or {}).items():
+            if isinstance(value, Views):
+                known[modality] = value
+            else:
+                feat, labels = value
+                ids = encode_labels(labels, entities, f"views[{modality!r}]")
+                known[modality] = Views(feat, ids)
+        return cls(entities, relations, triples[0], triples[1], triples[2], views=known, **options)
+
+    def _checked_triples(self, triples: Tensor | None, split: Split) -> Tensor:
+        if triples is None:
+            return torch.empty(0, 3, dtype=torch.int64)
+        triples = torch.as_tensor(triples)
+        if triples.numel() == 0:
+            return torch.empty(0, 3, dtype=torch.int64)
+        if triples.dim() != 2 or triples.shape[1] != 3:
+            raise DataError(
+                f"{split}: expected triples of shape (n, 3), received {tuple(triples.shape)}."
+            )
+        if triples.is_floating_point() or triples.is_complex() or triples.dtype == torch.bool:
+            raise DataError(f"{split}: expected integer ids, received {triples.dtype}.")
+        triples = triples.to(torch.int64).cpu().contiguous()
+        limits = (
+            ("head", self.num_entities),
+            ("relation", self.num_relations),
+            ("tail", self.num_entities),
+        )
+        for column, (what, limit) in enumerate(limits):
+            bad = (triples[:, column] < 0) | (triples[:, column] >= limit)
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                raise DataError(
+                    f"{split}, row {row}: the {what} id {int(triples[row, column])} is out of"
+                    f" range; expected 0 to {limit - 1} ({int(bad.sum())} such rows)."
+                )
+        return triples
+
+    def _build_graph(self, views: Mapping[str, Views]) -> Any:
+        head, relation, tail = self.train.unbind(dim=1)
+        edges = {("entity", "fact", "entity"): (head, tail)}
+        num_nodes = {"entity": self.num_entities}
+        features = {}
+        for modality, value in views.items():
+            feat, entity, source = self._checked_views(modality, value)
+            order = torch.argsort(entity, stable=True)
+            if not torch.equal(order, torch.arange(len(order))):
+                feat, entity = feat[order], entity[order]
+                source = [source[i] for i in order.tolist()]
+            edges[modality, "of", "entity"] = (torch.arange(len(entity)), entity)
+            num_nodes[modality] = len(entity)
+            features[modality] = feat
+            self._sources[modality] = source
+        self.modalities = list(features)
+        graph = dgl.heterograph(edges, num_nodes_dict=num_nodes)
+        graph.edges["fact"].data["rel"] = relation
+        for modality, feat in features.items():
+            graph.nodes[modality].data["feat"] = feat
+        return graph
+
+    def _checked_views(self, modality: str, views: Views) -> tuple[Tensor, Tensor, list[str]]:
+        if not isinstance(modality, str) or not re.fullmatch(
+            r"[^\x00-\x1f\x7f/\\.][^\x00-\x1f\x7f/\\]*", modality
+        ):
+            raise DataError(
+                f"views: the modality {modality!r} cannot be the name of a file: no slashes, no"
+                " control characters, not empty, no dot in front."
+            )
+        if modality in RESERVED_MODALITIES:
+            raise DataError(
+                f"views: a modality cannot be called {modality!r}; the names"
+                f" {', '.join(RESERVED_MODALITIES)} are taken. Rename it."
+            )
+        where = f"views[{modality!r}]"
+        feat, entity = torch.as_tensor(views.feat), torch.as_tensor(views.entity)
+        if feat.dim() != 2 or feat.shape[1] == 0:
+            raise DataError(
+                f"{where}: expected features of shape (views, width), received {tuple(feat.shape)}."
+            )
+        if not feat.is_floating_point():
+            raise DataError(f"{where}: expected floating-point features, received {feat.dtype}.")
+        if entity.is_floating_point() and entity.numel():
+            raise DataError(f"{where}: expected integer entity ids, received {entity.dtype}.")
+        if entity.shape != feat.shape[:1]:
+            raise DataError(
+                f"{where}: expected one entity a view, received {len(feat)} rows of features and"
+                f" {tuple(entity.shape)} entities."
+            )
+        entity = entity.to(torch.int64).cpu()
+        bad = (entity < 0) | (entity >= self.num_entities)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise DataError(
+                f"{where}, row {row}: the entity id {int(entity[row])} is out of range; expected 0"
+                f" to {self.num_entities - 1} ({int(bad.sum())} such rows)."
+            )
+        feat = feat.detach().cpu()
+        finite = feat.isfinite().all(dim=1)
+        if not finite.all():
+            row = int((~finite).nonzero()[0])
+            raise DataError(
+                f"{where}, row {row}: a view of {self.entities[int(entity[row])]!r} has NaN or"
+                f" infinite features ({int((~finite).sum())} such rows). Leave these views out."
+            )
+        source = [""] * len(feat) if views.source is None else [str(item) for item in views.source]
+        if len(source) != len(feat):
+            raise DataError(
+                f"{where}: expected one source a view, received {len(source)} for {len(feat)}."
+            )
+        return feat, entity, source
+
+    # -- what the graph holds -------------------------------------------------------------------
+
+    @property
+    def num_entities(self) -> int:
+        """Number of entities."""
+        return len(self.entities)
+
+    @property
+    def num_relations(self) -> int:
+        """Number of relations, inverses not counted."""
+        return len(self.relations)
+
+    def triples(self, split: Split) -> Tensor:
+        """The (n, 3) int64 triples of ``"train"``, ``"valid"`` or ``"test"``."""
+        if split not in SPLITS:
+            raise UnknownLabelError(f"There is no split {split!r}; expected train, valid or test.")
+        part: Tensor = getattr(self, split)
+        return part
+
+    def views(self, modality: str) -> tuple[Tensor, Tensor]:
+        """Features and CSR pointer of a modality.
+
+        Returns
+        -------
+        feat : Tensor
+            (V, d_m), sorted by entity.
+        ptr : Tensor
+            (num_entities + 1,) int64: the views of entity i are ``feat[ptr[i]:ptr[i + 1]]``.
+        """
+        self._check_modality(modality)
+        degrees = self.graph.in_degrees(etype=(modality, "of", "entity"))
+        return self.graph.nodes[modality].data["feat"], pointer(degrees.to(torch.int64))
+
+    def view_sources(self, modality: str) -> list[str]:
+        """Where each view of a modality comes from, in the order of `views`; "" where not known."""
+        self._check_modality(modality)
+        return list(self._sources[modality])
+
+    def _check_modality(self, modality: str) -> None:
+        if modality not in self.modalities:
+            raise UnknownLabelError(
+                f"{self} has no modality {modality!r}; it has"
+                f" {', '.join(map(repr, self.modalities)) or 'none'}."
+            )
+
+    def id_of(self, label: str, kind: str = "entity") -> int:
+        """The id of an entity (or, with ``kind="relation"``, of a relation).
+
+        Labels are looked up first, then display names where just one entity bears the name.
+
+        Raises
+        ------
+        UnknownLabelError
+            Neither is known, with the nearest known ones; or several entities bear the name.
+        """
+        labels, names = self._lookup[kind]
+        if label in labels:
+            return labels[label]
+        found = names.get(label, [])
+        if len(found) == 1:
+            return found[0]
+        of_kind = self.entities if kind == "entity" else self.relations
+        if found:
+            raise UnknownLabelError(
+                f"{len(found)} {'entities' if kind == 'entity' else 'relations'} are called"
+                f" {label!r}; give the label of one:"
+                f" {', '.join(repr(of_kind[i]) for i in found[:5])}."
+            )
+        near = process.extract(label, list(labels) + list(names), scorer=fuzz.WRatio, limit=12)
+        shown = list(dict.fromkeys(match for match, *_ in near))[:5]
+        raise UnknownLabelError(
+            f"Unknown {kind} {label!r} in {self}. The nearest known: {', '.join(map(repr, shown))}."
+        )
+
+    @cached_property
+    def _lookup(self) -> dict[str, tuple[dict[str, int], dict[str, list[int]]]]:
+        tables = {}
+        for kind, labels, names in (
+            ("entity", self.entities, self.entity_names),
+            ("relation", self.relations, self.relation_names),
+        ):
+            by_name: dict[str, list[int]] = {}
+            for i, name in enumerate(names):
+                by_name.setdefault(name, []).append(i)
+            tables[kind] = ({label: i for i, label in enumerate(labels)}, by_name)
+        return tables
+
+    def answers(self, splits: Sequence[Split] = SPLITS) -> AnswerIndex:
+        """The known answers of both directions over some splits."""
+        parts = [self.triples(split) for split in splits]
+        return AnswerIndex.from_triples(parts, self.num_entities, self.num_relations)
+
+    def unseen_entities(self) -> Tensor:
+        """(K,) int64: entities that no training triple touches; only their views say anything."""
+        seen = torch.zeros(self.num_entities, dtype=torch.bool)
+        seen[self.train[:, 0]] = True
+        seen[self.train[:, 2]] = True
+        return (~seen).nonzero().flatten()
+
+    def per_relation(self) -> Any:
+        """The same graph with one canonical edge type a relation, for ``HeteroGraphConv`` users.
+
+        Edge types are ``('entity', relation label, 'entity')``; a relation without training
+        triples has no edges. View nodes, their ``of`` edges and features are as in `graph`.
+
+        Raises
+        ------
+        DataError
+            A relation is called ``of`` while there are views: DGL could not tell the two apart.
+        """
+        if self.modalities and "of" in self.relations:
+            raise DataError(
+                f"{self}: per_relation() needs the edge type 'of' for views, but a relation bears"
+                " that label. Rename the relation."
+            )
+        edges = {}
+        order = torch.argsort(self.train[:, 1], stable=True)
+        counts = torch.bincount(self.train[:, 1], minlength=self.num_relations)
+        parts = self.train[order].split(counts.tolist())
+        for label, part in zip(self.relations, parts, strict=True):
+            edges["entity", label, "entity"] = (part[:, 0], part[:, 2])
+        for modality in self.modalities:
+            edges[modality, "of", "entity"] = self.graph.edges(etype=(modality, "of", "entity"))
+        num_nodes = {ntype: self.graph.num_nodes(ntype) for ntype in self.graph.ntypes}
+        graph = dgl.heterograph(edges, num_nodes_dict=num_nodes)
+        for modality in self.modalities:
+            graph.nodes[modality].data["feat"] = self.graph.nodes[modality].data["feat"]
+        return graph
+
+    # -- in and out -----------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the graph as a KG folder, which `load` and ``load_kg`` read.
+
+        The layout, format version 1:
+
+        - ``kg.json``: format, version, name, notes;
+        - ``entities.tsv``, ``relations.tsv``: labels in id order under the header ``entity`` (or
+          ``relation``) and ``name``;
+        - ``train.tsv``, ``valid.tsv``, ``test.tsv``: ``head<TAB>relation<TAB>tail`` labels, no
+          header, no quoting, UTF-8;
+        - ``views/<modality>.safetensors``: the tensor ``feat`` (V, d_m);
+        - ``views/<modality>.csv``: header ``entity,source``; row i tells of row i of ``feat``.
+
+        Raises
+        ------
+        DataError
+            A label holds a tab or a line end, which a TSV file cannot carry. Nothing is written.
+        """
+        folder = Path(folder)
+        for labels in (self.entities, self.entity_names):
+            _files.check_tsv_labels(folder / "entities.tsv", labels)
+        for labels in (self.relations, self.relation_names):
+            _files.check_tsv_labels(folder / "relations.tsv", labels)
+        folder.mkdir(parents=True, exist_ok=True)
+        _files.write_label_table(
+            folder / "entities.tsv", "entity", self.entities, self.entity_names
+        )
+        _files.write_label_table(
+            folder / "relations.tsv", "relation", self.relations, self.relation_names
+        )
+        entities = pl.Series(self.entities, dtype=pl.String)
+        relations = pl.Series(self.relations, dtype=pl.String)
+        for split in SPLITS:
+            head, relation, tail = self.triples(split).T.numpy()
+            frame = pl.DataFrame(
+                {"head": entities[head], "relation": relations[relation], "tail": entities[tail]}
+            )
+            _files.write_label_triples(folder / f"{split}.tsv", frame)
+        for modality in self.modalities:
+            feat, ptr = self.views(modality)
+            _files.write_tensors(folder / "views" / f"{modality}.safetensors", {"feat": feat})
+            owner = torch.repeat_interleave(torch.arange(self.num_entities), ptr.diff())
+            _files.write_view_table(
+                folder / "views" / f"{modality}.csv",
+                entities[owner.numpy()].to_list(),
+                self._sources[modality],
+            )
+        # Last, so that a folder with a kg.json is whole.
+        _files.write_json(
+            folder / "kg.json",
+            {
+                "format": FORMAT,
+                "version": FORMAT_VERSION,
+                "name": self.name,
+                "notes": self.notes,
+                "modalities": self.modalities,
+            },
+        )
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> MultiViewKG:
+        """Read a KG folder as `save` describes it.
+
+        Only ``train.tsv`` is needed. Without ``entities.tsv`` and ``relations.tsv`` ids follow the
+        order of first appearance in train, valid, test.
+
+        Raises
+        ------
+        DataError
+            A missing or malformed file, labels or rows that do not fit; the message says where.
+        """
+        folder = Path(folder)
+        about = _read_about(folder)
+        frames = [_read_split(folder, split) for split in SPLITS]
+        entities, relations = vocabulary(frames)
+        entity_names = relation_names = None
+        if (folder / "entities.tsv").is_file():
+            entities, entity_names = _files.read_label_table(folder / "entities.tsv", "entity")
+        if (folder / "relations.tsv").is_file():
+            relations, relation_names = _files.read_label_table(
+                folder / "relations.tsv", "relation"
+            )
+        triples = [
+            encode_triples(frame, entities, relations, str(folder / f"{split}.tsv"))
+            for frame, split in zip(frames, SPLITS, strict=True)
+        ]
+        files = {path.stem: path for path in sorted((folder / "views").glob("*.safetensors"))}
+        listed = [name for name in about.get("modalities", []) if name in files]
+        names = listed + [name for name in files if name not in listed]
+        return cls(
+            entities,
+            relations,
+            triples[0],
+            triples[1],
+            triples[2],
+            views={name: _read_views(files[name], entities) for name in names},
+            name=about.get("name") or folder.resolve().name,
+            entity_names=entity_names,
+            relation_names=relation_names,
+            notes=about.get("notes", []),
+        )
+
+    def replace(self, **changes: Any) -> MultiViewKG:
+        """The same graph with some constructor arguments changed; views may be given or kept."""
+        arguments: dict[str, Any] = {
+            "entities": self.entities,
+            "relations": self.relations,
+            "train": self.train,
+            "valid": self.valid,
+            "test": self.test,
+            "views": {modality: self._views(modality) for modality in self.modalities},
+            "name": self.name,
+            "entity_names": self.entity_names,
+            "relation_names": self.relation_names,
+            "notes": self.notes,
+        }
+        return MultiViewKG(**{**arguments, **changes})
+
+    def _views(self, modality: str) -> Views:
+        feat, ptr = self.views(modality)
+        entity = torch.repeat_interleave(torch.arange(self.num_entities), ptr.diff())
+        return Views(feat, entity, self._sources[modality])
+
+    def __repr__(self) -> str:
+        title = f"MultiViewKG {self.name!r}" if self.name else "MultiViewKG"
+        sizes = [f"{self.num_entities} entities", f"{self.num_relations} relations"]
+        for split in SPLITS:
+            if hasattr(self, split):
+                sizes.append(f"{len(getattr(self, split))} {split}")
+        for modality in getattr(self, "modalities", []):
+            sizes.append(f"{self.graph.num_nodes(modality)} {modality} views")
+        return f"<{title}: {', '.join(sizes)}>"
+
+    def __str__(self) -> str:
+        return f"the graph {self.name!r}" if self.name else "the graph"
+
+
+# -- labels and ids -------------------------------------------------------------------------------
+
+
+def vocabulary(frames: Sequence[pl.DataFrame]) -> tuple[list[str], list[str]]:
+    """Entity and relation labels of label triples, in the order of first appearance."""
+    ends = pl.concat(
+        # Interleaved, so that a row's head comes before its tail and both before the next row.
+        [
+            frame.select(pl.concat_list("head", "tail").explode().alias("entity"))
+            for frame in frames
+            if frame.height
+        ]
+        or [pl.DataFrame(schema={"entity": pl.String})]
+    )
+    relations = pl.concat([frame.select("relation") for frame in frames])
+    return (
+        ends["entity"].unique(maintain_order=True).to_list(),
+        relations["relation"].unique(maintain_order=True).to_list(),
+    )
+
+
+def encode_labels(
+    labels: Sequence[str] | pl.Series, vocabulary: Sequence[str], where: str
+) -> Tensor:
+    """Labels to ids: (n,) int64. Unknown labels are a `DataError` that says how many and which."""
+    series = pl.Series("label", labels, dtype=pl.String)
+    table = pl.DataFrame({"label": pl.Series(vocabulary, dtype=pl.String)}).with_row_index("id")
+    ids = series.to_frame().join(table, on="label", how="left", maintain_order="left")["id"]
+    unknown = series.filter(ids.is_null())
+    if len(unknown):
+        row = int(ids.is_null().arg_max() or 0)
+        raise DataError(
+            f"{where}: {len(unknown)} rows name {unknown.n_unique()} labels that are not in the"
+            f" vocabulary, first {unknown[0]!r} in row {row + 1}. Add them or leave these rows out."
+        )
+    return torch.from_numpy(ids.cast(pl.Int64).to_numpy().copy())
+
+
+def encode_triples(
+    frame: pl.DataFrame, entities: Sequence[str], relations: Sequence[str], where: str = "triples"
+) -> Tensor:
+    """A frame of label triples to (n, 3) int64 ids."""
+    columns = [
+        encode_labels(frame[column], labels, f"{where}, column {column}")
+        for column, labels in (("head", entities), ("relation", relations), ("tail", entities))
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def _label_frame(triples: Iterable[Sequence[str]], split: Split) -> pl.DataFrame:
+    rows = [tuple(row) for row in triples]
+    for number, row in enumerate(rows):
+        if len(row) != 3 or not all(isinstance(label, str) and label for label in row):
+            raise DataError(
+                f"{split}, triple {number}: expected three non-empty labels (head, relation,"
+                f" tail), received {row!r}."
+            )
+    schema = dict.fromkeys(_files.TRIPLE_COLUMNS, pl.String)
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def _checked_labels(labels: Sequence[str], what: str) -> list[str]:
+    listed = list(labels)
+    for i, label in enumerate(listed):
+        if not isinstance(label, str) or not label:
+            raise DataError(f"{what}, number {i}: expected a non-empty label, received {label!r}.")
+    if len(set(listed)) != len(listed):
+        seen: set[str] = set()
+        twice = next(label for label in listed if label in seen or seen.add(label))  # type: ignore[func-returns-value]
+        raise DataError(f"{what}: the label {twice!r} stands more than once; labels are distinct.")
+    return listed
+
+
+def _checked_names(names: Sequence[str] | None, labels: list[str], what: str) -> list[str]:
+    if names is None:
+        return labels
+    if len(names) != len(labels):
+        raise DataError(f"{what}: expected {len(labels)} names, received {len(names)}.")
+    return [str(name) or label for name, label in zip(names, labels, strict=True)]
+
+
+# -- the folder's files ---------------------------------------------------------------------------
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    path = folder / "kg.json"
+    if not path.is_file():
+        return {}
+    about = _files.read_json(path)
+    if not isinstance(about, dict) or about.get("format", FORMAT) != FORMAT:
+        raise DataError(f"{path}: expected the description of a KG folder ({FORMAT!r}).")
+    version = about.get("version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format version {version!r} is newer than this library reads"
+            f" ({FORMAT_VERSION}). Update imvia-graph."
+        )
+    return about
+
+
+def _read_split(folder: Path, split: Split) -> pl.DataFrame:
+    path = folder / f"{split}.tsv"
+    if path.is_file():
+        return _files.read_label_triples(path)
+    if split == "train":
+        raise DataError(
+            f"{path}: a KG folder needs this file, a line a triple: head, relation, tail,"
+            " separated by tabs."
+        )
+    return pl.DataFrame(schema=dict.fromkeys(_files.TRIPLE_COLUMNS, pl.String))
+
+
+def _read_views(path: Path, entities: Sequence[str]) -> Views:
+    table = path.with_suffix(".csv")
+    if not table.is_file():
+        raise DataError(
+            f"{table}: missing; it names the entity (and source) of each row of {path.name}."
+        )
+    feat = _files.read_features(path)
+    labels, source = _files.read_view_table(table)
+    if len(labels) != len(feat):
+        raise DataError(
+            f"{path} holds {len(feat)} rows of features, but {table.name} names {len(labels)}"
+            " views; expected one row each. Make both again from the same source."
+        )
+    return Views(feat, encode_labels(labels, entities, str(table)), source)

@@ -1,0 +1,228 @@
+"""IMVIA, top to bottom: queries, candidates and scores are separate questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from imvia_graph.kg import MultiViewKG
+from imvia_graph.losses import Alignment, MutualInformation
+from imvia_graph.nn import DecisionFusion, JointFusion, MultiViewEncoder, TuckerDecoder
+from imvia_graph.nn.multi_view_encoder import stack, views_present
+from imvia_graph.settings import Settings
+
+#: Heads beside those of the modalities.
+STRUCTURE, JOINT = "structure", "joint"
+#: What the fused score is called where scores are listed by head.
+DECISION = "decision"
+
+
+class Embedding(NamedTuple):
+    """Embeddings of entities, head by head.
+
+    Attributes
+    ----------
+    heads : dict of str to Tensor
+        (B, dim) for ``structure``, each modality and ``joint``.
+    present : dict of str to Tensor
+        (B,) bool for each modality: whether the entity has a view of it.
+    """
+
+    heads: dict[str, Tensor]
+    present: dict[str, Tensor]
+
+
+class IMVIA(nn.Module):
+    r"""Intra-modality multi-view fusion and inter-modality alignment, for completion.
+
+    For a query (h, r, ?) each head m - structure, every modality, joint - embeds h under r (Eq. 1
+    to 3 for a modality), decodes it with r into a query vector (Eq. 6), and scores candidates by
+    inner products; the relation-aware decision adds the heads up. Queries (?, r, t) are (t, r + R)
+    with an embedding of their own for each inverse relation.
+
+    A step of training, of ranking or of prediction asks three things in turn: `queries`,
+    `candidates`, `scores`.
+
+    Parameters
+    ----------
+    num_entities, num_relations : int
+        Sizes of the vocabularies, inverse relations not counted.
+    views : mapping of str to (feat, ptr)
+        Views of each modality, as `MultiViewKG.views` gives them. They move with the model but are
+        no part of its state: a checkpoint holds what was learned.
+    settings : Settings
+        ``dim``, ``relation_dim``, ``joint``, ``residual``, ``candidates``, ``decision``,
+        ``backend``, dropouts, ``alignment`` and ``information_dim`` are the model's.
+
+    Examples
+    --------
+    >>> import torch, imvia_graph as ig
+    >>> kg = ig.load_kg("countries")
+    >>> model = ig.IMVIA.from_kg(kg, ig.Settings(dim=16)).eval()
+    >>> head = torch.tensor([kg.id_of("France")])
+    >>> relation = torch.tensor([kg.id_of("borders", "relation")])
+    >>> queries = model.queries(head, relation)
+    >>> scores = model.scores(queries, model.candidates(), relation)
+    >>> list(scores)
+    ['structure', 'image', 'text', 'joint', 'decision']
+    >>> scores["decision"].shape == (1, kg.num_entities)
+    True
+    """
+
+    def __init__(
+        self,
+        num_entities: int,
+        num_relations: int,
+        views: Mapping[str, tuple[Tensor, Tensor]],
+        settings: Settings | None = None,
+    ) -> None:
+        super().__init__()
+        s = self.settings = settings or Settings()
+        self.num_entities, self.num_relations = num_entities, num_relations
+        relation_dim = s.relation_dim or s.dim
+        self.modalities = list(views)
+        for i, (feat, ptr) in enumerate(views.values()):
+            self.register_buffer(f"view_feat_{i}", feat, persistent=False)
+            self.register_buffer(f"view_ptr_{i}", ptr, persistent=False)
+
+        self.entity = nn.Embedding(num_entities, s.dim)
+        self.residual = nn.ModuleList(
+            nn.Embedding(num_entities, s.dim) for _ in self.modalities if s.residual
+        )
+        widths = {modality: feat.shape[1] for modality, (feat, _) in views.items()}
+        self.encoder = MultiViewEncoder(widths, s.dim, relation_dim, s.dim, s.backend)
+        sources = [STRUCTURE, *self.modalities]
+        # With nothing to join, the joint head would repeat the structural one.
+        self.joint = JointFusion(s.dim, len(sources)) if s.joint and self.modalities else None
+        self.heads = [*sources, JOINT] if self.joint is not None else sources
+        self.relation = nn.ModuleList(
+            nn.Embedding(2 * num_relations, relation_dim) for _ in self.heads
+        )
+        self.decoder = nn.ModuleList(
+            TuckerDecoder(
+                s.dim,
+                relation_dim,
+                s.input_dropout,
+                s.relation_dropout,
+                s.hidden_dropout,
+                s.batch_norm,
+            )
+            for _ in self.heads
+        )
+        self.decision = (
+            DecisionFusion(relation_dim, len(self.heads)) if len(self.heads) > 1 else None
+        )
+        self.alignment = Alignment(s.alignment, s.temperature) if self.modalities else None
+        self.information = (
+            MutualInformation(sources, s.dim, s.information_dim) if self.modalities else None
+        )
+        self.reset_parameters()
+
+    @classmethod
+    def from_kg(cls, kg: MultiViewKG, settings: Settings | None = None) -> IMVIA:
+        """A model for a graph, with the modalities that the settings name (default: all)."""
+        settings = settings or Settings()
+        wanted = kg.modalities if settings.modalities is None else settings.modalities
+        views = {}
+        for modality in wanted:
+            feat, ptr = kg.views(modality)
+            views[modality] = (feat.float(), ptr)
+        return cls(kg.num_entities, kg.num_relations, views, settings)
+
+    def reset_parameters(self) -> None:
+        """Initialise the tables; the layers have initialised themselves."""
+        for table in (self.entity, *self.relation, *self.residual):
+            assert isinstance(table, nn.Embedding)
+            nn.init.xavier_normal_(table.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.entity.weight.device
+
+    @property
+    def views(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The views of each modality, (feat, ptr)."""
+        return {
+            modality: (self.get_buffer(f"view_feat_{i}"), self.get_buffer(f"view_ptr_{i}"))
+            for i, modality in enumerate(self.modalities)
+        }
+
+    def embed(self, entity: Tensor, relation: Tensor | None = None) -> Embedding:
+        """Embeddings of (B,) entities under (B,) relations, or one relation, or none."""
+        structure = self.entity(entity)
+        rel_feat = None if relation is None else self.relation[0](relation)
+        heads = {STRUCTURE: structure}
+        heads.update(self.encoder.encode(self.views, entity, structure, rel_feat))
+        for modality, table in zip(self.modalities, self.residual, strict=False):
+            heads[modality] = heads[modality] + table(entity)
+        if self.joint is not None:
+            heads[JOINT] = self.joint(stack(heads))
+        return Embedding(heads, views_present(self.views, entity))
+
+    def decode(self, embedding: Embedding, relation: Tensor) -> dict[str, Tensor]:
+        """Query vectors (B, dim) of embedded entities and (B,) relations, head by head."""
+        return {
+            head: decoder(embedding.heads[head], table.weight, relation)
+            for head, decoder, table in zip(self.heads, self.decoder, self.relation, strict=True)
+        }
+
+    def queries(self, entity: Tensor, relation: Tensor) -> dict[str, Tensor]:
+        """Query vectors (B, dim) of (B,) entities and (B,) relations, head by head."""
+        return self.decode(self.embed(entity, relation), relation)
+
+    def candidates(
+        self, relation: Tensor | None = None, entity: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Candidate tables (N, dim), head by head.
+
+        Parameters
+        ----------
+        relation : Tensor, optional
+            A scalar: the relation that all queries share, for ``candidates="relation"``, the exact
+            form of Eq. 1. None for relation-free tables.
+        entity : Tensor, optional
+            (N,) int64 candidates; None for all entities.
+        """
+        if entity is None:
+            entity = torch.arange(self.num_entities, device=self.device)
+        return self.embed(entity, relation).heads
+
+    def scores(
+        self, queries: Mapping[str, Tensor], candidates: Mapping[str, Tensor], relation: Tensor
+    ) -> dict[str, Tensor]:
+        """Scores (B, N), head by head and, last, ``decision``.
+
+        Parameters
+        ----------
+        queries : mapping
+            (B, dim) a head.
+        candidates : mapping
+            (N, dim) a head, or (B, N, dim): candidates of each query's own.
+        relation : Tensor
+            (B,) int64.
+        """
+        scores = {head: inner(queries[head], candidates[head]) for head in self.heads}
+        scores[DECISION] = self.decide(list(scores.values()), relation)
+        return scores
+
+    def decide(self, scores: Sequence[Tensor], relation: Tensor) -> Tensor:
+        """The relation-aware decision over the heads' scores."""
+        if self.decision is None:
+            return scores[0]
+        if self.settings.decision == "mean":
+            return torch.stack(list(scores)).mean(0)
+        if self.settings.decision == "detached":
+            scores = [score.detach() for score in scores]
+        decided: Tensor = self.decision(self.relation[0](relation), scores)
+        return decided
+
+
+def inner(query: Tensor, candidate: Tensor) -> Tensor:
+    """(B, N) inner products of (B, d) with (N, d) or with (B, N, d)."""
+    if candidate.dim() == 2:
+        return query @ candidate.T
+    return torch.einsum("bd,bnd->bn", query, candidate)

@@ -1,0 +1,231 @@
+"""GatedViewConv: relation-conditioned aggregation of an entity's views (Eq. 1 to 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imvia_graph._dgl import dgl
+from imvia_graph.answers import pointer
+from imvia_graph.ops import Backend, ViewWeights, gated_view_aggregate
+
+
+class GatedViewConv(nn.Module):
+    r"""Gated aggregation of views from `IMVIA <https://anonymous.4open.science/r/ICASSP2025_IMVIA_Code-14B0/>`__.
+
+    Mathematically, for entity :math:`i` asked under relation :math:`r`, with views
+    :math:`f_{i,k}`:
+
+    .. math::
+        g_i &= \sigma(W_g [e_i; e_r] + b_g) \\
+        \alpha_{i,k} &= \mathrm{softmax}_k\left(\cos(g_i \odot f_{i,k}, f_{i,k})\right) \\
+        \hat e_i &= \sum_k \alpha_{i,k} f_{i,k}
+
+    :math:`W_g` is held as its two halves, so that the gate is one addition a query instead of a
+    product a view; without a relation its half is left out.
+
+    Parameters
+    ----------
+    view_feats : int
+        Width of the views, d_m.
+    entity_feats : int
+        Width of the entity features, :math:`e_i`.
+    rel_feats : int, optional
+        Width of the relation features, :math:`e_r`; 0 for a layer that never sees a relation.
+        Default: ``0``.
+    activation : callable, optional
+        :math:`\sigma`. Default: ``torch.sigmoid``.
+    allow_zero_in_degree : bool, optional
+        Whether entities without views are welcome in `forward`. Default: ``False``.
+    backend : str, optional
+        See `imvia_graph.ops.gated_view_aggregate`. Default: ``"auto"``.
+
+    Notes
+    -----
+    An entity without views (zero in-degree) gets the learned vector ``absent``, never NaN. As in
+    DGL's own layers `forward` raises unless ``allow_zero_in_degree`` says that this is meant.
+
+    Examples
+    --------
+    >>> import dgl, torch
+    >>> from imvia_graph.nn import GatedViewConv
+
+    **Bipartite graph** from views to entities:
+
+    >>> g = dgl.heterograph({("image", "of", "entity"): ([0, 1, 2], [0, 0, 1])})
+    >>> conv = GatedViewConv(view_feats=4, entity_feats=5, rel_feats=3)
+    >>> views, entities = torch.rand(3, 4), torch.rand(2, 5)
+    >>> conv(g, (views, entities), rel_feat=torch.rand(3)).shape
+    torch.Size([2, 4])
+
+    **Homogeneous graph**: every node is a view of the nodes that its edges point to:
+
+    >>> g = dgl.graph(([0, 1, 2, 2], [1, 2, 0, 1]))
+    >>> conv = GatedViewConv(view_feats=4, entity_feats=4)
+    >>> out, weight = conv(g, torch.rand(3, 4), get_weight=True)
+    >>> out.shape, weight.shape  # a row a node, a weight an edge
+    (torch.Size([3, 4]), torch.Size([4]))
+    """
+
+    def __init__(
+        self,
+        view_feats: int,
+        entity_feats: int,
+        rel_feats: int = 0,
+        activation: Callable[[Tensor], Tensor] = torch.sigmoid,
+        allow_zero_in_degree: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.view_feats = view_feats
+        self.entity_feats = entity_feats
+        self.rel_feats = rel_feats
+        self.activation = activation
+        self.allow_zero_in_degree = allow_zero_in_degree
+        self.backend: Backend = backend
+        self.gate_entity = nn.Linear(entity_feats, view_feats)
+        self.gate_relation = nn.Linear(rel_feats, view_feats, bias=False) if rel_feats else None
+        self.absent = nn.Parameter(torch.empty(view_feats))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the gate as one (entity, relation) -> view layer, and the absent vector."""
+        bound = (6 / (self.entity_feats + self.rel_feats + self.view_feats)) ** 0.5
+        nn.init.uniform_(self.gate_entity.weight, -bound, bound)
+        nn.init.zeros_(self.gate_entity.bias)
+        if self.gate_relation is not None:
+            nn.init.uniform_(self.gate_relation.weight, -bound, bound)
+        nn.init.normal_(self.absent, std=self.view_feats**-0.5)
+
+    def set_allow_zero_in_degree(self, set_value: bool) -> None:
+        """Set the flag ``allow_zero_in_degree``."""
+        self.allow_zero_in_degree = set_value
+
+    def forward(
+        self,
+        graph: Any,
+        feat: Tensor | tuple[Tensor, Tensor],
+        rel_feat: Tensor | None = None,
+        get_weight: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Aggregate along the edges of a graph.
+
+        Parameters
+        ----------
+        graph : DGLGraph
+            Homogeneous, bipartite (one edge type) or a block; its edges point from views to the
+            entities that they show.
+        feat : Tensor or pair of Tensor
+            ``(view_feat, entity_feat)`` of shapes (source nodes, view_feats) and (destination
+            nodes, entity_feats). A single tensor serves as both; on a block its first rows are the
+            destinations'.
+        rel_feat : Tensor, optional
+            (destination nodes, rel_feats), or (rel_feats,) for all; None for the relation-free
+            gate.
+        get_weight : bool, optional
+            Whether to return the weight of each edge too.
+
+        Returns
+        -------
+        Tensor
+            (destination nodes, view_feats).
+        Tensor, optional
+            (edges,), the weights in the graph's order of edges. With ``get_weight``.
+
+        Raises
+        ------
+        DGLError
+            A destination without in-edges while ``allow_zero_in_degree`` is False.
+        """
+        degrees = graph.in_degrees()
+        if not self.allow_zero_in_degree and (degrees == 0).any():
+            raise dgl.DGLError(
+                "There are entities without views (0-in-degree nodes in the graph). Set"
+                " allow_zero_in_degree=True in the layer's constructor, or call"
+                " set_allow_zero_in_degree(True), to give them the learned vector 'absent'."
+            )
+        if isinstance(feat, tuple):
+            view_feat, entity_feat = feat
+        else:
+            view_feat, entity_feat = feat, feat[: graph.num_dst_nodes()]
+        device = view_feat.device
+        source, destination = graph.edges(order="eid")
+        order = torch.argsort(destination, stable=True).to(device)
+        out = self.aggregate(
+            view_feat[source.to(device, torch.int64)[order]],
+            pointer(degrees.to(device, torch.int64)),
+            torch.arange(len(degrees), device=device),
+            entity_feat,
+            rel_feat,
+            get_weight=get_weight,
+        )
+        if not isinstance(out, tuple):
+            return out
+        weight = torch.empty_like(out[1].weight).index_copy(0, order, out[1].weight)
+        return out[0], weight
+
+    def aggregate(
+        self,
+        view_feat: Tensor,
+        ptr: Tensor,
+        entity: Tensor,
+        entity_feat: Tensor,
+        rel_feat: Tensor | None = None,
+        get_weight: bool = False,
+    ) -> Tensor | tuple[Tensor, ViewWeights]:
+        """Aggregate for a batch of queries, straight from the CSR of views.
+
+        The same entity may be asked about under many relations; nothing is done for entities that
+        are not asked about.
+
+        Parameters
+        ----------
+        view_feat : Tensor
+            (V, view_feats), the views of all entities, sorted by entity.
+        ptr : Tensor
+            (N + 1,) int64 pointer into them.
+        entity : Tensor
+            (B,) int64.
+        entity_feat : Tensor
+            (B, entity_feats).
+        rel_feat : Tensor, optional
+            (B, rel_feats), or (rel_feats,) for all; None for the relation-free gate.
+        get_weight : bool, optional
+            Whether to return the weights of the views too.
+
+        Returns
+        -------
+        Tensor
+            (B, view_feats).
+        ViewWeights, optional
+            With ``get_weight``.
+        """
+        gate = self.gate(entity_feat, rel_feat)
+        out, weights = gated_view_aggregate(
+            view_feat, ptr, entity, gate, backend=self.backend, get_weight=True
+        )
+        has_view = weights.ptr.diff() > 0
+        out = torch.where(has_view[:, None], out, self.absent.to(out.dtype))
+        return (out, weights) if get_weight else out
+
+    def gate(self, entity_feat: Tensor, rel_feat: Tensor | None = None) -> Tensor:
+        """Eq. 1: (B, view_feats) gates of (B, entity_feats) and (B, rel_feats) or (rel_feats,)."""
+        gate = self.gate_entity(entity_feat)
+        if rel_feat is not None:
+            if self.gate_relation is None:
+                raise dgl.DGLError(
+                    "This layer was made without rel_feats, but received a rel_feat of shape"
+                    f" {tuple(rel_feat.shape)}. Give rel_feats to the constructor."
+                )
+            gate = gate + self.gate_relation(rel_feat)
+        return self.activation(gate)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of the layer."""
+        return (
+            f"view_feats={self.view_feats}, entity_feats={self.entity_feats},"
+            f" rel_feats={self.rel_feats}, allow_zero_in_degree={self.allow_zero_in_degree}"
+        )

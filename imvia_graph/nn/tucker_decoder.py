@@ -1,0 +1,112 @@
+"""TuckerDecoder: Tucker scores (Eq. 6), batched by relation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class TuckerDecoder(nn.Module):
+    r"""Tucker decomposition as a score function.
+
+    .. math:: S(h, r, t) = \mathcal W \times_1 e_h \times_2 e_r \times_3 e_t
+
+    A query :math:`\mathcal W \times_1 e_h \times_2 e_r` is one vector, whose products with the
+    candidates are their scores. The relation matrix :math:`\mathcal W \times_2 e_r` is made once a
+    distinct relation of the batch. Normalisation and dropout are those of
+    `TuckER <https://arxiv.org/abs/1901.09590>`__: on the entity, on the relation matrix, on the
+    query; the mask on the matrix is drawn once a distinct relation.
+
+    Parameters
+    ----------
+    entity_feats, rel_feats : int
+        Widths of entity and relation embeddings.
+    input_dropout, relation_dropout, hidden_dropout : float, optional
+        Dropout on the entity, the relation matrix and the query. Default: ``0``.
+    batch_norm : bool, optional
+        Whether to normalise the entity and the query over the batch. Default: ``True``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.nn import TuckerDecoder
+    >>> decoder = TuckerDecoder(entity_feats=6, rel_feats=4)
+    >>> relations, entities = torch.rand(3, 4), torch.rand(10, 6)
+    >>> query = decoder(entities[:5], relations, torch.tensor([0, 2, 2, 0, 1]))
+    >>> (query @ entities.T).shape  # five queries, ten candidates
+    torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        entity_feats: int,
+        rel_feats: int,
+        input_dropout: float = 0.0,
+        relation_dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
+        batch_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.entity_feats = entity_feats
+        self.rel_feats = rel_feats
+        #: The core tensor, (rel_feats, entity_feats, entity_feats): relation, head, tail.
+        self.core = nn.Parameter(torch.empty(rel_feats, entity_feats, entity_feats))
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.relation_dropout = nn.Dropout(relation_dropout)
+        self.hidden_dropout = nn.Dropout(hidden_dropout)
+        self.input_norm = nn.BatchNorm1d(entity_feats) if batch_norm else None
+        self.hidden_norm = nn.BatchNorm1d(entity_feats) if batch_norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw a uniform core, scaled so that queries keep their size at any width."""
+        bound = (3 / self.entity_feats) ** 0.5
+        nn.init.uniform_(self.core, -bound, bound)
+        for norm in (self.input_norm, self.hidden_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+    def forward(self, head: Tensor, rel_feat: Tensor, relation: Tensor) -> Tensor:
+        """Query vectors.
+
+        Parameters
+        ----------
+        head : Tensor
+            (B, entity_feats).
+        rel_feat : Tensor
+            (R, rel_feats), a row a relation.
+        relation : Tensor
+            (B,) int64, the relation of each query.
+
+        Returns
+        -------
+        Tensor
+            (B, entity_feats).
+        """
+        head = self.input_dropout(_normalise(self.input_norm, head))
+        distinct, place = torch.unique(relation, return_inverse=True)
+        matrix = torch.tensordot(rel_feat[distinct], self.core, dims=1)
+        matrix = self.relation_dropout(matrix)
+        # Sorted by relation, each relation's queries are one product with its matrix.
+        order = torch.argsort(place, stable=True)
+        counts = torch.bincount(place, minlength=len(distinct)).tolist()
+        parts = zip(head[order].split(counts), matrix.unbind(), strict=True)
+        query = torch.cat([part @ relation_matrix for part, relation_matrix in parts])
+        query = torch.empty_like(query).index_copy(0, order, query)
+        return self.hidden_dropout(_normalise(self.hidden_norm, query))
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of the layer."""
+        return f"entity_feats={self.entity_feats}, rel_feats={self.rel_feats}"
+
+
+def _normalise(norm: nn.BatchNorm1d | None, feat: Tensor) -> Tensor:
+    """Batch normalisation; a batch of one has no variance and uses the running statistics."""
+    if norm is None:
+        return feat
+    if norm.training and len(feat) == 1:
+        return nn.functional.batch_norm(
+            feat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+        )
+    out: Tensor = norm(feat)
+    return out

@@ -1,0 +1,49 @@
+"""The aggregation in plain torch: the yardstick of every other backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imvia_graph.answers import expand, pointer
+
+
+def aggregate(
+    feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `imvia_graph.ops.gated_view_aggregate`: (B, d) sums, (T,) weights, their pointer."""
+    view, query, query_ptr = gather_views(feat, ptr, entity)
+    similarity = gated_cosine(view, gate[query])
+    # Softmax over each query's views; the maximum is a constant shift and needs no gradient.
+    top = similarity.new_full((len(entity),), -torch.inf)
+    top = top.scatter_reduce(0, query, similarity.detach(), reduce="amax")
+    weight = (similarity - top[query]).exp()
+    total = weight.new_zeros(len(entity)).index_add(0, query, weight)
+    weight = weight / total[query]
+    out = view.new_zeros(len(entity), feat.shape[1]).index_add(0, query, weight[:, None] * view)
+    return out, weight, query_ptr
+
+
+def gather_views(feat: Tensor, ptr: Tensor, entity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of each query's entity: (T, d) rows in at least float32, (T,) queries, (B + 1,) ptr."""
+    start = ptr[entity]
+    count = ptr[entity + 1] - start
+    query, position = expand(start, count)
+    view = feat[position]
+    return view.to(torch.promote_types(view.dtype, torch.float32)), query, pointer(count)
+
+
+def gated_cosine(view: Tensor, gate: Tensor) -> Tensor:
+    """cos(gate * view, view) of each row, 0 where either vector is 0 (Eq. 2)."""
+    # The cosine does not change with a view's scale; at scale 1 no square over- or underflows.
+    scale = view.detach().abs().amax(-1, keepdim=True)
+    view = view / torch.where(scale == 0, 1.0, scale)
+    square = view * view
+    gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    dot = (gate * square).sum(-1)
+    gated_norm = (gate * gate * square).sum(-1)
+    norm = square.sum(-1)
+    product = gated_norm * norm
+    # Where the product is 0 the square root has no gradient: take it of 1 there instead.
+    zero = product == 0
+    return torch.where(zero, 0.0, dot / torch.where(zero, 1.0, product).sqrt())

@@ -1,0 +1,46 @@
+"""The aggregation on torch-scatter's segment operations, where that package is installed."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from imvia_graph.errors import IMVIAError
+from imvia_graph.ops.reference import gated_cosine, gather_views
+
+
+@cache
+def _torch_scatter() -> Any:
+    """The module, or the error that kept it from loading."""
+    try:
+        import torch_scatter
+    except (ImportError, OSError) as error:
+        # OSError: built against another torch.
+        return error
+    return torch_scatter
+
+
+def usable() -> bool:
+    """Whether torch-scatter is installed and loads."""
+    return not isinstance(_torch_scatter(), Exception)
+
+
+def aggregate(
+    feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `imvia_graph.ops.gated_view_aggregate`: (B, d) sums, (T,) weights, their pointer."""
+    module = _torch_scatter()
+    if isinstance(module, Exception):
+        raise IMVIAError(
+            "The backend 'torch_scatter' needs the package torch-scatter, which does not load"
+            f" ({module}). Install it with: pip install --no-build-isolation torch-scatter"
+        )
+    view, query, query_ptr = gather_views(feat, ptr, entity)
+    similarity = gated_cosine(view, gate[query])
+    top = module.segment_max_csr(similarity.detach(), query_ptr)[0]
+    weight = (similarity - top[query]).exp()
+    weight = weight / module.segment_sum_csr(weight, query_ptr)[query]
+    out = module.segment_sum_csr(weight[:, None] * view, query_ptr)
+    return out, weight, query_ptr

@@ -1,0 +1,235 @@
+"""`fit`, `load` and `Run`: a trained model with its graph, its settings and its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imvia_graph import _files, checkpoint, inference
+from imvia_graph.errors import CheckpointError, DataError, SettingsError
+from imvia_graph.evaluation import evaluate
+from imvia_graph.io import load_kg, with_validation
+from imvia_graph.kg import MultiViewKG, Split
+from imvia_graph.model import IMVIA
+from imvia_graph.settings import Settings
+from imvia_graph.training import Callback, Progress, Trainer, resolve_device
+
+
+class Run:
+    """A trained model with all that belongs to it.
+
+    Attributes
+    ----------
+    model : IMVIA
+        At its best epoch.
+    kg : MultiViewKG
+        The graph that it was trained on, splits included.
+    settings : Settings
+        What it was trained with.
+    progress : Progress
+        Epochs trained, the best epoch and its validation MRR, seconds.
+    folder : Path or None
+        The run folder, if there is one.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig
+    >>> run = ig.fit("countries", epochs=1, dim=16)
+    >>> run.predict(head="France", relation="borders", k=3)[0].modalities.keys()
+    dict_keys(['structure', 'image', 'text', 'joint'])
+    """
+
+    def __init__(
+        self,
+        model: IMVIA,
+        kg: MultiViewKG,
+        settings: Settings,
+        progress: Progress,
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.kg, self.settings = model, kg, settings
+        self.progress, self.folder = progress, folder
+
+    def evaluate(self, split: Split = "test", **options: Any) -> dict[str, Any]:
+        """Filtered ranking metrics of a split; see `imvia_graph.evaluate`."""
+        options.setdefault("batch_size", self.settings.ranking_batch_size)
+        return evaluate(self.model, self.kg, split, **options)
+
+    def predict(
+        self,
+        *,
+        relation: str,
+        head: str | None = None,
+        tail: str | None = None,
+        k: int = 10,
+        include_known: bool = False,
+    ) -> list[inference.Prediction]:
+        """The best answers to a query; see `imvia_graph.inference.predict`."""
+        return inference.predict(
+            self.model,
+            self.kg,
+            relation=relation,
+            head=head,
+            tail=tail,
+            k=k,
+            include_known=include_known,
+        )
+
+    @torch.no_grad()
+    def entity_embeddings(self) -> dict[str, Tensor]:
+        """(num_entities, dim) on the CPU for each head, relation-free; rows as `kg.entities`."""
+        training = self.model.training
+        tables = self.model.eval().candidates()
+        self.model.train(training)
+        return {head: table.cpu() for head, table in tables.items()}
+
+    def relation_embeddings(self) -> dict[str, Tensor]:
+        """(2 num_relations, relation_dim) on the CPU for each head.
+
+        Rows are those of ``kg.relations``, then their inverses.
+        """
+        return {
+            head: table.get_parameter("weight").detach().cpu().clone()
+            for head, table in zip(self.model.heads, self.model.relation, strict=True)
+        }
+
+    def __repr__(self) -> str:
+        where = f" in {self.folder}" if self.folder else ""
+        return f"<Run of {self.kg}{where}: {self.progress.epoch} epochs, heads {self.model.heads}>"
+
+
+def fit(
+    kg: str | os.PathLike[str] | MultiViewKG,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    settings: Settings | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **overrides: Any,
+) -> Run:
+    """Train IMVIA on a graph.
+
+    Parameters
+    ----------
+    kg : MultiViewKG, name or folder
+        Anything that `load_kg` takes.
+    out : path, optional
+        The run folder to write. Default: none is written.
+    settings : Settings, optional
+        Default: the default settings.
+    resume : bool
+        Whether to go on with the run in ``out``, with its graph and its settings; of the
+        ``overrides``, ``epochs``, ``patience``, ``device`` and ``validate_every`` may differ then.
+        A run that ended is taken as it is, unless there are more epochs to go.
+    callbacks : sequence of Callback
+        See `imvia_graph.training.Callback`.
+    **overrides
+        Settings by name, over ``settings``.
+
+    Returns
+    -------
+    Run
+        With the model of the best epoch by validation MRR; of the last one where there are no
+        validation triples.
+
+    Raises
+    ------
+    DataError, SettingsError, CheckpointError
+
+    Examples
+    --------
+    >>> import imvia_graph as ig
+    >>> run = ig.fit("countries", epochs=2, dim=16, seed=1)
+    >>> 0 < run.evaluate("test")["both"]["mrr"] < 1
+    True
+    """
+    folder = None if out is None else Path(out)
+    if resume:
+        if folder is None:
+            raise CheckpointError("resume: give the run folder as out.")
+        return _resume(folder, callbacks, overrides)
+    chosen = (settings or Settings()).replace(**overrides)
+    device = resolve_device(chosen.device)
+    graph = with_validation(
+        kg if isinstance(kg, MultiViewKG) else load_kg(kg, "published"),
+        chosen.validation,
+        chosen.seed,
+    )
+    _check_modalities(graph, chosen)
+    torch.manual_seed(chosen.seed)
+    trainer = _trainer(graph, chosen, device, callbacks)
+    if folder is not None:
+        checkpoint.start_run(folder, graph, chosen)
+        trainer.callbacks.insert(0, checkpoint.RunFolder(folder))
+    progress = trainer.fit()
+    return Run(trainer.model.eval(), graph, chosen, progress, folder)
+
+
+#: Settings that a resumed run may change without becoming another run.
+RESUMABLE = ("epochs", "patience", "device", "validate_every", "checkpoint_every")
+
+
+def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, Any]) -> Run:
+    graph, settings = checkpoint.open_run(folder)
+    changed = settings.replace(**overrides)
+    for key in overrides:
+        if key not in RESUMABLE and getattr(changed, key) != getattr(settings, key):
+            raise SettingsError(
+                f"Setting {key}: the run in {folder} has {getattr(settings, key)!r}; a resumed run"
+                f" keeps its settings but for {', '.join(RESUMABLE)}. Start another run instead."
+            )
+    device = resolve_device(changed.device)
+    torch.manual_seed(changed.seed)
+    trainer = _trainer(graph, changed, device, callbacks)
+    # A run that was stopped before its first checkpoint starts again, from the same seed.
+    if (folder / checkpoint.LAST).is_file():
+        checkpoint.load_trainer(folder / checkpoint.LAST, trainer)
+    if changed != settings:
+        _files.write_text(folder / "settings.yaml", changed.to_yaml())
+    trainer.callbacks.insert(0, checkpoint.RunFolder(folder))
+    progress = trainer.fit()
+    return Run(trainer.model.eval(), graph, changed, progress, folder)
+
+
+def load(folder: str | os.PathLike[str], device: str = "auto") -> Run:
+    """Load a run from its folder, with the model of its best epoch.
+
+    Parameters
+    ----------
+    folder : path
+        What `fit` wrote.
+    device : str
+        Where to put the model.
+
+    Raises
+    ------
+    CheckpointError
+        No run, a run without a checkpoint, or one that cannot be read.
+    """
+    path = Path(folder)
+    graph, settings = checkpoint.open_run(path)
+    model = IMVIA.from_kg(graph, settings).to(resolve_device(device))
+    progress = checkpoint.load_model(path / checkpoint.BEST, model)
+    return Run(model.eval(), graph, settings, progress, path)
+
+
+def _trainer(
+    kg: MultiViewKG, settings: Settings, device: torch.device, callbacks: Sequence[Callback]
+) -> Trainer:
+    model = IMVIA.from_kg(kg, settings).to(device)
+    return Trainer(model, kg, settings, callbacks)
+
+
+def _check_modalities(kg: MultiViewKG, settings: Settings) -> None:
+    """A modality that is asked for and not there is a mistake, not an empty one."""
+    missing = [name for name in settings.modalities or [] if name not in kg.modalities]
+    if missing:
+        raise DataError(
+            f"Setting modalities: {kg} has no views of {', '.join(map(repr, missing))}; it has"
+            f" {', '.join(map(repr, kg.modalities)) or 'none'}."
+        )

@@ -1,0 +1,222 @@
+"""Every setting of a run, in one documented list.
+
+A YAML or TOML file, ``--set key=value`` and keyword arguments of `imvia_graph.fit` all reach all of
+it. ``imvia-graph settings`` prints the list with the defaults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rapidfuzz import process
+
+from imvia_graph import _files
+from imvia_graph.errors import SettingsError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Settings(BaseModel):
+    """Settings of the model, its losses, training and ranking.
+
+    Raises
+    ------
+    SettingsError
+        From `Settings.create` and `Settings.read`: an unknown key (with the nearest known one) or a
+        value that the key cannot take.
+
+    Examples
+    --------
+    >>> from imvia_graph import Settings
+    >>> Settings.create({"dim": 64}).dim
+    64
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # -- data
+    validation: Literal["auto", "published", "held-out"] = Field(
+        "auto",
+        description="Validation set: the published one, 5 % held out of train, or held-out only"
+        " where the published one shares triples with train (auto).",
+    )
+    modalities: list[str] | None = Field(
+        None, description="Modalities to use, of those that the graph has; null for all."
+    )
+
+    # -- model
+    dim: int = Field(256, ge=1, description="Width of entity embeddings and of every head.")
+    relation_dim: int | None = Field(
+        None, ge=1, description="Width of relation embeddings; null for the same as dim."
+    )
+    joint: bool = Field(True, description="Whether there is a joint head beside the modalities'.")
+    residual: bool = Field(
+        True,
+        description="Add a free vector an entity to each projected modality embedding (not in the"
+        " paper).",
+    )
+    candidates: Literal["shared", "relation"] = Field(
+        "shared",
+        description="Candidate tables: relation-free and shared by a batch, or the exact form of"
+        " Eq. 1, made anew for each relation.",
+    )
+    decision: Literal["trained", "detached", "mean"] = Field(
+        "trained",
+        description="Relation-aware decision over the heads: trained with them, trained on their"
+        " scores as given (detached), or their plain mean.",
+    )
+    backend: Literal["auto", "reference", "torch_scatter"] = Field(
+        "auto", description="What aggregates views: plain torch, torch-scatter, or the best there."
+    )
+    batch_norm: bool = Field(True, description="Batch normalisation in the Tucker decoder.")
+    input_dropout: float = Field(0.3, ge=0, lt=1, description="Dropout on the query's entity.")
+    relation_dropout: float = Field(0.4, ge=0, lt=1, description="Dropout on relation matrices.")
+    hidden_dropout: float = Field(0.5, ge=0, lt=1, description="Dropout on the query vector.")
+
+    # -- losses
+    regime: Literal["1vsall", "kvsall", "sampled"] = Field(
+        "1vsall",
+        description="Positives and negatives of a query: one answer against all entities, all known"
+        " answers against all entities, or one answer against sampled entities.",
+    )
+    loss: Literal["softmax", "binary"] = Field(
+        "softmax", description="Completion loss: softmax or binary cross-entropy (Eq. 7)."
+    )
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="Label smoothing of that loss.")
+    negatives: int = Field(256, ge=1, description="Negatives a query in the regime 'sampled'.")
+    lambda_information: float = Field(
+        1e-4, ge=0, description="Weight of L1, mutual information (Eq. 8; the paper has 1)."
+    )
+    lambda_alignment: float = Field(0.1, ge=0, description="Weight of L2, alignment (lambda 1).")
+    lambda_completion: float = Field(1.0, gt=0, description="Weight of L3, completion (lambda 2).")
+    alignment: Literal["contrastive", "printed"] = Field(
+        "contrastive", description="Form of L2: contrastive, or Eq. 5 as printed."
+    )
+    temperature: float = Field(0.1, gt=0, description="Temperature of L2 to start from.")
+    information_dim: int = Field(128, ge=1, description="Hidden width of L1's estimator.")
+    information_learning_rate: float = Field(
+        1e-3, gt=0, description="Learning rate of L1's estimator."
+    )
+
+    # -- training
+    epochs: int = Field(100, ge=0, description="Epochs at most.")
+    batch_size: int = Field(1024, ge=1, description="Queries a batch.")
+    optimizer: Literal["adam", "adamw", "adagrad"] = Field("adam", description="Optimizer.")
+    learning_rate: float = Field(1e-3, gt=0, description="Learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
+    gradient_clip: float | None = Field(
+        None, gt=0, description="Largest norm of the gradient; null for none."
+    )
+    validate_every: int = Field(1, ge=1, description="Epochs between validations.")
+    patience: int | None = Field(
+        10, ge=1, description="Validations without a better MRR before stopping; null for never."
+    )
+    checkpoint_every: int = Field(1, ge=1, description="Epochs between checkpoints to resume from.")
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+
+    # -- machine
+    device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto for a GPU if there is one.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Precision of matrix products in training; auto for bfloat16 where the device"
+        " has it. Ranking is always in float32.",
+    )
+    ranking_batch_size: int = Field(1024, ge=1, description="Queries ranked at a time.")
+
+    @classmethod
+    def create(cls, *layers: Mapping[str, Any]) -> Settings:
+        """Settings from mappings, later ones over earlier ones, over the defaults."""
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged.update(layer)
+        try:
+            return cls(**merged)
+        except ValidationError as error:
+            raise SettingsError(_explain(error)) from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> dict[str, Any]:
+        """A mapping from a YAML or TOML file, checked by `create` together with the rest."""
+        path = Path(path)
+        with _files.open_input(path) as file:
+            content = file.read()
+        try:
+            if path.suffix == ".toml":
+                values = tomllib.loads(content.decode("utf-8"))
+            elif path.suffix in (".yaml", ".yml"):
+                values = yaml.safe_load(content.decode("utf-8"))
+            else:
+                raise SettingsError(f"{path}: expected a .yaml, .yml or .toml file.")
+        except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{path} cannot be read: {error}") from error
+        if values is None:
+            return {}
+        if not isinstance(values, dict):
+            raise SettingsError(f"{path}: expected a mapping of settings, found {values!r}.")
+        cls.create(values)
+        return values
+
+    @classmethod
+    def parse(cls, assignments: Sequence[str]) -> dict[str, Any]:
+        """A mapping from ``key=value`` texts; values are read as YAML.
+
+        >>> from imvia_graph import Settings
+        >>> Settings.parse(["dim=64", "joint=false", "modalities=[text]"])
+        {'dim': 64, 'joint': False, 'modalities': ['text']}
+        """
+        values = {}
+        for text in assignments:
+            key, equals, value = text.partition("=")
+            if not equals:
+                raise SettingsError(f"--set {text}: expected key=value, for example dim=128.")
+            try:
+                parsed = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise SettingsError(f"--set {text}: the value cannot be read: {error}") from None
+            # YAML 1.1 takes 1e-3 for a text; people do not.
+            if isinstance(parsed, str):
+                with contextlib.suppress(ValueError):
+                    parsed = float(parsed)
+            values[key.strip()] = parsed
+        return values
+
+    def replace(self, **changes: Any) -> Settings:
+        """The same settings with some changed."""
+        return Settings.create(self.model_dump(), changes)
+
+    def to_yaml(self, comments: bool = False) -> str:
+        """The settings as YAML, on request with what each is for."""
+        lines = []
+        for key, field in type(self).model_fields.items():
+            text = yaml.safe_dump({key: getattr(self, key)}, allow_unicode=True).strip()
+            if comments:
+                lines.append(f"# {field.description}")
+            lines.append(text)
+            if comments:
+                lines.append("")
+        return "\n".join(lines).rstrip() + "\n"
+
+
+def _explain(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = process.extractOne(key, list(Settings.model_fields))
+            hint = f"; did you mean {near[0]!r}?" if near and near[1] > 60 else "."
+            problems.append(
+                f"There is no setting {key!r}{hint} `imvia-graph settings` lists them all."
+            )
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            problems.append(f"Setting {key}: {message}; received {item['input']!r}.")
+    return " ".join(problems)

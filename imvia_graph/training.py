@@ -1,0 +1,411 @@
+"""The fit loop: batches of queries, one step, epochs with validation and early stopping.
+
+It knows nothing of files or the terminal but through callbacks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from imvia_graph.answers import AnswerIndex, with_inverses
+from imvia_graph.errors import IMVIAError, SettingsError
+from imvia_graph.evaluation import rank, rank_metrics
+from imvia_graph.kg import SPLITS, MultiViewKG
+from imvia_graph.losses import Positives, completion, total_loss
+from imvia_graph.model import DECISION, IMVIA
+from imvia_graph.settings import Settings
+
+
+class Callback:
+    """What training tells whoever wants to know; override what is of interest."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first epoch of this call."""
+
+    def on_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
+        """After a step; ``losses`` are detached scalars on the model's device."""
+
+    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """After an epoch and its validation, with what ``metrics.jsonl`` holds of it."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last epoch."""
+
+
+@dataclass
+class Progress:
+    """How far training has come; with the tensors of `Trainer.state`, all that resuming needs."""
+
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int = 0
+    best_mrr: float | None = None
+    #: Validations since the best one.
+    waited: int = 0
+    seconds: float = 0.0
+    #: Why training ended; empty while it has not.
+    ended: str = ""
+
+
+@dataclass
+class Batch:
+    """A batch of queries: (entity, relation, answer), and which scores are positives.
+
+    ``candidate`` is None where all entities are candidates, else (B, 1 + negatives) int64 with the
+    answer in column 0.
+    """
+
+    entity: Tensor
+    relation: Tensor
+    positives: Positives
+    candidate: Tensor | None = None
+
+
+class Trainer:
+    """Trains a model on the training triples of a graph.
+
+    Parameters
+    ----------
+    model : IMVIA
+        Trained in place, on the device where it is.
+    kg : MultiViewKG
+        Its ``train`` is trained on, its ``valid`` chooses the epoch; ``test`` only filters.
+    settings : Settings
+        See the groups *losses* and *training*.
+    callbacks : sequence of Callback, optional
+
+    Attributes
+    ----------
+    progress : Progress
+        How far it has come.
+    best_state : dict of str to Tensor or None
+        Copy of the model's state at the best validation MRR.
+
+    Notes
+    -----
+    The test triples take part in one thing only: the filter of validation ranks, as is customary.
+    Without validation triples nothing is chosen, and the last epoch is kept.
+    """
+
+    def __init__(
+        self,
+        model: IMVIA,
+        kg: MultiViewKG,
+        settings: Settings,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.model, self.kg, self.settings = model, kg, settings
+        self.callbacks = list(callbacks)
+        self.progress = Progress()
+        self.best_state: dict[str, Tensor] | None = None
+        self.batches = Batches(kg, settings, model.device)
+        self.precision = training_dtype(settings, model.device)
+        self.known = kg.answers(SPLITS)
+        estimators = [] if model.information is None else list(model.information.parameters())
+        theirs = {id(parameter) for parameter in estimators}
+        ours = [p for p in model.parameters() if id(p) not in theirs]
+        self.parameters = ours
+        self.optimizer = make_optimizer(settings, ours)
+        self.estimator_optimizer = (
+            torch.optim.Adam(estimators, lr=settings.information_learning_rate)
+            if estimators and settings.lambda_information
+            else None
+        )
+        self.scaler = torch.amp.GradScaler(
+            model.device.type, enabled=self.precision == torch.float16
+        )
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def fit(self) -> Progress:
+        """Train until the epochs are done or validation has not improved for ``patience`` times."""
+        settings, progress = self.settings, self.progress
+        more_patience = settings.patience is None or progress.waited < settings.patience
+        if progress.epoch < settings.epochs and more_patience:
+            progress.ended = ""  # a run that ended, resumed with more epochs or patience
+        for callback in self.callbacks:
+            callback.on_start(self)
+        while not progress.ended:
+            if progress.epoch >= settings.epochs:
+                progress.ended = "epochs"
+                break
+            started = time.perf_counter()
+            losses = self.train_epoch()
+            progress.epoch += 1
+            record: dict[str, Any] = {"epoch": progress.epoch, **losses}
+            record["seconds"] = time.perf_counter() - started
+            last = progress.epoch >= settings.epochs
+            if len(self.kg.valid) and (progress.epoch % settings.validate_every == 0 or last):
+                record["valid"] = self.validate()
+            progress.seconds += time.perf_counter() - started
+            if settings.patience is not None and progress.waited >= settings.patience:
+                progress.ended = "patience"
+            elif last:
+                progress.ended = "epochs"
+            for callback in self.callbacks:
+                callback.on_epoch(self, record)
+        if self.best_state is not None:
+            self.model.load_state_dict(self.best_state)
+        else:
+            progress.best_epoch = progress.epoch
+        for callback in self.callbacks:
+            callback.on_end(self)
+        return progress
+
+    def train_epoch(self) -> dict[str, float]:
+        """One pass over the queries: the mean of each loss."""
+        self.model.train()
+        sums: dict[str, Tensor] = {}
+        count = 0
+        for batch in self.batches:
+            losses = self.train_step(batch)
+            for name, value in losses.items():
+                sums[name] = sums[name] + value if name in sums else value
+            count += 1
+            self.progress.step += 1
+            for callback in self.callbacks:
+                callback.on_step(self, losses)
+        means = {name: (value / count).item() for name, value in sums.items()}
+        if not math.isfinite(means["loss"]):
+            raise IMVIAError(
+                f"Epoch {self.progress.epoch + 1}: the loss is {means['loss']} ("
+                + ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+                + "). The last checkpoint is from before it. Try a smaller learning_rate, a"
+                " gradient_clip, or precision=float32."
+            )
+        return means
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One step: losses of Eq. 8, backward, optimizers. Returns detached losses."""
+        with torch.autocast(
+            self.model.device.type, self.precision, enabled=self.precision != torch.float32
+        ):
+            losses, estimation = self.losses(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(losses["loss"]).backward()
+        if self.settings.gradient_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.parameters, self.settings.gradient_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.estimator_optimizer is not None and estimation is not None:
+            # After the model's step: its backward has left gradients on the estimators, too.
+            self.estimator_optimizer.zero_grad(set_to_none=True)
+            estimation.backward()
+            self.estimator_optimizer.step()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The total and its parts (Eq. 4, 5, 7, 8), and the loss of L1's estimators."""
+        model, settings = self.model, self.settings
+        embedding = model.embed(batch.entity, batch.relation)
+        queries = model.decode(embedding, batch.relation)
+        l3 = self._completion(batch, queries)
+        l1 = l2 = l3.new_zeros(())
+        estimation = None
+        sources = {name: embedding.heads[name] for name in model.heads[: 1 + len(model.modalities)]}
+        # These are sums and differences of likelihoods and want float32.
+        with torch.autocast(model.device.type, enabled=False):
+            sources = {name: value.float() for name, value in sources.items()}
+            if model.alignment is not None and settings.lambda_alignment:
+                l2 = model.alignment(sources, batch.entity, embedding.present)
+            if model.information is not None and settings.lambda_information:
+                l1 = model.information(sources, embedding.present)
+                estimation = model.information.estimation_loss(sources, embedding.present)
+        total = total_loss(
+            l1,
+            l2,
+            l3,
+            settings.lambda_information,
+            settings.lambda_alignment,
+            settings.lambda_completion,
+        )
+        parts = {"loss": total, "information": l1, "alignment": l2, "completion": l3}
+        return parts, estimation
+
+    def _completion(self, batch: Batch, queries: dict[str, Tensor]) -> Tensor:
+        """L3 of a batch; with ``candidates="relation"`` the tables are made a relation."""
+        model, settings = self.model, self.settings
+        if settings.candidates == "shared":
+            return self._head_losses(
+                model.scores(queries, self._candidates(batch), batch.relation), batch.positives
+            )
+        total = torch.zeros((), device=model.device)
+        for one in batch.relation.unique():
+            rows = (batch.relation == one).nonzero().flatten()
+            tables = self._candidates(batch, one, rows)
+            mine = {head: query[rows] for head, query in queries.items()}
+            scores = model.scores(mine, tables, batch.relation[rows])
+            place = torch.full_like(batch.relation, -1)
+            place[rows] = torch.arange(len(rows), device=model.device)
+            row = place[batch.positives.row]
+            positives = Positives(row[row >= 0], batch.positives.col[row >= 0])
+            total = total + self._head_losses(scores, positives) * (len(rows) / len(batch.entity))
+        return total
+
+    def _candidates(
+        self, batch: Batch, relation: Tensor | None = None, rows: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        if batch.candidate is None:
+            return self.model.candidates(relation)
+        candidate = batch.candidate if rows is None else batch.candidate[rows]
+        # Each entity is embedded once, however many queries it is a candidate of.
+        distinct, place = candidate.unique(return_inverse=True)
+        tables = self.model.candidates(relation, distinct)
+        return {head: table[place] for head, table in tables.items()}
+
+    def _head_losses(self, scores: dict[str, Tensor], positives: Positives) -> Tensor:
+        # The decision is learned with the heads; one head alone is its own decision, and the mean
+        # has nothing to learn.
+        if len(scores) == 2 or self.settings.decision == "mean":
+            scores = {name: score for name, score in scores.items() if name != DECISION}
+        return completion(scores, positives, self.settings.loss, self.settings.label_smoothing)
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of both sides on the validation triples; keeps the state if they are the best."""
+        ranking = rank(
+            self.model, self.kg.valid, self.known, self.settings.ranking_batch_size, heads=()
+        )
+        metrics = rank_metrics(torch.cat([ranking.head[DECISION], ranking.tail[DECISION]]))
+        progress = self.progress
+        if progress.best_mrr is None or metrics["mrr"] > progress.best_mrr:
+            progress.best_mrr, progress.best_epoch = metrics["mrr"], progress.epoch
+            progress.waited = 0
+            self.best_state = {
+                name: value.detach().clone() for name, value in self.model.state_dict().items()
+            }
+        else:
+            progress.waited += 1
+        return metrics
+
+
+# -- batches --------------------------------------------------------------------------------------
+
+
+class Batches:
+    """The queries of an epoch, in batches, shuffled by a generator of its own.
+
+    A batch never has less than half of ``batch_size`` queries where the epoch has as many: the
+    queries are shared out evenly. With ``candidates="relation"`` a batch holds queries of few
+    relations.
+    """
+
+    def __init__(self, kg: MultiViewKG, settings: Settings, device: torch.device) -> None:
+        self.settings = settings
+        self.num_entities = kg.num_entities
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        if settings.regime == "kvsall":
+            self.answers: AnswerIndex | None = kg.answers(["train"]).to(device)
+            queries = self.answers.queries()
+            self.queries = torch.cat([queries, queries.new_zeros(len(queries), 1)], dim=1)
+        else:
+            self.answers = None
+            self.queries = with_inverses(kg.train, kg.num_relations).to(device)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.queries) / self.settings.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.randperm(len(self.queries), generator=self.generator)
+        if self.settings.candidates == "relation":
+            relation = self.queries[:, 1].cpu()
+            order = order[torch.argsort(relation[order], stable=True)]
+            parts = list(order.tensor_split(len(self)))
+            parts = [parts[i] for i in torch.randperm(len(parts), generator=self.generator)]
+        else:
+            parts = list(order.tensor_split(len(self)))
+        for part in parts:
+            yield self._batch(self.queries[part.to(self.queries.device)])
+
+    def _batch(self, queries: Tensor) -> Batch:
+        entity, relation, answer = queries.unbind(1)
+        if self.answers is not None:
+            return Batch(entity, relation, Positives(*self.answers.pairs(entity, relation)))
+        row = torch.arange(len(queries), device=queries.device)
+        if self.settings.regime == "1vsall":
+            return Batch(entity, relation, Positives(row, answer))
+        negative = torch.randint(
+            self.num_entities, (len(queries), self.settings.negatives), generator=self.generator
+        ).to(queries.device)
+        candidate = torch.cat([answer[:, None], negative], dim=1)
+        return Batch(entity, relation, Positives(row, torch.zeros_like(row)), candidate)
+
+
+# -- optimizers and precision ---------------------------------------------------------------------
+
+
+def make_optimizer(
+    settings: Settings, parameters: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer that the settings name, fused where torch has that."""
+    kinds = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "adagrad": torch.optim.Adagrad,
+    }
+    return kinds[settings.optimizer](
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+def training_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """The precision of training on a device."""
+    if settings.precision != "auto":
+        dtype: torch.dtype = getattr(torch, settings.precision)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(supported and supported()) and any(
+        flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16")
+    )
+
+
+def _cpu_flags() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line for line in file if line.startswith("flags")), "")
+    except OSError:
+        return ""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a setting names, ``auto`` included."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            f"Setting device: {name!r} cannot be used here ({str(error).splitlines()[0]})."
+        ) from None
+    return device
+
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Callback",
+    "Progress",
+    "Trainer",
+    "cpu_has_bfloat16",
+    "make_optimizer",
+    "resolve_device",
+    "training_dtype",
+]
