@@ -83,7 +83,7 @@ def fit(
                     "SOURCE is missing: a data set's name or a folder. Try: imvia-graph fit"
                     " countries"
                 )
-            kg = load_kg(source, settings.validation, settings.seed)
+            kg = load_kg(source, "published")  # fit sees to the validation set
             console.print(repr(kg), markup=False)
             out = out or _free_folder(kg.name)
             run = fit_model(kg, out=out, settings=settings, callbacks=[bar])

@@ -79,8 +79,9 @@ class MutualInformation(nn.Module):
         total = _zero(embeddings)
         for estimator, (x, y) in self._present_pairs(embeddings, present):
             shuffled = y[torch.randperm(len(y), device=y.device)]
-            gain = estimator.log_likelihood(x, y) - estimator.log_likelihood(x, shuffled)
-            total = total + gain.mean()
+            mean, log_variance = estimator(x)
+            gain = log_likelihood(y, mean, log_variance)
+            total = total + (gain - log_likelihood(shuffled, mean, log_variance)).mean()
         return total
 
     def estimation_loss(
@@ -89,7 +90,7 @@ class MutualInformation(nn.Module):
         """Negative log-likelihood of the estimators on detached embeddings; arguments as above."""
         total = _zero(embeddings)
         for estimator, (x, y) in self._present_pairs(embeddings, present):
-            total = total - estimator.log_likelihood(x.detach(), y.detach()).mean()
+            total = total - log_likelihood(y.detach(), *estimator(x.detach())).mean()
         return total
 
     def _present_pairs(
@@ -113,10 +114,14 @@ class GaussianEstimator(nn.Module):
         # Tanh bounds the log-variance to (-1, 1), as CLUB's authors do for stability.
         self.log_variance = nn.Sequential(*_perceptron(feats, hidden_feats), nn.Tanh())
 
-    def log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
-        """(B,) log q(y|x), up to the constant that cancels in the bound."""
-        mean, log_variance = self.mean(x), self.log_variance(x)
-        return -0.5 * ((y - mean) ** 2 / log_variance.exp() + log_variance).sum(-1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, feats) means and log-variances given (B, feats)."""
+        return self.mean(x), self.log_variance(x)
+
+
+def log_likelihood(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """(B,) log-density of a diagonal Gaussian, up to the constant that cancels in the bound."""
+    return -0.5 * ((y - mean) ** 2 / log_variance.exp() + log_variance).sum(-1)
 
 
 def _perceptron(feats: int, hidden_feats: int) -> nn.Sequential:
