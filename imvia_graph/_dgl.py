@@ -110,8 +110,8 @@ def _why_graphbolt_cannot_load(folder: Path) -> str | None:
 def _bind_submodules() -> None:
     """Make every loaded submodule of DGL an attribute of its package.
 
-    The import system does so for what it has loaded itself. The stand-in it has not, nor what is left
-    over from an ``import dgl`` that failed before this module was there to help.
+    The import system does so for what it has just loaded. That leaves out the stand-in, and what is
+    left over from an ``import dgl`` that failed before this module was there to help.
     """
     for name, module in list(sys.modules.items()):
         if name.startswith("dgl."):

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias, overload
 
+import torch
 from torch import Tensor
 
 from imvia_graph.errors import IMVIAError
 from imvia_graph.ops import reference, scatter
 
 Backend = Literal["auto", "reference", "torch_scatter"]
+Aggregate: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch_scatter")
 
 __all__ = ["BACKENDS", "Backend", "ViewWeights", "gated_view_aggregate"]
@@ -89,8 +92,8 @@ def gated_view_aggregate(
     gate : Tensor
         (B, d) floating point: the gate of each query.
     backend : {"auto", "reference", "torch_scatter"}
-        ``reference`` is plain torch; ``torch_scatter`` needs that package; ``auto`` takes the
-        fastest that is there.
+        ``reference`` is plain torch; ``torch_scatter`` needs that package; ``auto`` is
+        ``torch_scatter`` where it is installed and knows the device, else ``reference``.
     get_weight : bool
         Whether to return the views' weights too.
 
@@ -119,18 +122,19 @@ def gated_view_aggregate(
             [3.0000, 4.0000]])
     """
     _check(feat, ptr, entity, gate)
-    out, weight, weight_ptr = _function(backend)(feat, ptr, entity, gate)
+    out, weight, weight_ptr = _function(backend, feat.device)(feat, ptr, entity, gate)
     return (out, ViewWeights(weight, weight_ptr)) if get_weight else out
 
 
-def _function(backend: Backend):  # type: ignore[no-untyped-def]
+def _function(backend: Backend, device: torch.device) -> Aggregate:
     if backend == "reference":
         return reference.aggregate
     if backend == "torch_scatter":
         return scatter.aggregate
     if backend == "auto":
-        # Measured on a CPU the two are alike; on a GPU torch-scatter saves the atomic additions.
-        return scatter.aggregate if scatter.usable() else reference.aggregate
+        # Alike in time on a CPU; on a GPU segment sums need no atomic additions, and so are the
+        # same from run to run.
+        return scatter.aggregate if scatter.usable(device) else reference.aggregate
     raise IMVIAError(
         f"gated_view_aggregate: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from imvia_graph.errors import IMVIAError
@@ -22,9 +23,14 @@ def _torch_scatter() -> Any:
     return torch_scatter
 
 
-def usable() -> bool:
-    """Whether torch-scatter is installed and loads."""
-    return not isinstance(_torch_scatter(), Exception)
+def usable(device: torch.device) -> bool:
+    """Whether torch-scatter is installed, loads, and has its operations for a device."""
+    if isinstance(_torch_scatter(), Exception):
+        return False
+    # Its build for CUDA tells the CUDA version, its build for the CPU alone -1.
+    return device.type == "cpu" or (
+        device.type == "cuda" and torch.ops.torch_scatter.cuda_version() > 0
+    )
 
 
 def aggregate(
