@@ -98,13 +98,14 @@ def filtered_ranks(scores: Tensor, answer: Tensor, row: Tensor, col: Tensor) -> 
     answer : Tensor
         (B,) int64: the candidate whose rank is asked for.
     row, col : Tensor
-        (P,) int64: candidate ``col`` is a known answer of query ``row`` and does not compete;
-        the asked one may be among them.
+        (P,) int64, distinct pairs: candidate ``col`` is a known answer of query ``row`` and does
+        not compete; the asked one may be among them.
 
     Returns
     -------
     Tensor
-        (B,) float64 ranks from 1 on. A NaN score of the answer ranks last.
+        (B,) float64 ranks from 1 on. NaN is no defence: a candidate whose score is NaN counts as
+        better than any answer, and an answer whose score is NaN ranks behind all candidates.
 
     Examples
     --------
@@ -118,16 +119,17 @@ def filtered_ranks(scores: Tensor, answer: Tensor, row: Tensor, col: Tensor) -> 
     tensor([2.5000], dtype=torch.float64)
     """
     true = scores.gather(1, answer[:, None])
-    better = (scores > true).sum(1)
-    tied = (scores == true).sum(1) - 1
+    # The answer itself is tied with itself, or, where it is NaN, better than itself.
+    nan = true[:, 0].isnan().long()
+    better = (~(scores <= true)).sum(1) - nan
+    tied = (scores == true).sum(1) - 1 + nan
     # Known answers are few: take them out of the counts instead of out of the scores.
     other = col != answer[row]
     row, col = row[other], col[other]
     known = scores[row, col]
-    better = better.index_add(0, row, -(known > true[row, 0]).long())
+    better = better.index_add(0, row, -(~(known <= true[row, 0])).long())
     tied = tied.index_add(0, row, -(known == true[row, 0]).long())
-    ranks = 1 + better.double() + tied.double() / 2
-    return torch.where(true[:, 0].isnan(), float(scores.shape[1]), ranks)
+    return 1 + better.double() + tied.double() / 2
 
 
 @torch.no_grad()

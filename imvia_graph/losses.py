@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from imvia_graph.errors import SettingsError
+
 #: exp of this is the largest inverse temperature, as in CLIP.
 _LARGEST_LOG_SCALE = math.log(100.0)
 
@@ -152,13 +154,25 @@ class Alignment(nn.Module):
 
     def __init__(self, form: str = "contrastive", temperature: float = 0.1) -> None:
         super().__init__()
+        if form not in ALIGNMENTS:
+            raise SettingsError(
+                f"Alignment: unknown form {form!r}; expected one of {', '.join(ALIGNMENTS)}."
+            )
         self.form = form
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.initial_temperature = temperature
+        self.log_scale = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from the initial temperature."""
+        nn.init.constant_(self.log_scale, -math.log(self.initial_temperature))
 
     @property
     def temperature(self) -> Tensor:
         """The temperature now."""
-        return (-self.log_scale.clamp(max=_LARGEST_LOG_SCALE)).exp()
+        # The gradient passes the bound, so that a temperature that has reached it can come back.
+        excess = (self.log_scale - _LARGEST_LOG_SCALE).clamp(min=0).detach()
+        return (excess - self.log_scale).exp()
 
     def forward(
         self,
@@ -183,7 +197,7 @@ class Alignment(nn.Module):
         Tensor
             A scalar; 0 where there is nothing to align.
         """
-        function = printed_alignment if self.form == "printed" else contrastive_alignment
+        function = ALIGNMENTS[self.form]
         total = _zero(embeddings)
         for m, n in combinations(embeddings, 2):
             rows = _present_mask(present, m, n)
@@ -249,6 +263,9 @@ def printed_alignment(
     return -(p * log_q + q * log_p).sum(dim=1).mean()
 
 
+ALIGNMENTS = {"contrastive": contrastive_alignment, "printed": printed_alignment}
+
+
 def _without_twins(similarity: Tensor, entity: Tensor | None) -> Tensor:
     if entity is None:
         return similarity
@@ -292,14 +309,14 @@ def binary_completion(scores: Tensor, positives: Positives, label_smoothing: flo
     Tensor
         A scalar.
     """
-    scores = scores.float()
+    scores = _at_least_float32(scores)
     smooth = label_smoothing / scores.shape[1]
     positive = scores[positives.row, positives.col]
-    # -y log s(S) - (1 - y) log s(-S) = softplus(S) - y S
+    # -y log s(S) - (1 - y) log s(-S) = softplus(S) - y S = softplus(-S) + (1 - y) S
     everything = functional.softplus(scores).sum() - smooth * scores.sum()
     as_negatives = (functional.softplus(positive) - smooth * positive).sum()
     num_negative = scores.numel() - len(positive)
-    positive_loss = functional.softplus(positive) - (1 - label_smoothing + smooth) * positive
+    positive_loss = functional.softplus(-positive) + (label_smoothing - smooth) * positive
     return positive_loss.mean() + (everything - as_negatives) / max(num_negative, 1)
 
 
@@ -315,13 +332,16 @@ def softmax_completion(
 
     Parameters are those of `binary_completion`. Not in the paper; it learns far faster.
     """
-    scores = scores.float()
+    scores = _at_least_float32(scores)
     counts = torch.bincount(positives.row, minlength=len(scores))
     positive = scores[positives.row, positives.col] / counts[positives.row]
     loss = scores.logsumexp(dim=1).sum() - (1 - label_smoothing) * positive.sum()
     if label_smoothing:
         loss = loss - label_smoothing * scores.mean(dim=1).sum()
     return loss / len(scores)
+
+
+COMPLETIONS = {"softmax": softmax_completion, "binary": binary_completion}
 
 
 def completion(
@@ -341,7 +361,11 @@ def completion(
     >>> completion(scores, positives) / 2  # log 4 a head
     tensor(1.3863)
     """
-    function = binary_completion if loss == "binary" else softmax_completion
+    if loss not in COMPLETIONS:
+        raise SettingsError(
+            f"completion: unknown loss {loss!r}; expected one of {', '.join(COMPLETIONS)}."
+        )
+    function = COMPLETIONS[loss]
     parts = [function(part, positives, label_smoothing) for part in scores.values()]
     return torch.stack(parts).sum()
 
@@ -366,6 +390,10 @@ def total_loss(
 
 
 # -- shared ---------------------------------------------------------------------------------------
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def _zero(embeddings: Mapping[str, Tensor]) -> Tensor:

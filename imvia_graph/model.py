@@ -82,7 +82,7 @@ class IMVIA(nn.Module):
         super().__init__()
         s = self.settings = settings or Settings()
         self.num_entities, self.num_relations = num_entities, num_relations
-        relation_dim = s.relation_dim or s.dim
+        relation_dim = s.relation_dim
         self.modalities = list(views)
         for i, (feat, ptr) in enumerate(views.values()):
             self.register_buffer(f"view_feat_{i}", feat, persistent=False)
@@ -133,7 +133,10 @@ class IMVIA(nn.Module):
         return cls(kg.num_entities, kg.num_relations, views, settings)
 
     def reset_parameters(self) -> None:
-        """Initialise the tables; the layers have initialised themselves."""
+        """Initialise the tables and the layers anew."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
         for table in (self.entity, *self.relation, *self.residual):
             assert isinstance(table, nn.Embedding)
             nn.init.xavier_normal_(table.weight)

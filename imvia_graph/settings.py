@@ -55,9 +55,7 @@ class Settings(BaseModel):
 
     # -- model
     dim: int = Field(256, ge=1, description="Width of entity embeddings and of every head.")
-    relation_dim: int | None = Field(
-        None, ge=1, description="Width of relation embeddings; null for the same as dim."
-    )
+    relation_dim: int = Field(64, ge=1, description="Width of relation embeddings.")
     joint: bool = Field(True, description="Whether there is a joint head beside the modalities'.")
     residual: bool = Field(
         True,

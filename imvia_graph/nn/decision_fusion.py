@@ -45,8 +45,8 @@ class DecisionFusion(nn.Module):
 
     def weights(self, rel_feat: Tensor) -> Tensor:
         """(B, M) weights of (B, rel_feats); rows sum to 1."""
-        weights: Tensor = self.linear(rel_feat).float().softmax(dim=-1)
-        return weights
+        logits: Tensor = self.linear(rel_feat)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
 
     def forward(self, rel_feat: Tensor, scores: Sequence[Tensor]) -> Tensor:
         """Fuse M score tensors (B, N) into one, under (B, rel_feats)."""

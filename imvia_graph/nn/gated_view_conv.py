@@ -50,6 +50,7 @@ class GatedViewConv(nn.Module):
 
     Examples
     --------
+    >>> import imvia_graph  # before dgl: DGL 2.1.0 does not import beside a newer torch by itself
     >>> import dgl, torch
     >>> from imvia_graph.nn import GatedViewConv
 
@@ -150,7 +151,8 @@ class GatedViewConv(nn.Module):
         if isinstance(feat, tuple):
             view_feat, entity_feat = feat
         else:
-            view_feat, entity_feat = feat, feat[: graph.num_dst_nodes()]
+            view_feat = feat
+            entity_feat = feat[: graph.num_dst_nodes()] if graph.is_block else feat
         device = view_feat.device
         source, destination = graph.edges(order="eid")
         order = torch.argsort(destination, stable=True).to(device)

@@ -14,7 +14,8 @@ class JointFusion(nn.Module):
         {\sum_m \exp(w_m^\top P_m(\hat e_m))}
 
     with a learned attention vector :math:`w_m` a modality. The projections :math:`P_m` are those of
-    `MultiViewEncoder`; what comes in is projected already.
+    `MultiViewEncoder`; what comes in is projected already, and the structural embedding, which has
+    the width of the model to begin with, is taken as it is.
 
     Parameters
     ----------

@@ -66,6 +66,12 @@ class MultiViewEncoder(nn.Module):
             nn.Linear(width, out_feats) for width in view_feats.values()
         )
 
+    def reset_parameters(self) -> None:
+        """Initialise the layers anew."""
+        for _, conv, projection in self._layers():
+            conv.reset_parameters()
+            projection.reset_parameters()
+
     def conv(self, modality: str) -> GatedViewConv:
         """The aggregation layer of a modality."""
         conv = self.convs[self.modalities.index(modality)]
@@ -95,7 +101,8 @@ class MultiViewEncoder(nn.Module):
         for modality, conv, projection in self._layers():
             part = graph[modality, "of", "entity"]
             feat = part.nodes[modality].data["feat"].to(entity_feat.device)
-            out[modality] = projection(conv(part, (feat, entity_feat), rel_feat))
+            aggregated = conv(part, (feat, entity_feat), rel_feat)
+            out[modality] = projection(aggregated.to(projection.weight.dtype))
         return out
 
     def encode(
@@ -129,7 +136,8 @@ class MultiViewEncoder(nn.Module):
                     f" {list(views)}."
                 )
             feat, ptr = views[modality]
-            out[modality] = projection(conv.aggregate(feat, ptr, entity, entity_feat, rel_feat))
+            aggregated = conv.aggregate(feat, ptr, entity, entity_feat, rel_feat)
+            out[modality] = projection(aggregated.to(projection.weight.dtype))
         return out
 
     def _layers(self) -> list[tuple[str, Any, Any]]:

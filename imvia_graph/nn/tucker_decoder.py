@@ -91,7 +91,8 @@ class TuckerDecoder(nn.Module):
         order = torch.argsort(place, stable=True)
         counts = torch.bincount(place, minlength=len(distinct)).tolist()
         parts = zip(head[order].split(counts), matrix.unbind(), strict=True)
-        query = torch.cat([part @ relation_matrix for part, relation_matrix in parts])
+        rows = [part @ relation_matrix for part, relation_matrix in parts]
+        query = torch.cat(rows) if rows else head
         query = torch.empty_like(query).index_copy(0, order, query)
         return self.hidden_dropout(_normalise(self.hidden_norm, query))
 
@@ -101,10 +102,10 @@ class TuckerDecoder(nn.Module):
 
 
 def _normalise(norm: nn.BatchNorm1d | None, feat: Tensor) -> Tensor:
-    """Batch normalisation; a batch of one has no variance and uses the running statistics."""
+    """Batch normalisation; fewer than two rows have no variance and use the running statistics."""
     if norm is None:
         return feat
-    if norm.training and len(feat) == 1:
+    if norm.training and len(feat) <= 1:
         return nn.functional.batch_norm(
             feat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
         )

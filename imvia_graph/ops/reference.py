@@ -13,7 +13,7 @@ def aggregate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `imvia_graph.ops.gated_view_aggregate`: (B, d) sums, (T,) weights, their pointer."""
     view, query, query_ptr = gather_views(feat, ptr, entity)
-    similarity = gated_cosine(view, gate[query])
+    similarity = gated_cosine(view, at_unit_scale(gate)[query])
     # Softmax over each query's views; the maximum is a constant shift and needs no gradient.
     top = similarity.new_full((len(entity),), -torch.inf)
     top = top.scatter_reduce(0, query, similarity.detach(), reduce="amax")
@@ -33,13 +33,20 @@ def gather_views(feat: Tensor, ptr: Tensor, entity: Tensor) -> tuple[Tensor, Ten
     return view.to(torch.promote_types(view.dtype, torch.float32)), query, pointer(count)
 
 
+def at_unit_scale(vectors: Tensor) -> Tensor:
+    """Rows divided by their largest absolute value, in at least float32.
+
+    The cosine does not change with the scale of a view or a gate; at scale 1 no square of theirs
+    over- or underflows.
+    """
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    scale = vectors.detach().abs().amax(-1, keepdim=True)
+    return vectors / torch.where(scale == 0, 1.0, scale)
+
+
 def gated_cosine(view: Tensor, gate: Tensor) -> Tensor:
-    """cos(gate * view, view) of each row, 0 where either vector is 0 (Eq. 2)."""
-    # The cosine does not change with a view's scale; at scale 1 no square over- or underflows.
-    scale = view.detach().abs().amax(-1, keepdim=True)
-    view = view / torch.where(scale == 0, 1.0, scale)
-    square = view * view
-    gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    """cos(gate * view, view) of each row, gates at unit scale; 0 where a vector is 0 (Eq. 2)."""
+    square = at_unit_scale(view) ** 2
     dot = (gate * square).sum(-1)
     gated_norm = (gate * gate * square).sum(-1)
     norm = square.sum(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imvia_graph.errors import IMVIAError
-from imvia_graph.ops.reference import gated_cosine, gather_views
+from imvia_graph.ops.reference import at_unit_scale, gated_cosine, gather_views
 
 
 @cache
@@ -44,7 +44,7 @@ def aggregate(
             f" ({module}). Install it with: pip install --no-build-isolation torch-scatter"
         )
     view, query, query_ptr = gather_views(feat, ptr, entity)
-    similarity = gated_cosine(view, gate[query])
+    similarity = gated_cosine(view, at_unit_scale(gate)[query])
     top = module.segment_max_csr(similarity.detach(), query_ptr)[0]
     weight = (similarity - top[query]).exp()
     weight = weight / module.segment_sum_csr(weight, query_ptr)[query]

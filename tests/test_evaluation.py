@@ -1,0 +1,327 @@
+"""Filtered ranking, against loops that score every triple."""
+
+import math
+
+import pytest
+import reference as loops
+import torch
+from conftest import randomised
+from hypothesis import given
+from hypothesis import strategies as st
+
+import imvia_graph as ig
+from imvia_graph.answers import AnswerIndex
+from imvia_graph.evaluation import Ranking, evaluate, filtered_ranks, rank, rank_metrics, score_all
+
+NAN, INF = float("nan"), float("inf")
+
+
+def known_of(triples, num_relations):
+    """(entity, relation) -> set of answers, both directions, from a list of triples."""
+    known = {}
+    for head, relation, tail in triples:
+        known.setdefault((head, relation), set()).add(tail)
+        known.setdefault((tail, relation + num_relations), set()).add(head)
+    return known
+
+
+# -- ranks of scores ------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 6).flatmap(
+        lambda size: st.lists(
+            st.tuples(
+                # Few values, so that ties are many.
+                st.lists(
+                    st.sampled_from([-INF, -1.0, 0.0, 0.5, INF, NAN]), min_size=size, max_size=size
+                ),
+                st.integers(0, size - 1),
+                st.sets(st.integers(0, size - 1)),
+            ),
+            max_size=5,
+        ).map(lambda queries: (size, queries))
+    )
+)
+def test_filtered_ranks_match_the_loop(case):
+    size, queries = case
+    pairs = [(i, candidate) for i, (_, _, known) in enumerate(queries) for candidate in known]
+    row, col = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    scores = torch.tensor([values for values, _, _ in queries]).reshape(-1, size)
+    answer = torch.tensor([answer for _, answer, _ in queries], dtype=torch.int64)
+    found = filtered_ranks(scores, answer, row, col)
+    assert found.dtype == torch.float64
+    assert found.tolist() == [loops.rank(*query) for query in queries]
+
+
+@pytest.mark.parametrize(
+    ("values", "answer", "known", "expected"),
+    [
+        ([3.0, 2.0, 1.0], 0, [], 1.0),
+        ([3.0, 2.0, 1.0], 2, [], 3.0),
+        ([3.0, 2.0, 1.0], 2, [0, 1], 1.0),
+        ([1.0, 1.0, 1.0], 1, [], 2.0),  # between first and third
+        ([1.0, 1.0, 1.0, 1.0], 1, [], 2.5),
+        ([1.0, 1.0, 1.0], 1, [1], 2.0),  # the asked one is known, too
+        ([1.0, 1.0, 1.0], 1, [0, 1], 1.5),
+        ([1.0, NAN], 1, [], 2.0),
+        ([NAN, NAN, NAN], 0, [], 3.0),
+        ([NAN, 1.0, 2.0], 0, [1], 2.0),
+        ([NAN, 1.0, 2.0], 2, [], 2.0),
+    ],
+)
+def test_rank_is_the_mean_of_the_best_and_the_worst(values, answer, known, expected):
+    col = torch.tensor(known, dtype=torch.int64)
+    row = torch.zeros_like(col)
+    found = filtered_ranks(torch.tensor([values]), torch.tensor([answer]), row, col)
+    assert found.tolist() == [expected] == [loops.rank(values, answer, known)]
+
+
+def test_a_model_that_scores_all_alike_ranks_in_the_middle():
+    scores = torch.zeros(1, 101)
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert filtered_ranks(scores, torch.tensor([7]), nothing, nothing).item() == 51
+
+
+# -- ranks of a model -----------------------------------------------------------------------------
+
+
+def random_kg(views=True):
+    """Nine entities, three relations, many repeated triples; relation 2 has no test triple."""
+    train = torch.stack(
+        [torch.randint(9, (30,)), torch.randint(3, (30,)), torch.randint(9, (30,))], dim=1
+    )
+    valid = torch.stack([torch.randint(9, (6,)), torch.randint(2, (6,)), torch.randint(9, (6,))], 1)
+    test = torch.stack([torch.randint(9, (9,)), torch.randint(2, (9,)), torch.randint(9, (9,))], 1)
+    return ig.MultiViewKG(
+        entities=[f"e{i}" for i in range(9)],
+        relations=["r0", "r1", "r2"],
+        train=torch.cat([train, train[:5]]),
+        valid=torch.cat([valid, train[:2]]),
+        test=torch.cat([test, test[:3], valid[:1]]),
+        views={
+            "image": ig.Views(torch.randn(12, 3), torch.randint(8, (12,))),
+            "text": ig.Views(torch.randn(5, 2), torch.randint(8, (5,))),
+        }
+        if views
+        else None,
+    )
+
+
+def model_of(kg, **changes):
+    settings = ig.Settings(dim=4, information_dim=4).replace(**changes)
+    return randomised(ig.IMVIA.from_kg(kg, settings)).double()
+
+
+def score_triple(model, entity, relation, candidate):
+    """Scores of one triple alone, by head; the relation may be an inverse one."""
+    relation = torch.tensor([relation])
+    under = None if model.settings.candidates == "shared" else relation[0]
+    return {
+        name: value.item()
+        for name, value in model.scores(
+            model.queries(torch.tensor([entity]), relation),
+            model.candidates(under, torch.tensor([candidate])),
+            relation,
+        ).items()
+    }
+
+
+def brute_force(model, kg, triples):
+    """Ranks (tail, head) of each triple, by head of the model, one triple scored at a time."""
+    everything = torch.cat([kg.train, kg.valid, kg.test]).tolist()
+    known = known_of(everything, kg.num_relations)
+    sides = []
+    with torch.no_grad():
+        for inverse in (False, True):
+            ranks = {}
+            for head, relation, tail in triples.tolist():
+                query, answer = (head, relation), tail
+                if inverse:
+                    query, answer = (tail, relation + kg.num_relations), head
+                scores = [score_triple(model, *query, c) for c in range(kg.num_entities)]
+                for name in scores[0]:
+                    values = [score[name] for score in scores]
+                    ranks.setdefault(name, []).append(loops.rank(values, answer, known[query]))
+            sides.append(ranks)
+    return sides
+
+
+def as_lists(side):
+    return {name: ranks.tolist() for name, ranks in side.items()}
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize("batch_size", [1, 4, 1000])
+def test_ranks_match_a_loop_over_all_triples(candidates, batch_size):
+    kg = random_kg()
+    model = model_of(kg, candidates=candidates).eval()
+    found = rank(model, kg.test, kg.answers(), batch_size)
+    tail, head = brute_force(model, kg, kg.test)
+    assert torch.equal(found.triples, kg.test)
+    assert as_lists(found.tail) == tail
+    assert as_lists(found.head) == head
+    assert list(found.tail) == ["structure", "image", "text", "joint", "decision"]
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_score_all_scores_each_triple_once(candidates, batch_size):
+    kg = random_kg()
+    model = model_of(kg, candidates=candidates).eval()
+    entity, relation = torch.tensor([0, 8, 3, 0, 5, 0, 1]), torch.tensor([4, 0, 4, 1, 0, 4, 3])
+    seen = []
+    with torch.no_grad():
+        for positions, scores in score_all(model, entity, relation, batch_size):
+            assert 1 <= len(positions) <= batch_size
+            for row, i in enumerate(positions.tolist()):
+                seen.append(i)
+                for candidate in range(kg.num_entities):
+                    query = entity[i].item(), relation[i].item()
+                    expected = score_triple(model, *query, candidate)
+                    found = {name: part[row, candidate].item() for name, part in scores.items()}
+                    assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert sorted(seen) == list(range(7))
+
+
+def test_exact_tables_are_made_once_a_relation(monkeypatch):
+    model = model_of(random_kg(), candidates="relation").eval()
+    asked, make = [], model.candidates
+    monkeypatch.setattr(model, "candidates", lambda r: asked.append(r.item()) or make(r))
+    entity, relation = torch.arange(8), torch.tensor([4, 0, 4, 1, 0, 4, 3, 1])
+    assert len(list(score_all(model, entity, relation, batch_size=2))) == 5
+    assert sorted(asked) == [0, 1, 3, 4]
+
+
+def test_ranks_with_many_ties_match_a_loop_over_all_triples():
+    kg = random_kg(views=False)
+    model = model_of(kg, batch_norm=False).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randint(-1, 2, parameter.shape))  # sums are exact
+        model.entity.weight[3:6] = model.entity.weight[0]
+    found = rank(model, kg.test, kg.answers(), 5)
+    tail, head = brute_force(model, kg, kg.test)
+    assert any(r != int(r) for r in tail["decision"] + head["decision"])
+    assert (as_lists(found.tail), as_lists(found.head)) == (tail, head)
+
+
+def test_only_what_the_index_knows_is_left_out():
+    kg = random_kg()
+    model = model_of(kg).eval()
+    filtered = rank(model, kg.test, kg.answers())
+    empty = AnswerIndex.from_triples([kg.test[:0]], kg.num_entities, kg.num_relations)
+    raw = rank(model, kg.test, empty)
+    difference = raw.tail["decision"] - filtered.tail["decision"]
+    assert (difference >= 0).all()
+    assert difference.sum() > 0
+
+
+def test_ranking_leaves_the_model_in_its_mode():
+    kg = random_kg()
+    model = model_of(kg)
+    for training in (True, False):
+        model.train(training)
+        statistics = model.decoder[0].input_norm.running_mean.clone()
+        first = rank(model, kg.test, kg.answers())
+        assert model.training is training
+        assert torch.equal(model.decoder[0].input_norm.running_mean, statistics)
+        again = rank(model, kg.test, kg.answers())  # no dropout
+        assert torch.equal(first.tail["decision"], again.tail["decision"])
+
+
+def test_wanted_heads_alone_are_ranked():
+    kg = random_kg()
+    model = model_of(kg)
+    whole = rank(model, kg.test, kg.answers())
+    some = rank(model, kg.test, kg.answers(), heads=["text"])
+    assert list(some.tail) == list(some.head) == ["text", "decision"]
+    assert torch.equal(some.head["text"], whole.head["text"])
+    assert list(some.metrics()["modalities"]) == ["text"]
+    assert list(rank(model, kg.test, kg.answers(), heads=[]).head) == ["decision"]
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+def test_progress_counts_every_query(candidates):
+    kg = random_kg()
+    seen = []
+    rank(
+        model_of(kg, candidates=candidates),
+        kg.test,
+        kg.answers(),
+        batch_size=4,
+        on_batch=lambda done, total: seen.append((done, total)),
+    )
+    assert all(total == 2 * len(kg.test) for _, total in seen)
+    counts = [done for done, _ in seen]
+    assert counts == sorted(set(counts))
+    assert counts[-1] == 2 * len(kg.test)
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+def test_ranking_no_triples_gives_no_ranks(candidates):
+    kg = random_kg()
+    ranking = rank(model_of(kg, candidates=candidates), kg.test[:0], kg.answers())
+    assert len(ranking.tail["decision"]) == len(ranking.head["text"]) == 0
+
+
+# -- metrics --------------------------------------------------------------------------------------
+
+
+def loop_metrics(ranks):
+    metrics = {"mrr": sum(1 / r for r in ranks) / len(ranks), "mr": sum(ranks) / len(ranks)}
+    for k in (1, 3, 10, 100):
+        metrics[f"hits@{k}"] = sum(r <= k for r in ranks) / len(ranks)
+    return metrics
+
+
+@given(st.lists(st.integers(2, 250).map(lambda twice: twice / 2), min_size=1, max_size=30))
+def test_metrics_match_the_loop(ranks):
+    assert rank_metrics(torch.tensor(ranks)) == pytest.approx(loop_metrics(ranks))
+
+
+def test_a_tie_for_the_first_place_is_no_hit_at_one():
+    assert rank_metrics(torch.tensor([1.5]))["hits@1"] == 0
+
+
+def test_metrics_are_by_side_by_head_and_by_relation():
+    triples = torch.tensor([[0, 2, 1], [1, 0, 2], [2, 2, 0]])
+    tail = {"structure": [1.0, 2.0, 3.0], "text": [4.0, 4.0, 4.0], "decision": [1.0, 5.0, 2.5]}
+    head = {"structure": [2.0, 2.0, 9.0], "text": [1.0, 1.0, 1.0], "decision": [7.0, 1.0, 120.0]}
+    ranking = Ranking(
+        triples,
+        *({name: torch.tensor(v).double() for name, v in side.items()} for side in (tail, head)),
+    )
+    metrics = ranking.metrics(["r0", "r1", "r2"])
+    assert metrics["tail"] == pytest.approx(loop_metrics(tail["decision"]))
+    assert metrics["head"] == pytest.approx(loop_metrics(head["decision"]))
+    assert metrics["both"] == pytest.approx(loop_metrics(tail["decision"] + head["decision"]))
+    assert set(metrics["modalities"]) == {"structure", "text"}
+    for name, found in metrics["modalities"].items():
+        assert found == pytest.approx(loop_metrics(tail[name] + head[name]))
+    # r1 has no triple here, and is not listed.
+    assert set(metrics["relations"]) == {"r0", "r2"}
+    assert metrics["relations"]["r0"] == pytest.approx({**loop_metrics([5.0, 1.0]), "triples": 1})
+    both = [1.0, 2.5, 7.0, 120.0]
+    assert metrics["relations"]["r2"] == pytest.approx({**loop_metrics(both), "triples": 2})
+    assert "relations" not in ranking.metrics()
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_evaluate_filters_with_all_splits(split):
+    kg = random_kg()
+    model = model_of(kg).eval()
+    metrics = evaluate(model, kg, split, batch_size=3)
+    triples = kg.triples(split)
+    tail, head = brute_force(model, kg, triples)
+    assert metrics["both"] == pytest.approx(loop_metrics(tail["decision"] + head["decision"]))
+    present = {kg.relations[i] for i in triples[:, 1].tolist()}
+    assert set(metrics["relations"]) == present
+    assert sum(part["triples"] for part in metrics["relations"].values()) == len(triples)
+    assert not any(math.isnan(value) for value in metrics["both"].values())
+
+
+def test_evaluating_an_empty_split_is_an_error():
+    kg = random_kg().replace(test=None)
+    with pytest.raises(ig.IMVIAError, match="'test' has no triples"):
+        evaluate(model_of(kg), kg, "test")

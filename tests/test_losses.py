@@ -1,0 +1,308 @@
+"""Eq. 4, 5, 7 and 8 against the loops."""
+
+import math
+from itertools import permutations
+
+import pytest
+import reference as loops
+import torch
+from conftest import randomised
+from reference import assert_agree, numbers, tensor
+
+from imvia_graph.losses import (
+    Alignment,
+    MutualInformation,
+    Positives,
+    binary_completion,
+    completion,
+    contrastive_alignment,
+    printed_alignment,
+    softmax_completion,
+    total_loss,
+)
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def rows_with(present, m, n, size):
+    """Rows that have both modalities; one that ``present`` does not list, all rows have."""
+    everywhere = [True] * size
+    masks = [present[name].tolist() if name in present else everywhere for name in (m, n)]
+    return [i for i in range(size) if masks[0][i] and masks[1][i]]
+
+
+# -- L1 (Eq. 4) -----------------------------------------------------------------------------------
+
+
+def estimator_networks(estimator):
+    """The mean and the log-variance of q(y|x) by the loops."""
+    mean, log_variance = (
+        [(numbers(net[k].weight), numbers(net[k].bias)) for k in (0, 2)]
+        for net in (estimator.mean, estimator.log_variance)
+    )
+    return (
+        lambda x: loops.perceptron(mean, x),
+        lambda x: [loops.tanh(value) for value in loops.perceptron(log_variance, x)],
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_mutual_information_is_the_sampled_club_bound(masked):
+    names = ["structure", "image", "text"]
+    information = randomised(MutualInformation(names, feats=2, hidden_feats=3)).double()
+    embeddings = {name: double(6, 2) for name in names}
+    present = {}
+    if masked:  # of the structure nothing is said: every entity has one
+        present = {
+            "image": torch.tensor([True, True, False, True, True, False]),
+            "text": torch.tensor([True, False, True, True, True, False]),
+        }
+    torch.manual_seed(7)
+    found = information(embeddings, present or None)
+
+    torch.manual_seed(7)
+    expected = 0.0
+    for estimator, (m, n) in zip(information.estimators, permutations(names, 2), strict=True):
+        rows = rows_with(present, m, n, 6)
+        x, y = ([numbers(embeddings[name])[i] for i in rows] for name in (m, n))
+        shuffle = torch.randperm(len(rows)).tolist()
+        expected = expected + loops.club(x, y, shuffle, *estimator_networks(estimator))
+    assert_agree(found, tensor(expected), [*embeddings.values(), *information.parameters()])
+
+
+def test_estimation_loss_is_the_negative_log_likelihood():
+    information = randomised(MutualInformation(["a", "b"], feats=2, hidden_feats=3)).double()
+    embeddings = {"a": double(5, 2), "b": double(5, 2)}
+    found = information.estimation_loss(embeddings)
+    expected = 0.0
+    for estimator, (m, n) in zip(information.estimators, [("a", "b"), ("b", "a")], strict=True):
+        mean, log_variance = estimator_networks(estimator)
+        for x, y in zip(*(numbers(embeddings[name].detach()) for name in (m, n)), strict=True):
+            for value, mu, log_var in zip(y, mean(x), log_variance(x), strict=True):
+                expected = expected + ((value - mu) ** 2 / loops.exp(log_var) + log_var) / 2 / 5
+    assert_agree(found, tensor(expected), list(information.parameters()))
+
+
+def test_learning_the_estimators_does_not_reach_the_embeddings():
+    information = MutualInformation(["a", "b"], feats=2)
+    embeddings = {"a": double(5, 2).float(), "b": double(5, 2).float()}
+    for part in embeddings.values():
+        part.retain_grad()
+    information.estimation_loss(embeddings).backward()
+    assert all(part.grad is None for part in embeddings.values())
+    assert all(p.grad is not None for p in information.parameters())
+
+
+def test_bound_tells_correlated_from_independent_gaussians():
+    def bound(correlation):
+        torch.manual_seed(1)
+        information = MutualInformation(["a", "b"], feats=2, hidden_feats=16)
+        optimizer = torch.optim.Adam(information.parameters(), lr=0.02)
+
+        def sample():
+            x, noise = torch.randn(2, 256, 2)
+            return {"a": x, "b": correlation * x + math.sqrt(1 - correlation**2) * noise}
+
+        for _ in range(150):
+            optimizer.zero_grad()
+            information.estimation_loss(sample()).backward()
+            optimizer.step()
+        with torch.no_grad():
+            return sum(information(sample()).item() for _ in range(20)) / 20 / 2  # a direction
+
+    independent, correlated = bound(0.0), bound(0.9)
+    assert independent == pytest.approx(0, abs=0.15)
+    assert correlated > -math.log(1 - 0.9**2)  # the true information of two such coordinates
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_mutual_information_of_hardly_any_row_is_zero(rows):
+    information = MutualInformation(["a", "b"], feats=2)
+    embeddings = {"a": torch.randn(3, 2), "b": torch.randn(3, 2, requires_grad=True)}
+    present = {"a": torch.arange(3) < rows, "b": torch.ones(3, dtype=torch.bool)}
+    assert information(embeddings, present).item() == 0
+    loss = information.estimation_loss(embeddings, present)
+    assert loss.isfinite()
+    assert rows or loss == 0
+
+
+# -- L2 (Eq. 5) -----------------------------------------------------------------------------------
+
+FORMS = {
+    "contrastive": (contrastive_alignment, loops.contrastive_alignment),
+    "printed": (printed_alignment, loops.printed_alignment),
+}
+ENTITIES = {"all-differ": None, "twins": [4, 1, 4, 4, 0, 1], "one-entity": [2] * 6}
+
+
+@pytest.mark.parametrize("entity", ENTITIES.values(), ids=ENTITIES)
+@pytest.mark.parametrize("form", FORMS)
+def test_alignment_of_a_pair_matches_the_loop(form, entity):
+    function, loop = FORMS[form]
+    x, y = double(6, 3), double(6, 3)
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    found = function(x, y, temperature, None if entity is None else torch.tensor(entity))
+    expected = loop(numbers(x), numbers(y), temperature, entity)
+    assert_agree(found, tensor(expected), [x, y, temperature])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_alignment_sums_ordered_pairs_over_the_number_of_modalities(form, masked):
+    loop = FORMS[form][1]
+    alignment = Alignment(form, temperature=0.5).double()
+    embeddings = {name: double(5, 3) for name in ("structure", "image", "text", "audio")}
+    entity = torch.tensor([3, 1, 3, 0, 1])
+    present = {}
+    if masked:
+        present = {
+            "image": torch.tensor([True, True, True, False, True]),
+            "text": torch.tensor([False, True, True, True, True]),
+            "audio": torch.zeros(5, dtype=torch.bool),  # nothing to align with
+        }
+    found = alignment(embeddings, entity, present or None)
+    expected, temperature = 0.0, loops.exp(-alignment.log_scale)
+    for m, n in permutations(embeddings, 2):
+        rows = rows_with(present, m, n, 5)
+        if not rows:
+            continue
+        x, y = ([numbers(embeddings[name])[i] for i in rows] for name in (m, n))
+        expected = expected + loop(x, y, temperature, [entity[i].item() for i in rows])
+    inputs = [*embeddings.values(), alignment.log_scale]
+    assert_agree(found, tensor(expected / 4), inputs)
+    assert alignment.temperature.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_alignment_without_common_rows_is_zero(form):
+    embeddings = {"a": double(3, 2), "b": double(3, 2)}
+    present = {"a": torch.tensor([True, False, False]), "b": torch.tensor([False, True, True])}
+    assert Alignment(form)(embeddings, present=present).item() == 0
+    assert Alignment(form)({"a": embeddings["a"]}).item() == 0
+
+
+def test_contrastive_alignment_is_least_where_the_same_rows_match():
+    x = torch.eye(5)
+    aligned = contrastive_alignment(x, x, 0.1)
+    permuted = contrastive_alignment(x, x.roll(1, dims=0), 0.1)
+    assert aligned < 0.01 < permuted
+
+
+def test_any_agreed_permutation_minimises_the_printed_form():
+    x = 10 * torch.eye(4)
+    swapped = x[[1, 0, 3, 2]]  # a symmetric permutation: both directions agree on it
+    torch.testing.assert_close(printed_alignment(x, swapped, 1.0), printed_alignment(x, x, 1.0))
+
+
+def test_contrastive_alignment_does_not_depend_on_lengths():
+    x, y = torch.randn(2, 5, 3)
+    scaled = contrastive_alignment(x * 7, y / 3, 0.2)
+    torch.testing.assert_close(scaled, contrastive_alignment(x, y, 0.2))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("temperature", [0.01, 5.0])
+def test_alignment_is_finite_at_any_temperature_and_with_zero_rows(form, temperature):
+    x, y = torch.randn(2, 6, 3)
+    x[2] = 0.0
+    x, y = x.requires_grad_(), (y * 20).requires_grad_()
+    loss = Alignment(form, temperature)({"a": x, "b": y}, torch.tensor([0, 0, 1, 2, 2, 3]))
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad.isfinite().all()
+    assert y.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.01, 0.011, 1.0])
+def test_temperature_learns_from_wherever_it_starts(temperature):
+    """A temperature below the smallest one must find its way up, too."""
+    alignment = Alignment(temperature=temperature)
+    x = torch.randn(6, 3)
+    loss = alignment({"a": x, "b": x.roll(1, dims=0)})  # misaligned: a higher one is better
+    loss.backward()
+    assert alignment.log_scale.grad > 0
+
+
+# -- L3 (Eq. 7) -----------------------------------------------------------------------------------
+
+# Several positives in a row, in no order.
+POSITIVES = Positives(row=torch.tensor([2, 0, 1, 2, 0]), col=torch.tensor([4, 1, 0, 0, 3]))
+PAIRS = set(zip(*(part.tolist() for part in POSITIVES), strict=True))
+COMPLETION = {
+    "binary": (binary_completion, loops.binary_completion),
+    "softmax": (softmax_completion, loops.softmax_completion),
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("loss", COMPLETION)
+def test_completion_matches_the_loop(loss, smoothing):
+    function, loop = COMPLETION[loss]
+    scores = (3 * torch.randn(3, 5)).requires_grad_()
+    found = function(scores, POSITIVES, smoothing)
+    expected = loop(numbers(scores), PAIRS, smoothing)
+    assert_agree(found, tensor(expected), [scores], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", COMPLETION)
+def test_completion_of_float64_scores_is_in_float64(loss):
+    function, loop = COMPLETION[loss]
+    scores = double(3, 5)
+    expected = loop(numbers(scores), PAIRS, 0.1)
+    assert_agree(function(scores, POSITIVES, 0.1), tensor(expected), [scores])
+
+
+def test_binary_completion_is_eq_7():
+    scores = torch.randn(3, 5)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[POSITIVES.row, POSITIVES.col] = True
+    positive, negative = scores[mask], scores[~mask]
+    expected = -positive.sigmoid().log().mean() - (-negative).sigmoid().log().mean()
+    torch.testing.assert_close(binary_completion(scores, POSITIVES), expected)
+
+
+def test_binary_completion_where_all_is_positive_is_finite():
+    scores = torch.randn(2, 2)
+    everything = Positives(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]))
+    expected = torch.nn.functional.softplus(-scores).mean()
+    torch.testing.assert_close(binary_completion(scores, everything), expected)
+
+
+@pytest.mark.parametrize("loss", COMPLETION)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_completion_of_large_scores_is_finite(loss, dtype):
+    scores = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 5e3]], dtype=dtype, requires_grad=True)
+    out = COMPLETION[loss][0](scores, Positives(torch.tensor([0, 1]), torch.tensor([1, 0])), 0.1)
+    out.backward()
+    assert out.dtype == torch.float32
+    assert out.isfinite()
+    assert scores.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", COMPLETION)
+def test_order_of_positives_does_not_matter(loss):
+    scores, order = torch.randn(3, 5), torch.tensor([3, 1, 4, 0, 2])
+    moved = Positives(POSITIVES.row[order], POSITIVES.col[order])
+    function = COMPLETION[loss][0]
+    torch.testing.assert_close(function(scores, moved), function(scores, POSITIVES))
+
+
+@pytest.mark.parametrize("loss", COMPLETION)
+def test_completion_is_the_sum_over_heads(loss):
+    scores = {"structure": torch.randn(3, 5), "видео": torch.randn(3, 5)}
+    found = completion(scores, POSITIVES, loss, 0.1)
+    expected = sum(COMPLETION[loss][1](numbers(part), PAIRS, 0.1) for part in scores.values())
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+# -- Eq. 8 ----------------------------------------------------------------------------------------
+
+
+def test_total_loss_is_eq_8():
+    parts = double(3)
+    found = total_loss(*parts, lambda_alignment=0.3, lambda_completion=1.7)
+    assert_agree(found, parts[0] + 0.3 * parts[1] + 1.7 * parts[2], [parts])
+    with_all = total_loss(*parts, 1e-4, 0.3, 1.7)
+    assert_agree(with_all, 1e-4 * parts[0] + 0.3 * parts[1] + 1.7 * parts[2], [parts])

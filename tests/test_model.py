@@ -1,0 +1,339 @@
+"""IMVIA as a whole: its heads, and the exact form against a loop over triples."""
+
+import copy
+import io
+
+import pytest
+import reference as loops
+import torch
+from conftest import randomised
+from reference import assert_agree, numbers, tensor
+
+import imvia_graph as ig
+from imvia_graph.model import inner
+
+SMALL = ig.Settings(
+    dim=4,
+    relation_dim=3,
+    information_dim=4,
+    batch_norm=False,
+    input_dropout=0,
+    relation_dropout=0,
+    hidden_dropout=0,
+)
+
+
+def model_of(kg, **changes):
+    """A model in float64 whose parameters are all random; nothing in it is random otherwise."""
+    return randomised(ig.IMVIA.from_kg(kg, SMALL.replace(**changes))).double().eval()
+
+
+def scores_of(model, entity, relation):
+    """Scores of all entities for queries under one relation, as ranking makes them."""
+    entity = torch.tensor(entity)
+    relation = torch.full_like(entity, relation)
+    shared = model.settings.candidates == "shared"
+    tables = model.candidates(None if shared else relation[0])
+    return model.scores(model.queries(entity, relation), tables, relation)
+
+
+# -- the exact form against the loops -------------------------------------------------------------
+
+
+def loop_embedding(model, i, relation):
+    """Eq. 1 to 3 and the joint representation of entity i under a relation, head by head."""
+    entity = numbers(model.entity.weight)[i]
+    rel = numbers(model.relation[0].weight)[relation]
+    heads = {"structure": entity}
+    for m, (modality, (feat, ptr)) in enumerate(model.views.items()):
+        conv, projection = model.encoder.convs[m], model.encoder.projections[m]
+        halves = (numbers(conv.gate_entity.weight), numbers(conv.gate_relation.weight))
+        weight = [left + right for left, right in zip(*halves, strict=True)]
+        gate = loops.gate(weight, numbers(conv.gate_entity.bias), entity, rel)
+        out = loops.aggregate(gate, numbers(feat)[ptr[i] : ptr[i + 1]])
+        out = numbers(conv.absent) if out is None else out
+        out = loops.linear(numbers(projection.weight), numbers(projection.bias), out)
+        if model.settings.residual:
+            free = numbers(model.residual[m].weight)[i]
+            out = [a + b for a, b in zip(out, free, strict=True)]
+        heads[modality] = out
+    if model.joint is not None:
+        heads["joint"] = loops.joint(numbers(model.joint.attention), list(heads.values()))
+    return heads
+
+
+def loop_scores(model, i, relation, j):
+    """Eq. 6 of one triple, head by head, and the decision; both ends under the relation."""
+    head, tail = loop_embedding(model, i, relation), loop_embedding(model, j, relation)
+    scores = {
+        name: loops.tucker(
+            numbers(decoder.core), head[name], numbers(table.weight)[relation], tail[name]
+        )
+        for name, decoder, table in zip(head, model.decoder, model.relation, strict=True)
+    }
+    if model.settings.decision == "mean":
+        scores["decision"] = sum(scores.values()) / len(scores)
+    else:
+        linear = model.decision.linear
+        rel = numbers(model.relation[0].weight)[relation]
+        scores["decision"] = loops.decision(
+            numbers(linear.weight), numbers(linear.bias), rel, list(scores.values())
+        )
+    return scores
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"residual": False}, {"joint": False}, {"decision": "mean"}],
+    ids=lambda changes: ",".join(map(str, changes)) or "all",
+)
+@pytest.mark.parametrize("relation", [1, 2])  # one as it stands, one inverse
+def test_exact_scores_match_the_loop_over_triples(odd_kg, backend, changes, relation):
+    model = model_of(odd_kg, candidates="relation", backend=backend, **changes)
+    with torch.no_grad():
+        found = scores_of(model, [3, 6, 3], relation)
+        for b, i in ((0, 3), (1, 6)):
+            for j in range(odd_kg.num_entities):
+                expected = loop_scores(model, i, relation, j)
+                assert list(found) == list(expected)
+                for name, value in expected.items():
+                    # Until the decision's softmax is in float64, too (see test_nn).
+                    tolerance = 1e-6 if name == "decision" else 1e-9
+                    value = pytest.approx(value.item(), rel=tolerance, abs=tolerance)
+                    assert found[name][b, j].item() == value
+        torch.testing.assert_close(found["decision"][0], found["decision"][2])
+
+
+def test_gradients_of_exact_scores_match_the_loop(odd_kg):
+    kg = odd_kg
+    model = model_of(kg, candidates="relation", modalities=["видео", "a.b"], dim=2, relation_dim=2)
+    found = scores_of(model, [6], 3)
+    for name in model.heads:
+        out = found[name][0, 2]
+        # Parameters that a head does not have get a zero gradient from both.
+        assert_agree(out, loop_scores(model, 6, 3, 2)[name], list(model.parameters()))
+
+
+def test_queries_are_under_the_relation_in_both_forms(odd_kg):
+    exact = model_of(odd_kg, candidates="relation")
+    shared = model_of(odd_kg)
+    shared.load_state_dict(exact.state_dict())
+    arguments = torch.tensor([0, 3, 5]), torch.tensor([0, 1, 3])
+    for one, other in zip(
+        exact.queries(*arguments).values(), shared.queries(*arguments).values(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_exact_form_is_the_shared_one_where_the_gate_ignores_the_relation(odd_kg):
+    exact = model_of(odd_kg, candidates="relation")
+    shared = model_of(odd_kg)
+    differ = [
+        not torch.allclose(exact.candidates(torch.tensor(r))[m], exact.candidates()[m])
+        for r in range(4)
+        for m in ("a.b", "видео")
+    ]
+    assert all(differ)
+    for conv in exact.encoder.convs:
+        torch.nn.init.zeros_(conv.gate_relation.weight)
+    shared.load_state_dict(exact.state_dict())
+    for relation in range(4):
+        found, expected = (scores_of(model, [0, 6], relation) for model in (exact, shared))
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name])
+
+
+# -- heads and shapes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("modalities", "joint", "heads"),
+    [
+        ([], True, ["structure"]),
+        (["keys"], True, ["structure", "keys", "joint"]),
+        (["keys"], False, ["structure", "keys"]),
+        (None, True, ["structure", "a.b", "keys", "видео", "joint"]),
+        (["видео", "a.b"], False, ["structure", "видео", "a.b"]),
+    ],
+)
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+def test_heads_and_shapes(odd_kg, modalities, joint, heads, candidates):
+    model = model_of(odd_kg, modalities=modalities, joint=joint, candidates=candidates)
+    assert model.heads == heads
+    scores = scores_of(model, [0, 4, 6, 6], 3)
+    assert list(scores) == [*heads, "decision"]
+    assert all(part.shape == (4, 7) for part in scores.values())
+    embedding = model.embed(torch.tensor([0, 4]), torch.tensor([1, 3]))
+    assert all(part.shape == (2, 4) for part in embedding.heads.values())
+    assert list(embedding.present) == [m for m in heads if m not in ("structure", "joint")]
+
+
+def test_structure_alone_is_tucker(odd_kg):
+    model = model_of(odd_kg, modalities=[])
+    assert model.alignment is None
+    assert model.information is None
+    scores = scores_of(model, [1], 0)
+    assert torch.equal(scores["decision"], scores["structure"])
+    core, entity, relation = (
+        numbers(part.detach())
+        for part in (model.decoder[0].core, model.entity.weight, model.relation[0].weight)
+    )
+    expected = [loops.tucker(core, entity[1], relation[0], tail) for tail in entity]
+    torch.testing.assert_close(scores["structure"][0], tensor(expected))
+
+
+def test_present_tells_who_has_views(odd_kg):
+    present = model_of(odd_kg).embed(torch.arange(7)).present
+    assert present["a.b"].nonzero().flatten().tolist() == [0, 3, 5]
+    assert present["keys"].nonzero().flatten().tolist() == [0, 1]
+    assert present["видео"].nonzero().flatten().tolist() == [0, 2, 4, 5]
+
+
+def test_candidates_of_each_querys_own_match_the_table(odd_kg):
+    model = model_of(odd_kg)
+    relation = torch.tensor([0, 3])
+    queries = model.queries(torch.tensor([1, 5]), relation)
+    table = model.candidates()
+    chosen = torch.tensor([[6, 0, 3], [3, 3, 1]])
+    own = {name: part[chosen] for name, part in table.items()}
+    for name, scores in model.scores(queries, own, relation).items():
+        expected = model.scores(queries, table, relation)[name].gather(1, chosen)
+        torch.testing.assert_close(scores, expected)
+
+
+def test_candidates_of_some_entities_are_rows_of_the_table(odd_kg):
+    model = model_of(odd_kg)
+    some = torch.tensor([5, 0, 5])
+    for relation in (None, torch.tensor(2)):
+        table = model.candidates(relation)
+        for name, part in model.candidates(relation, some).items():
+            torch.testing.assert_close(part, table[name][some])
+
+
+def test_inner_products_of_both_kinds_agree():
+    query, table = torch.randn(3, 4), torch.randn(5, 4)
+    torch.testing.assert_close(inner(query, table.expand(3, 5, 4)), inner(query, table))
+
+
+def test_residual_is_added_to_each_modality(odd_kg):
+    model = model_of(odd_kg)
+    without = model_of(odd_kg, residual=False)
+    assert len(without.residual) == 0
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("residual.")}
+    without.load_state_dict(state)
+    entity = torch.arange(7)
+    found, plain = model.embed(entity).heads, without.embed(entity).heads
+    for table, modality in zip(model.residual, model.modalities, strict=True):
+        torch.testing.assert_close(found[modality], plain[modality] + table.weight)
+    assert torch.equal(found["structure"], plain["structure"])
+
+
+def test_entities_without_views_share_the_projected_absent_vector(odd_kg):
+    model = model_of(odd_kg, residual=False)
+    heads = model.embed(torch.tensor([6, 1, 2]), torch.tensor([0, 1, 2])).heads
+    conv, projection = model.encoder.convs[0], model.encoder.projections[0]
+    torch.testing.assert_close(heads["a.b"], projection(conv.absent).expand(3, 4))
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+def test_modality_that_no_entity_has_is_finite(odd_kg, candidates):
+    empty = ig.Views(torch.empty(0, 3), torch.empty(0, dtype=torch.int64))
+    kg = odd_kg.replace(views={"image": empty})
+    model = ig.IMVIA.from_kg(kg, SMALL.replace(candidates=candidates, batch_norm=True)).train()
+    scores = scores_of(model, [0, 1, 6], 1)
+    sum(part.square().sum() for part in scores.values()).backward()
+    assert all(part.isfinite().all() for part in scores.values())
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert gradients["encoder.convs.0.absent"].abs().sum() > 0
+
+
+def test_detached_decision_trains_no_head_through_itself(odd_kg):
+    model = model_of(odd_kg, decision="detached")
+    scores = scores_of(model, [0, 3], 1)
+    scores["decision"].sum().backward()
+    assert model.decision.linear.weight.grad.abs().sum() > 0
+    assert model.decoder[0].core.grad is None
+    assert model.relation[0].weight.grad[1].abs().sum() > 0  # it is what the weights depend on
+    trained = model_of(odd_kg, decision="trained")
+    trained.load_state_dict(model.state_dict())
+    assert torch.equal(scores_of(trained, [0, 3], 1)["decision"], scores["decision"])
+
+
+def test_no_queries_have_no_scores(odd_kg):
+    model = model_of(odd_kg)
+    nothing = torch.empty(0, dtype=torch.int64)
+    scores = model.scores(model.queries(nothing, nothing), model.candidates(), nothing)
+    assert all(part.shape == (0, 7) for part in scores.values())
+
+
+# -- state ----------------------------------------------------------------------------------------
+
+
+def test_state_holds_what_was_learned_and_no_views(odd_kg):
+    model = model_of(odd_kg)
+    assert not [name for name in model.state_dict() if "view" in name]
+    assert set(dict(model.named_parameters())) == set(model.state_dict())  # no batch statistics
+    found = sum(value.numel() for value in model.state_dict().values())
+    assert found == sum(p.numel() for p in model.parameters())
+
+
+def test_views_move_with_the_model(odd_kg):
+    model = ig.IMVIA.from_kg(odd_kg, SMALL)
+    assert list(model.views) == odd_kg.modalities
+    for modality, (feat, ptr) in model.double().views.items():
+        expected, expected_ptr = odd_kg.views(modality)
+        assert feat.dtype == torch.float64
+        assert torch.equal(feat.float(), expected)
+        assert torch.equal(ptr, expected_ptr)
+    assert odd_kg.views("keys")[0].dtype == torch.float32  # the graph's own are left alone
+
+
+def test_state_round_trips_through_a_file_and_copies(odd_kg):
+    model, other = model_of(odd_kg), model_of(odd_kg)
+    expected = scores_of(model, [0, 6], 1)["decision"]
+    assert not torch.equal(scores_of(other, [0, 6], 1)["decision"], expected)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for same in (other, copy.deepcopy(model)):
+        assert torch.equal(scores_of(same, [0, 6], 1)["decision"], expected)
+
+
+def test_same_seed_makes_the_same_model(odd_kg):
+    states = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        states.append(ig.IMVIA.from_kg(odd_kg, SMALL).state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_reset_parameters_initialises_every_parameter(odd_kg):
+    """As in every layer of DGL and of this library: a reset model is a new model."""
+    model = ig.IMVIA.from_kg(odd_kg, SMALL)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    model.reset_parameters()
+    assert [name for name, p in model.named_parameters() if not p.isfinite().all()] == []
+
+
+def test_autocast_to_bfloat16_trains(odd_kg):
+    model = randomised(ig.IMVIA.from_kg(odd_kg, SMALL))
+    expected = scores_of(model, [0, 3, 6], 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = scores_of(model, [0, 3, 6], 1)
+    for name, part in scores.items():
+        torch.testing.assert_close(part.float(), expected[name], rtol=0.1, atol=0.5)
+    sum(part.float().square().sum() for part in scores.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_graph_with_views_of_another_dtype_makes_a_float32_model(odd_kg, dtype):
+    feat, ptr = odd_kg.views("a.b")
+    owner = torch.repeat_interleave(torch.arange(7), ptr.diff())
+    kg = odd_kg.replace(views={"a.b": ig.Views(feat.to(dtype), owner)})
+    model = ig.IMVIA.from_kg(kg, SMALL)
+    assert scores_of(model, [0, 3], 1)["a.b"].dtype == torch.float32
