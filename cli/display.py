@@ -93,7 +93,7 @@ class ProgressBar(Callback):
 
 def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
     """Both sides, each side, and each head of the model, in per cent."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("", no_wrap=True)
     for column in COLUMNS:
         name = {"mrr": "MRR %", "mr": "MR"}.get(column, f"{column.replace('hits', 'H')} %")

@@ -10,7 +10,9 @@ import click
 
 from imvia_graph import _files, load_kg
 from imvia_graph.cli.display import ProgressBar, console, metrics_table
+from imvia_graph.cli.options import views_option
 from imvia_graph.errors import SettingsError
+from imvia_graph.io import with_views
 from imvia_graph.run import fit as fit_model
 from imvia_graph.settings import Settings
 
@@ -21,6 +23,14 @@ from imvia_graph.settings import Settings
     "--out",
     type=click.Path(path_type=Path),
     help="Run folder to write.  [default: runs/NAME-1, -2, …]",
+)
+@click.option(
+    "--views",
+    "features",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Ready features of a modality: safetensors, npz, npy, HDF5 or .pth; a row an entity in id"
+    " order, or with an entity column.",
 )
 @click.option("--epochs", type=int, help="Epochs at most.")
 @click.option("--seed", type=int, help="Seed of everything random.")
@@ -42,6 +52,7 @@ from imvia_graph.settings import Settings
 def fit(
     source: str | None,
     out: Path | None,
+    features: tuple[str, ...],
     epochs: int | None,
     seed: int | None,
     device: str | None,
@@ -62,6 +73,7 @@ def fit(
       imvia-graph fit countries
       imvia-graph fit countries --out runs/c --epochs 30 --seed 1 --set dim=128
       imvia-graph fit countries --set 'modalities=[text]' --set joint=false
+      imvia-graph fit DB15K --views image=visual.pth --views text=text.pth
       imvia-graph fit my-graph/ --settings my-settings.yaml --device cuda
       imvia-graph fit --resume --out runs/c --epochs 60
     """
@@ -76,7 +88,11 @@ def fit(
         if resume:
             if out is None:
                 raise SettingsError("--resume: say with --out which run to go on with.")
-            run = fit_model(source or "", out=out, resume=True, callbacks=[bar], **changes)
+            if source is not None or features:
+                raise click.UsageError(
+                    "--resume goes on with the run's own graph: leave SOURCE and --views out."
+                )
+            run = fit_model(None, out=out, resume=True, callbacks=[bar], **changes)
         else:
             if source is None:
                 raise click.UsageError(
@@ -84,6 +100,8 @@ def fit(
                     " countries"
                 )
             kg = load_kg(source, "published")  # fit sees to the validation set
+            if features:
+                kg = with_views(kg, views_option(features))
             console.print(repr(kg), markup=False)
             out = out or _free_folder(kg.name)
             run = fit_model(kg, out=out, settings=settings, callbacks=[bar])

@@ -21,3 +21,16 @@ def device_option(command: Command) -> Command:
     return click.option(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, … or auto."
     )(command)
+
+
+def views_option(values: tuple[str, ...]) -> dict[str, str]:
+    """Modality to file, from ``NAME=FILE`` given any number of times."""
+    files: dict[str, str] = {}
+    for value in values:
+        name, equals, file = value.partition("=")
+        if not (name and equals and file):
+            raise click.UsageError(f"--views {value}: expected NAME=FILE, as in image=visual.pth.")
+        if name in files:
+            raise click.UsageError(f"--views: {name!r} is given twice.")
+        files[name] = file
+    return files

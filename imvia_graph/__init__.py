@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 from imvia_graph._version import __version__
 
 if TYPE_CHECKING:
-    from imvia_graph import datasets, io, losses, nn, ops
+    from imvia_graph import datasets, encode, io, losses, nn, ops
     from imvia_graph.errors import (
         CheckpointError,
         DataError,
+        EncoderError,
         IMVIAError,
         SettingsError,
         UnknownLabelError,
     )
     from imvia_graph.evaluation import evaluate, rank
+    from imvia_graph.export import export_embeddings, export_predictions
     from imvia_graph.inference import Prediction
+    from imvia_graph.inspection import inspect_kg
     from imvia_graph.io import load_kg
     from imvia_graph.kg import MultiViewKG, Views
     from imvia_graph.model import IMVIA
@@ -38,12 +41,16 @@ if TYPE_CHECKING:
 _HOME = {
     "CheckpointError": "errors",
     "DataError": "errors",
+    "EncoderError": "errors",
     "IMVIAError": "errors",
     "SettingsError": "errors",
     "UnknownLabelError": "errors",
     "evaluate": "evaluation",
     "rank": "evaluation",
+    "export_embeddings": "export",
+    "export_predictions": "export",
     "Prediction": "inference",
+    "inspect_kg": "inspection",
     "load_kg": "io",
     "MultiViewKG": "kg",
     "Views": "kg",
@@ -55,13 +62,14 @@ _HOME = {
     "Callback": "training",
     "Trainer": "training",
 }
-_MODULES = ("datasets", "io", "losses", "nn", "ops")
+_MODULES = ("datasets", "encode", "io", "losses", "nn", "ops")
 
 __all__ = [
     "IMVIA",
     "Callback",
     "CheckpointError",
     "DataError",
+    "EncoderError",
     "IMVIAError",
     "MultiViewKG",
     "Prediction",
@@ -73,8 +81,12 @@ __all__ = [
     "Views",
     "__version__",
     "datasets",
+    "encode",
     "evaluate",
+    "export_embeddings",
+    "export_predictions",
     "fit",
+    "inspect_kg",
     "io",
     "load",
     "load_kg",

@@ -1,18 +1,17 @@
-"""Reading and writing of the small file formats: label triples, tables, tensors, JSON.
-
-Fast paths are vectorised (polars). Where one fails, the file is read once more, line by line, only
-to say which line is wrong and why.
-"""
+"""Reading and writing of the small file formats: lines, tables, tensors, JSON."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import polars as pl
 from safetensors import SafetensorError, safe_open
@@ -22,64 +21,14 @@ from torch import Tensor
 from imvia_graph.errors import DataError
 
 TRIPLE_COLUMNS = ("head", "relation", "tail")
-
-
-def read_label_triples(path: Path) -> pl.DataFrame:
-    """Read a file of ``head<TAB>relation<TAB>tail`` labels: UTF-8, no header, no quoting.
-
-    Blank lines are skipped. Labels are taken as they stand, spaces included.
-
-    Raises
-    ------
-    DataError
-        A line with fewer or more than three columns, an empty label, text that is not UTF-8.
-    """
-    schema = dict.fromkeys(TRIPLE_COLUMNS, pl.String)
-    if path.stat().st_size == 0:
-        return pl.DataFrame(schema=schema)
-    try:
-        frame = pl.read_csv(path, has_header=False, separator="\t", quote_char=None, schema=schema)
-    except pl.exceptions.PolarsError:
-        frame = _label_triples_by_line(path)
-    else:
-        frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
-        if sum(frame.null_count().row(0)) or _has_nul(frame):
-            frame = _label_triples_by_line(path)
-    return frame
-
-
-def _has_nul(frame: pl.DataFrame) -> bool:
-    """Whether any label holds a NUL byte, the mark of a file that is not text."""
-    return bool(
-        frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any())).item()
-    )
-
-
-def _label_triples_by_line(path: Path) -> pl.DataFrame:
-    """Slow and exact: names the first malformed line, or reads what only upset the fast reader."""
-    rows = []
-    for number, line in read_lines(path):
-        if not line:
-            continue
-        columns = line.split("\t")
-        if len(columns) != 3 or not all(columns):
-            found = f"{len(columns)} column{'s' if len(columns) != 1 else ''}"
-            if len(columns) == 3:
-                found = "an empty one"
-            raise DataError(
-                f"{path}, line {number}: expected three columns separated by tabs (head, relation,"
-                f" tail), found {found}: {shorten(line)!r}. Mend or remove the line."
-            )
-        rows.append(columns)
-    if not rows:
-        return pl.DataFrame(schema=dict.fromkeys(TRIPLE_COLUMNS, pl.String))
-    return pl.DataFrame(rows, schema=list(TRIPLE_COLUMNS), orient="row")
+#: The bytes with which compressed files begin.
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their numbers from 1, without their ends; DataError where it is not UTF-8 text."""
     with open_input(path) as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(_pieces(path, file), 1):
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -93,8 +42,28 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.rstrip("\r\n")
 
 
+def _pieces(path: Path, file: IO[bytes]) -> Iterator[bytes]:
+    """Lines of a plain, gzip or zstd file; DataError where the compressed data is broken."""
+    mark = file.read(4)
+    file.seek(0)
+    try:
+        if mark.startswith(GZIP):
+            yield from gzip.GzipFile(fileobj=file)
+        elif mark == ZSTD:
+            lines = pl.read_lines(path, glob=False)["line"]
+            for start in range(0, len(lines), 100_000):
+                yield from (line.encode() for line in lines.slice(start, 100_000))
+        else:
+            yield from file
+    except (EOFError, OSError, zlib.error, pl.exceptions.PolarsError) as error:
+        raise DataError(
+            f"{path}: the compressed data cannot be read to its end ({error}). The file may be cut"
+            " short; fetch or make it again."
+        ) from error
+
+
 @contextmanager
-def open_input(path: Path) -> Iterator[Any]:
+def open_input(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading bytes; a DataError says so where that cannot be."""
     try:
         file = path.open("rb")
@@ -104,12 +73,67 @@ def open_input(path: Path) -> Iterator[Any]:
         yield file
 
 
+@contextmanager
+def open_text(path: Path) -> Iterator[IO[bytes]]:
+    """Open a plain, gzip or zstd file for reading the bytes of its text."""
+    with open_input(path) as file:
+        mark = file.read(4)
+        file.seek(0)
+        if mark.startswith(GZIP):
+            with gzip.GzipFile(fileobj=file) as opened:
+                yield cast("IO[bytes]", opened)
+        elif mark == ZSTD:
+            yield io.BytesIO(b"\n".join(_pieces(path, file)))
+        else:
+            yield file
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file of a folder; a DataError where it is a link that leads out of it."""
+    path = folder / name
+    if path.is_symlink() or ".." in Path(name).parts or path.parent.is_symlink():
+        target, root = path.resolve(), folder.resolve()
+        if not target.is_relative_to(root):
+            raise DataError(
+                f"{path} leaves the folder: it leads to {target}. Copy the file into {folder}, or"
+                " load it from where it is."
+            )
+    return path
+
+
 def read_label_table(path: Path, column: str) -> tuple[list[str], list[str] | None]:
     """Read ``entities.tsv`` or ``relations.tsv``: labels in id order, and display names if given.
 
     The header names the columns: ``entity`` (or ``relation``) and, optionally, ``name``. Further
     columns are allowed and left alone.
     """
+    return _label_table_fast(path, column) or _label_table_by_line(path, column)
+
+
+def _label_table_fast(path: Path, column: str) -> tuple[list[str], list[str] | None] | None:
+    """The table, or None where a line needs to be looked at."""
+    try:
+        frame = pl.read_csv(
+            path,
+            separator="\t",
+            quote_char=None,
+            infer_schema=False,
+            glob=False,
+            missing_columns="raise",
+        )
+    except (pl.exceptions.PolarsError, OSError):
+        return None
+    # A line that is too short has a null at its end; the exact way tells it from an empty cell.
+    last = frame.columns[-1]
+    if column not in frame.columns or frame[column].null_count() or frame[last].null_count():
+        return None
+    if frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any())).item():
+        return None
+    names = frame["name"].fill_null("").to_list() if "name" in frame.columns else None
+    return frame[column].to_list(), names
+
+
+def _label_table_by_line(path: Path, column: str) -> tuple[list[str], list[str] | None]:
     labels: list[str] = []
     names: list[str] = []
     header: list[str] | None = None
@@ -236,13 +260,19 @@ def write_label_table(
 
 
 def check_tsv_labels(path: Path, labels: Sequence[str]) -> None:
-    """A label with a tab or a line end cannot stand in a TSV file: say so, do not break it."""
+    """A label that a TSV file cannot carry, such as one with a tab: say so, do not break it."""
     column = pl.Series(labels, dtype=pl.String)
-    bad = column.filter(column.str.contains(r"[\t\n\r]"))
+    bad = column.filter(column.str.contains("[\t\n\r\0]"))
     if len(bad):
         raise DataError(
-            f"{path}: {len(bad)} labels hold a tab or a line end, first {bad[0]!r}; a TSV file"
-            " cannot carry them. Rename them before saving."
+            f"{path}: {len(bad)} labels hold a tab or a line end (or a NUL), first {bad[0]!r};"
+            " a TSV file cannot carry them. Rename them before saving."
+        )
+    marked = column.filter(column.str.starts_with("\ufeff"))
+    if len(marked):
+        raise DataError(
+            f"{path}: {len(marked)} labels begin with a byte order mark, first {marked[0]!r}; at"
+            " the start of a file it would be lost. Rename them before saving."
         )
 
 
@@ -253,16 +283,6 @@ def write_view_table(path: Path, entities: Sequence[str], sources: Sequence[str]
         schema={"entity": pl.String, "source": pl.String},
     )
     write_atomically(path, lambda temporary: frame.write_csv(temporary, quote_style="necessary"))
-
-
-def write_label_triples(path: Path, frame: pl.DataFrame) -> None:
-    """Write label triples as TSV without a header."""
-    write_atomically(
-        path,
-        lambda temporary: frame.write_csv(
-            temporary, include_header=False, separator="\t", quote_style="never"
-        ),
-    )
 
 
 def shorten(text: str, length: int = 80) -> str:

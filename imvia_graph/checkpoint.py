@@ -106,6 +106,10 @@ class RunFolder(Callback):
         kept = [line for line in lines if _epoch_of(line) <= trainer.progress.epoch]
         _files.write_text(path, "".join(f"{line}\n" for line in kept))
         self._best_epoch = trainer.progress.best_epoch
+        # The best model may have been found after the checkpoint that is gone on from.
+        path = self.folder / BEST
+        if trainer.best_state is not None and _best_epoch_of(path) != self._best_epoch:
+            save_model(path, trainer.best_state, trainer.progress)
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Append the metrics; write the best model where it is new, and what resuming needs."""
@@ -130,6 +134,15 @@ def _epoch_of(line: str) -> float:
         return int(json.loads(line)["epoch"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
         return float("inf")
+
+
+def _best_epoch_of(path: Path) -> int | None:
+    """The epoch of a saved model; None where there is none, or none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _progress(path, file.metadata() or {}).best_epoch
+    except (SafetensorError, OSError, CheckpointError):
+        return None
 
 
 # -- checkpoints ----------------------------------------------------------------------------------

@@ -35,3 +35,9 @@ class CheckpointError(IMVIAError):
     """A run folder or checkpoint that cannot be read or does not fit."""
 
     exit_code = 2
+
+
+class EncoderError(IMVIAError):
+    """An encoder that is not known, not installed, or whose weights cannot be had."""
+
+    exit_code = 2

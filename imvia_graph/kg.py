@@ -13,8 +13,9 @@ import torch
 from rapidfuzz import fuzz, process
 from torch import Tensor
 
-from imvia_graph import _files
+from imvia_graph import _files, _tables
 from imvia_graph._dgl import dgl
+from imvia_graph._labels import decode_triples, encode_labels, encode_triples, index_triples
 from imvia_graph.answers import AnswerIndex, pointer
 from imvia_graph.errors import DataError, UnknownLabelError
 
@@ -173,8 +174,7 @@ class MultiViewKG:
             _label_frame(part, split)
             for part, split in zip((train, valid, test), SPLITS, strict=True)
         ]
-        entities, relations = vocabulary(frames)
-        triples = [encode_triples(frame, entities, relations) for frame in frames]
+        entities, relations, triples = index_triples(frames)
         known: dict[str, Views] = {}
         for modality, value in (views or {}).items():
             if isinstance(value, Views):
@@ -249,6 +249,12 @@ class MultiViewKG:
                 f" {', '.join(RESERVED_MODALITIES)} are taken. Rename it."
             )
         where = f"views[{modality!r}]"
+        if not isinstance(views, Views):
+            raise DataError(
+                f"{where}: expected Views(feat, entity, source), received"
+                f" {type(views).__name__}. MultiViewKG.from_labels takes pairs of features and"
+                " labels."
+            )
         feat, entity = torch.as_tensor(views.feat), torch.as_tensor(views.entity)
         if feat.dim() != 2 or feat.shape[1] == 0:
             raise DataError(
@@ -256,7 +262,7 @@ class MultiViewKG:
             )
         if not feat.is_floating_point():
             raise DataError(f"{where}: expected floating-point features, received {feat.dtype}.")
-        if entity.is_floating_point() and entity.numel():
+        if (entity.is_floating_point() or entity.dtype == torch.bool) and entity.numel():
             raise DataError(f"{where}: expected integer entity ids, received {entity.dtype}.")
         if entity.shape != feat.shape[:1]:
             raise DataError(
@@ -341,6 +347,8 @@ class MultiViewKG:
         UnknownLabelError
             Neither is known, with the nearest known ones; or several entities bear the name.
         """
+        if kind not in self._lookup:
+            raise UnknownLabelError(f"There is no kind {kind!r}; expected entity or relation.")
         labels, names = self._lookup[kind]
         if label in labels:
             return labels[label]
@@ -448,13 +456,13 @@ class MultiViewKG:
             folder / "relations.tsv", "relation", self.relations, self.relation_names
         )
         entities = pl.Series(self.entities, dtype=pl.String)
-        relations = pl.Series(self.relations, dtype=pl.String)
         for split in SPLITS:
-            head, relation, tail = self.triples(split).T.numpy()
-            frame = pl.DataFrame(
-                {"head": entities[head], "relation": relations[relation], "tail": entities[tail]}
-            )
-            _files.write_label_triples(folder / f"{split}.tsv", frame)
+            frame = decode_triples(self.triples(split), entities, self.relations)
+            _tables.write_table(folder / f"{split}.tsv", frame)
+        for modality in _old_modalities(folder):
+            if modality not in self.modalities:
+                for ending in (".safetensors", ".csv"):
+                    (folder / "views" / f"{modality}{ending}").unlink(missing_ok=True)
         for modality in self.modalities:
             feat, ptr = self.views(modality)
             _files.write_tensors(folder / "views" / f"{modality}.safetensors", {"feat": feat})
@@ -492,18 +500,24 @@ class MultiViewKG:
         folder = Path(folder)
         about = _read_about(folder)
         frames = [_read_split(folder, split) for split in SPLITS]
-        entities, relations = vocabulary(frames)
+        entities: list[str] = []
+        relations: list[str] = []
+        triples: list[Tensor] = []
         entity_names = relation_names = None
-        if (folder / "entities.tsv").is_file():
-            entities, entity_names = _files.read_label_table(folder / "entities.tsv", "entity")
-        if (folder / "relations.tsv").is_file():
-            relations, relation_names = _files.read_label_table(
-                folder / "relations.tsv", "relation"
-            )
-        triples = [
-            encode_triples(frame, entities, relations, str(folder / f"{split}.tsv"))
-            for frame, split in zip(frames, SPLITS, strict=True)
-        ]
+        listed_entities = _files.inside(folder, "entities.tsv")
+        listed_relations = _files.inside(folder, "relations.tsv")
+        if not (listed_entities.is_file() and listed_relations.is_file()):
+            entities, relations, triples = index_triples(frames)
+        if listed_entities.is_file():
+            entities, entity_names = _files.read_label_table(listed_entities, "entity")
+        if listed_relations.is_file():
+            relations, relation_names = _files.read_label_table(listed_relations, "relation")
+        if listed_entities.is_file() or listed_relations.is_file():
+            triples = [
+                encode_triples(frame, entities, relations, str(folder / f"{split}.tsv"))
+                for frame, split in zip(frames, SPLITS, strict=True)
+            ]
+        del frames
         files = {path.stem: path for path in sorted((folder / "views").glob("*.safetensors"))}
         listed = [name for name in about.get("modalities", []) if name in files]
         names = listed + [name for name in files if name not in listed]
@@ -558,52 +572,6 @@ class MultiViewKG:
 # -- labels and ids -------------------------------------------------------------------------------
 
 
-def vocabulary(frames: Sequence[pl.DataFrame]) -> tuple[list[str], list[str]]:
-    """Entity and relation labels of label triples, in the order of first appearance."""
-    ends = pl.concat(
-        # Interleaved, so that a row's head comes before its tail and both before the next row.
-        [
-            frame.select(pl.concat_list("head", "tail").explode().alias("entity"))
-            for frame in frames
-            if frame.height
-        ]
-        or [pl.DataFrame(schema={"entity": pl.String})]
-    )
-    relations = pl.concat([frame.select("relation") for frame in frames])
-    return (
-        ends["entity"].unique(maintain_order=True).to_list(),
-        relations["relation"].unique(maintain_order=True).to_list(),
-    )
-
-
-def encode_labels(
-    labels: Sequence[str] | pl.Series, vocabulary: Sequence[str], where: str
-) -> Tensor:
-    """Labels to ids: (n,) int64. Unknown labels are a `DataError` that says how many and which."""
-    series = pl.Series("label", labels, dtype=pl.String)
-    table = pl.DataFrame({"label": pl.Series(vocabulary, dtype=pl.String)}).with_row_index("id")
-    ids = series.to_frame().join(table, on="label", how="left", maintain_order="left")["id"]
-    unknown = series.filter(ids.is_null())
-    if len(unknown):
-        row = int(ids.is_null().arg_max() or 0)
-        raise DataError(
-            f"{where}: {len(unknown)} rows name {unknown.n_unique()} labels that are not in the"
-            f" vocabulary, first {unknown[0]!r} in row {row + 1}. Add them or leave these rows out."
-        )
-    return torch.from_numpy(ids.cast(pl.Int64).to_numpy().copy())
-
-
-def encode_triples(
-    frame: pl.DataFrame, entities: Sequence[str], relations: Sequence[str], where: str = "triples"
-) -> Tensor:
-    """A frame of label triples to (n, 3) int64 ids."""
-    columns = [
-        encode_labels(frame[column], labels, f"{where}, column {column}")
-        for column, labels in (("head", entities), ("relation", relations), ("tail", entities))
-    ]
-    return torch.stack(columns, dim=1)
-
-
 def _label_frame(triples: Iterable[Sequence[str]], split: Split) -> pl.DataFrame:
     rows = [tuple(row) for row in triples]
     for number, row in enumerate(rows):
@@ -618,12 +586,23 @@ def _label_frame(triples: Iterable[Sequence[str]], split: Split) -> pl.DataFrame
 
 def _checked_labels(labels: Sequence[str], what: str) -> list[str]:
     listed = list(labels)
-    for i, label in enumerate(listed):
-        if not isinstance(label, str) or not label:
-            raise DataError(f"{what}, number {i}: expected a non-empty label, received {label!r}.")
-    if len(set(listed)) != len(listed):
-        seen: set[str] = set()
-        twice = next(label for label in listed if label in seen or seen.add(label))  # type: ignore[func-returns-value]
+    try:
+        column = pl.Series(what, listed, dtype=pl.String)
+        wrong = (column.is_null() | (column == "")).arg_true()
+        bad = int(wrong[0]) if len(wrong) else None
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what}: the label {error.object!r} holds half of a surrogate pair, which is no text"
+            " that UTF-8 could carry. Rename it."
+        ) from None
+    except (TypeError, pl.exceptions.PolarsError):
+        bad = next(i for i, label in enumerate(listed) if not isinstance(label, str) or not label)
+    if bad is not None:
+        raise DataError(
+            f"{what}, number {bad}: expected a non-empty label, received {listed[bad]!r}."
+        )
+    if not column.is_unique().all():
+        twice = listed[int((~column.is_first_distinct()).arg_true()[0])]
         raise DataError(f"{what}: the label {twice!r} stands more than once; labels are distinct.")
     return listed
 
@@ -640,12 +619,16 @@ def _checked_names(names: Sequence[str] | None, labels: list[str], what: str) ->
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
-    path = folder / "kg.json"
+    path = _files.inside(folder, "kg.json")
     if not path.is_file():
         return {}
     about = _files.read_json(path)
     if not isinstance(about, dict) or about.get("format", FORMAT) != FORMAT:
         raise DataError(f"{path}: expected the description of a KG folder ({FORMAT!r}).")
+    for key in ("modalities", "notes"):
+        listed = about.get(key, [])
+        if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
+            raise DataError(f"{path}: expected a list of texts for {key!r}, found {listed!r}.")
     version = about.get("version", FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise DataError(
@@ -655,10 +638,19 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
+def _old_modalities(folder: Path) -> list[str]:
+    """Modalities of a graph that was saved here before; their files would be taken for ours."""
+    if not (folder / "kg.json").is_file():
+        return []
+    names = _read_about(folder).get("modalities") or []
+    there = {path.stem for path in (folder / "views").glob("*.safetensors")}
+    return [name for name in names if name in there]
+
+
 def _read_split(folder: Path, split: Split) -> pl.DataFrame:
-    path = folder / f"{split}.tsv"
+    path = _files.inside(folder, f"{split}.tsv")
     if path.is_file():
-        return _files.read_label_triples(path)
+        return _tables.read_triples(path)
     if split == "train":
         raise DataError(
             f"{path}: a KG folder needs this file, a line a triple: head, relation, tail,"
@@ -668,7 +660,9 @@ def _read_split(folder: Path, split: Split) -> pl.DataFrame:
 
 
 def _read_views(path: Path, entities: Sequence[str]) -> Views:
-    table = path.with_suffix(".csv")
+    folder = path.parent.parent
+    path = _files.inside(folder, f"views/{path.name}")
+    table = _files.inside(folder, f"views/{path.stem}.csv")
     if not table.is_file():
         raise DataError(
             f"{table}: missing; it names the entity (and source) of each row of {path.name}."

@@ -134,8 +134,9 @@ class IMVIA(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the tables and the layers anew."""
-        for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
+        # Parts before the layers that they are in, which may want another start for their parts.
+        for module in reversed(list(self.modules())[1:]):
+            if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         for table in (self.entity, *self.relation, *self.residual):
             assert isinstance(table, nn.Embedding)
@@ -218,9 +219,11 @@ class IMVIA(nn.Module):
             return scores[0]
         if self.settings.decision == "mean":
             return torch.stack(list(scores)).mean(0)
+        rel_feat = self.relation[0](relation)
         if self.settings.decision == "detached":
             scores = [score.detach() for score in scores]
-        decided: Tensor = self.decision(self.relation[0](relation), scores)
+            rel_feat = rel_feat.detach()
+        decided: Tensor = self.decision(rel_feat, scores)
         return decided
 
 

@@ -104,7 +104,7 @@ class Run:
 
 
 def fit(
-    kg: str | os.PathLike[str] | MultiViewKG,
+    kg: Any = None,
     *,
     out: str | os.PathLike[str] | None = None,
     settings: Settings | None = None,
@@ -117,7 +117,7 @@ def fit(
     Parameters
     ----------
     kg : MultiViewKG, name or folder
-        Anything that `load_kg` takes.
+        Anything that `load_kg` takes; left out with ``resume``.
     out : path, optional
         The run folder to write. Default: none is written.
     settings : Settings, optional
@@ -152,7 +152,13 @@ def fit(
     if resume:
         if folder is None:
             raise CheckpointError("resume: give the run folder as out.")
+        if kg is not None:
+            raise CheckpointError(
+                f"resume goes on with the graph in {folder}; leave the graph out."
+            )
         return _resume(folder, callbacks, overrides)
+    if kg is None:
+        raise DataError("fit: give a graph: a MultiViewKG, a data set's name or a folder.")
     chosen = (settings or Settings()).replace(**overrides)
     device = resolve_device(chosen.device)
     graph = with_validation(

@@ -41,7 +41,7 @@ class Settings(BaseModel):
     64
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # -- data
     validation: Literal["auto", "published", "held-out"] = Field(
@@ -135,7 +135,7 @@ class Settings(BaseModel):
         """Settings from mappings, later ones over earlier ones, over the defaults."""
         merged: dict[str, Any] = {}
         for layer in layers:
-            merged.update(layer)
+            merged.update({str(key): value for key, value in layer.items()})
         try:
             return cls(**merged)
         except ValidationError as error:
@@ -148,9 +148,10 @@ class Settings(BaseModel):
         with _files.open_input(path) as file:
             content = file.read()
         try:
-            if path.suffix == ".toml":
+            suffix = path.suffix.lower()
+            if suffix == ".toml":
                 values = tomllib.loads(content.decode("utf-8"))
-            elif path.suffix in (".yaml", ".yml"):
+            elif suffix in (".yaml", ".yml"):
                 values = yaml.safe_load(content.decode("utf-8"))
             else:
                 raise SettingsError(f"{path}: expected a .yaml, .yml or .toml file.")

@@ -1,6 +1,8 @@
-"""Carving a validation set from training triples without leaks."""
+"""Splitting triples into train, validation and test sets without leaks."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,32 +43,117 @@ def hold_out(triples: Tensor, fraction: float = 0.05, seed: int = 0) -> tuple[Te
     """
     if not 0 < fraction < 1:
         raise DataError(f"hold_out: expected a fraction between 0 and 1, received {fraction}.")
-    generator = torch.Generator().manual_seed(seed)
+    train, held = _hold_out_parts(triples, [fraction], seed)
+    return train, held
+
+
+def split_triples(
+    triples: Tensor, fractions: Sequence[float] = (0.8, 0.1, 0.1), seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split triples into train, validation and test sets, by the rules of `hold_out`.
+
+    Triples between the same two entities never stand in two of the sets, and every entity and
+    every relation keeps at least one triple in train.
+
+    Parameters
+    ----------
+    triples : Tensor
+        (n, 3) int64.
+    fractions : sequence of float
+        Shares of train, validation and test; their sum is 1. Validation and test sets are smaller
+        where the rules leave fewer triples for them.
+    seed : int
+        The same seed gives the same split.
+
+    Returns
+    -------
+    tuple of Tensor
+        Train, validation and test triples, each in the order in which they came.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.splits import split_triples
+    >>> triples = torch.cartesian_prod(torch.arange(20), torch.arange(2), torch.arange(20))
+    >>> [len(part) for part in split_triples(triples)]
+    [640, 80, 80]
+    """
+    shares = [float(share) for share in fractions]
+    if len(shares) != 3 or not all(0 <= share <= 1 for share in shares) or not shares[0]:
+        raise DataError(
+            "fractions: expected three numbers from 0 to 1, of train (not 0), validation and test;"
+            f" received {fractions!r}."
+        )
+    if abs(sum(shares) - 1) > 1e-6:
+        raise DataError(f"fractions: expected a sum of 1, received {shares}, {sum(shares):g}.")
+    train, test, valid = _hold_out_parts(triples, [shares[2], shares[1]], seed)
+    return train, valid, test
+
+
+def _hold_out_parts(triples: Tensor, fractions: Sequence[float], seed: int) -> list[Tensor]:
+    """What is left for train, then a part for each fraction."""
     n = len(triples)
+    if not n:
+        return [triples] + [triples[:0]] * len(fractions)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)
-    shuffled = triples[order]
+    head, relation, tail = (column[order] for column in triples.unbind(dim=1))
 
     # Groups that may not be torn: triples between the same two entities.
-    ends = shuffled[:, [0, 2]].sort(dim=1).values
-    _, group = torch.unique(ends, dim=0, return_inverse=True)
-    num_groups = int(group.max()) + 1 if n else 0
+    low, high = torch.minimum(head, tail), torch.maximum(head, tail)
+    group = _numbered_pairs(low, high)
+    num_groups = int(group.max()) + 1
 
     # In the shuffled order, the first triple of each entity and each relation stays in train.
     anchored = torch.zeros(num_groups, dtype=torch.bool)
-    head, relation, tail = shuffled.unbind(dim=1)
-    anchored[group[first_occurrence(relation)]] = True
-    anchored[group[first_occurrence(torch.stack([head, tail], dim=1).flatten()) // 2]] = True
+    anchored[group[_first(relation)]] = True
+    anchored[group[_first(torch.stack([head, tail], dim=1).flatten()) // 2]] = True
 
-    # Whole groups, in order of their first triple, until the wanted number is reached.
+    # Whole groups, in order of their first triple, each into the first part that has room for it.
     size = torch.bincount(group, minlength=num_groups)
-    candidates = group[first_occurrence(group).sort().values]
+    candidates = group[_first(group).sort().values]
     candidates = candidates[~anchored[candidates]]
-    chosen = candidates[size[candidates].cumsum(0) <= round(n * fraction)]
-    held = torch.zeros(num_groups, dtype=torch.bool)
-    held[chosen] = True
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[order] = held[group]
-    return triples[~mask], triples[mask]
+    part = torch.zeros(num_groups, dtype=torch.int8)
+    for number, fraction in enumerate(fractions, 1):
+        chosen = _fill(size[candidates], round(n * fraction))
+        part[candidates[chosen]] = number
+        candidates = candidates[~chosen]
+    place = torch.empty(n, dtype=torch.int8)
+    place[order] = part[group]
+    return [triples[place == number] for number in range(len(fractions) + 1)]
+
+
+def _fill(size: Tensor, room: int) -> Tensor:
+    """Which of the groups are taken if each in turn is taken where it still fits."""
+    taken = torch.zeros(len(size), dtype=torch.bool)
+    waiting = (size <= room).nonzero().flatten()
+    while len(waiting):
+        fits = size[waiting].cumsum(0) <= room
+        taken[waiting[fits]] = True
+        room -= int(size[waiting[fits]].sum())
+        waiting = waiting[~fits]
+        waiting = waiting[size[waiting] <= room]
+    return taken
+
+
+def _numbered_pairs(one: Tensor, other: Tensor) -> Tensor:
+    """A number for each pair, the same for equal pairs, from 0."""
+    base = int(other.max()) + 1
+    if (int(one.max()) + 1) * base < 2**63 and int(one.min()) >= 0 and int(other.min()) >= 0:
+        _, number = torch.unique(one * base + other, return_inverse=True)
+    else:
+        _, number = torch.unique(torch.stack([one, other], dim=1), dim=0, return_inverse=True)
+    return number
+
+
+def _first(values: Tensor) -> Tensor:
+    """`first_occurrence`, without sorting where the values are ids that are not too spread out."""
+    if not len(values) or int(values.min()) < 0 or int(values.max()) > 4 * len(values) + 1024:
+        return first_occurrence(values)
+    position = torch.arange(len(values))
+    first = torch.full((int(values.max()) + 1,), len(values))
+    first.scatter_reduce_(0, values, position, reduce="amin")
+    return first[first < len(values)]
 
 
 def first_occurrence(values: Tensor) -> Tensor:
@@ -80,8 +167,12 @@ def first_occurrence(values: Tensor) -> Tensor:
 
 def count_shared(part: Tensor, other: Tensor) -> int:
     """How many distinct triples of ``part`` stand in ``other`` too."""
-    mine = torch.unique(part, dim=0)
-    theirs = torch.unique(other, dim=0)
-    both = torch.cat([mine, theirs])
-    _, counts = torch.unique(both, dim=0, return_counts=True)
-    return int((counts > 1).sum())
+    if not len(part) or not len(other):
+        return 0
+    both = torch.cat([part, other])
+    pair = _numbered_pairs(both[:, 0], both[:, 2])
+    number = _numbered_pairs(both[:, 1], pair)
+    mine, theirs = number.split([len(part), len(other)])
+    there = torch.zeros(int(number.max()) + 1, dtype=torch.bool)
+    there[theirs] = True
+    return int(there[mine.unique()].sum())

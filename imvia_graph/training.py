@@ -196,7 +196,8 @@ class Trainer:
             clip_grad_norm_(self.parameters, self.settings.gradient_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.estimator_optimizer is not None and estimation is not None:
+        # Without two modalities in any row of the batch there is nothing to estimate.
+        if self.estimator_optimizer is not None and estimation is not None and estimation.grad_fn:
             # After the model's step: its backward has left gradients on the estimators, too.
             self.estimator_optimizer.zero_grad(set_to_none=True)
             estimation.backward()

@@ -254,7 +254,7 @@ def test_detached_decision_trains_no_head_through_itself(odd_kg):
     scores["decision"].sum().backward()
     assert model.decision.linear.weight.grad.abs().sum() > 0
     assert model.decoder[0].core.grad is None
-    assert model.relation[0].weight.grad[1].abs().sum() > 0  # it is what the weights depend on
+    assert model.relation[0].weight.grad is None  # the structural head's, too
     trained = model_of(odd_kg, decision="trained")
     trained.load_state_dict(model.state_dict())
     assert torch.equal(scores_of(trained, [0, 3], 1)["decision"], scores["decision"])

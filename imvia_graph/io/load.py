@@ -4,39 +4,108 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import networkx as nx
+import numpy as np
+import polars as pl
+from torch import Tensor
 
 from imvia_graph import datasets
+from imvia_graph._files import inside, read_lines
+from imvia_graph._tables import Columns, columns_by_name, frame_of_triples
 from imvia_graph.errors import DataError
+from imvia_graph.io import arrays, graphs, rdf, releases, tables
 from imvia_graph.io.openke import read_openke
-from imvia_graph.kg import MultiViewKG
-from imvia_graph.splits import count_shared, hold_out
+from imvia_graph.io.source import Source, from_frames
+from imvia_graph.kg import SPLITS, MultiViewKG, Split
+from imvia_graph.splits import count_shared, hold_out, split_triples
 
 logger = logging.getLogger(__name__)
 
 Validation = Literal["auto", "published", "held-out"]
 #: Share of the training triples that "held-out" validation takes.
 HELD_OUT_FRACTION = 0.05
+#: Forms that ``format=`` can name.
+FOLDERS = ("kg", "openke", "momok", "mygo")
+FORMATS = (*FOLDERS, *tables.TABLES, "ntriples", "turtle", "npz")
+#: Which options each kind of form understands.
+_OPTIONS = {
+    "tables": ("columns", "header", "separator", "entities", "relations"),
+    "rdf": ("literals", "base", "entities", "relations"),
+    "arrays": ("entities", "relations"),
+    "graphs": ("relation_attribute", "entities", "relations"),
+    "folders": (),
+}
 
 
 def load_kg(
-    source: str | os.PathLike[str] | MultiViewKG, validation: Validation = "auto", seed: int = 0
+    source: Any,
+    validation: Validation = "auto",
+    seed: int = 0,
+    *,
+    format: str | None = None,
+    split: Sequence[float] | bool = (0.8, 0.1, 0.1),
+    columns: Columns | None = None,
+    header: bool | None = None,
+    separator: str | None = None,
+    relation_attribute: str | None = None,
+    literals: rdf.Literals | None = None,
+    base: tuple[str, str] | None = None,
+    entities: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    relations: Sequence[str] | None = None,
 ) -> MultiViewKG:
-    """Load a knowledge graph.
+    r"""Load a knowledge graph from whatever holds one.
+
+    The source is recognised; `MultiViewKG.notes` and a line of the log say what it was taken for.
 
     Parameters
     ----------
-    source : str, path or MultiViewKG
-        The name of a built-in or published data set (``imvia-graph datasets`` lists them), or a
-        folder: a KG folder (``train.tsv`` …, see `MultiViewKG.save`) or one in the OpenKE layout
-        (``train2id.txt`` …). A `MultiViewKG` is taken as it is.
+    source
+        - the name of a built-in or published data set (``imvia-graph datasets`` lists them);
+        - a folder: a KG folder (`MultiViewKG.save`), the OpenKE layout (``train2id.txt``), the
+          layouts of the MoMoK and MyGO releases, or files ``train``, ``valid``, ``test`` of one of
+          the forms below;
+        - a file of triples: TSV, CSV, text with spaces between the columns (``.txt``), Parquet,
+          N-Triples, Turtle, npz or npy; text also as ``.gz`` or ``.zst``;
+        - a networkx ``DiGraph`` or ``MultiDiGraph``, a DGL graph, a polars frame, an (n, 3) numpy
+          or torch array of ids or labels, a PyKEEN factory or data set;
+        - a dict of such files, frames, arrays or factories by split (``train``, ``valid``,
+          ``test``);
+        - a `MultiViewKG`, which is taken as it is.
     validation : {"auto", "published", "held-out"}
         ``published`` takes the source's validation set as it is; ``held-out`` carves 5 % of the
         training triples instead (see `imvia_graph.splits.hold_out`) and puts the source's
         validation set aside; ``auto`` is held-out where the source's validation set shares triples
         with its train set, published otherwise. `MultiViewKG.notes` says what was done.
     seed : int
-        Seed of the held-out set.
+        Seed of the held-out set, and of the split of a source without splits.
+    format : str, optional
+        What a file or folder is, where its name does not tell: ``kg``, ``openke``, ``momok``,
+        ``mygo``, ``tsv``, ``csv``, ``text``, ``parquet``, ``ntriples``, ``turtle``, ``npz``.
+    split : sequence of float, or False
+        Shares of train, validation and test for a source without splits, by the rules of
+        `imvia_graph.splits.split_triples`: each entity and relation stays in train, triples between
+        the same two entities stay together. False leaves all triples in train.
+    columns : sequence of int or of str, optional
+        Tables: places (from 0) or names of the head, relation and tail columns.
+    header : bool, optional
+        Tables: whether the first line names the columns. If not told, it does where its cells are
+        ``head, relation, tail``, ``subject, predicate, object`` or the like.
+    separator : str, optional
+        Tables: the character between columns; a space stands for any run of spaces and tabs.
+    relation_attribute : str, optional
+        Graphs: the edge attribute (networkx) or edge data (DGL) that holds the relation.
+    literals : {"leave-out", "numbers"}, optional
+        RDF: what becomes of literals; ``numbers`` makes numeric ones the modality ``number`` (see
+        `imvia_graph.io.rdf`). `imvia_graph.io.read_literals` reads texts.
+    base : tuple of str, optional
+        RDF: the IRIs under which entity and relation labels that are no IRIs were written.
+    entities, relations : sequence of str, optional
+        Labels in id order: for ids in arrays and DGL graphs (entities also by node type), or to fix
+        the order of ids.
 
     Returns
     -------
@@ -45,7 +114,8 @@ def load_kg(
     Raises
     ------
     DataError
-        No such data set or folder, or one that cannot be read.
+        A source that is not there, is not recognised or cannot be read; an option that its form
+        does not have.
 
     Examples
     --------
@@ -53,34 +123,235 @@ def load_kg(
     >>> kg = ig.load_kg("countries")
     >>> kg.id_of("France") < kg.num_entities
     True
+
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "facts.csv"
+    >>> _ = path.write_text("id,subject,predicate,object\n1,France,borders,Spain\n")
+    >>> kg = ig.load_kg(path, split=False)
+    >>> kg.entities, kg.notes[0]
+    (['France', 'Spain'], 'Read as one file of label triples, CSV.')
     """
     if validation not in get_args(Validation):
         raise DataError(
             f"validation: expected one of {', '.join(get_args(Validation))}; received"
             f" {validation!r}."
         )
-    kg = source if isinstance(source, MultiViewKG) else _read(os.fspath(source))
-    return with_validation(kg, validation, seed)
+    if isinstance(source, MultiViewKG):
+        return with_validation(source, validation, seed)
+    options = {
+        "columns": columns,
+        "header": header,
+        "separator": separator,
+        "relation_attribute": relation_attribute,
+        "literals": literals,
+        "base": base,
+        "entities": entities,
+        "relations": relations,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    read = _read(source, format, options)
+    if isinstance(read, MultiViewKG):
+        return with_validation(read, validation, seed)
+    return with_validation(_built(read, split, seed), validation, seed)
 
 
-def _read(source: str) -> MultiViewKG:
-    folder = datasets.find(source)
-    if not folder.exists():
+def _built(source: Source, split: Sequence[float] | bool, seed: int) -> MultiViewKG:
+    """The graph, split if the source is whole, with notes of what was done."""
+    notes = [f"Read as {source.took}.", *source.options.pop("notes", [])]
+    if source.whole and split is not False:
+        shares = (0.8, 0.1, 0.1) if split is True else split
+        parts = split_triples(source.parts["train"], shares, seed)
+        source.parts = dict(zip(SPLITS, parts, strict=True))
+        sizes = ", ".join(f"{len(part)} {name}" for name, part in source.parts.items())
+        notes.append(
+            f"The source has no splits; split into {sizes} (seed {seed}), each entity and relation"
+            " kept in train, triples between the same two entities kept together."
+        )
+    logger.info("%s: %s", source.options.get("name") or "graph", " ".join(notes))
+    return source.build(notes=notes)
+
+
+def _read(source: Any, format: str | None, options: dict[str, Any]) -> Source | MultiViewKG:
+    if format is not None and format not in FORMATS:
+        raise DataError(f"format: expected one of {', '.join(FORMATS)}; received {format!r}.")
+    if isinstance(source, (str, os.PathLike)):
+        return _read_path(os.fspath(source), format, options)
+    if isinstance(source, Mapping):
+        return _read_parts(source, format, options)
+    if arrays.is_pykeen_dataset(source):
+        named = {"train": "training", "valid": "validation", "test": "testing"}
+        parts = {name: getattr(source, attribute, None) for name, attribute in named.items()}
+        return _read_parts(
+            {name: part for name, part in parts.items() if part is not None}, format, options
+        )
+    if isinstance(source, nx.Graph):
+        return graphs.from_networkx(source, **_only(options, "graphs", "a networkx graph"))
+    if graphs.is_dgl(source):
+        return graphs.from_dgl(source, **_only(options, "graphs", "a DGL graph"))
+    if isinstance(source, pl.DataFrame) or arrays.is_pykeen(source) or _is_array(source):
+        return _read_parts({"train": source}, format, options, whole=True)
+    raise DataError(
+        f"load_kg: expected a path, a data set's name, a graph, an array, a frame, a factory or a"
+        f" dict of these by split; received {type(source).__name__}."
+    )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, Tensor)) or (
+        isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    )
+
+
+def _only(options: dict[str, Any], kind: str, what: str) -> dict[str, Any]:
+    """The options, if the form understands all of them."""
+    for name in options:
+        if name not in _OPTIONS[kind]:
+            known = ", ".join(_OPTIONS[kind]) or "none"
+            raise DataError(f"{name}: {what} has no such option; it has {known}.")
+    return options
+
+
+def _read_parts(
+    source: Mapping[Any, Any], format: str | None, options: dict[str, Any], whole: bool = False
+) -> Source:
+    """Files, frames, arrays or factories by split."""
+    parts: dict[Split, Any] = {}
+    for key, value in source.items():
+        name = arrays.split_of(key) if isinstance(key, str) else None
+        if name is None:
+            raise DataError(
+                f"load_kg: expected a dict of train, valid and test; received the key {key!r}."
+            )
+        if name in parts:
+            raise DataError(f"load_kg: the dict names the {name} triples twice, last as {key!r}.")
+        if value is not None:
+            parts[name] = value
+    if "train" not in parts:
+        raise DataError("load_kg: expected a dict with train (and valid, test); there is no train.")
+    values = list(parts.values())
+    if all(isinstance(value, (str, os.PathLike)) for value in values):
+        paths = {name: Path(value).expanduser() for name, value in parts.items()}
+        for path in paths.values():
+            if not path.is_file():
+                raise DataError(f"{path}: there is no such file.")
+        return _read_files(paths, format, options, whole=False, name="")
+    if all(arrays.is_pykeen(value) for value in values):
+        return arrays.from_pykeen(parts, whole=whole, **_only(options, "arrays", "a factory"))
+    if all(isinstance(value, pl.DataFrame) for value in values):
+        frames = {name: _checked_frame(name, value, options) for name, value in parts.items()}
+        given = {name: value for name, value in options.items() if name in _OPTIONS["arrays"]}
+        return from_frames("polars frames of labels", frames, whole=whole, **given)
+    if all(_is_array(value) for value in values):
+        given = _only(options, "arrays", "an array")
+        took = "an array" if whole else f"arrays by split ({', '.join(parts)})"
+        return arrays.from_arrays(parts, whole=whole, took=took, **given)
+    raise DataError(
+        "load_kg: expected a dict of paths, frames, arrays or factories, all of a kind; received"
+        f" {', '.join(type(value).__name__ for value in values)}."
+    )
+
+
+def _checked_frame(name: str, frame: pl.DataFrame, options: dict[str, Any]) -> pl.DataFrame:
+    columns = {key: value for key, value in options.items() if key not in _OPTIONS["arrays"]}
+    for key in columns:
+        if key != "columns":
+            raise DataError(f"{key}: a frame has no such option; it has columns.")
+    return frame_of_triples(frame.lazy(), name, columns.get("columns"))
+
+
+def _read_path(source: str, format: str | None, options: dict[str, Any]) -> Source | MultiViewKG:
+    path = datasets.find(source)
+    if not path.exists():
         raise DataError(
-            f"{source!r} is neither a folder nor a data set; the data sets are"
+            f"{source!r} is neither a file, a folder nor a data set; the data sets are"
             f" {', '.join(datasets.names())}."
         )
-    if not folder.is_dir():
-        raise DataError(f"{folder} is a file; expected a folder with train.tsv or train2id.txt.")
-    if (folder / "train.tsv").is_file():
-        return MultiViewKG.load(folder)
-    if (folder / "train2id.txt").is_file():
-        return read_openke(folder)
-    found = sorted(path.name for path in folder.iterdir())[:8]
-    raise DataError(
-        f"{folder}: expected train.tsv (a KG folder: head, relation, tail labels a line) or"
-        f" train2id.txt (the OpenKE layout), found {', '.join(found) or 'nothing'}."
-    )
+    if not path.is_dir():
+        if format in FOLDERS:
+            raise DataError(f"{path} is a file; format={format!r} expects a folder.")
+        name = path.name.split(".")[0]
+        return _read_files({"train": path}, format, options, whole=True, name=name)
+    return _read_folder(path, format, options)
+
+
+def _read_folder(folder: Path, format: str | None, options: dict[str, Any]) -> Source | MultiViewKG:
+    def has(name: str) -> bool:
+        return (folder / name).is_file()
+
+    tables_meant = bool(set(options) & set(_OPTIONS["tables"]))
+    if format is None:
+        if has("train2id.txt") and not has("train.tsv"):
+            format = "openke"
+        elif (has("kg.json") and has("train.tsv")) or (
+            has("train.tsv") and not tables_meant and not _has_header(folder)
+        ):
+            format = "kg"
+        elif releases.is_momok(folder):
+            format = "momok"
+        elif releases.is_mygo(folder):
+            format = "mygo"
+    if format in FOLDERS:
+        _only(options, "folders", f"a folder in the form {format!r}")
+        if format in ("kg", "openke"):
+            kg = MultiViewKG.load(folder) if format == "kg" else read_openke(folder)
+            what = "a KG folder" if format == "kg" else "a folder in the OpenKE layout"
+            logger.info("%s: Read as %s.", kg.name, what)
+            return kg
+        return releases.read_momok(folder) if format == "momok" else releases.read_mygo(folder)
+    if has(arrays.NPZ_NAME) and format in (None, "npz"):
+        path = inside(folder, arrays.NPZ_NAME)
+        return _read_files({"train": path}, "npz", options, whole=True, name=folder.resolve().name)
+    files = tables.split_files(folder)
+    if "train" not in files:
+        found = sorted(path.name for path in folder.iterdir())[:8]
+        raise DataError(
+            f"{folder}: expected train.tsv (a KG folder: head, relation, tail labels a line),"
+            " train2id.txt (the OpenKE layout), or a train file of another form (.csv, .parquet,"
+            f" .txt, .nt, .ttl), found {', '.join(found) or 'nothing'}."
+        )
+    return _read_files(files, format, options, whole=False, name=folder.resolve().name)
+
+
+def _has_header(folder: Path) -> bool:
+    """Whether the first line of train.tsv is a header; a KG folder has none."""
+    for _, line in read_lines(inside(folder, "train.tsv")):
+        return columns_by_name(line.split("\t")) is not None
+    return False
+
+
+def _read_files(
+    files: Mapping[Split, Path],
+    format: str | None,
+    options: dict[str, Any],
+    *,
+    whole: bool,
+    name: str,
+) -> Source:
+    forms: dict[Split, str] = {}
+    for split, path in files.items():
+        form = format or tables.form_of(path)
+        if form is None:
+            raise DataError(
+                f"{path}: its name does not tell what it is; expected one of"
+                f" {', '.join(tables.FORMS)} (or with .gz, .zst). Say it with format=, one of"
+                f" {', '.join(FORMATS[len(FOLDERS) :])}."
+            )
+        if path.stat().st_size == 0 and split == "train":
+            raise DataError(f"{path} is empty: expected triples (head, relation, tail).")
+        forms[split] = form
+    kinds = {"rdf" if form in ("ntriples", "turtle") else form for form in forms.values()}
+    if kinds == {"rdf"}:
+        given = _only(options, "rdf", "RDF")
+        return rdf.read_rdf(files, forms, whole=whole, name=name, **given)
+    if "rdf" in kinds or ("npz" in kinds and len(files) > 1):
+        raise DataError(
+            f"{', '.join(path.name for path in files.values())}: expected all splits in one form."
+        )
+    if kinds == {"npz"}:
+        given = _only(options, "arrays", "an npz file")
+        return arrays.read_npz(files["train"], name=name, **given)
+    given = _only(options, "tables", "a table")
+    return tables.read_files(files, forms, whole=whole, name=name, **given)
 
 
 def with_validation(kg: MultiViewKG, validation: Validation, seed: int = 0) -> MultiViewKG:

@@ -13,10 +13,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
-from imvia_graph._files import open_input, read_lines, shorten
+from imvia_graph import _files
+from imvia_graph._files import inside, open_input, read_lines, shorten
+from imvia_graph._tables import (
+    announced_count,
+    check_count,
+    check_no_outer_spaces,
+    read_numbered_labels,
+    write_table,
+)
 from imvia_graph.errors import DataError
 from imvia_graph.kg import SPLITS, MultiViewKG
 
@@ -40,11 +49,11 @@ def read_openke(folder: str | Path) -> MultiViewKG:
     [[0, 0, 1]]
     """
     folder = Path(folder)
-    entities = _read_vocabulary(folder / "entity2id.txt")
-    relations = _read_vocabulary(folder / "relation2id.txt")
+    entities = read_numbered_labels(inside(folder, "entity2id.txt"), announced=True)
+    relations = read_numbered_labels(inside(folder, "relation2id.txt"), announced=True)
     parts: dict[str, Tensor | None] = dict.fromkeys(SPLITS)
     for split in SPLITS:
-        path = folder / f"{split}2id.txt"
+        path = inside(folder, f"{split}2id.txt")
         if path.is_file() or split == "train":
             parts[split] = _read_triples(path, len(entities), len(relations))
     assert parts["train"] is not None
@@ -55,8 +64,8 @@ def read_openke(folder: str | Path) -> MultiViewKG:
         parts["valid"],
         parts["test"],
         name=folder.resolve().name,
-        entity_names=_read_names(folder / "entity_names.tsv", len(entities)),
-        relation_names=_read_names(folder / "relation_names.tsv", len(relations)),
+        entity_names=_read_names(inside(folder, "entity_names.tsv"), len(entities)),
+        relation_names=_read_names(inside(folder, "relation_names.tsv"), len(relations)),
     )
 
 
@@ -67,11 +76,12 @@ def _read_triples(path: Path, num_entities: int, num_relations: int) -> Tensor:
     # Fast path: every line as three plain numbers. Anything else is read by line, which either
     # copes with it or names the line at fault.
     if raw and not raw.translate(None, b"0123456789 \t\r\n"):
-        values = np.array(raw.split(), dtype=np.int64)
-        if len(values) % 3 == 1 and values[0] == len(values) // 3 == len(raw.splitlines()) - 1:
+        values = np.fromstring(raw.decode(), dtype=np.int64, sep=" ")
+        lines = raw.count(b"\n") + (not raw.endswith(b"\n"))
+        if len(values) % 3 == 1 and values[0] == len(values) // 3 == lines - 1:
             rows = torch.from_numpy(values[1:].reshape(-1, 3))
             if _in_range(rows, num_entities, num_relations):
-                return rows[:, [0, 2, 1]]
+                return rows[:, [0, 2, 1]].contiguous()
     return _read_triples_by_line(path, num_entities, num_relations)
 
 
@@ -88,7 +98,7 @@ def _read_triples_by_line(path: Path, num_entities: int, num_relations: int) -> 
         if not fields:
             continue
         if count is None:
-            count = _count(path, number, line)
+            count = announced_count(path, number, line)
             continue
         if len(fields) != 3 or not all(field.isdecimal() for field in fields):
             raise DataError(
@@ -107,57 +117,8 @@ def _read_triples_by_line(path: Path, num_entities: int, num_relations: int) -> 
                     f" {limit - 1}. The columns are head, tail, relation."
                 )
         rows.append((head, relation, tail))
-    _check_count(path, count, len(rows))
+    check_count(path, count, len(rows))
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
-
-
-def _read_vocabulary(path: Path) -> list[str]:
-    """Labels in id order."""
-    count: int | None = None
-    by_id: dict[int, str] = {}
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        if count is None:
-            count = _count(path, number, line)
-            continue
-        # The id is the last column; labels may hold spaces.
-        fields = line.rsplit(None, 1)
-        if len(fields) != 2 or not fields[1].isdecimal():
-            raise DataError(
-                f"{path}, line {number}: expected a label and its id, found {shorten(line)!r}."
-            )
-        label, value = fields[0].strip(), int(fields[1])
-        if value in by_id:
-            raise DataError(
-                f"{path}, line {number}: the id {value} is {by_id[value]!r} already; ids are"
-                " distinct."
-            )
-        by_id[value] = label
-    _check_count(path, count, len(by_id))
-    missing = next((i for i in range(len(by_id)) if i not in by_id), None)
-    if missing is not None:
-        raise DataError(f"{path}: expected the ids 0 to {len(by_id) - 1}; {missing} is missing.")
-    return [by_id[i] for i in range(len(by_id))]
-
-
-def _count(path: Path, number: int, line: str) -> int:
-    if not line.strip().isdecimal():
-        raise DataError(
-            f"{path}, line {number}: expected the number of lines that follow, found"
-            f" {shorten(line)!r}."
-        )
-    return int(line)
-
-
-def _check_count(path: Path, count: int | None, found: int) -> None:
-    if count is None:
-        raise DataError(f"{path} is empty: expected the number of lines, then the lines.")
-    if count != found:
-        raise DataError(
-            f"{path}, line 1: the file announces {count} lines, but {found} follow. It may be cut"
-            " short; fetch it again, or mend the count."
-        )
 
 
 def _read_names(path: Path, count: int) -> list[str] | None:
@@ -185,3 +146,54 @@ def _read_names(path: Path, count: int) -> list[str] | None:
             )
         names[int(place)] = row["name"]
     return names
+
+
+def write_openke(kg: MultiViewKG, folder: str | Path) -> Path:
+    r"""Write a graph in the OpenKE layout, display names included; views stay behind.
+
+    Raises
+    ------
+    DataError
+        A label that the layout cannot carry: with a tab or a line end in it, or spaces around it.
+        Nothing is written.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig, pathlib, tempfile
+    >>> kg = ig.MultiViewKG.from_labels([("Paris", "capital of", "France")])
+    >>> folder = ig.io.write_openke(kg, pathlib.Path(tempfile.mkdtemp()) / "openke")
+    >>> (folder / "train2id.txt").read_text()  # head, tail, relation
+    '1\n0 1 0\n'
+    >>> ig.io.read_openke(folder).relations
+    ['capital of']
+    """
+    folder = Path(folder)
+    kinds = (
+        ("entity", kg.entities, kg.entity_names),
+        ("relation", kg.relations, kg.relation_names),
+    )
+    for kind, labels, names in kinds:
+        _files.check_tsv_labels(folder / f"{kind}2id.txt", labels)
+        _files.check_tsv_labels(folder / f"{kind}_names.tsv", names)
+        check_no_outer_spaces(folder / f"{kind}2id.txt", labels)
+    for kind, labels, names in kinds:
+        numbered = pl.DataFrame({"label": labels, "id": range(len(labels))})
+        _write_announced(folder / f"{kind}2id.txt", numbered, "\t")
+        if names != labels:
+            table = pl.DataFrame({"id": range(len(names)), "name": names})
+            write_table(folder / f"{kind}_names.tsv", table, header=True)
+    for split in SPLITS:
+        triples = kg.triples(split)
+        if len(triples) or split == "train":
+            frame = pl.from_numpy(triples[:, [0, 2, 1]].numpy())
+            _write_announced(folder / f"{split}2id.txt", frame, " ")
+    return folder
+
+
+def _write_announced(path: Path, frame: pl.DataFrame, separator: str) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(f"{frame.height}\n".encode())
+            frame.write_csv(file, include_header=False, separator=separator, quote_style="never")
+
+    _files.write_atomically(path, write)

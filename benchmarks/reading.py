@@ -1,0 +1,138 @@
+"""Reading at size: 20 million labelled triples into a `MultiViewKG` with its heterograph.
+
+    python benchmarks/reading.py
+
+writes a TSV of 2 and one of 20 million triples (a relation among 1,000, a fifth as many entities as
+triples; 86 bytes a line, 1.7 GB the larger) to a temporary folder, and loads each in a process of its
+own with `imvia_graph.load_kg`, once with all triples in train and once split 80/10/10. Time is that
+of `load_kg`, with the wall clock, imports aside; memory the largest resident set of the whole
+process (`resource.ru_maxrss`), imports included. Goals: 20 million all in train under 45 s and 6 GB,
+and at most 12 times the time of 2 million. Results go to benchmarks/results/reading.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULT = Path(__file__).parent / "results" / "reading.json"
+GOALS = {"seconds": 45, "peak_gb": 6, "ratio": 12}
+CHUNK = 2_000_000
+
+
+def write_tsv(path: Path, rows: int, entities: int, relations: int = 1000) -> None:
+    """Every entity stands in at least one triple; some entities and relations are much used."""
+    import numpy as np
+    import polars as pl
+
+    random = np.random.default_rng(0)
+    order = random.permutation(entities)
+    with path.open("wb") as file:
+        for start in range(0, rows, CHUNK):
+            count = min(CHUNK, rows - start)
+            head = random.integers(0, entities, count)
+            fresh = order[start : start + count]
+            head[: len(fresh)] = fresh
+            tail = (entities * random.random(count) ** 3).astype(np.int64)
+            relation = (relations * random.random(count) ** 2).astype(np.int64)
+            entity = "http://example.org/entity/Q{}"
+            frame = pl.DataFrame({"h": head, "r": relation, "t": tail}).select(
+                pl.format(entity, pl.col("h") + 10_000_000).alias("h"),
+                pl.format("relation_{}", pl.col("r") + 1000).alias("r"),
+                pl.format(entity, pl.col("t") + 10_000_000).alias("t"),
+            )
+            frame.write_csv(file, include_header=False, separator="\t", quote_style="never")
+
+
+def load(path: str, split: bool) -> None:
+    """Load in this process and print what it took."""
+    import resource
+
+    import imvia_graph as ig
+
+    ig.load_kg  # noqa: B018 - the import of the library is not what is timed
+    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    kg = ig.load_kg(path, split=split)
+    seconds = time.perf_counter() - start
+    report = {
+        "triples": sum(len(kg.triples(name)) for name in ("train", "valid", "test")),
+        "edges": kg.graph.num_edges("fact"),
+        "entities": kg.num_entities,
+        "relations": kg.num_relations,
+        "seconds": round(seconds, 1),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        "peak_gb_after_imports": round(imported * 1024 / 1e9, 2),
+    }
+    print(json.dumps(report))
+
+
+def measure(path: Path, split: bool) -> dict[str, float]:
+    command = [sys.executable, __file__, "--load", str(path), *(["--split"] if split else [])]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"{result.stderr}\nLoading {path} failed.")
+    report: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return report
+
+
+def main() -> None:
+    import polars as pl
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--millions", type=float, nargs=2, default=[2, 20], metavar="M")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    parser.add_argument("--split", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.load:
+        load(options.load, options.split)
+        return
+    runs: dict[str, dict[str, float]] = {}
+    busy = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="imvia-reading-") as folder:
+        for millions in options.millions:
+            rows = round(millions * 1e6)
+            path = Path(folder) / f"{rows}.tsv"
+            write_tsv(path, rows, entities=rows // 5)
+            for split in (False, True):
+                name = f"{millions:g} million, {'split' if split else 'all in train'}"
+                runs[name] = {"text_gb": round(path.stat().st_size / 1e9, 2)}
+                runs[name] |= measure(path, split)
+                print(name, runs[name], flush=True)
+            path.unlink()
+    small, large = (f"{millions:g} million, all in train" for millions in options.millions)
+    ratio = round(runs[large]["seconds"] / runs[small]["seconds"], 1)
+    met = {
+        "seconds": runs[large]["seconds"] < GOALS["seconds"],
+        "peak_gb": runs[large]["peak_gb"] < GOALS["peak_gb"],
+        "ratio": ratio <= GOALS["ratio"],
+    }
+    report = {
+        "runs": runs,
+        "ratio": ratio,
+        "goals": GOALS,
+        "met": met,
+        "machine": {
+            "cpus": os.cpu_count(),
+            "load_before": round(busy, 1),
+            "python": platform.python_version(),
+            "polars": pl.__version__,
+            "torch": torch.__version__,
+        },
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"ratio {ratio}; goals met: {met}; written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""``imvia-graph encode``."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from imvia_graph import _files, load_kg
+from imvia_graph.cli.display import console
+from imvia_graph.encode import DEFAULT, Report, encode_kg
+from imvia_graph.errors import DataError
+from imvia_graph.io.views import Column
+from imvia_graph.training import resolve_device
+
+#: Broken inputs that are listed; all of them are in encode.json.
+LISTED = 10
+
+
+def _columns(ctx: click.Context, option: click.Parameter, value: str | None) -> Any:
+    """``ENTITY,VALUE`` as names or positions."""
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",")]
+    if len(parts) != 2 or not all(parts):
+        raise click.BadParameter("expected two columns, as in entity,caption or 0,3")
+    columns: list[Column] = [int(part) if part.isdecimal() else part for part in parts]
+    return columns[0], columns[1]
+
+
+@click.command()
+@click.argument("graph")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="KG folder to write, with views."
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Folder of folders of pictures, images/ENTITY/*, or a table of entity and path.",
+)
+@click.option(
+    "--texts",
+    type=click.Path(path_type=Path),
+    help="Table of entity and text (TSV, CSV, Parquet), any number of rows an entity.",
+)
+@click.option("--encoder", default=DEFAULT, show_default=True, help="Encoder of both.")
+@click.option("--image-encoder", help="Encoder of pictures.  [default: --encoder]")
+@click.option("--text-encoder", help="Encoder of texts.  [default: --encoder]")
+@click.option(
+    "--images-root",
+    type=click.Path(path_type=Path),
+    help="Where the paths of a table start.  [default: the table's folder]",
+)
+@click.option(
+    "--image-columns",
+    callback=_columns,
+    metavar="ENTITY,PATH",
+    help="The table's columns, by name or by position from 0.",
+)
+@click.option(
+    "--text-columns",
+    callback=_columns,
+    metavar="ENTITY,TEXT",
+    help="The table's columns, by name or by position from 0.",
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, … or auto.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Inputs at a time.  [default: 256 on a GPU, 32 on the CPU]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="What to compute in; auto: bfloat16 on a GPU that has it.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="Where to keep finished batches.  [default: in --out until all is done]",
+)
+@click.option("--skip-unknown", is_flag=True, help="Leave out views of entities not in GRAPH.")
+@click.option("--strict", is_flag=True, help="Exit with status 1 if any view is broken.")
+@click.option("--overwrite", is_flag=True, help="Replace the KG that --out holds.")
+def encode(
+    graph: str,
+    out: Path,
+    images: Path | None,
+    texts: Path | None,
+    encoder: str,
+    image_encoder: str | None,
+    text_encoder: str | None,
+    images_root: Path | None,
+    image_columns: tuple[Column, Column] | None,
+    text_columns: tuple[Column, Column] | None,
+    device: str,
+    batch_size: int | None,
+    precision: Any,
+    cache: Path | None,
+    skip_unknown: bool,
+    strict: bool,
+    overwrite: bool,
+) -> None:
+    """Encode pictures and texts of the entities of GRAPH; write triples and features as a KG.
+
+    GRAPH is anything that `imvia-graph fit` takes. An encoder is open_clip:ARCHITECTURE/TAG (any
+    that open_clip knows), open_clip:ARCHITECTURE/path/to/checkpoint, or one whose weights come as
+    packages, without a download: efficientnet-lite0 for pictures, minilm for texts. Nothing is
+    fetched but the default, or what you name.
+
+    Killed or stopped, the same command goes on where it was. A picture that cannot be read is
+    reported and left out.
+
+    \b
+    Examples:
+      imvia-graph encode my-graph/ --images images/ --texts texts.tsv --out with-views/
+      imvia-graph encode facts.tsv --images images/ --image-encoder efficientnet-lite0 --out kg/
+      imvia-graph encode DB15K --texts captions.parquet --text-columns entity,caption \\
+        --text-encoder minilm --out db15k/
+      imvia-graph encode my-graph/ --images table.csv --encoder open_clip:ViT-L-14/openai --out kg/
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if images is None and texts is None:
+        raise click.UsageError("There is nothing to encode: give --images, --texts or both.")
+    if (out / "kg.json").exists() and not overwrite:
+        raise DataError(f"{out} holds a KG already. Name another folder, or give --overwrite.")
+    kg = load_kg(graph, "published")
+    console.print(repr(kg), markup=False)
+    folder = out / ".encode" if cache is None else cache
+    bar = _Bar()
+    try:
+        kg, reports = encode_kg(
+            kg,
+            images=images,
+            texts=texts,
+            image_encoder=image_encoder or encoder,
+            text_encoder=text_encoder or encoder,
+            device=resolve_device(device),
+            batch_size=batch_size,
+            precision=precision,
+            cache=folder,
+            images_root=images_root,
+            image_columns=image_columns,
+            text_columns=text_columns,
+            skip_unknown=skip_unknown,
+            progress=bar.show,
+        )
+    except KeyboardInterrupt:
+        bar.close()
+        console.print("Stopped. The same command goes on from here.")
+        raise SystemExit(130) from None
+    finally:
+        bar.close()
+    for path in (out / "views").glob("*"):  # of the KG that is replaced
+        if path.stem not in kg.modalities:
+            path.unlink()
+    kg.save(out)
+    _files.write_json(out / "encode.json", [asdict(report) for report in reports])
+    if cache is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    broken = sum(_tell(report) for report in reports)
+    click.echo(f"KG folder: {out}")
+    if broken and strict:
+        raise SystemExit(1)
+
+
+def _tell(report: Report) -> int:
+    """Say what became of a modality's views; how many are broken."""
+    reused = f", {report.reused} were done before" if report.reused else ""
+    equal = f", {report.equal} equal to another entity's" if report.equal else ""
+    repeated = f"; {report.repeated} repeated ones left out" if report.repeated else ""
+    console.print(
+        f"{report.modality}: {report.views} views by {report.encoder} ({report.encoded} encoded"
+        f"{reused}{equal}{repeated}) in {report.seconds:.1f} s.",
+        markup=False,
+        soft_wrap=True,
+    )
+    for source, reason in report.broken[:LISTED]:
+        console.print(f"  broken: {source}: {reason}", markup=False, soft_wrap=True)
+    if report.broken:
+        more = len(report.broken) - LISTED
+        console.print(
+            f"{_counted(len(report.broken), report.modality)} left out"
+            + (f"; {more} more of them are listed in encode.json." if more > 0 else "."),
+            markup=False,
+        )
+    return len(report.broken)
+
+
+def _counted(number: int, modality: str) -> str:
+    return f"{number} broken {modality}{' is' if number == 1 else 's are'}"
+
+
+class _Bar:
+    """A progress bar a modality; nothing without a terminal."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.tasks: dict[str, Any] = {}
+
+    def show(self, modality: str, done: int, total: int) -> None:
+        """Move the modality's bar."""
+        if modality not in self.tasks:
+            if not self.tasks:
+                self.progress.start()
+            self.tasks[modality] = self.progress.add_task(f"Encoding {modality}s", total=total)
+        self.progress.update(self.tasks[modality], completed=done)
+
+    def close(self) -> None:
+        """Take the bars off the terminal."""
+        self.progress.stop()

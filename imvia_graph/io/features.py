@@ -1,0 +1,496 @@
+"""Features in: safetensors, npz, npy, HDF5 and torch files become `Views` as they are.
+
+Three shapes are read (`views_from_array`): (N, d), a row an entity; (N, k, d), up to k views an
+entity; (V, d) with a column that says whose each row is.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from imvia_graph import _files
+from imvia_graph.errors import DataError
+from imvia_graph.io.views import Entities, resolve, unreadable
+from imvia_graph.kg import MultiViewKG, Views
+
+#: Names under which a file of several arrays keeps features, whose they are, and who has some.
+FEATURE_NAMES = ("feat", "feats", "feature", "features", "embedding", "embeddings")
+ENTITY_NAMES = ("entity", "entities", "label", "labels", "id", "ids")
+PRESENT_NAMES = ("present", "mask")
+
+#: Entities by label or id: what says whose a row is, or who has a feature.
+Owners = Sequence[str] | Sequence[int] | Tensor | np.ndarray
+
+
+def with_views(
+    kg: MultiViewKG,
+    views: Mapping[str, str | os.PathLike[str] | Views | Tensor | np.ndarray],
+    *,
+    skip_unknown: bool = False,
+) -> MultiViewKG:
+    """The graph with views of some modalities given; the other modalities are kept.
+
+    Parameters
+    ----------
+    kg : MultiViewKG
+        The graph.
+    views : mapping
+        Modality to a file (`read_features`), an array (`views_from_array`) or `Views`. A modality
+        that the graph has already is replaced.
+    skip_unknown : bool
+        Whether rows of entities that are not in the graph are left out, or an error.
+
+    Raises
+    ------
+    DataError
+        See `read_features`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import imvia_graph as ig
+    >>> kg = ig.load_kg("countries")
+    >>> seen = ig.io.with_views(kg, {"image": torch.rand(kg.num_entities, 3, 8)})
+    >>> seen.modalities, seen.views("image")[0].shape[0] == 3 * kg.num_entities
+    (['image', 'text'], True)
+    """
+    given: dict[str, Views] = {}
+    for modality, value in views.items():
+        where = f"views[{modality!r}]"
+        if isinstance(value, Views):
+            given[modality] = value
+        elif isinstance(value, Tensor | np.ndarray):
+            given[modality] = views_from_array(value, kg, where=where)
+        else:
+            given[modality] = read_features(value, kg, skip_unknown=skip_unknown)
+    kept = {
+        modality: given.pop(modality) if modality in given else _views_of(kg, modality)
+        for modality in kg.modalities
+    }
+    return kg.replace(views={**kept, **given})
+
+
+def _views_of(kg: MultiViewKG, modality: str) -> Views:
+    feat, ptr = kg.views(modality)
+    owner = torch.repeat_interleave(torch.arange(kg.num_entities), ptr.diff())
+    return Views(feat, owner, kg.view_sources(modality))
+
+
+def read_features(
+    path: str | os.PathLike[str],
+    of: Entities,
+    *,
+    key: str | None = None,
+    entity: str | Owners | None = None,
+    present: str | Owners | None = None,
+    skip_unknown: bool = False,
+) -> Views:
+    """Read ready features of one modality.
+
+    Parameters
+    ----------
+    path : path
+        ``.safetensors``, ``.npz``, ``.npy``, HDF5 (``.h5``, ``.hdf5``; needs the extra ``hdf5``) or
+        ``.pth``/``.pt`` (tensors only, nothing that could run code). Of a file of several arrays
+        the features are the one called ``feat``, ``features`` or ``embeddings``, or the only one
+        of floating-point rows; whose they are is read from ``entity``, ``entities``, ``labels`` or
+        ``ids``, and who has any from ``present`` or ``mask``. A file whose arrays are all called as
+        entities holds an array (d,) or (k, d) for each. A table beside the file, of the same name
+        with ``.csv`` and a column ``entity`` (and ``source``), says whose each row is, as in a KG
+        folder.
+    of : MultiViewKG or sequence of str
+        The graph, or the labels of its entities in id order.
+    key : str, optional
+        Which array of the file holds the features.
+    entity, present : str or sequence, optional
+        The name of the file's array, or what `views_from_array` takes.
+    skip_unknown : bool
+        Whether rows of entities that are not in the graph are left out, with a warning, or an
+        error.
+
+    Returns
+    -------
+    Views
+
+    Raises
+    ------
+    DataError
+        A file that cannot be read, is a pickle, or does not fit the entities; NaN.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig, numpy as np, pathlib, tempfile
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> np.save(folder / "visual.npy", np.array([[1.0, 2.0], [0.0, 0.0]]))  # Lyon has none
+    >>> ig.io.read_features(folder / "visual.npy", ["Paris", "Lyon"]).entity.tolist()
+    [0]
+    >>> np.savez(folder / "visual.npz", feat=np.ones((2, 4)), entity=["Lyon", "Lyon"])
+    >>> ig.io.read_features(folder / "visual.npz", ["Paris", "Lyon"]).entity.tolist()
+    [1, 1]
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; expected features.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty: expected features.")
+    arrays = _read_arrays(path)
+    named = {name for name in (key, entity, present) if isinstance(name, str)}
+    if absent := sorted(named - set(arrays)):
+        raise DataError(f"{path}: there is no array {absent[0]!r}; there are {_listing(arrays)}.")
+    if key is None and (mapping := _by_entity(arrays, of, path, skip_unknown)) is not None:
+        return mapping
+    entity_name = entity if isinstance(entity, str) else _named(arrays, ENTITY_NAMES)
+    present_name = present if isinstance(present, str) else _named(arrays, PRESENT_NAMES)
+    feat = arrays[key or _feature_name(arrays, {entity_name, present_name}, path)]
+    source: list[str] | None = None
+    if entity is None and entity_name is None and path.with_suffix(".csv").is_file():
+        entity, source = _files.read_view_table(path.with_suffix(".csv"))
+    elif entity is None or isinstance(entity, str):
+        entity = None if entity_name is None else _owners(arrays[entity_name])
+    if present is None or isinstance(present, str):
+        present = None if present_name is None else _owners(arrays[present_name])
+    return views_from_array(
+        feat,
+        of,
+        entity=entity,
+        present=present,
+        source=source,
+        skip_unknown=skip_unknown,
+        where=str(path),
+    )
+
+
+def views_from_array(
+    feat: Tensor | np.ndarray,
+    of: Entities,
+    *,
+    entity: Owners | None = None,
+    present: Owners | None = None,
+    source: Sequence[str] | None = None,
+    skip_unknown: bool = False,
+    where: str = "features",
+) -> Views:
+    """Features of one modality from an array.
+
+    Parameters
+    ----------
+    feat : Tensor or array
+        Floating point; double precision becomes single. (N, d) in the order of the entities;
+        (N, k, d) with k places for views; or (V, d) with ``entity``.
+        In the first two a row that is all NaN or all zero is no view: the entity lacks it.
+    of : MultiViewKG or sequence of str
+        The graph, or the labels of its N entities in id order.
+    entity : sequence, optional
+        (V,) labels or ids: whose each row of ``feat`` is. Every row is a view then.
+    present : sequence, optional
+        For (N, d) and (N, k, d): which entities have views, as (N,) bool, or a list of their labels
+        or ids. The rows of all others are left aside; for (N, k, d) the absent places of those that
+        have some are told as above.
+    source : sequence of str, optional
+        Where each row of (V, d) is from.
+    skip_unknown : bool
+        Whether rows of entities that are not in the graph are left out, with a warning, or an
+        error.
+    where : str
+        What messages call the array.
+
+    Raises
+    ------
+    DataError
+        A shape that fits neither, integers, a row that is NaN in part (or, with ``entity``, at
+        all), unknown entities, no view at all.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import imvia_graph as ig
+    >>> feat = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.5, 0.5], [0.0, 1.0]]])  # (2, 2, 2)
+    >>> ig.io.views_from_array(feat, ["Lyon", "Paris"]).entity.tolist()
+    [0, 1, 1]
+    """
+    labels = of.entities if isinstance(of, MultiViewKG) else of
+    feat = _floating(feat, where)
+    if entity is not None:
+        if feat.dim() != 2:
+            raise DataError(
+                f"{where}: expected features of shape (views, width) beside their entities,"
+                f" received {tuple(feat.shape)}."
+            )
+        if present is not None:
+            raise DataError(
+                f"{where}: received both the rows' entities and who has a feature; give one."
+            )
+        owners = _series(entity)
+        if len(owners) != len(feat):
+            raise DataError(
+                f"{where}: expected an entity a row, received {len(owners)} for {len(feat)} rows."
+            )
+        if not len(feat):
+            raise DataError(f"{where}: there are no rows, so no views.")
+        keep, ids = resolve(owners, of, f"{where}, entities", skip_unknown)
+        rows = keep.nonzero().flatten()
+        feat = feat if len(rows) == len(feat) else feat[rows]
+        kept = None if source is None else [source[row] for row in rows.tolist()]
+        _refuse_nan(feat, ids, labels, where)
+        return Views(feat, ids, kept)
+    if feat.dim() not in (2, 3) or 0 in feat.shape:
+        raise DataError(
+            f"{where}: expected features of shape ({len(labels)}, width) or ({len(labels)}, views,"
+            f" width), received {tuple(feat.shape)}."
+        )
+    if len(feat) != len(labels):
+        raise DataError(
+            f"{where}: expected a row for each of the {len(labels)} entities in id order, received"
+            f" {len(feat)} rows. If they belong to some entities only, say to which (entity=…, or"
+            " an array 'entity' in the file)."
+        )
+    places = feat if feat.dim() == 3 else feat[:, None]  # (N, k, d)
+    there = ~(places.isnan().all(dim=2) | (places == 0).all(dim=2))  # (N, k)
+    if present is not None:
+        has = _present(present, of, where, skip_unknown)
+        # With one place an entity the list says it all: a zero row of a listed one is a view.
+        there = has[:, None] & (there if feat.dim() == 3 else torch.ones_like(there))
+    owner, place = there.nonzero(as_tuple=True)
+    if not len(owner):
+        raise DataError(f"{where}: every row is zero or NaN, so no entity has a view.")
+    kept_feat = places[owner, place]
+    _refuse_nan(kept_feat, owner, labels, where)
+    return Views(kept_feat, owner)
+
+
+def _floating(feat: Tensor | np.ndarray, where: str) -> Tensor:
+    if isinstance(feat, np.ndarray):
+        if feat.dtype.kind != "f":
+            raise DataError(f"{where}: expected floating-point features, received {feat.dtype}.")
+        native = np.ascontiguousarray(feat, dtype=feat.dtype.newbyteorder("="))
+        feat = torch.from_numpy(native if native.flags.writeable else native.copy())
+    if not feat.is_floating_point():
+        raise DataError(f"{where}: expected floating-point features, received {feat.dtype}.")
+    feat = feat.detach().cpu()
+    return feat.float() if feat.dtype == torch.float64 else feat
+
+
+def _refuse_nan(feat: Tensor, owner: Tensor, labels: Sequence[str], where: str) -> None:
+    finite = feat.isfinite().all(dim=1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise DataError(
+            f"{where}: a view of {labels[int(owner[row])]!r} has NaN or infinite features"
+            f" ({int((~finite).sum())} such views). Leave these out, or make them again."
+        )
+
+
+def _present(present: Owners, of: Entities, where: str, skip_unknown: bool) -> Tensor:
+    """(N,) bool from a mask or from a list of entities."""
+    count = len(of.entities if isinstance(of, MultiViewKG) else of)
+    values = _series(present)
+    if values.dtype == pl.Boolean:
+        if len(values) != count:
+            raise DataError(
+                f"{where}, mask: expected one for each of the {count} entities, received"
+                f" {len(values)}."
+            )
+        return torch.from_numpy(values.to_numpy().copy())
+    _, ids = resolve(values, of, f"{where}, entities with features", skip_unknown)
+    return torch.zeros(count, dtype=torch.bool).index_fill_(0, ids, True)
+
+
+def _series(values: Owners) -> pl.Series:
+    if isinstance(values, Tensor):
+        values = values.cpu().numpy()
+    if isinstance(values, np.ndarray) and values.dtype.kind in "fc":
+        raise DataError(f"Expected labels or ids of entities, received {values.dtype} numbers.")
+    series = pl.Series("entity", values)
+    if series.dtype in (pl.String, pl.Boolean) or series.dtype.is_integer():
+        return series
+    return series.cast(pl.String)
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def _read_arrays(path: Path) -> dict[str, Any]:
+    """Every array of a file by its name; "" for the only, nameless one."""
+    readers = {
+        ".safetensors": _read_safetensors,
+        ".npy": _read_numpy,
+        ".npz": _read_numpy,
+        ".h5": _read_hdf5,
+        ".hdf5": _read_hdf5,
+        ".pth": _read_torch,
+        ".pt": _read_torch,
+    }
+    suffix = path.suffix.lower()
+    if suffix in (".pkl", ".pickle"):
+        raise _is_a_pickle(path, "a pickle")
+    if suffix not in readers:
+        raise DataError(
+            f"{path}: expected features in a file called {', '.join(readers)}; {path.suffix!r} is"
+            " none of these."
+        )
+    arrays = readers[suffix](path)
+    if not arrays:
+        raise DataError(f"{path} holds no arrays; expected features.")
+    return arrays
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: expected a safetensors file; it cannot be read ({error}).") from (
+            error
+        )
+
+
+def _read_numpy(path: Path) -> dict[str, Any]:
+    try:
+        with unreadable(path, "a NumPy file without Python objects"):
+            found = np.load(path, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return {"": found}
+            with found:
+                return {name: found[name] for name in found.files}
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path}: expected an npz file; it cannot be read ({error}).") from error
+
+
+def _read_hdf5(path: Path) -> dict[str, Any]:
+    try:
+        import h5py
+    except ImportError as error:
+        raise DataError(
+            f"{path}: reading HDF5 needs h5py: pip install 'imvia-graph[hdf5]'."
+        ) from error
+    arrays: dict[str, Any] = {}
+
+    def collect(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            text = h5py.check_string_dtype(item.dtype) is not None
+            arrays[name] = np.asarray(item.asstr()[...] if text else item[...])
+
+    with unreadable(path, "an HDF5 file"), h5py.File(path, "r") as file:
+        file.visititems(collect)
+    return arrays
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what is wrong is said below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _is_a_pickle(path, "more than tensors") from error
+    except Exception as error:  # garbage makes torch's reader raise whatever it comes to
+        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{path}: expected a file of torch.save; it cannot be read"
+            f" ({_files.shorten(detail, 200)})."
+        ) from error
+    if isinstance(content, Tensor):
+        return {"": content}
+    if isinstance(content, Mapping):
+        arrays = {
+            str(name): value if isinstance(value, Tensor) else np.asarray(value)
+            for name, value in content.items()
+            if isinstance(value, Tensor | list | tuple)
+        }
+        if arrays:
+            return arrays
+    raise DataError(
+        f"{path}: expected a tensor, or a dict of tensors, found {type(content).__name__}."
+    )
+
+
+def _is_a_pickle(path: Path, what: str) -> DataError:
+    return DataError(
+        f"{path} is or holds {what}, which may run code when it is read; imvia-graph reads tensors"
+        " only. Where you trust it, save its tensor alone with torch.save(tensor, …), or as .npy or"
+        " .safetensors."
+    )
+
+
+def _by_entity(
+    arrays: Mapping[str, Any], of: Entities, path: Path, skip_unknown: bool
+) -> Views | None:
+    """Views of a file with an array an entity; None where the names are no entities."""
+    names = list(arrays)
+    known = set(of.entities) | set(of.entity_names) if isinstance(of, MultiViewKG) else set(of)
+    reserved = {*FEATURE_NAMES, *ENTITY_NAMES, *PRESENT_NAMES}
+    if not known.intersection(names) or reserved.intersection(names):
+        return None
+    keep, ids = resolve(pl.Series(names, dtype=pl.String), of, f"{path}, arrays", skip_unknown)
+    rows: list[Tensor] = []
+    owners: list[int] = []
+    for name, owner in zip(
+        (name for name, kept in zip(names, keep.tolist(), strict=True) if kept),
+        ids.tolist(),
+        strict=True,
+    ):
+        value = _floating(torch.as_tensor(arrays[name]), f"{path}, {name!r}")
+        value = value[None] if value.dim() == 1 else value
+        if value.dim() != 2 or value.shape[1] == 0 or (rows and value.shape[1] != rows[0].shape[1]):
+            raise DataError(
+                f"{path}, {name!r}: expected shape (width,) or (views, width), the same width for"
+                f" all entities, received {tuple(value.shape)}."
+            )
+        rows.append(value)
+        owners += [owner] * len(value)
+    feat = torch.cat(rows)
+    if not len(feat):
+        raise DataError(f"{path}: no entity has a view.")
+    owner_ids = torch.tensor(owners, dtype=torch.int64)
+    labels = of.entities if isinstance(of, MultiViewKG) else of
+    _refuse_nan(feat, owner_ids, labels, str(path))
+    return Views(feat, owner_ids)
+
+
+def _named(arrays: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in arrays), None)
+
+
+def _feature_name(arrays: Mapping[str, Any], others: set[str | None], path: Path) -> str:
+    if (name := _named(arrays, FEATURE_NAMES)) is not None:
+        return name
+    candidates = [
+        name
+        for name, array in arrays.items()
+        if name not in others and len(array.shape) >= 2 and _is_floating(array)
+    ]
+    if len(candidates) == 1:
+        return candidates[0]
+    if len(arrays) == 1:
+        return next(iter(arrays))
+    raise DataError(
+        f"{path}: expected one array of features, or one called 'feat', found {_listing(arrays)}."
+        " Name it (key=…)."
+    )
+
+
+def _is_floating(array: Tensor | np.ndarray) -> bool:
+    return array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
+
+
+def _listing(arrays: Mapping[str, Any]) -> str:
+    shown = [f"{name!r} {tuple(array.shape)}" for name, array in list(arrays.items())[:8]]
+    return ", ".join(shown) + (", …" if len(arrays) > len(shown) else "")
+
+
+def _owners(array: Tensor | np.ndarray) -> Tensor | np.ndarray | list[str]:
+    """Labels as str, whether they were kept as text or as bytes."""
+    if isinstance(array, np.ndarray) and array.dtype.kind in "SO":
+        return [item.decode() if isinstance(item, bytes) else str(item) for item in array.tolist()]
+    return array

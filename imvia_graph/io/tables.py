@@ -1,0 +1,187 @@
+"""Label triples in files: TSV, CSV, columns separated by spaces, Parquet; alone or by split.
+
+One file holds all triples; a folder holds ``train``, and if there are such, ``valid`` and ``test``
+files of one of the forms. TSV, CSV and text may be compressed (``.gz``, ``.zst``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from imvia_graph import _files
+from imvia_graph._labels import decode_triples
+from imvia_graph._tables import (
+    SPACES,
+    Columns,
+    read_parquet_triples,
+    read_triples,
+    write_table,
+)
+from imvia_graph.errors import DataError
+from imvia_graph.io.source import Source, from_frames
+from imvia_graph.kg import SPLITS, MultiViewKG, Split
+
+#: Form of a file by its ending.
+FORMS = {
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".csv": "csv",
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".nt": "ntriples",
+    ".ntriples": "ntriples",
+    ".ttl": "turtle",
+    ".turtle": "turtle",
+    ".npz": "npz",
+    ".npy": "npz",
+}
+COMPRESSED = (".gz", ".zst")
+#: Names under which the three splits are found in a folder.
+NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "valid": ("valid", "val", "dev", "validation"),
+    "test": ("test",),
+}
+TABLES = ("tsv", "csv", "text", "parquet")
+
+
+def form_of(path: Path) -> str | None:
+    """The form that a file's name tells, ``.gz`` and ``.zst`` aside."""
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return FORMS.get(name.suffix.lower())
+
+
+def split_files(folder: Path) -> dict[Split, Path]:
+    """The files of the splits in a folder, whatever their form; a DataError where two claim one."""
+    found: dict[Split, Path] = {}
+    for split, names in NAMES.items():
+        here = [
+            path
+            for path in sorted(folder.iterdir())
+            if path.name.split(".")[0].lower() in names and form_of(path) and path.is_file()
+        ]
+        if len(here) > 1:
+            raise DataError(
+                f"{folder}: expected one file of {split} triples, found"
+                f" {', '.join(path.name for path in here)}. Say which with a dict of paths:"
+                f" {{'train': ..., 'valid': ..., 'test': ...}}."
+            )
+        if here:
+            found[split] = _files.inside(folder, here[0].name)
+    return found
+
+
+def read_frame(
+    path: Path,
+    form: str,
+    *,
+    columns: Columns | None = None,
+    header: bool | None = None,
+    separator: str | None = None,
+) -> tuple[pl.DataFrame, str]:
+    """Label triples of a file, and what it was taken for."""
+    if form == "parquet":
+        return read_parquet_triples(path, columns), "Parquet"
+    if separator is None:
+        separator = {"tsv": "\t", "csv": ","}.get(form) or _guess_separator(path)
+    frame = read_triples(
+        path, separator=separator, quoted=form == "csv", header=header, columns=columns
+    )
+    what = {"\t": "TSV", ",": "CSV", SPACES: "text with spaces between the columns"}
+    return frame, what.get(separator, f"text separated by {separator!r}")
+
+
+def read_files(
+    files: Mapping[Split, Path],
+    forms: Mapping[Split, str],
+    *,
+    whole: bool,
+    name: str,
+    entities: Sequence[str] | None = None,
+    relations: Sequence[str] | None = None,
+    **options: Any,
+) -> Source:
+    """Files of label triples, one a split."""
+    frames, whats = {}, []
+    for split, path in files.items():
+        frames[split], what = read_frame(path, forms[split], **options)
+        whats.append(what)
+        if not frames[split].height and split == "train":
+            raise DataError(f"{path} is empty: expected a line a triple (head, relation, tail).")
+    what = " and ".join(dict.fromkeys(whats))
+    if whole:
+        took = f"one file of label triples, {what}"
+    else:
+        took = f"files of label triples by split ({', '.join(files)}), {what}"
+    return from_frames(took, frames, whole=whole, entities=entities, relations=relations, name=name)
+
+
+def _guess_separator(path: Path) -> str:
+    """Tabs if the first line that is not blank has any, spaces otherwise."""
+    for _, line in _files.read_lines(path):
+        if line.strip():
+            return "\t" if "\t" in line.strip() else SPACES
+    return SPACES
+
+
+def write_tables(
+    kg: MultiViewKG,
+    target: Path,
+    form: str,
+    *,
+    compression: str | None = None,
+    header: bool | None = None,
+) -> list[Path]:
+    """Write a file a split into a folder, or all triples into one file."""
+    for labels in (kg.entities, kg.relations):
+        if form == "tsv":
+            _files.check_tsv_labels(target, labels)
+        elif form == "text":
+            check_spaced_labels(target, labels)
+    written = []
+    for path, splits in target_files(kg, target, form, compression):
+        frame = pl.concat(
+            [decode_triples(kg.triples(split), kg.entities, kg.relations) for split in splits]
+        )
+        if form == "parquet":
+            _files.write_atomically(path, frame.write_parquet)
+        else:
+            write_table(
+                path,
+                frame,
+                separator={"tsv": "\t", "csv": ","}.get(form, SPACES),
+                quoted=form == "csv",
+                # Without one, three labels "h", "r", "t" in the first row would pass for a header.
+                header=(form == "csv") if header is None else header,
+            )
+        written.append(path)
+    return written
+
+
+def target_files(
+    kg: MultiViewKG, target: Path, form: str, compression: str | None = None
+) -> list[tuple[Path, list[Split]]]:
+    """The files to write and the splits that each holds."""
+    present: list[Split] = [split for split in SPLITS if split == "train" or len(kg.triples(split))]
+    if form_of(target) == form:
+        return [(target, present)]
+    ending = next(ending for ending, known in FORMS.items() if known == form)
+    ending += {None: "", "gzip": ".gz", "zstd": ".zst"}[compression]
+    return [(target / f"{split}{ending}", [split]) for split in present]
+
+
+def check_spaced_labels(path: Path, labels: Sequence[str]) -> None:
+    """A label with a space cannot stand in a file whose columns are separated by spaces."""
+    column = pl.Series(labels, dtype=pl.String)
+    bad = column.filter(column.str.contains(r"[ \t\r\n]|^\.$"))
+    if len(bad):
+        raise DataError(
+            f"{path}: {len(bad)} labels hold a space or a line end or are a full stop, first"
+            f" {bad[0]!r}; in this layout spaces separate the columns. Write TSV, CSV or Parquet"
+            " instead, or rename them."
+        )

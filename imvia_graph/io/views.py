@@ -1,0 +1,495 @@
+"""Pictures and texts in: whose they are and where; `imvia_graph.encode` makes features of them.
+
+An entity is named by its label, or by its display name where just one entity bears it; a column of
+integers holds ids.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+import numpy as np
+import polars as pl
+import torch
+from rapidfuzz import fuzz, process
+from torch import Tensor
+
+from imvia_graph import _files
+from imvia_graph.errors import DataError
+from imvia_graph.kg import MultiViewKG
+
+logger = logging.getLogger(__name__)
+
+#: What features may belong to: a graph, or entity labels in id order.
+Entities = MultiViewKG | Sequence[str]
+#: A column of a table: its name, or its position from 0.
+Column = str | int
+
+#: Names of the column of a table that holds a view; the second column where none is called so.
+PATH_COLUMNS = ("path", "image", "picture", "file", "source")
+TEXT_COLUMNS = ("text", "caption", "description", "source")
+#: What file managers leave in folders.
+LITTER = {"thumbs.db", "desktop.ini"}
+
+
+class RawViews(NamedTuple):
+    """Pictures or texts and whose they are, sorted by entity, then in the order of their source.
+
+    Attributes
+    ----------
+    modality : {"image", "text"}
+        What they are.
+    entity : Tensor
+        (V,) int64: the entity that each view shows.
+    source : list of str
+        The text itself, or the picture's path relative to ``root`` with slashes.
+    root : Path or None
+        The folder that the pictures' paths start from.
+    repeated : int
+        Views left out because the entity has the same one already. For pictures that is the same
+        path; the same bytes under another path are found when they are encoded.
+    """
+
+    modality: str
+    entity: Tensor
+    source: list[str]
+    root: Path | None = None
+    repeated: int = 0
+
+
+# -- raw views ------------------------------------------------------------------------------------
+
+
+def read_images(
+    source: str | os.PathLike[str],
+    of: Entities,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    columns: tuple[Column, Column] | None = None,
+    skip_unknown: bool = False,
+) -> RawViews:
+    """Whose pictures are where: from a folder of folders, or from a table.
+
+    Parameters
+    ----------
+    source : path
+        A folder ``images/<entity>/*``: a folder is called as its entity's label or display name,
+        percent-encoded (``%2F`` for a slash) where that cannot be a folder's name. Every file in it
+        is a picture, in the order of the names; hidden files and deeper folders are left aside. Or
+        a table (TSV, CSV, Parquet; TSV and CSV also gzipped) of entity and path.
+    of : MultiViewKG or sequence of str
+        The graph, or the labels of its entities in id order.
+    root : path, optional
+        Where the paths of a table start, and what they must not leave. Default: the table's folder.
+        Links in this folder are followed.
+    columns : pair of str or int, optional
+        The table's columns of entity and path, by name or by position from 0. Default: ``entity``
+        and the first of ``path``, ``image``, ``picture``, ``file``, ``source``; where there is no
+        header (no cell of the first line is ``entity``), the first two.
+    skip_unknown : bool
+        Whether views of entities that are not in the graph are left out, with a warning, or an
+        error.
+
+    Returns
+    -------
+    RawViews
+        The pictures need not be there: which of them cannot be read shows when they are.
+
+    Raises
+    ------
+    DataError
+        No such folder or table, nothing in it, unknown entities, a path that leaves ``root``.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig, pathlib, tempfile
+    >>> images = pathlib.Path(tempfile.mkdtemp())
+    >>> for name in ("Paris/1.png", "AC%2FDC/2.png", "AC%2FDC/1.png"):
+    ...     (images / name).parent.mkdir(exist_ok=True)
+    ...     _ = (images / name).write_bytes(b"")
+    >>> raw = ig.io.read_images(images, ["AC/DC", "Paris"])
+    >>> raw.entity.tolist(), raw.source
+    ([0, 0, 1], ['AC%2FDC/1.png', 'AC%2FDC/2.png', 'Paris/1.png'])
+    """
+    source = Path(source).expanduser()
+    if source.is_dir():
+        return _image_folders(source, of, skip_unknown)
+    frame, where = _read_table(source, columns, PATH_COLUMNS, "path")
+    top = source.parent if root is None else Path(root).expanduser()
+    _refuse_blank(frame["value"], where, "path")
+    keep, entity = resolve(frame["entity"], of, where, skip_unknown)
+    rows = keep.nonzero().flatten().tolist()
+    paths = frame["value"].to_list()
+    listed = [_inside(top, paths[row], f"{where}, row {row + 1}") for row in rows]
+    return _raw("image", entity, listed, top)
+
+
+def read_texts(
+    source: str | os.PathLike[str],
+    of: Entities,
+    *,
+    columns: tuple[Column, Column] | None = None,
+    skip_unknown: bool = False,
+) -> RawViews:
+    r"""Whose texts are which: from a table of entity and text, as many rows an entity as there are.
+
+    Parameters
+    ----------
+    source : path
+        TSV (one line a text, no quoting), CSV (RFC 4180), both also gzipped, or Parquet, where the
+        column may hold a list of texts a row. Rows without a text are left out; the white space
+        around a text does not count.
+    of, skip_unknown
+        As for `read_images`.
+    columns : pair of str or int, optional
+        The columns of entity and text. Default: ``entity`` and the first of ``text``, ``caption``,
+        ``description``, ``source``; where there is no header, the first two.
+
+    Raises
+    ------
+    DataError
+        No such table, no text in it, unknown entities, text that is not UTF-8.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig, pathlib, tempfile
+    >>> table = pathlib.Path(tempfile.mkdtemp()) / "texts.tsv"
+    >>> _ = table.write_text("Paris\tcity\nLyon\tcity\nParis\tcapital\nParis\tcity\n")
+    >>> raw = ig.io.read_texts(table, ["Lyon", "Paris"])
+    >>> raw.entity.tolist(), raw.source, raw.repeated
+    ([0, 1, 1], ['city', 'city', 'capital'], 1)
+    """
+    source = Path(source).expanduser()
+    if source.is_dir():
+        raise DataError(
+            f"{source} is a folder; expected a table (TSV, CSV, Parquet) of entity and text."
+        )
+    frame, where = _read_table(source, columns, TEXT_COLUMNS, "text")
+    keep, entity = resolve(frame["entity"], of, where, skip_unknown)
+    texts = frame["value"].fill_null("").str.strip_chars().to_list()
+    rows = [row for row in keep.nonzero().flatten().tolist() if texts[row]]
+    if not rows:
+        raise DataError(f"{where}: no row has a text; expected an entity and a text a row.")
+    place = torch.full((len(keep),), -1, dtype=torch.int64)
+    place[keep] = entity
+    return _raw("text", place[rows], [texts[row] for row in rows], None)
+
+
+def _raw(modality: str, entity: Tensor, source: list[str], root: Path | None) -> RawViews:
+    """Sort by entity, stably, and keep what repeats itself in an entity once."""
+    frame = pl.DataFrame({"entity": entity.numpy(), "source": pl.Series(source, dtype=pl.String)})
+    once = frame.unique(maintain_order=True).sort("entity", maintain_order=True)
+    ids = torch.from_numpy(once["entity"].to_numpy().copy())
+    return RawViews(
+        modality, ids, once["source"].to_list(), root, repeated=frame.height - once.height
+    )
+
+
+def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
+    folders: list[str] = []
+    aside = 0
+    with os.scandir(top) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name.lower() in LITTER:
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            else:
+                aside += 1
+    if not folders:
+        raise DataError(
+            f"{top} holds no folders{f' but {aside} files' if aside else ''}; expected a folder an"
+            " entity, called as the entity is, with its pictures: images/<entity>/*."
+        )
+    folders.sort()
+    # A name as it stands comes first; then what it says decoded. macOS decomposes letters.
+    names = pl.Series(folders, dtype=pl.String)
+    forms = [
+        names,
+        *(
+            pl.Series([form(name) for name in folders], dtype=pl.String)
+            for form in (_composed, unquote, lambda name: _composed(unquote(name)))
+        ),
+    ]
+    keep, owner = resolve_any(forms, of, f"{top}, folder names", skip_unknown)
+    entity: list[int] = []
+    source: list[str] = []
+    for folder, known, place in zip(folders, keep.tolist(), owner.tolist(), strict=True):
+        if not known:
+            continue
+        with os.scandir(top / folder) as entries:
+            files = []
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name.lower() in LITTER:
+                    continue
+                if entry.is_dir():
+                    aside += 1
+                else:
+                    files.append(entry.name)
+        source += [f"{folder}/{name}" for name in sorted(files)]
+        entity += [place] * len(files)
+    if not source:
+        raise DataError(f"{top}: the folders of the entities hold no files; expected pictures.")
+    if aside:
+        logger.warning(
+            "%s: %d files beside the entities' folders or folders inside them are left aside.",
+            top,
+            aside,
+        )
+    return _raw("image", torch.tensor(entity, dtype=torch.int64), source, top)
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _inside(root: Path, path: str, where: str) -> str:
+    """The path relative to root, normalised; DataError where it leaves the root."""
+    absolute = os.path.abspath(root)
+    full = os.path.normpath(os.path.join(absolute, path))
+    if "\0" in path or not (full + os.sep).startswith(os.path.join(absolute, "")):
+        raise DataError(
+            f"{where}: the path {_files.shorten(path)!r} leaves the folder {root}. Name the folder"
+            " that all paths are in (root=…, on the command line --images-root)."
+        )
+    return Path(full[len(os.path.join(absolute, "")) :]).as_posix()
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def _read_table(
+    path: Path, columns: tuple[Column, Column] | None, names: Sequence[str], what: str
+) -> tuple[pl.DataFrame, str]:
+    """A frame of ``entity`` (text or integer) and ``value`` (text), and what messages call it."""
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; expected a table of entity and {what}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty: expected a table of entity and {what}.")
+    kind = _kind(path)
+    if kind == ".parquet":
+        with unreadable(path, "a Parquet file"):
+            frame = pl.read_parquet(path, glob=False)
+        where = str(path)
+    elif kind in (".tsv", ".txt", ".tab", ".csv"):
+        frame = _read_text_table(path, "," if kind == ".csv" else "\t", columns)
+        where = str(path)
+    else:
+        raise DataError(
+            f"{path}: expected a table of entity and {what}: .tsv, .csv (also .gz) or .parquet."
+        )
+    entity, value = _pick(frame, columns, names, where)
+    frame = frame.select(pl.col(entity).alias("entity"), pl.col(value).alias("value"))
+    if isinstance(frame.schema["value"], pl.List):
+        frame = frame.explode("value")
+    if frame.schema["value"] not in (pl.String, pl.Null):
+        frame_type = frame.schema["value"]
+        raise DataError(f"{where}, column {value!r}: expected text, found {frame_type}.")
+    frame = frame.with_columns(pl.col("value").cast(pl.String))
+    if not frame.height:
+        raise DataError(f"{where} holds no rows: expected an entity and a {what} a row.")
+    if not frame.schema["entity"].is_integer():
+        frame = frame.with_columns(pl.col("entity").cast(pl.String, strict=False))
+        _refuse_blank(frame["entity"], where, "entity")
+    return frame, where
+
+
+def _kind(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in (".gz", ".zst") and len(suffixes) > 1:
+        return suffixes[-2]
+    return suffixes[-1] if suffixes else ""
+
+
+def _read_text_table(
+    path: Path, separator: str, columns: tuple[Column, Column] | None
+) -> pl.DataFrame:
+    """All columns as text; the header, if there is one, as the names of the columns."""
+    try:
+        frame = pl.read_csv(
+            path,
+            has_header=False,
+            separator=separator,
+            quote_char='"' if separator == "," else None,
+            infer_schema=False,
+            glob=False,
+        )
+    except (pl.exceptions.PolarsError, OSError) as error:
+        _say_which_line(path, separator)
+        detail = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{path}: expected a table in UTF-8; it cannot be read ({_files.shorten(detail, 200)})."
+        ) from error
+    if _has_nul(frame):
+        raise DataError(f"{path}: expected text, found a NUL byte.")
+    first_row = ["" if cell is None else str(cell) for cell in frame.row(0)]
+    if first_row[0].startswith("\ufeff"):  # the mark of UTF-8 that Windows programs write
+        first_row[0] = first_row[0].removeprefix("\ufeff")
+        first = pl.when(pl.int_range(pl.len()) == 0).then(pl.lit(first_row[0]))
+        frame = frame.with_columns(first.otherwise(pl.col("column_1")).alias("column_1"))
+    named = columns is not None and any(isinstance(column, str) for column in columns)
+    if named or "entity" in first_row:
+        if len(set(first_row)) < len(first_row):
+            raise DataError(f"{path}, line 1: column names repeat: {first_row}.")
+        frame = frame.slice(1).rename(dict(zip(frame.columns, first_row, strict=True)))
+    return frame
+
+
+def _say_which_line(path: Path, separator: str) -> None:
+    """A DataError that names the first bad line of a plain file, where one is to be found."""
+    if path.suffix.lower() in (".gz", ".zst"):
+        return
+    columns = None
+    for number, line in _files.read_lines(path):  # this one says which line is not UTF-8
+        count = line.count(separator) + 1
+        columns = columns or count
+        if separator == "\t" and count > columns:
+            raise DataError(
+                f"{path}, line {number}: expected {columns} columns separated by tabs, found"
+                f" {count}: {_files.shorten(line)!r}. Mend or remove the line."
+            )
+
+
+def _has_nul(frame: pl.DataFrame) -> bool:
+    found = frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any()))
+    return bool(found.item())
+
+
+def _pick(
+    frame: pl.DataFrame,
+    columns: tuple[Column, Column] | None,
+    names: Sequence[str],
+    where: str,
+) -> tuple[str, str]:
+    if columns is None:
+        if frame.width < 2:
+            raise DataError(f"{where}: expected two columns or more, found {frame.width}.")
+        entity = "entity" if "entity" in frame.columns else frame.columns[0]
+        others = [name for name in frame.columns if name != entity]
+        return entity, next((name for name in names if name in others), others[0])
+    picked = []
+    for column in columns:
+        if isinstance(column, int):
+            if not 0 <= column < frame.width:
+                raise DataError(
+                    f"{where}: there is no column {column}; expected 0 to {frame.width - 1}."
+                )
+            picked.append(frame.columns[column])
+        elif column not in frame.columns:
+            raise DataError(
+                f"{where}: there is no column {column!r}; there are"
+                f" {', '.join(map(repr, frame.columns))}."
+            )
+        else:
+            picked.append(column)
+    return picked[0], picked[1]
+
+
+def _refuse_blank(column: pl.Series, where: str, what: str) -> None:
+    blank = column.is_null() | (column == "")
+    if blank.any():
+        row = int(blank.arg_max() or 0)
+        raise DataError(
+            f"{where}, row {row + 1}: the {what} is missing ({blank.sum()} such rows). Mend or"
+            " remove the row."
+        )
+
+
+@contextmanager
+def unreadable(path: Path, expected: str) -> Iterator[None]:
+    """What a reader says of a bad file, as a DataError."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, OSError, EOFError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{path}: expected {expected}; it cannot be read ({_files.shorten(detail, 200)})."
+        ) from error
+
+
+# -- whose ----------------------------------------------------------------------------------------
+
+
+def _labels(of: Entities) -> tuple[Sequence[str], Sequence[str], str]:
+    """Labels, display names, and what messages call the whole."""
+    if isinstance(of, MultiViewKG):
+        return of.entities, of.entity_names, str(of)
+    return of, of, "the entities given"
+
+
+def resolve(
+    values: pl.Series, of: Entities, where: str, skip_unknown: bool
+) -> tuple[Tensor, Tensor]:
+    """Which rows name an entity, (n,) bool, and the ids of those, (kept,) int64."""
+    labels, _, _ = _labels(of)
+    if values.dtype.is_integer():
+        ids = torch.from_numpy(values.cast(pl.Int64).to_numpy().copy())
+        keep = (ids >= 0) & (ids < len(labels))
+        if not keep.all():
+            row = int((~keep).nonzero()[0])
+            _unknown(
+                f"{where}: {int((~keep).sum())} rows name entity ids out of range, first"
+                f" {int(ids[row])} in row {row + 1}; expected 0 to {len(labels) - 1}.",
+                skip_unknown,
+            )
+        return keep, ids[keep]
+    keep, ids = resolve_any([values], of, where, skip_unknown)
+    return keep, ids[keep]
+
+
+def resolve_any(
+    forms: Sequence[pl.Series], of: Entities, where: str, skip_unknown: bool
+) -> tuple[Tensor, Tensor]:
+    """As `resolve`, for rows of several spellings: the first that is known; (n,) ids, -1: none."""
+    labels, names, whole = _labels(of)
+    label = pl.Series("label", labels, dtype=pl.String)
+    number = pl.Series("id", np.arange(len(label)), dtype=pl.Int64)
+    by_label = pl.DataFrame([label, number])
+    by_name = pl.DataFrame([pl.Series("label", names, dtype=pl.String), number])
+    # Labels come first; of the display names those that one entity bears and no label is.
+    once = by_name.filter(pl.col("label").is_unique()).join(by_label, on="label", how="anti")
+    table = pl.concat([by_label, once])
+    found = pl.Series("id", [None] * len(forms[0]), dtype=pl.Int64)
+    for form in forms:
+        query = pl.DataFrame({"label": form.cast(pl.String)})
+        ids = query.join(table, on="label", how="left", maintain_order="left")["id"]
+        found = pl.select(pl.coalesce(found, ids).alias("id"))["id"]
+    missing = found.is_null()
+    if missing.any():
+        row = int(missing.arg_max() or 0)
+        values = [form[row] for form in forms]
+        shared = by_name.filter(pl.col("label").is_in(values))["label"]
+        if len(shared):
+            reason = f" {len(shared)} entities are called so; use the label."
+        else:
+            near = process.extract(values[-1], list(labels), scorer=fuzz.WRatio, limit=3)
+            reason = f" The nearest known: {', '.join(repr(match) for match, *_ in near)}."
+        _unknown(
+            f"{where}: {missing.sum()} of {len(found)} rows name"
+            f" {forms[0].filter(missing).n_unique()} entities that are not in {whole}, first"
+            f" {values[0]!r} in row {row + 1}.{reason}",
+            skip_unknown,
+        )
+    numbers = torch.from_numpy(found.fill_null(-1).to_numpy().copy())
+    keep = numbers >= 0
+    if not keep.any():
+        raise DataError(f"{where}: none of the {len(found)} rows names an entity of {whole}.")
+    return keep, numbers
+
+
+def _unknown(message: str, skip_unknown: bool) -> None:
+    if not skip_unknown:
+        raise DataError(
+            f"{message} Mend these, or leave them out (skip_unknown=True, on the command line"
+            " --skip-unknown)."
+        )
+    logger.warning("%s They are left out.", message)

@@ -1,0 +1,138 @@
+"""`write_kg`: a graph into any of the forms that `load_kg` reads."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from imvia_graph.errors import DataError
+from imvia_graph.io import arrays, rdf, releases, tables
+from imvia_graph.io.openke import write_openke
+from imvia_graph.kg import SPLITS, MultiViewKG
+
+logger = logging.getLogger(__name__)
+
+#: Forms that a graph is written in.
+WRITTEN = ("kg", "openke", "momok", "mygo", *tables.TABLES, "ntriples", "turtle", "npz")
+
+
+def write_kg(
+    kg: MultiViewKG,
+    target: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    compression: str | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    r"""Write a graph to disk in a form that `load_kg` reads.
+
+    Parameters
+    ----------
+    kg : MultiViewKG
+        The graph.
+    target : path
+        A folder, in which each split gets its file; for ``tsv``, ``csv``, ``text``, ``parquet``,
+        ``ntriples``, ``turtle`` also one file for all triples, if its name ends as that form's do
+        (``.gz``, ``.zst`` compress text). ``npz`` is one file that keeps the splits.
+    format : str, optional
+        ``kg`` (the only one that carries views), ``openke``, ``momok``, ``mygo``, ``tsv``, ``csv``,
+        ``text`` (spaces between the columns), ``parquet``, ``ntriples``, ``turtle`` or ``npz``; if
+        not told, what the target's name says, else ``kg``. In RDF, labels that are no IRIs are
+        percent-encoded under a base (see `imvia_graph.io.rdf`).
+    compression : {"gzip", "zstd"}, optional
+        For the files of a folder of ``tsv``, ``csv``, ``text``, ``ntriples`` or ``turtle``.
+    overwrite : bool
+        Whether files may be written into a folder that is not empty, or over a file.
+
+    Returns
+    -------
+    list of str
+        What the form did not carry, a sentence each; empty where nothing was lost.
+
+    Raises
+    ------
+    DataError
+        A label that the form cannot carry (a tab in TSV), a target that is there already.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig, pathlib, tempfile
+    >>> kg = ig.MultiViewKG.from_labels([("New York", "located in", "USA")])
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "graph.nt"
+    >>> ig.io.write_kg(kg, path)
+    []
+    >>> path.read_text().split()[0]
+    '<urn:imvia:entity:New%20York>'
+    >>> ig.load_kg(path, split=False).entities
+    ['New York', 'USA']
+    """
+    target = Path(target)
+    format = format or tables.form_of(target) or "kg"
+    if format not in WRITTEN:
+        raise DataError(f"format: expected one of {', '.join(WRITTEN)}; received {format!r}.")
+    texts = ("tsv", "csv", "text", "ntriples", "turtle")
+    if compression not in (None, "gzip", "zstd") or (compression and format not in texts):
+        raise DataError(
+            f"compression: expected gzip or zstd, with one of {', '.join(texts)}; received"
+            f" {compression!r} with {format!r}."
+        )
+    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
+        raise DataError(
+            f"{target} is there already and not empty. Name another target, or allow overwriting."
+        )
+    if format == "npz" and target.suffix != ".npz":
+        target = target / arrays.NPZ_NAME
+    one_file = _write(kg, target, format, compression)
+    return _lost(kg, format, one_file)
+
+
+def _write(kg: MultiViewKG, target: Path, format: str, compression: str | None) -> bool:
+    """Write; says whether all splits went into one file."""
+    if format == "kg":
+        kg.save(target)
+    elif format == "openke":
+        write_openke(kg, target)
+    elif format == "momok":
+        releases.write_momok(kg, target)
+    elif format == "mygo":
+        releases.write_mygo(kg, target)
+    elif format == "npz":
+        arrays.write_npz(kg, target)
+    elif format in ("ntriples", "turtle"):
+        return rdf.write_rdf(kg, target, format, compression=compression) == [target]
+    else:
+        return tables.write_tables(kg, target, format, compression=compression) == [target]
+    return False
+
+
+def _lost(kg: MultiViewKG, format: str, one_file: bool) -> list[str]:
+    """What the form does not carry."""
+    lost = []
+    if format != "kg" and kg.modalities:
+        views = sum(kg.graph.num_nodes(modality) for modality in kg.modalities)
+        lost.append(
+            f"{views} views of {len(kg.modalities)} modalities ({', '.join(kg.modalities)}) are"
+            " left out; only the form kg carries views."
+        )
+    if one_file and any(len(kg.triples(split)) for split in SPLITS[1:]):
+        lost.append("The splits are not kept: one file holds all triples.")
+    if format in (*tables.TABLES, "ntriples", "turtle"):
+        used = _used(kg)
+        if used < kg.num_entities:
+            lost.append(
+                f"{kg.num_entities - used} entities without a triple are left out; forms of labels"
+                " hold triples alone."
+            )
+    if format not in ("kg", "openke") and (
+        kg.entity_names != kg.entities or kg.relation_names != kg.relations
+    ):
+        lost.append("Display names are left out.")
+    return lost
+
+
+def _used(kg: MultiViewKG) -> int:
+    ends = torch.cat([kg.triples(split)[:, [0, 2]].flatten() for split in SPLITS])
+    return len(ends.unique())

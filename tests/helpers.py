@@ -1,0 +1,136 @@
+"""Small graphs, folders and runs that several test files make."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import imvia_graph as ig
+from imvia_graph.settings import Settings
+
+#: The repository, in which cli/ and datasets/ stand beside imvia_graph/.
+ROOT = Path(__file__).resolve().parents[1]
+
+#: A model that trains in no time, the same on every machine.
+TINY = {
+    "dim": 8,
+    "information_dim": 4,
+    "batch_size": 16,
+    "epochs": 3,
+    "negatives": 5,
+    "learning_rate": 1e-2,
+    "device": "cpu",
+    "precision": "float32",
+    "backend": "reference",
+}
+
+
+def settings(**changes) -> Settings:
+    return Settings.create(TINY, changes)
+
+
+def ring_triples(size: int) -> torch.Tensor:
+    """(2 size, 3): each entity is followed by the next, and is opposite to another."""
+    entity = torch.arange(size)
+    after = torch.stack([entity, torch.zeros_like(entity), (entity + 1) % size], dim=1)
+    opposite = torch.stack([entity, torch.ones_like(entity), (entity + size // 2) % size], dim=1)
+    return torch.cat([after, opposite])
+
+
+def ring_kg(size: int = 12, *, valid: int = 3, test: int = 3, views: bool = True, **options):
+    """A graph of two relations, with an image and a text modality of uneven numbers of views."""
+    generator = torch.Generator().manual_seed(0)
+    triples = ring_triples(size)
+    triples = triples[torch.randperm(len(triples), generator=generator)]
+    seen = {}
+    if views:
+        # Entity 0 has no view at all, entity 1 many images.
+        images = torch.tensor([1] * 7 + [i for i in range(2, size) if i % 2])
+        texts = torch.arange(1, size).repeat_interleave(2)
+        seen["image"] = ig.Views(torch.randn(len(images), 6, generator=generator), images)
+        seen["text"] = ig.Views(torch.randn(len(texts), 5, generator=generator), texts)
+    return ig.MultiViewKG(
+        [f"e{i}" for i in range(size)],
+        ["after", "opposite"],
+        triples[valid + test :],
+        triples[:valid],
+        triples[valid : valid + test],
+        seen,
+        **{"name": "ring", **options},
+    )
+
+
+def write_folder(folder: Path, files: dict) -> Path:
+    """A folder of files by relative path: text, bytes, or a dict of tensors as safetensors."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, dict):
+            save_file(content, path)
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_bytes(content.encode())
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def differing_tensors(one: Path, other: Path) -> list[str]:
+    """Names of the tensors that are not bit by bit the same in two safetensors files."""
+    mine, theirs = load_file(one), load_file(other)
+    names = sorted(mine.keys() | theirs.keys())
+    assert names, f"{one} and {other} hold no tensors"
+    return [
+        name
+        for name in names
+        if name not in mine
+        or name not in theirs
+        or mine[name].dtype != theirs[name].dtype
+        or mine[name].shape != theirs[name].shape
+        or mine[name].numpy().tobytes() != theirs[name].numpy().tobytes()
+    ]
+
+
+def same_weights(one, other) -> bool:
+    """Whether two modules have bitwise equal states."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def assert_same_kg(one, other) -> None:
+    """Everything that a graph holds is the same."""
+    for field in ("entities", "relations", "entity_names", "relation_names", "modalities"):
+        assert getattr(one, field) == getattr(other, field), field
+    assert one.name == other.name
+    assert one.notes == other.notes
+    for split in ("train", "valid", "test"):
+        assert torch.equal(one.triples(split), other.triples(split)), split
+    for modality in one.modalities:
+        for mine, theirs in zip(one.views(modality), other.views(modality), strict=True):
+            assert mine.dtype == theirs.dtype, modality
+            assert torch.equal(mine, theirs), modality
+        assert one.view_sources(modality) == other.view_sources(modality), modality
+
+
+def run_python(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Python in another process, with the package as this process has it."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

@@ -1,0 +1,77 @@
+"""``imvia-graph convert``: any form into any other, from the command line."""
+
+import pytest
+from click.testing import CliRunner
+from helpers import ring_kg, write_folder
+
+from imvia_graph import MultiViewKG, load_kg
+from imvia_graph.cli import command_line
+from imvia_graph.errors import DataError
+from imvia_graph.io.write import WRITTEN
+
+
+def run(*arguments):
+    return CliRunner().invoke(command_line, ["convert", *map(str, arguments)])
+
+
+def triples(kg):
+    return sorted((kg.entities[h], kg.relations[r], kg.entities[t]) for h, r, t in kg.train)
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_every_form_is_written_and_read_again(form, tmp_path):
+    kg = ring_kg()
+    source = kg.save(tmp_path / "kg")
+    result = run(source, tmp_path / "out", "--to", form)
+    assert result.exit_code == 0, result.output
+    again = load_kg(tmp_path / "out", "published")
+    assert triples(again) == triples(kg)
+    assert len(again.valid) == len(again.test) == 3
+    assert again.modalities == (kg.modalities if form == "kg" else [])
+
+
+def test_it_says_what_it_read_what_it_wrote_and_what_it_left_out(tmp_path):
+    kg = ring_kg()
+    source = kg.save(tmp_path / "kg")
+    result = run(source, tmp_path / "g.nt")
+    assert result.exit_code == 0, result.output
+    assert "12 entities, 2 relations, 18 train" in result.output
+    views = sum(kg.graph.num_nodes(modality) for modality in kg.modalities)
+    assert f"{views} views of 2 modalities (image, text) are left out" in result.output
+    assert "splits are not kept" in result.output
+
+
+def test_a_file_without_splits_is_split_unless_told(tmp_path):
+    rows = "".join(f"{i},{r},{j}\n" for i in range(12) for j in range(12) for r in "ab")
+    write_folder(tmp_path, {"g.csv": rows})
+    result = run(tmp_path / "g.csv", tmp_path / "split", "--to", "kg", "--seed", "3")
+    assert "The source has no splits; split into" in result.output
+    kg = MultiViewKG.load(tmp_path / "split")
+    assert len(kg.valid) > 20
+    assert len(kg.test) > 20
+    run(tmp_path / "g.csv", tmp_path / "whole", "--to", "kg", "--split", "none")
+    assert len(MultiViewKG.load(tmp_path / "whole").train) == 288
+
+
+def test_columns_can_be_told(tmp_path):
+    write_folder(tmp_path, {"g.tsv": "who\twhom\thow\na\tb\tr\n"})
+    out = tmp_path / "out"
+    result = run(tmp_path / "g.tsv", out, "--columns", "who,how,whom", "--split", "none")
+    assert result.exit_code == 0, result.output
+    assert triples(load_kg(out)) == [("a", "r", "b")]
+
+
+def test_a_target_that_is_there_is_left_alone_unless_told(tmp_path):
+    source = ring_kg().save(tmp_path / "kg")
+    (tmp_path / "g.csv").write_text("mine")
+    result = run(source, tmp_path / "g.csv")
+    assert isinstance(result.exception, DataError)
+    assert (tmp_path / "g.csv").read_text() == "mine"
+    assert run(source, tmp_path / "g.csv", "--overwrite").exit_code == 0
+
+
+def test_shares_that_are_no_numbers_are_a_usage_error(tmp_path):
+    source = ring_kg().save(tmp_path / "kg")
+    result = run(source, tmp_path / "out", "--split", "most")
+    assert result.exit_code == 2
+    assert "--split" in result.output

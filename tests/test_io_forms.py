@@ -1,0 +1,567 @@
+"""The same small graph through every form, in and out; and what is no graph is refused clearly."""
+
+import gzip
+import logging
+from collections import Counter
+from pathlib import Path
+
+import networkx as nx
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from helpers import write_folder
+
+import imvia_graph as ig
+from imvia_graph import DataError, MultiViewKG, Views, load_kg
+from imvia_graph._dgl import dgl
+from imvia_graph.io import to_arrays, to_dgl, to_networkx, to_pykeen, write_kg
+from imvia_graph.kg import SPLITS
+
+#: Labels that forms like to break: quotes, escapes, comments, look-alikes of ids, IRIs and numbers.
+LABELS = [
+    "New York",
+    'the "quoted" one',
+    "'single'",
+    "back\\slash",
+    "#hash",
+    "100%",
+    "%20",
+    "Ångström · 東京 · 👩‍🚀",
+    "a,b;c|d",
+    "http://example.org/a#b",
+    "http://example.org/ü?q=%41",
+    "<http://example.org/bracketed>",
+    "urn:imvia:entity:New%20York",
+    "_:blank",
+    "null",
+    "NaN",
+    "12",
+    "1.0",
+    "{curly} ^caret `tick`",
+    "//",
+    "mailto:x@y.z",
+    "http://[bad",
+]
+RELATIONS = ["is a", "http://example.org/p", "of", "#1 \"r\" 'é'", "head"]
+
+
+def awkward_kg(labels=None, relations=None):
+    """Each label in train; each relation; valid and test; views of two modalities."""
+    labels = LABELS if labels is None else labels
+    relations = RELATIONS if relations is None else relations
+    n, r = len(labels), len(relations)
+    train = [[i, i % r, (i + 1) % n] for i in range(n)] + [[0, 1, 0], [3, 2, 1], [3, 0, 1]]
+    return MultiViewKG(
+        labels,
+        relations,
+        torch.tensor(train),
+        torch.tensor([[2, 0, 5], [5, 3, 2]]),
+        torch.tensor([[4, 1, 7]]),
+        {
+            "image": Views(torch.randn(5, 3), torch.tensor([0, 0, 3, 9, 9]), list("abcde")),
+            "text": Views(torch.randn(2, 2), torch.tensor([1, 20])),
+        },
+        name="awkward",
+    )
+
+
+#: For layouts whose columns are separated by spaces.
+def unspaced_kg():
+    labels = [label.replace(" ", "_") for label in LABELS]
+    return awkward_kg(labels, [label.replace(" ", "_") for label in RELATIONS])
+
+
+def labelled(kg):
+    """Triples of labels with their numbers, by split."""
+    return {
+        split: Counter(
+            (kg.entities[h], kg.relations[r], kg.entities[t]) for h, r, t in kg.triples(split)
+        )
+        for split in SPLITS
+    }
+
+
+def views_of(kg):
+    """By modality and entity label: the rows of features."""
+    found = {}
+    for modality in kg.modalities:
+        feat, ptr = kg.views(modality)
+        for i, label in enumerate(kg.entities):
+            if ptr[i] < ptr[i + 1]:
+                found[modality, label] = feat[ptr[i] : ptr[i + 1]].tolist()
+    return found
+
+
+def written(kg, folder, form, **options):
+    target = folder / "graph"
+    write_kg(kg, target, form, **options)
+    return target
+
+
+def in_one_file(kg, folder, name):
+    write_kg(kg, folder / name)
+    return folder / name
+
+
+def swapped_columns(kg, folder):
+    """A wide Parquet table with its own names, columns in another order, and categories."""
+    for split, triples in labelled(kg).items():
+        rows = list(triples.elements())
+        frame = pl.DataFrame(rows, schema=["was", "how", "whom"], orient="row")
+        frame = frame.with_columns(pl.col("how").cast(pl.Categorical), n=1.5)
+        frame.select("n", "whom", "how", "was").write_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def hetero_without_splits(kg, folder):
+    return kg.per_relation()
+
+
+def by_path(kg, folder):
+    target = written(kg, folder, "csv")
+    return {split: target / f"{split}.csv" for split in SPLITS}
+
+
+#: Form -> (how to put the graph into it, further arguments of load_kg, what it keeps).
+FORMS = {
+    "KG folder": (lambda kg, f: written(kg, f, "kg"), {}, "splits views order"),
+    "OpenKE": (lambda kg, f: written(kg, f, "openke"), {}, "splits order"),
+    "MoMoK": (lambda kg, f: written(kg, f, "momok"), {}, "splits order unspaced"),
+    "MyGO": (lambda kg, f: written(kg, f, "mygo"), {}, "splits order"),
+    "TSV": (lambda kg, f: written(kg, f, "tsv"), {"format": "tsv"}, "splits"),
+    "TSV, gzip": (lambda kg, f: written(kg, f, "tsv", compression="gzip"), {}, "splits"),
+    "TSV, zstd": (lambda kg, f: written(kg, f, "tsv", compression="zstd"), {}, "splits"),
+    "CSV": (lambda kg, f: written(kg, f, "csv"), {}, "splits"),
+    "CSV, gzip": (lambda kg, f: written(kg, f, "csv", compression="gzip"), {}, "splits"),
+    "CSV, zstd": (lambda kg, f: written(kg, f, "csv", compression="zstd"), {}, "splits"),
+    "text": (lambda kg, f: written(kg, f, "text"), {}, "splits unspaced"),
+    "Parquet": (lambda kg, f: written(kg, f, "parquet"), {}, "splits"),
+    "Parquet by name": (swapped_columns, {"columns": ["was", "how", "whom"]}, "splits"),
+    "Parquet by place": (swapped_columns, {"columns": [3, 2, 1]}, "splits"),
+    "N-Triples": (lambda kg, f: written(kg, f, "ntriples"), {}, "splits"),
+    "N-Triples, gzip": (lambda kg, f: written(kg, f, "ntriples", compression="gzip"), {}, "splits"),
+    "Turtle": (lambda kg, f: written(kg, f, "turtle"), {}, "splits"),
+    "Turtle, zstd": (lambda kg, f: written(kg, f, "turtle", compression="zstd"), {}, "splits"),
+    "npz": (lambda kg, f: written(kg, f, "npz"), {}, "splits order"),
+    "dict of paths": (by_path, {}, "splits"),
+    "one TSV": (lambda kg, f: in_one_file(kg, f, "g.tsv"), {}, ""),
+    "one CSV.gz": (lambda kg, f: in_one_file(kg, f, "g.csv.gz"), {}, ""),
+    "one Parquet": (lambda kg, f: in_one_file(kg, f, "g.parquet"), {}, ""),
+    "one N-Triples": (lambda kg, f: in_one_file(kg, f, "g.nt"), {}, ""),
+    "one Turtle": (lambda kg, f: in_one_file(kg, f, "g.ttl"), {}, ""),
+    "networkx": (lambda kg, f: to_networkx(kg), {}, "splits order"),
+    "DGL, homogeneous": (lambda kg, f: to_dgl(kg, "homogeneous"), "labels", "splits order"),
+    "DGL, heterogeneous": (lambda kg, f: to_dgl(kg), "labels", "splits views order"),
+    "DGL, per_relation": (hetero_without_splits, "labels", "views order train"),
+    "DGL, the graph itself": (lambda kg, f: kg.graph, "labels", "views order train"),
+    "numpy arrays": (lambda kg, f: to_arrays(kg), "labels", "splits order"),
+    "torch tensors": (lambda kg, f: {s: kg.triples(s) for s in SPLITS}, "labels", "splits order"),
+    "PyKEEN": (lambda kg, f: to_pykeen(kg), {}, "splits order pykeen"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_graph_comes_out_of_every_form(form, tmp_path):
+    write, options, keeps = FORMS[form]
+    if "pykeen" in keeps:
+        pytest.importorskip("pykeen")
+    kg = unspaced_kg() if "unspaced" in keeps else awkward_kg()
+    if "per_relation" in form or form == "DGL, heterogeneous":
+        # A relation called "of" and views cannot both be edge types; the library says so.
+        kg = awkward_kg(relations=[label.replace("of", "OF") for label in RELATIONS])
+    if options == "labels":
+        options = {"entities": kg.entities, "relations": kg.relations}
+    again = load_kg(write(kg, tmp_path), "published", split=False, **options)
+
+    expected = labelled(kg)
+    if "train" in keeps:
+        expected = {**expected, "valid": Counter(), "test": Counter()}
+    elif "splits" not in keeps:
+        whole = sum(expected.values(), Counter())
+        expected = {"train": whole, "valid": Counter(), "test": Counter()}
+    if form in ("networkx", "one Turtle", "Turtle", "Turtle, zstd"):
+        # RDF and edges with keys hold a triple once.
+        expected = {split: Counter(set(triples)) for split, triples in expected.items()}
+    assert labelled(again) == expected
+    assert set(again.entities) == set(kg.entities)
+    if "order" in keeps:
+        assert again.entities == kg.entities
+        assert again.relations == kg.relations
+    assert views_of(again) == (views_of(kg) if "views" in keeps else {})
+
+
+@pytest.mark.parametrize("form", ["tsv", "csv", "parquet", "ntriples", "turtle", "openke", "mygo"])
+def test_writing_what_was_read_gives_the_same_bytes(form, tmp_path):
+    first = written(awkward_kg(), tmp_path, form)
+    (tmp_path / "again").mkdir()
+    second = written(load_kg(first, "published", format=form), tmp_path / "again", form)
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_what_a_form_does_not_carry_is_said(tmp_path):
+    kg = awkward_kg()
+    lost = " ".join(write_kg(kg, tmp_path / "g.csv"))
+    assert "7 views of 2 modalities (image, text)" in lost
+    assert "splits are not kept" in lost
+    assert write_kg(kg, tmp_path / "kg") == []
+
+
+# -- recognising ----------------------------------------------------------------------------------
+
+ROWS = [("a", "r", "b"), ("b", "r", "c"), ("c", "s", "a")]
+
+
+def text(separator="\t", header="", rows=ROWS, end="\n"):
+    lines = [header] if header else []
+    return end.join([*lines, *(separator.join(row) for row in rows)]) + end
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("g.tsv", text(), {}),
+        ("g.tsv", text(end="\r\n"), {}),
+        ("g.tsv", text(header="head\trelation\ttail"), {}),
+        ("g.tsv", text(header="Subject\tPredicate\tObject"), {}),
+        ("g.tsv", text(header="x\ty\tz"), {"header": True}),
+        ("g.tsv", "\n\n" + text() + "\n\n", {}),
+        ("g.csv", text(","), {}),
+        ("g.csv", text(",", '"h","r","t"'), {}),
+        ("g.csv", text(";"), {"separator": ";"}),
+        ("g.csv", "1,t,r,h\n" + "".join(f"2,{t},{r},{h}\n" for h, r, t in ROWS), {}),
+        ("g.dat", text("|"), {"format": "text", "separator": "|"}),
+        ("g.txt", text(), {}),
+        ("g.txt", text("  ", end=" .\n"), {}),
+        ("g.txt", text(" ", end="\r\n"), {}),
+        ("g.tsv", "\ufeff" + text(), {}),
+        ("g.csv", text(",", "id,source,relation,target,w", [("1", *r, "2") for r in ROWS]), {}),
+        ("g.csv", text(",", rows=[("1", *r, "") for r in ROWS]), {"columns": [1, 2, 3]}),
+        ("g.nt", "".join(f"<x:{h}> <x:{r}> <x:{t}> .\n" for h, r, t in ROWS), {}),
+    ],
+)
+def test_a_file_is_recognised_or_can_be_told(name, content, options, tmp_path):
+    if content.startswith("1,t,r,h"):
+        options = {"columns": ["h", "r", "t"], "header": True}
+    write_folder(tmp_path, {name: content})
+    kg = load_kg(tmp_path / name, split=False, **options)
+    strip = {label: label.removeprefix("x:") for label in kg.entities + kg.relations}
+    found = [
+        (strip[kg.entities[h]], strip[kg.relations[r]], strip[kg.entities[t]])
+        for h, r, t in kg.train
+    ]
+    assert found == ROWS
+
+
+def test_it_says_what_it_took_the_source_for(tmp_path, caplog):
+    write_folder(tmp_path, {"g.csv": text(",")})
+    with caplog.at_level(logging.INFO, logger="imvia_graph"):
+        kg = load_kg(tmp_path / "g.csv", split=False)
+    assert kg.notes == ["Read as one file of label triples, CSV."]
+    assert "one file of label triples, CSV" in caplog.text
+
+
+def test_ids_of_an_array_are_the_ids_of_the_graph():
+    kg = load_kg(np.array([[4, 1, 0], [2, 0, 4]]), split=False)
+    assert kg.train.tolist() == [[4, 1, 0], [2, 0, 4]]
+    assert kg.entities == ["0", "1", "2", "3", "4"]
+
+
+def test_arrays_and_lists_may_hold_labels():
+    for rows in (np.array(ROWS), ROWS, pl.DataFrame(ROWS, schema=["h", "r", "t"], orient="row")):
+        kg = load_kg(rows, split=False)
+        assert kg.entities == ["a", "b", "c"]
+        assert kg.relations == ["r", "s"]
+
+
+def test_networkx_graphs_say_the_relation_by_key_or_attribute():
+    keyed = nx.MultiDiGraph()
+    keyed.add_edge("a", "b", key="r")
+    assert load_kg(keyed, split=False).relations == ["r"]
+    plain = nx.DiGraph()
+    plain.add_edge(1, 2, kind="likes", weight=3)
+    kg = load_kg(plain, split=False, relation_attribute="kind")
+    assert (kg.entities, kg.relations) == (["1", "2"], ["likes"])
+    with pytest.raises(DataError, match=r"do not say their relation.*relation_attribute"):
+        load_kg(plain)
+    with pytest.raises(DataError, match=r"undirected Graph.*to_directed"):
+        load_kg(nx.Graph([("a", "b")]))
+
+
+def test_heterogeneous_dgl_graphs_call_entities_by_type_and_id():
+    graph = dgl.heterograph(
+        {
+            ("user", "rates", "film"): (torch.tensor([0, 1]), torch.tensor([0, 0])),
+            ("film", "like", "film"): (torch.tensor([0]), torch.tensor([1])),
+            ("user", "like", "user"): (torch.tensor([0]), torch.tensor([1])),
+        }
+    )
+    kg = load_kg(graph, split=False)
+    assert set(kg.entities) == {"user/0", "user/1", "film/0", "film/1"}
+    assert set(kg.relations) == {"rates", "film/like/film", "user/like/user"}
+    named = load_kg(graph, split=False, entities={"user": ["Ann", "Bob"], "film": ["X", "Y"]})
+    assert ("Bob", "rates", "X") in labelled(named)["train"]
+
+
+def test_homogeneous_dgl_graph_without_relations_is_an_error():
+    with pytest.raises(DataError, match=r"do not say their relation.*relation_attribute"):
+        load_kg(dgl.graph((torch.tensor([0]), torch.tensor([1]))))
+
+
+def test_the_releases_own_files_are_read_as_they_are(tmp_path):
+    """A few lines of each, as they stand in the repositories."""
+    momok = {
+        "entity2id.txt": "<http://d/A> 0\n<http://d/B_(x)> 1\n",
+        "relation2id.txt": "<http://d/r> 0\n",
+        "train.txt": "<http://d/A> <http://d/r> <http://d/B_(x)> .\n",
+        "valid.txt": "<http://d/B_(x)> <http://d/r> <http://d/A> .\n",
+    }
+    kg = load_kg(write_folder(tmp_path / "momok", momok), "published")
+    assert (kg.train.tolist(), kg.valid.tolist()) == ([[0, 0, 1]], [[1, 0, 0]])
+    assert "MoMoK" in kg.notes[0]
+    release = {  # DB15K: labels that are their own ids
+        "entities.txt": "0\n1\n2\n",
+        "relations.txt": "0\n1\n",
+        "train.txt": "2\t1\t0\n0\t0\t1\n",
+    }
+    kg = load_kg(write_folder(tmp_path / "db15k", release), "published")
+    assert kg.train.tolist() == [[2, 1, 0], [0, 0, 1]]
+    mkg_w = {  # MKG-W: entity2id.txt in place of entities.txt
+        "entity2id.txt": "http://w/Q1 0\nhttp://w/Q2 1\n",
+        "relations.txt": "0\n",
+        "train.txt": "1\t0\t0\n",
+    }
+    kg = load_kg(write_folder(tmp_path / "mkg-w", mkg_w), "published")
+    assert labelled(kg)["train"] == Counter([("http://w/Q2", "0", "http://w/Q1")])
+    mkg_y = {"entities.txt": "A\nB\n", "train.txt": "1\t2\t0\n"}  # no relations.txt
+    kg = load_kg(write_folder(tmp_path / "mkg-y", mkg_y), "published")
+    assert kg.train.tolist() == [[1, 2, 0]]
+    assert kg.relations == ["0", "1", "2"]
+
+
+def test_literals_are_left_out_or_become_numbers_or_texts(tmp_path):
+    turtle = """
+    @prefix e: <http://e/> . @prefix xsd: <http://www.w3.org/2001/XMLSchema#> .
+    e:a e:knows e:b ; e:age 30 ; e:about "Hello"@en, "Hallo"@de .
+    e:b e:knows e:c ; e:age 50 ; e:height "1.5"^^xsd:decimal .
+    e:z e:age 7 .
+    """
+    path = write_folder(tmp_path, {"g.ttl": turtle}) / "g.ttl"
+    kg = load_kg(path, split=False)
+    assert kg.modalities == []
+    assert "6 literals, of 3 entities, are left out" in " ".join(kg.notes)
+    kg = load_kg(path, split=False, literals="numbers")
+    feat, ptr = kg.views("number")
+    assert kg.entities == ["http://e/a", "http://e/b", "http://e/c"]
+    assert ptr.tolist() == [0, 1, 2, 2]
+    assert feat.tolist() == [[-1, 1, 0, 0], [1, 1, 0, 1]]  # age, height: number, known
+    assert "http://e/age, http://e/height" in " ".join(kg.notes)
+    texts = ig.io.read_literals(path, kg)
+    assert (texts.entity.tolist(), texts.source) == ([0, 0], ["Hello", "Hallo"])
+    assert ig.io.read_literals(path, kg, language="en").source == ["Hello"]
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+GZIPPED = gzip.compress(text(rows=ROWS * 5000).encode(), mtime=0)
+BAD_FILES = {
+    "no text": ("g.tsv", b"\x89PNG\r\n\x1a\n\x00\xff", {}, r"g\.tsv, line 1.*UTF-8"),
+    "a NUL": ("g.tsv", b"a\tr\tb\nc\tr\0\td\n", {}, r"g\.tsv, line 2.*NUL"),
+    "too few": ("g.tsv", "a\tr\tb\n\na\tr\n", {}, r"g\.tsv, line 3.*three.*found 2 columns"),
+    "too many": ("g.tsv", "a\tr\tb\na\tr\tb\tc\n", {}, r"g\.tsv, line 2.*three.*found 4 columns"),
+    "empty label": ("g.tsv", "a\tr\tb\na\t\tb\n", {}, r"g\.tsv, line 2.*empty one"),
+    "three empty labels": ("g.tsv", "a\tr\tb\n\t\t\n", {}, r"g\.tsv, line 2.*empty one"),
+    "too few in CSV": ("g.csv", 'a,r,b\n"a,r",b\n', {}, r"g\.csv, line 2.*found 2 columns"),
+    "too many in CSV": ("g.csv", "a,r,b\na,b,r,b\n", {}, r"g\.csv, line 2.*found 4 columns"),
+    "a wide row too short": (
+        "g.csv",
+        "id,h,r,t,w\n1,a,r,b,\n2,a,r,b\n",
+        {},
+        r"g\.csv, line 3: expected 5 columns.*found 4",
+    ),
+    "too few in text": ("g.txt", "a r b .\na r .\n", {}, r"g\.txt, line 2.*found 2 columns"),
+    "too many in text": ("g.txt", "a r b\na r b c\n", {}, r"g\.txt, line 2.*found 4 columns"),
+    "wide without columns": ("g.csv", "1,2,3,4\n", {}, r"line 1.*found 4 columns.*columns="),
+    "no such column": ("g.csv", "a,r,b\n", {"columns": [0, 1, 5]}, r"no column 5.*0 to 2"),
+    "no such name": (
+        "g.csv",
+        "a,r,b\n",
+        {"columns": ["h", "r", "t"]},
+        r"line 1.*column 'h' in the header",
+    ),
+    "empty": ("g.tsv", "", {}, r"g\.tsv is empty"),
+    "blank": ("g.tsv", "\n\n", {}, r"g\.tsv is empty"),
+    "empty gzip": ("g.tsv.gz", gzip.compress(b""), {}, r"g\.tsv\.gz is empty"),
+    "a gzip that ends early": ("g.tsv.gz", GZIPPED[: len(GZIPPED) // 2], {}, r"cut short"),
+    "a gzip without its end": ("g.tsv.gz", GZIPPED[:-4], {}, r"cut short"),
+    "an N-Triples gzip that ends early": ("g.nt.gz", GZIPPED[:-4], {}, r"g\.nt\.gz"),
+    "no Parquet": ("g.parquet", b"PAR1 but not really", {}, r"g\.parquet: expected a Parquet"),
+    "no npz": ("g.npz", b"PK but not really", {}, r"g\.npz: expected an npz"),
+    "no N-Triples": (
+        "g.nt",
+        "<a:b> <c:d> <e:f> .\n<a:b> <c:d> .\n",
+        {},
+        r"g\.nt, line 2: expected RDF",
+    ),
+    "only literals": ("g.nt", '<a:b> <c:d> "e" .\n', {}, r"only literals"),
+    "unknown ending": ("g.xyz", "a\tr\tb\n", {}, r"does not tell.*format="),
+    "an option of another form": ("g.tsv", "a\tr\tb\n", {"literals": "numbers"}, r"no such option"),
+    "no such format": ("g.tsv", "a\tr\tb\n", {"format": "xls"}, r"format: expected one of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_a_data_error_that_says_where_and_what_to_do(case, tmp_path):
+    name, content, options, message = BAD_FILES[case]
+    write_folder(tmp_path, {name: content})
+    with pytest.raises(DataError, match=message):
+        load_kg(tmp_path / name, **options)
+
+
+BAD_FOLDERS = {
+    "OpenKE count that lies": (
+        {"entity2id.txt": "3\na 0\nb 1\n", "relation2id.txt": "1\nr 0\n", "train2id.txt": "0\n"},
+        r"entity2id\.txt, line 1.*announces 3 lines, but 2",
+    ),
+    "OpenKE triple count that lies": (
+        {
+            "entity2id.txt": "2\na 0\nb 1\n",
+            "relation2id.txt": "1\nr 0\n",
+            "train2id.txt": "2\n0 1 0\n",
+        },
+        r"train2id\.txt, line 1.*announces 2 lines, but 1",
+    ),
+    "OpenKE id out of range": (
+        {
+            "entity2id.txt": "2\na 0\nb 1\n",
+            "relation2id.txt": "1\nr 0\n",
+            "train2id.txt": "1\n0 2 0\n",
+        },
+        r"train2id\.txt, line 2.*tail id 2 is out of range",
+    ),
+    "OpenKE duplicated label": (
+        {
+            "entity2id.txt": "2\na 0\na 1\n",
+            "relation2id.txt": "1\nr 0\n",
+            "train2id.txt": "1\n0 1 0\n",
+        },
+        r"'a' stands more than once",
+    ),
+    "MoMoK unknown label": (
+        {"entity2id.txt": "a 0\nb 1\n", "relation2id.txt": "r 0\n", "train.txt": "a r c .\n"},
+        r"train\.txt, column tail.*first 'c' in row 1",
+    ),
+    "MoMoK missing id": (
+        {"entity2id.txt": "a 0\nb 2\n", "relation2id.txt": "r 0\n", "train.txt": "a r b .\n"},
+        r"entity2id\.txt.*1 is missing",
+    ),
+    "MyGO id out of range": (
+        {"entities.txt": "a\nb\n", "relations.txt": "r\n", "train.txt": "0\t0\t2\n"},
+        r"train\.txt, triple 1: the tail id 2 is out of range",
+    ),
+    "MyGO blank label": (
+        {"entities.txt": "a\n\nb\n", "relations.txt": "r\n", "train.txt": "0\t0\t1\n"},
+        r"entities\.txt, line 2.*blank",
+    ),
+    "two train files": (
+        {"train.csv": "a,r,b\n", "train.txt": "a r b\n"},
+        r"train\.csv, train\.txt",
+    ),
+    "nothing": ({"readme.md": "hi"}, r"expected train\.tsv.*found readme\.md"),
+    "duplicated entity": (
+        {"train.tsv": "a\tr\tb\n", "entities.tsv": "entity\na\nb\na\n"},
+        r"'a' stands more than once",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_a_bad_folder_is_a_data_error_that_says_where(case, tmp_path):
+    files, message = BAD_FOLDERS[case]
+    with pytest.raises(DataError, match=message):
+        load_kg(write_folder(tmp_path / "kg", files))
+
+
+@pytest.mark.parametrize(
+    "name", ["train.tsv", "entities.tsv", "kg.json", "views/image.safetensors", "views/image.csv"]
+)
+def test_a_link_that_leaves_the_folder_is_refused(name, tmp_path):
+    kg = MultiViewKG.from_labels(ROWS, views={"image": (torch.ones(1, 2), ["a"])})
+    folder = kg.save(tmp_path / "kg")
+    (folder / name).rename(tmp_path / "outside")
+    (folder / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(DataError, match=rf"{name} leaves the folder.*outside"):
+        load_kg(folder)
+
+
+def test_a_folder_that_is_a_link_itself_is_read(tmp_path):
+    MultiViewKG.from_labels(ROWS).save(tmp_path / "kg")
+    (tmp_path / "link").symlink_to(tmp_path / "kg")
+    assert load_kg(tmp_path / "link").entities == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.zeros((3, 2), dtype=int), r"train: expected triples of shape \(n, 3\)"),
+        (np.zeros((3, 3)), r"train: expected ids \(integers\) or labels"),
+        (torch.tensor([[0, -1, 2]]), r"Ids are 0 and up"),
+        ({"test": np.zeros((1, 3), dtype=int)}, r"there is no train"),
+        ({"train": [[0, 0, 1]], "prod": []}, r"the key 'prod'"),
+        ({"train": [[0, 0, 1]], "test": [["a", "r", "b"]]}, r"some splits hold ids"),
+        (42, r"received int"),
+        (nx.MultiDiGraph(), r"no edges"),
+        ("/nowhere/at/all", r"neither a file, a folder nor a data set"),
+    ],
+)
+def test_what_is_no_graph_is_a_data_error(source, message):
+    with pytest.raises(DataError, match=message):
+        load_kg(source)
+
+
+@pytest.mark.parametrize(
+    ("form", "label"),
+    [
+        ("tsv", "a\tb"),
+        ("text", "a b"),
+        ("momok", "a b"),
+        ("openke", " a"),
+        ("mygo", "a "),
+        ("kg", "a\nb"),
+    ],
+)
+def test_a_label_that_a_form_cannot_carry_stops_writing(form, label, tmp_path):
+    kg = MultiViewKG.from_labels([(label, "r", "b")])
+    with pytest.raises(DataError, match=r"1 labels"):
+        write_kg(kg, tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_unless_told(tmp_path):
+    kg = MultiViewKG.from_labels(ROWS)
+    path = tmp_path / "g.tsv"
+    write_kg(kg, path)
+    with pytest.raises(DataError, match=r"there already"):
+        write_kg(kg, path)
+    write_kg(kg, path, overwrite=True)
+
+
+def test_labels_of_one_hash_are_told_apart(monkeypatch):
+    """The numbering is exact even if the hash is as bad as can be."""
+    from imvia_graph import _labels
+
+    monkeypatch.setattr(pl.Series, "hash", lambda self: pl.Series([7] * len(self), dtype=pl.UInt64))
+    frame = pl.DataFrame({"head": ["b", "a"], "relation": ["r", "r"], "tail": ["a", "c"]})
+    entities, relations, triples = _labels.index_triples([frame])
+    assert (entities, relations) == (["b", "a", "c"], ["r"])
+    assert triples[0].tolist() == [[0, 0, 1], [1, 0, 2]]
+    assert _labels.encode_labels(["c", "b"], entities, "here").tolist() == [2, 0]
+
+
+def test_paths_are_not_patterns(tmp_path):
+    path = tmp_path / "a[1]*.tsv"
+    path.write_text(text())
+    assert load_kg(Path(path), split=False).num_entities == 3

@@ -1,0 +1,607 @@
+"""fit, load, resume, evaluate, predict and embeddings: a run from its start to its uses."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers import (
+    TINY,
+    assert_same_kg,
+    contents,
+    differing_tensors,
+    ring_kg,
+    same_weights,
+    settings,
+    write_folder,
+)
+
+import imvia_graph as ig
+from imvia_graph import CheckpointError, DataError, SettingsError, UnknownLabelError
+from imvia_graph.training import Callback
+
+FILES = ("best.safetensors", "last.safetensors")
+
+
+class StopAt(Callback):
+    """Interrupts training as Ctrl-C would: in the middle of an epoch, or just after one."""
+
+    def __init__(self, *, step=None, epoch=None):
+        self.step, self.epoch = step, epoch
+
+    def on_step(self, trainer, losses):
+        if trainer.progress.step == self.step:
+            raise KeyboardInterrupt
+
+    def on_epoch(self, trainer, record):
+        if record["epoch"] == self.epoch:
+            raise KeyboardInterrupt
+
+
+def fit(out=None, kg=None, **options):
+    return ig.fit(kg or ring_kg(), out=out, **{**TINY, **options})
+
+
+def metrics_of(folder):
+    """The lines of metrics.jsonl without the seconds, which differ from run to run."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        assert record.pop("seconds") >= 0
+    return records
+
+
+def assert_same_run(one, other):
+    """Two run folders hold the same weights, optimizer and random states to the bit."""
+    for name in FILES:
+        assert differing_tensors(one / name, other / name) == [], name
+    assert metrics_of(one) == metrics_of(other)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run with its folder; not to be changed."""
+    torch.manual_seed(99)
+    return fit(tmp_path_factory.mktemp("runs") / "ring", epochs=4)
+
+
+# -- fit and load ---------------------------------------------------------------------------------
+
+
+def test_fit_writes_the_run_folder_that_its_layout_names(finished):
+    names = set(contents(finished.folder))
+    assert {name for name in names if not name.startswith("kg/")} == {
+        "run.json",
+        "settings.yaml",
+        "metrics.jsonl",
+        *FILES,
+    }
+    assert {"kg/kg.json", "kg/train.tsv", "kg/views/image.safetensors"} <= names
+    about = json.loads((finished.folder / "run.json").read_text())
+    assert about["kg"] == "ring"
+    assert about["versions"]["torch"] == torch.__version__
+    assert [record["epoch"] for record in metrics_of(finished.folder)] == [1, 2, 3, 4]
+
+
+def test_fit_without_out_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = fit(epochs=1)
+    assert run.folder is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fit_takes_a_graph_a_folder_or_a_name(tmp_path):
+    kg = ring_kg()
+    from_graph = fit(kg=kg, epochs=2)
+    from_folder = fit(kg=kg.save(tmp_path / "ring"), epochs=2)
+    assert same_weights(from_graph.model, from_folder.model)
+
+
+def test_overrides_go_over_settings(tmp_path):
+    run = ig.fit(ring_kg(), settings=settings(epochs=9, dim=5), epochs=1)
+    assert (run.settings.epochs, run.settings.dim, run.progress.epoch) == (1, 5, 1)
+    with pytest.raises(SettingsError, match="did you mean 'epochs'"):
+        ig.fit(ring_kg(), epoch=1)
+
+
+@pytest.mark.parametrize("modalities", [["text"], ["text", "image"], []])
+def test_fit_uses_the_modalities_that_are_named(modalities, tmp_path):
+    run = fit(tmp_path / "run", epochs=1, modalities=modalities)
+    joint = ["joint"] if modalities else []
+    assert run.model.heads == ["structure", *modalities, *joint]
+    assert ig.load(run.folder).model.heads == run.model.heads
+
+
+def test_a_modality_that_the_graph_has_not_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(DataError, match=r"no views of 'video'; it has 'image', 'text'"):
+        fit(tmp_path / "run", modalities=["text", "video"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_label_that_cannot_be_saved_leaves_no_half_made_run_folder(tmp_path):
+    kg = ring_kg(entity_names=["a\tb"] * 12)
+    with pytest.raises(DataError, match="tab"):
+        fit(tmp_path / "run", kg=kg)
+    # The same folder is still good for a run.
+    fit(tmp_path / "run", epochs=1)
+
+
+def test_validation_auto_holds_out_of_train_where_the_published_set_leaks(tmp_path):
+    kg = ring_kg(60, valid=0)
+    kg = kg.replace(valid=kg.train[:5])
+    run = fit(tmp_path / "run", kg=kg, epochs=1)
+    triples = [set(map(tuple, part.tolist())) for part in (run.kg.train, run.kg.valid)]
+    assert not triples[0] & triples[1]
+    assert "are in train" in run.kg.notes[-1]
+    assert_same_kg(run.kg, ig.load(run.folder).kg)
+    published = fit(kg=kg, epochs=1, validation="published")
+    assert torch.equal(published.kg.valid, kg.valid)
+
+
+def test_held_out_validation_is_held_out_once(tmp_path):
+    kg = ring_kg(60, valid=4)
+    run = fit(tmp_path / "run", kg=kg, epochs=1, validation="held-out")
+    assert len(run.kg.train) + len(run.kg.valid) == len(kg.train)
+    assert torch.equal(run.kg.valid, ig.load_kg(kg, "held-out", TINY.get("seed", 0)).valid)
+
+
+def test_load_gives_the_same_model_graph_settings_and_metrics(finished):
+    run = ig.load(finished.folder)
+    assert same_weights(run.model, finished.model)
+    assert run.settings == finished.settings
+    assert run.progress.best_epoch == finished.progress.best_epoch
+    assert run.progress.best_mrr == finished.progress.best_mrr
+    assert_same_kg(run.kg, finished.kg)
+    assert run.model.training is False
+    for split in ("train", "valid", "test"):
+        assert run.evaluate(split) == finished.evaluate(split)
+
+
+def test_a_run_folder_may_be_moved(finished, tmp_path):
+    write_folder(tmp_path / "moved", contents(finished.folder))
+    assert ig.load(str(tmp_path / "moved")).evaluate() == finished.evaluate()
+
+
+def test_a_run_of_awkward_labels_loads(tmp_path):
+    labels = [f'"{i}" #ü ' for i in range(12)]
+    kg = ring_kg(entity_names=None).replace(entities=labels, entity_names=labels, name="")
+    run = fit(tmp_path / "run", kg=kg, epochs=1)
+    assert ig.load(run.folder).evaluate() == run.evaluate()
+
+
+def test_without_validation_triples_the_best_model_is_the_last(tmp_path):
+    run = fit(tmp_path / "run", kg=ring_kg(valid=0), epochs=3)
+    assert run.progress.best_epoch == 3
+    loaded = ig.load(run.folder)
+    assert same_weights(loaded.model, run.model)
+    assert loaded.progress.best_epoch == 3
+    with pytest.raises(DataError, match=r"'valid' has no triples"):
+        run.evaluate("valid")
+
+
+def test_no_epochs_make_a_run_that_loads(tmp_path):
+    run = fit(tmp_path / "run", epochs=0)
+    assert same_weights(ig.load(run.folder).model, run.model)
+    assert run.progress.epoch == 0
+
+
+# -- what is evaluated ----------------------------------------------------------------------------
+
+
+def test_evaluate_gives_fractions_of_both_sides_each_head_and_each_relation(finished):
+    metrics = finished.evaluate()
+    assert set(metrics) == {"both", "head", "tail", "modalities", "relations"}
+    assert list(metrics["modalities"]) == ["structure", "image", "text", "joint"]
+    keys = ["mrr", "mr", "hits@1", "hits@3", "hits@10", "hits@100"]
+    for part in (
+        metrics["both"],
+        metrics["head"],
+        metrics["tail"],
+        *metrics["modalities"].values(),
+    ):
+        assert list(part) == keys
+        assert 1 <= part["mr"] <= finished.kg.num_entities
+        hits = [part[key] for key in keys[2:]]
+        assert hits == sorted(hits)
+        assert 0 <= hits[0] <= part["mrr"] <= hits[-1] == 1  # 12 entities: the first 100 are all
+    for key in keys:
+        mean = (metrics["head"][key] + metrics["tail"][key]) / 2
+        assert metrics["both"][key] == pytest.approx(mean)
+    counted = {label: part["triples"] for label, part in metrics["relations"].items()}
+    expected = finished.kg.test[:, 1].bincount(minlength=2).tolist()
+    assert counted == {
+        label: n for label, n in zip(finished.kg.relations, expected, strict=True) if n
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_metrics_do_not_depend_on_the_batch_size(batch_size, finished):
+    expected, found = finished.evaluate("train"), finished.evaluate("train", batch_size=batch_size)
+    assert found["both"] == pytest.approx(expected["both"])
+    assert found["modalities"]["joint"] == pytest.approx(expected["modalities"]["joint"])
+
+
+def test_an_unknown_split_is_named(finished):
+    with pytest.raises(UnknownLabelError, match="'dev'"):
+        finished.evaluate("dev")
+
+
+# -- predictions ----------------------------------------------------------------------------------
+
+
+def known_answers(kg, entity, relation):
+    triples = torch.cat([kg.train, kg.valid, kg.test]).tolist()
+    return {t for h, r, t in triples if (h, r) == (entity, relation)}
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+def test_predict_gives_all_unknown_tails_best_first(candidates):
+    run = fit(epochs=1, candidates=candidates)
+    kg = run.kg
+    answers = run.predict(head="e3", relation="opposite", k=100)
+    known = {kg.entities[i] for i in known_answers(kg, 3, 1)}
+    assert known
+    assert {answer.entity for answer in answers} == set(kg.entities) - known
+    scores = [answer.score for answer in answers]
+    assert scores == sorted(scores, reverse=True)
+    assert not any(answer.known for answer in answers)
+
+
+def test_known_facts_are_left_out_unless_asked_for_and_then_marked(finished):
+    kg = finished.kg
+    for head in range(kg.num_entities):
+        known = {kg.entities[i] for i in known_answers(kg, head, 0)}
+        assert known
+        label = kg.entities[head]
+        without = finished.predict(head=label, relation="after", k=100)
+        everything = finished.predict(head=label, relation="after", k=100, include_known=True)
+        assert len(everything) == kg.num_entities
+        assert {answer.entity for answer in everything if answer.known} == known
+        assert [answer for answer in everything if not answer.known] == without
+
+
+def test_predicted_heads_are_those_of_the_inverse_query(finished):
+    kg = finished.kg
+    answers = finished.predict(tail="e5", relation="after", k=100, include_known=True)
+    known = {answer.entity for answer in answers if answer.known}
+    triples = torch.cat([kg.train, kg.valid, kg.test]).tolist()
+    assert known == {kg.entities[h] for h, r, t in triples if (r, t) == (0, 5)} == {"e4"}
+    model = finished.model
+    entity, inverse = torch.tensor([5]), torch.tensor([0 + kg.num_relations])
+    with torch.no_grad():
+        scores = model.scores(model.queries(entity, inverse), model.candidates(), inverse)
+    for answer in answers:
+        column = kg.id_of(answer.entity)
+        assert answer.score == pytest.approx(scores["decision"][0, column].item(), abs=1e-5)
+        assert answer.modalities["text"] == pytest.approx(
+            scores["text"][0, column].item(), abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("direction", ["head", "tail"])
+def test_scores_by_head_sum_up_to_the_score_under_the_decision_weights(direction, finished):
+    model, kg = finished.model, finished.kg
+    relation = 1 if direction == "head" else 1 + kg.num_relations
+    with torch.no_grad():
+        weights = model.decision.weights(model.relation[0].weight[[relation]])[0].tolist()
+    assert len({round(weight, 4) for weight in weights}) > 1  # they have learned something
+    query = {direction: "e2", "relation": "opposite"}
+    for answer in finished.predict(**query, k=100, include_known=True):
+        parts = [answer.modalities[head] for head in model.heads]
+        total = sum(w * s for w, s in zip(weights, parts, strict=True))
+        assert answer.score == pytest.approx(total, abs=1e-5)
+
+
+def test_a_mean_decision_is_the_mean_of_the_heads_and_a_single_head_is_its_own():
+    run = fit(epochs=1, decision="mean")
+    for answer in run.predict(head="e2", relation="after", k=3):
+        assert answer.score == pytest.approx(sum(answer.modalities.values()) / 4, abs=1e-5)
+    alone = fit(epochs=1, modalities=[])
+    for answer in alone.predict(head="e2", relation="after", k=3):
+        assert answer.modalities == {"structure": answer.score}
+
+
+def test_predict_takes_display_names_and_gives_labels_and_names():
+    kg = ring_kg(entity_names=[f"Entity {i}" for i in range(12)], relation_names=["next", "faces"])
+    run = fit(kg=kg, epochs=1)
+    by_name = run.predict(head="Entity 3", relation="faces", k=4)
+    assert by_name == run.predict(head="e3", relation="opposite", k=4)
+    assert len(by_name) == 4
+    assert all(answer.name == f"Entity {answer.entity[1:]}" for answer in by_name)
+
+
+def test_predict_does_not_change_the_run_and_gives_the_same_again(finished):
+    before = finished.evaluate()
+    first = finished.predict(head="e1", relation="after")
+    assert finished.predict(head="e1", relation="after") == first
+    assert finished.evaluate() == before
+
+
+@pytest.mark.parametrize(
+    ("query", "kind", "message"),
+    [
+        ({"relation": "after"}, DataError, "either head or tail"),
+        ({"relation": "after", "head": "e1", "tail": "e2"}, DataError, "either head or tail"),
+        ({"relation": "after", "head": "e1", "k": 0}, DataError, "k of at least 1, received 0"),
+        ({"relation": "aftr", "head": "e1"}, UnknownLabelError, "relation 'aftr'.*'after'"),
+        ({"relation": "after", "head": "ee11"}, UnknownLabelError, "entity 'ee11'.*'e11'"),
+    ],
+)
+def test_a_query_that_cannot_be_asked_says_why(query, kind, message, finished):
+    with pytest.raises(kind, match=message):
+        finished.predict(**query)
+
+
+def test_an_entity_seen_only_in_test_is_predicted_about():
+    kg = ring_kg()
+    labels = [*kg.entities, "stranger"]
+    run = fit(kg=kg.replace(entities=labels, entity_names=labels), epochs=1)
+    answers = run.predict(head="stranger", relation="after", k=99)
+    assert len(answers) == 13
+    assert all(math.isfinite(answer.score) for answer in answers)
+
+
+# -- embeddings -----------------------------------------------------------------------------------
+
+
+def test_embeddings_have_a_row_an_entity_and_a_relation_in_either_direction():
+    run = fit(epochs=1, dim=8, relation_dim=5)
+    heads = ["structure", "image", "text", "joint"]
+    entities, relations = run.entity_embeddings(), run.relation_embeddings()
+    assert list(entities) == list(relations) == heads
+    for head in heads:
+        assert entities[head].shape == (12, 8)
+        assert relations[head].shape == (4, 5)
+        assert not entities[head].requires_grad
+        assert not relations[head].requires_grad
+    assert torch.equal(entities["structure"], run.model.entity.weight)
+
+
+def test_changing_embeddings_does_not_change_the_model():
+    run = fit(epochs=1)
+    before = run.evaluate()
+    for table in (*run.entity_embeddings().values(), *run.relation_embeddings().values()):
+        table.zero_()
+    assert run.evaluate() == before
+
+
+# -- resume ---------------------------------------------------------------------------------------
+
+STEPS = 3  # of an epoch: 36 queries by 16
+RESUMED = {
+    "in the first epoch": ({"step": 1}, {}),
+    "in the middle of an epoch": ({"step": 2 * STEPS + 1}, {}),
+    "at the last step of an epoch": ({"step": 2 * STEPS}, {}),
+    "just after the first epoch": ({"epoch": 1}, {}),
+    "just after an epoch": ({"epoch": 3}, {}),
+    "after the last epoch": ({"epoch": 5}, {}),
+    "with a checkpoint every third epoch": ({"step": 5 * STEPS - 1}, {"checkpoint_every": 3}),
+    "without validation": ({"step": 2 * STEPS + 1}, {"kg": ring_kg(valid=0)}),
+    "without views": ({"step": 2 * STEPS + 1}, {"kg": ring_kg(views=False)}),
+    "sampled, binary": ({"step": 3 * STEPS - 1}, {"regime": "sampled", "loss": "binary"}),
+    "kvsall, by relation": ({"step": 7}, {"regime": "kvsall", "candidates": "relation"}),
+    "adagrad": ({"step": 2 * STEPS + 1}, {"optimizer": "adagrad"}),
+    "bfloat16": ({"step": 2 * STEPS + 1}, {"precision": "bfloat16"}),
+    "float16": ({"step": 2 * STEPS + 1}, {"precision": "float16"}),
+}
+
+
+@pytest.mark.parametrize(("stop", "options"), RESUMED.values(), ids=RESUMED)
+def test_a_run_stopped_and_resumed_is_to_the_bit_the_run_that_never_stopped(
+    stop, options, tmp_path
+):
+    options = {"epochs": 5, "patience": None, **options}
+    whole = fit(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "stopped", callbacks=[StopAt(**stop)], **options)
+    torch.rand(17)  # another process has other random states
+    resumed = ig.fit(out=tmp_path / "stopped", resume=True)
+    assert_same_run(whole.folder, resumed.folder)
+    assert same_weights(whole.model, resumed.model)
+    assert resumed.progress.best_epoch == whole.progress.best_epoch
+    assert resumed.progress.best_mrr == whole.progress.best_mrr
+    assert resumed.progress.step == whole.progress.step
+    assert resumed.evaluate() == whole.evaluate()
+    assert same_weights(ig.load(resumed.folder).model, whole.model)
+
+
+def test_a_run_stopped_twice_is_the_run_that_never_stopped(tmp_path):
+    whole = fit(tmp_path / "whole", epochs=5)
+    out = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        fit(out, epochs=5, callbacks=[StopAt(step=STEPS + 1)])
+    with pytest.raises(KeyboardInterrupt):
+        ig.fit(out=out, resume=True, callbacks=[StopAt(step=3 * STEPS + 2)])
+    ig.fit(out=out, resume=True)
+    assert_same_run(whole.folder, out)
+
+
+def test_a_metrics_line_cut_short_by_the_stop_is_dropped(tmp_path):
+    whole = fit(tmp_path / "whole", epochs=4)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "stopped", epochs=4, callbacks=[StopAt(epoch=2)])
+    with (tmp_path / "stopped" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "lo')
+    ig.fit(out=tmp_path / "stopped", resume=True)
+    assert_same_run(whole.folder, tmp_path / "stopped")
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    run = fit(tmp_path / "run")
+    before = contents(run.folder)
+    again = ig.fit(out=run.folder, resume=True)
+    assert contents(run.folder) == before
+    assert same_weights(again.model, run.model)
+    assert again.progress == run.progress
+
+
+def test_a_finished_run_goes_on_with_more_epochs_as_if_it_had_had_them_from_the_start(tmp_path):
+    whole = fit(tmp_path / "whole", epochs=6, patience=None)
+    fit(tmp_path / "short", epochs=3, patience=None)
+    resumed = ig.fit(out=tmp_path / "short", resume=True, epochs=6)
+    assert resumed.progress.epoch == 6
+    assert_same_run(whole.folder, resumed.folder)
+    assert ig.load(resumed.folder).settings.epochs == 6
+
+
+def test_a_run_that_ran_out_of_patience_goes_on_with_more(tmp_path):
+    still = {"learning_rate": 1e-30, "batch_norm": False, "epochs": 9}
+    run = fit(tmp_path / "run", patience=2, **still)
+    assert (run.progress.ended, run.progress.epoch) == ("patience", 3)
+    resumed = ig.fit(out=run.folder, resume=True, patience=4)
+    assert (resumed.progress.ended, resumed.progress.epoch) == ("patience", 5)
+    whole = fit(tmp_path / "whole", patience=4, **still)
+    assert_same_run(whole.folder, resumed.folder)
+
+
+class StopAtABestOddEpoch(Callback):
+    """Stops where the best model on disk is an epoch ahead of the checkpoint of every second."""
+
+    stopped = 0
+
+    def on_epoch(self, trainer, record):
+        if record["epoch"] % 2 and 1 < record["epoch"] == trainer.progress.best_epoch:
+            self.stopped = record["epoch"]
+            raise KeyboardInterrupt
+
+
+def test_the_model_on_disk_is_the_one_returned_where_a_resumed_run_asks_for_fewer_epochs(tmp_path):
+    kg = ring_kg(8, valid=0)
+    kg = kg.replace(valid=kg.train)  # what is trained is what is validated: it gets better
+    options = {"epochs": 30, "checkpoint_every": 2, "validation": "published", "dim": 16}
+    stop = StopAtABestOddEpoch()
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", kg=kg, callbacks=[stop], hidden_dropout=0, **options)
+    resumed = ig.fit(out=tmp_path / "run", resume=True, epochs=stop.stopped - 1)
+    assert resumed.progress.epoch == stop.stopped - 1
+    assert same_weights(ig.load(tmp_path / "run").model, resumed.model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dim": 9}, {"seed": 1}, {"learning_rate": 0.5}, {"regime": "kvsall"}, {"modalities": []}],
+)
+def test_a_resumed_run_refuses_other_settings_and_stays_as_it_is(change, tmp_path):
+    run = fit(tmp_path / "run", epochs=1)
+    before = contents(run.folder)
+    (key,) = change
+    with pytest.raises(SettingsError, match=f"Setting {key}: the run in .* keeps its settings"):
+        ig.fit(out=run.folder, resume=True, epochs=2, **change)
+    assert contents(run.folder) == before
+
+
+def test_a_resumed_run_takes_the_same_settings_again(tmp_path):
+    run = fit(tmp_path / "run", epochs=1)
+    resumed = ig.fit(out=run.folder, resume=True, **{**TINY, "epochs": 2})
+    assert resumed.progress.epoch == 2
+
+
+def test_resume_needs_a_run_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="give the run folder as out"):
+        ig.fit(resume=True)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        ig.fit(out=tmp_path / "none", resume=True)
+    with pytest.raises(CheckpointError, match=r"holds no run \(no run\.json\)"):
+        ig.fit(out=tmp_path, resume=True)
+
+
+# -- folders that are not what they should be -----------------------------------------------------
+
+
+def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path):
+    write_folder(tmp_path / "thesis", {"chapter.tex": "years of work"})
+    with pytest.raises(CheckpointError, match=r"thesis exists and is not empty\. Choose another"):
+        fit(tmp_path / "thesis")
+    assert contents(tmp_path / "thesis") == {"chapter.tex": b"years of work"}
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="file exists"):
+        fit(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_an_older_run_is_refused_left_alone_and_resuming_it_is_proposed(tmp_path):
+    run = fit(tmp_path / "run", epochs=1)
+    before = contents(run.folder)
+    with pytest.raises(CheckpointError, match=r"not empty; --resume \(resume=True\) goes on"):
+        fit(run.folder, epochs=1)
+    assert contents(run.folder) == before
+
+
+def test_an_empty_folder_is_as_good_as_none(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert fit(tmp_path / "empty", epochs=1).folder == tmp_path / "empty"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to be damaged."""
+    return write_folder(tmp_path / "copy", contents(finished.folder))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, -1])
+def test_a_truncated_model_is_a_checkpoint_error(keep, copied):
+    path = copied / "best.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(CheckpointError, match=r"best\.safetensors cannot be read .*cut short"):
+        ig.load(copied)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, -1])
+def test_a_truncated_checkpoint_is_a_checkpoint_error(keep, copied):
+    path = copied / "last.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(CheckpointError, match=r"last\.safetensors cannot be read .*cut short"):
+        ig.fit(out=copied, resume=True, epochs=9)
+
+
+def test_a_checkpoint_of_another_model_is_a_checkpoint_error(copied, tmp_path):
+    other = fit(tmp_path / "other", epochs=1, dim=4)
+    for name in FILES:
+        (copied / name).write_bytes((other.folder / name).read_bytes())
+    with pytest.raises(CheckpointError, match=r"best\.safetensors: .*does not fit"):
+        ig.load(copied)
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: .*does not fit"):
+        ig.fit(out=copied, resume=True, epochs=9)
+
+
+def test_a_model_file_for_a_checkpoint_is_a_checkpoint_error(copied):
+    (copied / "last.safetensors").write_bytes((copied / "best.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"last\.safetensors"):
+        ig.fit(out=copied, resume=True, epochs=9)
+
+
+def test_a_safetensors_file_that_is_no_checkpoint_is_a_checkpoint_error(copied):
+    features = copied / "kg" / "views" / "image.safetensors"
+    (copied / "best.safetensors").write_bytes(features.read_bytes())
+    with pytest.raises(CheckpointError, match=r"best\.safetensors"):
+        ig.load(copied)
+
+
+def test_a_run_without_a_checkpoint_says_so(copied):
+    (copied / "best.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"best\.safetensors does not exist"):
+        ig.load(copied)
+
+
+@pytest.mark.parametrize("use", ["load", "resume"])
+def test_a_run_of_a_newer_version_is_refused(use, copied):
+    about = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**about, "version": about["version"] + 1}))
+    with pytest.raises(CheckpointError, match=r"version 2 is newer .*Update imvia-graph"):
+        ig.load(copied) if use == "load" else ig.fit(out=copied, resume=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "other"}', ""])
+def test_a_run_json_that_describes_no_run_is_an_error_that_names_it(content, copied):
+    (copied / "run.json").write_text(content)
+    with pytest.raises(ig.IMVIAError, match=r"run\.json"):
+        ig.load(copied)
+
+
+def test_a_folder_without_a_run_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no run \(no run\.json\)"):
+        ig.load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"none does not exist"):
+        ig.load(tmp_path / "none")

@@ -1,0 +1,122 @@
+"""Held-out validation sets: nothing leaks, nothing is lost."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imvia_graph.errors import DataError
+from imvia_graph.splits import count_shared, first_occurrence, hold_out
+
+triples = st.lists(
+    st.tuples(st.integers(0, 7), st.integers(0, 3), st.integers(0, 7)), max_size=60
+).map(lambda rows: torch.tensor(rows, dtype=torch.int64).reshape(-1, 3))
+fractions = st.floats(0.01, 0.99)
+seeds = st.integers(0, 1000)
+
+
+def rows_of(part):
+    return [tuple(row) for row in part.tolist()]
+
+
+def ends_of(part):
+    return {frozenset((head, tail)) for head, _, tail in part.tolist()}
+
+
+@given(triples, fractions, seeds)
+def test_parts_are_the_whole_in_its_order(whole, fraction, seed):
+    train, held = map(rows_of, hold_out(whole, fraction, seed))
+    assert Counter(train) + Counter(held) == Counter(rows_of(whole))
+    # Copies of a triple stay together, so that membership tells where a row went.
+    assert train == [row for row in rows_of(whole) if row in set(train)]
+    assert held == [row for row in rows_of(whole) if row in set(held)]
+
+
+@given(triples, fractions, seeds)
+def test_every_entity_and_relation_stays_in_train(whole, fraction, seed):
+    train, _ = hold_out(whole, fraction, seed)
+    assert set(train[:, [0, 2]].flatten().tolist()) == set(whole[:, [0, 2]].flatten().tolist())
+    assert set(train[:, 1].tolist()) == set(whole[:, 1].tolist())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_relation_of_a_single_triple_stays_in_train(seed):
+    rare = torch.tensor([[3, relation, 7] for relation in (2, 5)])
+    train, held = hold_out(torch.cat([dense(), rare]), 0.9, seed)
+    assert {2, 5} <= set(train[:, 1].tolist())
+    assert len(held) > 1500
+
+
+@given(triples, fractions, seeds)
+def test_triples_between_two_entities_stay_together(whole, fraction, seed):
+    train, held = hold_out(whole, fraction, seed)
+    assert not ends_of(train) & ends_of(held)
+    assert count_shared(held, train) == 0
+
+
+@given(triples, fractions, seeds)
+def test_no_more_is_held_out_than_asked_for(whole, fraction, seed):
+    _, held = hold_out(whole, fraction, seed)
+    assert len(held) <= round(len(whole) * fraction)
+
+
+@given(triples, fractions, seeds)
+def test_same_seed_gives_the_same_split(whole, fraction, seed):
+    torch.manual_seed(seed + 1)
+    first = hold_out(whole, fraction, seed)
+    torch.manual_seed(seed + 2)  # the split has a generator of its own
+    second = hold_out(whole, fraction, seed)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def dense():
+    return torch.cartesian_prod(torch.arange(30), torch.arange(2), torch.arange(30))
+
+
+def test_other_seed_gives_another_split():
+    assert not torch.equal(hold_out(dense(), 0.1, seed=0)[1], hold_out(dense(), 0.1, seed=1)[1])
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
+def test_share_is_reached_up_to_one_group_where_there_is_enough(fraction):
+    _, held = hold_out(dense(), fraction)
+    wanted = round(1800 * fraction)
+    assert wanted - 4 < len(held) <= wanted  # both directions and relations of a pair: 4 triples
+
+
+def test_a_pair_too_large_for_the_share_leaves_room_for_others():
+    """Groups that do not fit are passed over; what follows may still fit."""
+    pair = torch.tensor([[0, relation, 1] for relation in range(40)])
+    hub = torch.tensor([[i, r, j] for i in (0, 1) for r in range(40) for j in range(2, 12)])
+    others = torch.tensor([[i, 0, j] for i in range(2, 22) for j in range(2, 22) if i < j])
+    whole = torch.cat([pair, hub, others])  # 40, 20 groups of 40, and 190 of 1
+    for seed in range(20):
+        _, held = hold_out(whole, 0.035, seed)  # 36 wanted
+        assert len(held) >= 30
+
+
+@pytest.mark.parametrize("rows", [[], [[0, 0, 1]], [[2, 1, 2]], [[0, 0, 1]] * 5])
+def test_nothing_is_held_out_where_nothing_can_be(rows):
+    whole = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+    train, held = hold_out(whole, 0.9)
+    assert torch.equal(train, whole)
+    assert held.shape == (0, 3)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
+def test_fraction_out_of_range_is_an_error(fraction):
+    with pytest.raises(DataError, match="between 0 and 1"):
+        hold_out(dense(), fraction)
+
+
+@given(st.lists(st.integers(-3, 3), max_size=20))
+def test_first_occurrence_is_the_first_place_of_each_value(values):
+    found = first_occurrence(torch.tensor(values, dtype=torch.int64))
+    assert found.tolist() == [values.index(value) for value in sorted(set(values))]
+
+
+@given(triples, triples)
+def test_count_shared_counts_distinct_common_triples(one, other):
+    assert count_shared(one, other) == len(set(rows_of(one)) & set(rows_of(other)))

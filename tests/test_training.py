@@ -1,0 +1,470 @@
+"""Training: every way to train learns, epochs cover the queries, the best epoch is kept."""
+
+import copy
+import math
+from collections import Counter
+
+import pytest
+import torch
+from helpers import ring_kg, ring_triples, same_weights, settings
+
+import imvia_graph as ig
+from imvia_graph.answers import with_inverses
+from imvia_graph.evaluation import evaluate, rank, rank_metrics
+from imvia_graph.model import DECISION, IMVIA
+from imvia_graph.training import Batches, Callback, Trainer, resolve_device, training_dtype
+
+CPU = torch.device("cpu")
+
+
+def trained(kg, callbacks=(), seed=0, **changes):
+    """A trainer that has finished."""
+    chosen = settings(seed=seed, **changes)
+    torch.manual_seed(seed)
+    trainer = Trainer(IMVIA.from_kg(kg, chosen), kg, chosen, callbacks)
+    trainer.fit()
+    return trainer
+
+
+class Records(Callback):
+    """Keeps what is told of each epoch, and the model's state after it."""
+
+    def __init__(self):
+        self.records, self.states, self.steps = [], [], 0
+
+    def on_step(self, trainer, losses):
+        self.steps += 1
+
+    def on_epoch(self, trainer, record):
+        self.records.append(copy.deepcopy(record))
+        state = trainer.model.state_dict()
+        self.states.append({name: value.clone() for name, value in state.items()})
+
+    def losses(self, name="loss"):
+        return [record[name] for record in self.records]
+
+
+def without_dropout(**changes):
+    return {"input_dropout": 0.0, "relation_dropout": 0.0, "hidden_dropout": 0.0, **changes}
+
+
+# -- every way to train ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+@pytest.mark.parametrize("regime", ["1vsall", "kvsall", "sampled"])
+def test_every_regime_loss_and_kind_of_candidates_learns(regime, loss, candidates):
+    records = Records()
+    kg = ring_kg(valid=0, test=2)
+    changes = {"regime": regime, "loss": loss, "candidates": candidates}
+    trainer = trained(kg, [records], epochs=6, **without_dropout(), **changes)
+    completion = records.losses("completion")
+    assert len(completion) == 6
+    assert all(math.isfinite(value) for value in records.losses() + completion)
+    assert min(completion[-2:]) < 0.95 * completion[0]
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+
+
+@pytest.mark.parametrize("decision", ["trained", "detached", "mean"])
+def test_every_decision_learns(decision):
+    records = Records()
+    changes = without_dropout(decision=decision)
+    trainer = trained(ring_kg(valid=0), [records], epochs=6, **changes)
+    completion = records.losses("completion")
+    assert min(completion[-2:]) < 0.95 * completion[0]
+    weight = trainer.model.decision.linear.weight
+    assert bool(weight.any()) == (decision != "mean")  # it starts from zero
+
+
+def gradients(kg, **changes):
+    """Gradients of the first batch's loss, without dropout, at a decision that is not uniform."""
+    chosen = settings(**without_dropout(**changes))
+    torch.manual_seed(0)
+    trainer = Trainer(IMVIA.from_kg(kg, chosen), kg, chosen)
+    torch.nn.init.normal_(trainer.model.decision.linear.weight)
+    losses, _ = trainer.losses(next(iter(trainer.batches)))
+    losses["loss"].backward()
+    return {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def test_a_detached_decision_learns_and_leaves_the_heads_alone():
+    kg = ring_kg()
+    mean, detached, both = (gradients(kg, decision=k) for k in ("mean", "detached", "trained"))
+    assert detached["decision.linear.weight"].any()
+    assert "decision.linear.weight" not in mean
+    assert {"entity.weight", "decoder.3.core", "relation.0.weight"} <= set(mean)
+    assert [name for name in mean if not torch.allclose(mean[name], detached[name])] == []
+    assert not torch.allclose(mean["entity.weight"], both["entity.weight"])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "adagrad"])
+def test_every_optimizer_learns(optimizer):
+    records = Records()
+    trained(ring_kg(valid=0), [records], epochs=6, optimizer=optimizer, **without_dropout())
+    losses = records.losses("completion")
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("alignment", ["contrastive", "printed"])
+def test_alignment_and_information_take_part_where_their_weights_are_not_zero(alignment):
+    records, none = Records(), Records()
+    kg = ring_kg(valid=0)
+    trained(kg, [records], epochs=1, alignment=alignment, lambda_information=0.5)
+    record = records.records[0]
+    assert record["alignment"] > 0
+    assert record["information"] != 0
+    expected = record["completion"] + 0.1 * record["alignment"] + 0.5 * record["information"]
+    assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    trained(kg, [none], epochs=1, lambda_alignment=0, lambda_information=0)
+    assert none.records[0]["alignment"] == none.records[0]["information"] == 0
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_every_shape_of_the_model_trains(residual, joint, batch_norm):
+    trainer = trained(
+        ring_kg(), epochs=1, residual=residual, joint=joint, batch_norm=batch_norm, relation_dim=5
+    )
+    assert trainer.model.heads == ["structure", "image", "text"] + ["joint"] * joint
+    assert math.isfinite(trainer.progress.best_mrr)
+
+
+def test_a_graph_is_learned_by_heart():
+    kg = ring_kg(8, valid=0, test=0)
+    trainer = trained(
+        kg, epochs=40, dim=16, label_smoothing=0.0, learning_rate=2e-2, **without_dropout()
+    )
+    assert evaluate(trainer.model, kg, "train")["both"]["mrr"] > 0.95
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_reduced_precision_trains_and_keeps_weights_in_float32(precision):
+    records = Records()
+    trainer = trained(ring_kg(), [records], epochs=4, precision=precision, **without_dropout())
+    assert records.losses("completion")[-1] < records.losses("completion")[0]
+    weights = trainer.model.parameters()
+    assert {parameter.dtype for parameter in weights} == {torch.float32}
+    assert trainer.progress.best_mrr > 0
+
+
+def test_a_named_precision_is_taken_and_auto_is_one_that_the_device_has():
+    assert training_dtype(settings(precision="bfloat16"), CPU) == torch.bfloat16
+    assert training_dtype(settings(precision="float32"), CPU) == torch.float32
+    assert training_dtype(settings(precision="auto"), CPU) in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_settings_error(device):
+    with pytest.raises(ig.SettingsError, match=f"device: '{device}'"):
+        resolve_device(device)
+
+
+def test_a_loss_that_is_not_finite_stops_training_with_advice():
+    kg = ring_kg()
+    chosen = settings()
+    model = IMVIA.from_kg(kg, chosen)
+    with torch.no_grad():
+        model.entity.weight[3] = torch.nan
+    with pytest.raises(ig.IMVIAError, match=r"Epoch 1: the loss is nan .*learning_rate"):
+        Trainer(model, kg, chosen).fit()
+
+
+# -- batches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize("regime", ["1vsall", "sampled"])
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_an_epoch_covers_each_training_triple_once_in_both_directions(
+    regime, candidates, batch_size
+):
+    kg = ring_kg()
+    kg = kg.replace(train=torch.cat([kg.train, kg.train[:2]]))  # repeated triples count twice
+    chosen = settings(regime=regime, candidates=candidates, batch_size=batch_size)
+    batches = Batches(kg, chosen, CPU)
+    expected = Counter(map(tuple, with_inverses(kg.train, kg.num_relations).tolist()))
+    for _ in range(2):
+        seen = Counter()
+        sizes = []
+        for batch in batches:
+            answer = batch.positives.col
+            if batch.candidate is not None:
+                assert batch.candidate.shape == (len(batch.entity), 1 + chosen.negatives)
+                assert batch.candidate.max() < kg.num_entities
+                answer = batch.candidate[batch.positives.row, batch.positives.col]
+            assert batch.positives.row.tolist() == list(range(len(batch.entity)))
+            rows = zip(batch.entity.tolist(), batch.relation.tolist(), answer.tolist(), strict=True)
+            seen.update(rows)
+            sizes.append(len(batch.entity))
+        assert seen == expected
+        assert len(sizes) == len(batches)
+        assert max(sizes) <= batch_size
+        assert min(sizes) >= min(batch_size / 2, sum(sizes))
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+def test_a_kvsall_epoch_covers_each_query_once_with_all_its_training_answers(candidates):
+    kg = ring_kg(test=4)
+    extra = torch.tensor([[0, 0, 5], [0, 0, 7], [0, 0, 7]])
+    kg = kg.replace(train=torch.cat([kg.train, extra]))
+    batches = Batches(kg, settings(regime="kvsall", candidates=candidates, batch_size=5), CPU)
+    expected = {}
+    for entity, relation, answer in with_inverses(kg.train, kg.num_relations).tolist():
+        expected.setdefault((entity, relation), set()).add(answer)
+    seen = {}
+    for batch in batches:
+        for i, query in enumerate(zip(batch.entity.tolist(), batch.relation.tolist(), strict=True)):
+            answers = batch.positives.col[batch.positives.row == i].tolist()
+            assert query not in seen
+            assert len(answers) == len(set(answers))
+            seen[query] = set(answers)
+    assert seen == expected
+    assert {5, 7} <= seen[0, 0]
+
+
+def test_with_relation_candidates_a_batch_holds_few_relations():
+    kg = ring_kg(40, valid=0, test=0)
+    batches = Batches(kg, settings(candidates="relation", batch_size=20), CPU)
+    relations = [len(batch.relation.unique()) for batch in batches]
+    assert len(relations) == 8
+    assert max(relations) <= 2
+    shared = Batches(kg, settings(candidates="shared", batch_size=20), CPU)
+    assert min(len(batch.relation.unique()) for batch in shared) > 2
+
+
+def test_epochs_are_shuffled_anew_and_the_same_for_the_same_seed():
+    kg = ring_kg()
+
+    def orders(seed):
+        batches = Batches(kg, settings(seed=seed), CPU)
+        return [torch.cat([batch.entity for batch in batches]).tolist() for _ in range(2)]
+
+    first, second = orders(0)
+    assert first != second
+    assert orders(0) == [first, second]
+    assert orders(1)[0] != first
+
+
+def test_a_callback_hears_of_each_step_and_epoch():
+    records = Records()
+    kg = ring_kg()
+    trainer = trained(kg, [records], epochs=2, batch_size=10)
+    steps = math.ceil(2 * len(kg.train) / 10)
+    assert records.steps == trainer.progress.step == 2 * steps
+    assert [record["epoch"] for record in records.records] == [1, 2]
+    keys = {"epoch", "loss", "information", "alignment", "completion", "seconds", "valid"}
+    assert set(records.records[0]) == keys
+
+
+# -- small graphs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize("regime", ["1vsall", "kvsall", "sampled"])
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_batches_of_one_query_work(regime, candidates, loss):
+    records = Records()
+    changes = {"regime": regime, "candidates": candidates, "loss": loss}
+    trainer = trained(ring_kg(6), [records], epochs=1, batch_size=1, **changes)
+    assert records.steps == len(trainer.batches.queries)
+    assert math.isfinite(records.losses()[0])
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize("regime", ["1vsall", "kvsall", "sampled"])
+def test_a_graph_of_one_triple_trains(regime, candidates):
+    kg = ig.MultiViewKG.from_labels([("a", "r", "b")], views={"text": (torch.ones(1, 3), ["b"])})
+    records = Records()
+    trainer = trained(kg, [records], regime=regime, candidates=candidates)
+    assert all(math.isfinite(value) for value in records.losses())
+    assert evaluate(trainer.model, kg, "train")["both"]["mrr"] >= 0.5
+
+
+def test_a_graph_of_one_entity_trains():
+    kg = ig.MultiViewKG(["a"], ["r"], torch.tensor([[0, 0, 0]]))
+    trainer = trained(kg)
+    assert evaluate(trainer.model, kg, "train")["both"]["mrr"] == 1
+
+
+@pytest.mark.parametrize("regime", ["1vsall", "kvsall", "sampled"])
+def test_a_graph_without_views_trains_on_structure_alone(regime):
+    records = Records()
+    kg = ring_kg(views=False)
+    trainer = trained(kg, [records], regime=regime, epochs=6, **without_dropout())
+    assert trainer.model.heads == ["structure"]
+    assert records.losses()[-1] < 0.95 * records.losses()[0]
+    assert [record["alignment"] for record in records.records] == [0] * 6
+
+
+def test_a_modality_without_a_single_view_trains():
+    nothing = ig.Views(torch.empty(0, 4), torch.empty(0, dtype=torch.int64))
+    records = Records()
+    trainer = trained(ring_kg(views=False).replace(views={"image": nothing}), [records])
+    assert trainer.model.heads == ["structure", "image", "joint"]
+    assert all(math.isfinite(value) for value in records.losses())
+
+
+def test_an_entity_seen_only_in_test_is_ranked_with_finite_scores():
+    kg = ring_kg()
+    labels = [*kg.entities, "stranger"]
+    unseen = len(kg.entities)
+    test = torch.cat([kg.test, torch.tensor([[unseen, 0, 1], [2, 1, unseen]])])
+    kg = kg.replace(entities=labels, entity_names=labels, test=test)
+    assert kg.unseen_entities().tolist() == [unseen]
+    trainer = trained(kg)
+    ranking = rank(trainer.model, kg.test, kg.answers())
+    for side in (ranking.head, ranking.tail):
+        for head, ranks in side.items():
+            assert ranks.isfinite().all(), head
+            assert (ranks >= 1).all(), head
+            assert (ranks <= kg.num_entities).all(), head
+
+
+# -- which epoch is kept --------------------------------------------------------------------------
+
+
+def test_the_weights_returned_are_those_of_the_best_epoch_and_give_its_validation_mrr():
+    records = Records()
+    kg = ring_kg(20, valid=8)
+    trainer = trained(kg, [records], epochs=12, learning_rate=0.5, patience=None)
+    progress = trainer.progress
+    mrr = [record["valid"]["mrr"] for record in records.records]
+    assert progress.best_mrr == max(mrr)
+    assert progress.best_epoch == mrr.index(max(mrr)) + 1  # the first of equal ones
+    assert progress.best_epoch < 12  # or this would show nothing
+    ranking = rank(trainer.model, kg.valid, kg.answers())
+    found = rank_metrics(torch.cat([ranking.head[DECISION], ranking.tail[DECISION]]))
+    assert found == records.records[progress.best_epoch - 1]["valid"]
+    assert evaluate(trainer.model, kg, "valid")["both"]["mrr"] == progress.best_mrr
+    best = records.states[progress.best_epoch - 1]
+    assert all(torch.equal(value, best[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_training_ends_when_validation_has_not_improved_for_patience_times():
+    records = Records()
+    # Nothing can improve: the learning rate is too small to change a rank.
+    kg = ring_kg()
+    changes = {"epochs": 50, "patience": 3, "learning_rate": 1e-30, "batch_norm": False}
+    trainer = trained(kg, [records], **changes)
+    assert trainer.progress.ended == "patience"
+    assert trainer.progress.best_epoch == 1
+    assert trainer.progress.epoch == len(records.records) == 4
+
+
+def test_patience_counts_validations_not_epochs():
+    changes = {"epochs": 50, "patience": 2, "learning_rate": 1e-30, "batch_norm": False}
+    trainer = trained(ring_kg(), validate_every=3, **changes)
+    assert trainer.progress.best_epoch == 3
+    assert trainer.progress.epoch == 9
+
+
+def test_without_patience_all_epochs_are_trained():
+    trainer = trained(ring_kg(), epochs=8, patience=None, learning_rate=1e-30)
+    assert (trainer.progress.ended, trainer.progress.epoch) == ("epochs", 8)
+
+
+def test_validation_comes_every_so_many_epochs_and_at_the_last():
+    records = Records()
+    trained(ring_kg(), [records], epochs=5, validate_every=2)
+    assert [r["epoch"] for r in records.records if "valid" in r] == [2, 4, 5]
+
+
+def test_without_validation_triples_the_last_epoch_is_kept():
+    records = Records()
+    trainer = trained(ring_kg(valid=0), [records], epochs=4, patience=1)
+    assert trainer.progress.epoch == trainer.progress.best_epoch == 4
+    assert trainer.progress.best_mrr is None
+    assert not any("valid" in record for record in records.records)
+    last = records.states[-1]
+    assert all(torch.equal(value, last[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_no_epochs_leave_the_model_as_it_was():
+    kg = ring_kg()
+    torch.manual_seed(0)
+    fresh = IMVIA.from_kg(kg, settings())
+    assert same_weights(trained(kg, epochs=0).model, fresh)
+
+
+# -- what training sees ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regime", ["1vsall", "kvsall", "sampled"])
+def test_test_and_validation_triples_are_never_trained_on(regime):
+    kg = ring_kg(valid=3, test=3)
+    other = kg.replace(
+        valid=torch.tensor([[0, 1, 1], [5, 0, 2]]), test=torch.tensor([[4, 1, 4], [9, 0, 1]])
+    )
+    records = [Records(), Records()]
+    for one, callback in zip((kg, other), records, strict=True):
+        trained(one, [callback], regime=regime, patience=None)
+    for mine, theirs in zip(records[0].states, records[1].states, strict=True):
+        assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+def test_other_test_triples_that_answer_no_validation_query_change_nothing_at_all():
+    kg = ring_kg(20, valid=4, test=4)
+    asked = {(e, r) for e, r, _ in with_inverses(kg.valid, 2).tolist()}
+    known = set(map(tuple, torch.cat([kg.train, kg.valid, kg.test]).tolist()))
+    other = [
+        (h, r, t)
+        for h in range(20)
+        for r in range(2)
+        for t in range(20)
+        if (h, r) not in asked and (t, r + 2) not in asked and (h, r, t) not in known
+    ]
+    assert len(other) > 10
+    # The test triples as they are answer none of them either.
+    free = [tuple(row) for row in kg.test.tolist()]
+    assert not {q for h, r, t in free for q in ((h, r), (t, r + 2))} & asked
+    one = trained(kg, epochs=5)
+    two = trained(kg.replace(test=torch.tensor(other[:7])), epochs=5)
+    assert same_weights(one.model, two.model)
+    assert one.progress.best_mrr == two.progress.best_mrr
+
+
+def test_training_triples_do_matter():
+    kg = ring_kg()
+    assert not same_weights(trained(kg).model, trained(kg.replace(train=kg.train[1:])).model)
+
+
+def test_views_and_the_graph_are_left_as_they_were():
+    kg = ring_kg()
+    before = {modality: kg.views(modality)[0].clone() for modality in kg.modalities}
+    train = kg.train.clone()
+    trained(kg)
+    assert all(torch.equal(kg.views(modality)[0], feat) for modality, feat in before.items())
+    assert torch.equal(kg.train, train)
+
+
+# -- seeds ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regime", ["1vsall", "kvsall", "sampled"])
+def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_seed_others(regime):
+    kg = ring_kg()
+    first = trained(kg, seed=5, regime=regime)
+    torch.rand(100)  # what was drawn elsewhere does not matter
+    again = trained(kg, seed=5, regime=regime)
+    other = trained(kg, seed=6, regime=regime)
+    assert same_weights(first.model, again.model)
+    assert not same_weights(first.model, other.model)
+
+
+def test_validation_draws_no_random_numbers():
+    kg = ring_kg()
+    often, once = Records(), Records()
+    trained(kg, [often], epochs=4, validate_every=1, patience=None)
+    trained(kg, [once], epochs=4, validate_every=4, patience=None)
+    for mine, theirs in zip(often.states, once.states, strict=True):
+        assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+def test_ring_triples_are_what_these_tests_take_them_for():
+    triples = ring_triples(10).tolist()
+    assert [3, 0, 4] in triples
+    assert [3, 1, 8] in triples
+    assert len(triples) == 20
