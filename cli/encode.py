@@ -159,10 +159,10 @@ def encode(
         raise SystemExit(130) from None
     finally:
         bar.close()
+    kg.save(out)
     for path in (out / "views").glob("*"):  # of the KG that is replaced
         if path.stem not in kg.modalities:
             path.unlink()
-    kg.save(out)
     _files.write_json(out / "encode.json", [asdict(report) for report in reports])
     if cache is None:
         shutil.rmtree(folder, ignore_errors=True)

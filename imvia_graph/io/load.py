@@ -261,6 +261,12 @@ def _checked_frame(name: str, frame: pl.DataFrame, options: dict[str, Any]) -> p
 
 def _read_path(source: str, format: str | None, options: dict[str, Any]) -> Source | MultiViewKG:
     path = datasets.find(source)
+    if not path.exists() and source in datasets.names():
+        raise DataError(
+            f"The published data set {source} is not in {path}. Put it there, or set the"
+            f" environment variable {datasets.DATA_VARIABLE} to the folder that holds it;"
+            " `imvia-graph datasets` says where to get it."
+        )
     if not path.exists():
         raise DataError(
             f"{source!r} is neither a file, a folder nor a data set; the data sets are"
@@ -282,9 +288,7 @@ def _read_folder(folder: Path, format: str | None, options: dict[str, Any]) -> S
     if format is None:
         if has("train2id.txt") and not has("train.tsv"):
             format = "openke"
-        elif (has("kg.json") and has("train.tsv")) or (
-            has("train.tsv") and not tables_meant and not _has_header(folder)
-        ):
+        elif has("train.tsv") and (has("kg.json") or not (tables_meant or _has_header(folder))):
             format = "kg"
         elif releases.is_momok(folder):
             format = "momok"

@@ -77,12 +77,23 @@ def _read_triples(path: Path, num_entities: int, num_relations: int) -> Tensor:
     # copes with it or names the line at fault.
     if raw and not raw.translate(None, b"0123456789 \t\r\n"):
         values = np.fromstring(raw.decode(), dtype=np.int64, sep=" ")
-        lines = raw.count(b"\n") + (not raw.endswith(b"\n"))
-        if len(values) % 3 == 1 and values[0] == len(values) // 3 == lines - 1:
+        columns = _columns_by_line(raw)
+        if columns[:1] == [1] and values[0] == len(columns) - 1 and set(columns[1:]) <= {3}:
             rows = torch.from_numpy(values[1:].reshape(-1, 3))
             if _in_range(rows, num_entities, num_relations):
                 return rows[:, [0, 2, 1]].contiguous()
     return _read_triples_by_line(path, num_entities, num_relations)
+
+
+def _columns_by_line(raw: bytes) -> list[int]:
+    """Number of columns of each line."""
+    text = np.frombuffer(raw, dtype=np.uint8)
+    space = text <= ord(" ")
+    starts = np.flatnonzero(~space & np.concatenate([[True], space[:-1]]))
+    ends = np.flatnonzero(text == ord("\n"))
+    num_lines = len(ends) + (not raw.endswith(b"\n"))
+    counts: list[int] = np.bincount(np.searchsorted(ends, starts), minlength=num_lines).tolist()
+    return counts
 
 
 def _in_range(rows: Tensor, num_entities: int, num_relations: int) -> bool:
