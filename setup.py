@@ -41,7 +41,7 @@ CORE = [
     "pandas",  # DGL imports it and does not say so
     "numpy",  # feature files, and DGL's own arrays
     "networkx",  # graphs from and to networkx
-    "polars",  # edge lists and other tables
+    "polars>=2",  # edge lists and other tables; 2.0 is the oldest that was tried
     "pydantic>=2",  # the settings, checked
     "pyyaml",  # settings files
     'tomli; python_version < "3.11"',  # TOML before tomllib was in the standard library
@@ -55,6 +55,8 @@ EXTRAS = {
     # An optional backend of the view aggregation. It has no wheels and needs torch when it is built:
     # pip install --no-build-isolation "imvia-graph[scatter]", after torch.
     "scatter": ["torch-scatter>=2.1.2"],
+    # N-Triples and Turtle, in and out.
+    "rdf": ["pyoxigraph>=0.4"],
     # Pictures and texts -> features, with any CLIP.
     "clip": ["open_clip_torch"],
     # Other encoders; two come with their weights in the package, so that running them downloads nothing.

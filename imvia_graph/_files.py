@@ -50,8 +50,11 @@ def _pieces(path: Path, file: IO[bytes]) -> Iterator[bytes]:
         if mark.startswith(GZIP):
             yield from gzip.GzipFile(fileobj=file)
         elif mark == ZSTD:
-            lines = pl.read_lines(path, glob=False)["line"]
-            for start in range(0, len(lines), 100_000):
+            # The first lines alone, for who wants no more than a look at them.
+            first = pl.read_lines(path, glob=False, n_rows=100)["line"]
+            yield from (line.encode() for line in first)
+            lines = pl.read_lines(path, glob=False)["line"] if len(first) == 100 else first
+            for start in range(100, len(lines), 100_000):
                 yield from (line.encode() for line in lines.slice(start, 100_000))
         else:
             yield from file

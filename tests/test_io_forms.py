@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -565,3 +566,64 @@ def test_paths_are_not_patterns(tmp_path):
     path = tmp_path / "a[1]*.tsv"
     path.write_text(text())
     assert load_kg(Path(path), split=False).num_entities == 3
+
+
+@pytest.mark.parametrize("form", ["tsv", "csv", "text", "parquet", "kg"])
+def test_a_first_triple_that_looks_like_a_header_is_not_lost(form, tmp_path):
+    kg = MultiViewKG.from_labels([("h", "r", "t"), ("t", "r", "h")])
+    again = load_kg(written(kg, tmp_path, form), split=False)
+    assert labelled(again) == labelled(kg)
+
+
+def test_a_folder_of_tsv_files_may_have_headers(tmp_path):
+    files = {
+        "train.tsv": "subject\tpredicate\tobject\na\tr\tb\n",
+        "dev.tsv.gz": gzip.compress(b"subject\tpredicate\tobject\nb\tr\ta\n"),
+    }
+    kg = load_kg(write_folder(tmp_path / "kg", files), "published")
+    assert (kg.entities, kg.train.tolist(), kg.valid.tolist()) == (
+        ["a", "b"],
+        [[0, 0, 1]],
+        [[1, 0, 0]],
+    )
+
+
+def test_without_pykeen_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pykeen.triples", None)
+    with pytest.raises(ig.IMVIAError, match=r"imvia-graph\[bench\]"):
+        to_pykeen(MultiViewKG.from_labels(ROWS))
+
+
+def test_without_pyoxigraph_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyoxigraph", None)
+    write_folder(tmp_path, {"g.nt": "<a:b> <c:d> <e:f> .\n"})
+    with pytest.raises(ig.IMVIAError, match=r"imvia-graph\[rdf\]"):
+        load_kg(tmp_path / "g.nt")
+
+
+def test_pykeen_factories_may_come_alone_and_by_split():
+    pytest.importorskip("pykeen")
+    from pykeen.triples import CoreTriplesFactory
+
+    kg = awkward_kg()
+    factories = to_pykeen(kg)
+    assert labelled(load_kg(factories["train"], split=False))["train"] == labelled(kg)["train"]
+    core = CoreTriplesFactory.create(torch.tensor([[0, 0, 1], [1, 0, 2]]))
+    assert load_kg(core, split=False).entities == ["0", "1", "2"]
+    other = to_pykeen(MultiViewKG.from_labels(ROWS))["train"]
+    with pytest.raises(DataError, match=r"test: its factory numbers entity labels otherwise"):
+        load_kg({"train": factories["train"], "test": other})
+
+
+def test_blank_nodes_escapes_and_comments_of_n_triples_are_read(tmp_path):
+    lines = [
+        "# a comment",
+        "<http://e/a> <http://e/p> _:b1 .",
+        "_:b1 <http://e/p> <http://e/caf\\u00e9> . # another",
+        "",
+        "<http://e/a> <http://e/p> <http://e/c> .",
+    ]
+    write_folder(tmp_path, {"g.nt": "\n".join(lines)})
+    kg = load_kg(tmp_path / "g.nt", split=False)
+    assert set(kg.entities) == {"http://e/a", "_:b1", "http://e/café", "http://e/c"}
+    assert len(kg.train) == 3

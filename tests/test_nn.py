@@ -18,6 +18,7 @@ from imvia_graph.nn import (
     MultiViewEncoder,
     TuckerDecoder,
 )
+from imvia_graph.nn.dropout import Dropout
 
 
 def conv_of(view_feats=4, entity_feats=3, rel_feats=2, **options):
@@ -569,3 +570,41 @@ def test_reset_parameters_draws_anew(name):
     assert drawn
     for key in drawn:
         assert not torch.equal(dict(layer.named_parameters())[key], before[key])
+
+
+# -- dropout --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_share_and_the_mean(p, dtype):
+    torch.manual_seed(0)
+    out = Dropout(p)(torch.ones(300, 333, dtype=dtype)).double()
+    kept = out != 0
+    assert kept.double().mean().item() == pytest.approx(1 - p, abs=0.01)
+    assert out[kept].unique().numel() == 1
+    assert out.mean().item() == pytest.approx(1, abs=0.05)
+    # Neighbours, whose bits are of one draw, are independent.
+    both = (kept[:, 1:] & kept[:, :-1]).double().mean().item()
+    assert both == pytest.approx((1 - p) ** 2, abs=0.01)
+
+
+def test_dropout_passes_the_gradient_of_what_it_keeps_and_follows_the_seed():
+    torch.manual_seed(3)
+    feat = torch.rand(7, 5, requires_grad=True)
+    out = Dropout(0.4)(feat)
+    out.sum().backward()
+    torch.testing.assert_close(feat.grad, (out / feat).detach())
+    torch.manual_seed(3)
+    assert torch.equal(Dropout(0.4)(feat), out)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, 1e-9])
+def test_dropout_at_the_ends_is_torchs(p):
+    feat = torch.rand(4, 4)
+    assert torch.equal(Dropout(p)(feat), torch.nn.functional.dropout(feat, p))
+
+
+def test_dropout_does_nothing_in_evaluation():
+    feat = torch.rand(4, 4)
+    assert Dropout(0.5).eval()(feat) is feat

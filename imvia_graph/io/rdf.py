@@ -52,6 +52,9 @@ _NUMBERS = frozenset(
 _TEXTS = frozenset({_XSD + "string", "http://www.w3.org/1999/02/22-rdf-syntax-ns#langString"})
 # Absolute IRIs of the characters that need no second look; pyoxigraph has the last word.
 _IRI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?:[^\x00-\x20<>\"{}|^`\\%\x7f-\xa0]|%[0-9A-Fa-f]{2})+")
+_PLAIN_IRI = r"[ \t]*<([A-Za-z][A-Za-z0-9+.-]*:[^\x00-\x20<>\"{}|^`\\]*)>"
+# A line of N-Triples that needs no second look.
+_PLAIN = f"^{_PLAIN_IRI * 3}[ \\t]*\\.[ \\t\\r]*$"
 #: Columns of a table of literals.
 _LITERAL = ("entity", "predicate", "value", "datatype", "language")
 #: Triples that are turned from RDF to columns at a time.
@@ -192,17 +195,46 @@ def _form(path: Path) -> str:
 def _parse(path: Path, form: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Facts (head, relation, tail) and literals (entity, predicate, value, datatype, language)."""
     library = _library()
+    if form == "ntriples":
+        found = _parse_plain(path, library)
+        if found is not None:
+            return found
     kind = {"ntriples": library.RdfFormat.N_TRIPLES, "turtle": library.RdfFormat.TURTLE}[form]
+    with _files.open_text(path) as file:
+        return _tables_of(path, iter(library.parse(file, format=kind)), library)
+
+
+def _parse_plain(path: Path, library: Any) -> tuple[pl.DataFrame, pl.DataFrame] | None:
+    """N-Triples with plain triples of IRIs vectorised; None where that does not work out.
+
+    Other lines (literals, blank nodes, escapes, comments) are left to the library, and so is the
+    whole file where one of them is wrong, because it knows which.
+    """
+    try:
+        lines = pl.read_lines(path, glob=False)["line"]
+        triples = lines.str.extract_groups(_PLAIN).struct.unnest()
+    except (pl.exceptions.PolarsError, OSError):
+        return None
+    plain = triples["1"].is_not_null()
+    rest = "\n".join(lines.filter(~plain)).encode()
+    try:
+        quads = iter(library.parse(rest, format=library.RdfFormat.N_TRIPLES))
+        facts, values = _tables_of(path, quads, library)
+    except DataError:
+        return None
+    triples.columns = list(TRIPLE_COLUMNS)
+    return pl.concat([triples.filter(plain), facts]), values
+
+
+def _tables_of(path: Path, quads: Iterator[Any], library: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
     facts: list[pl.DataFrame] = []
     values: list[pl.DataFrame] = []
-    with _files.open_text(path) as file:
-        quads = iter(library.parse(file, format=kind))
-        while True:
-            subjects, predicates, objects, literals = _batch(path, quads, library)
-            if not subjects and not literals:
-                break
-            facts.append(_frame(TRIPLE_COLUMNS, (subjects, predicates, objects)))
-            values.append(_frame(_LITERAL, list(zip(*literals, strict=True)) or [[]] * 5))
+    while True:
+        subjects, predicates, objects, literals = _batch(path, quads, library)
+        if not subjects and not literals:
+            break
+        facts.append(_frame(TRIPLE_COLUMNS, (subjects, predicates, objects)))
+        values.append(_frame(_LITERAL, list(zip(*literals, strict=True)) or [[]] * 5))
     empty, none = _frame(TRIPLE_COLUMNS, [[]] * 3), _frame(_LITERAL, [[]] * 5)
     return pl.concat([empty, *facts]), pl.concat([none, *values])
 

@@ -17,6 +17,7 @@ from imvia_graph._labels import decode_triples
 from imvia_graph._tables import (
     SPACES,
     Columns,
+    columns_by_name,
     read_parquet_triples,
     read_triples,
     write_table,
@@ -135,7 +136,6 @@ def write_tables(
     form: str,
     *,
     compression: str | None = None,
-    header: bool | None = None,
 ) -> list[Path]:
     """Write a file a split into a folder, or all triples into one file."""
     for labels in (kg.entities, kg.relations):
@@ -156,8 +156,8 @@ def write_tables(
                 frame,
                 separator={"tsv": "\t", "csv": ","}.get(form, SPACES),
                 quoted=form == "csv",
-                # Without one, three labels "h", "r", "t" in the first row would pass for a header.
-                header=(form == "csv") if header is None else header,
+                # Without a header, a first row of the labels h, r, t would pass for one.
+                header=form == "csv" or columns_by_name(frame.row(0)) is not None,
             )
         written.append(path)
     return written

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from imvia_graph.nn.dropout import Dropout
+
 
 class TuckerDecoder(nn.Module):
     r"""Tucker decomposition as a score function.
@@ -51,9 +53,9 @@ class TuckerDecoder(nn.Module):
         self.rel_feats = rel_feats
         #: The core tensor, (rel_feats, entity_feats, entity_feats): relation, head, tail.
         self.core = nn.Parameter(torch.empty(rel_feats, entity_feats, entity_feats))
-        self.input_dropout = nn.Dropout(input_dropout)
-        self.relation_dropout = nn.Dropout(relation_dropout)
-        self.hidden_dropout = nn.Dropout(hidden_dropout)
+        self.input_dropout = Dropout(input_dropout)
+        self.relation_dropout = Dropout(relation_dropout)
+        self.hidden_dropout = Dropout(hidden_dropout)
         self.input_norm = nn.BatchNorm1d(entity_feats) if batch_norm else None
         self.hidden_norm = nn.BatchNorm1d(entity_feats) if batch_norm else None
         self.reset_parameters()
