@@ -590,8 +590,8 @@ def test_dropout_keeps_the_share_and_the_mean(p, dtype):
 
 
 def test_dropout_passes_the_gradient_of_what_it_keeps_and_follows_the_seed():
-    torch.manual_seed(3)
     feat = torch.rand(7, 5, requires_grad=True)
+    torch.manual_seed(3)
     out = Dropout(0.4)(feat)
     out.sum().backward()
     torch.testing.assert_close(feat.grad, (out / feat).detach())
