@@ -63,10 +63,9 @@ def fit(
 ) -> None:
     """Train IMVIA on SOURCE and rank its test triples.
 
-    SOURCE is a data set's name (see `imvia-graph datasets`) or a folder: train.tsv, valid.tsv,
-    test.tsv of head, relation, tail labels separated by tabs, with features of the entities'
-    pictures, texts, … in views/NAME.safetensors and views/NAME.csv; or the OpenKE layout
-    (train2id.txt, …).
+    SOURCE is a data set's name (see `imvia-graph datasets`), a KG folder (`imvia-graph encode` and
+    `convert` make them), the folder of another release (OpenKE, MoMoK, MyGO), or a file or folder
+    of triples: TSV, CSV, Parquet, N-Triples, Turtle. A source without splits is split 80/10/10.
 
     \b
     Examples:
@@ -102,7 +101,7 @@ def fit(
             kg = load_kg(source, "published")  # fit sees to the validation set
             if features:
                 kg = with_views(kg, views_option(features))
-            console.print(repr(kg), markup=False)
+            console.print("\n".join([repr(kg), *kg.notes]), markup=False)
             out = out or _free_folder(kg.name)
             run = fit_model(kg, out=out, settings=settings, callbacks=[bar])
     except KeyboardInterrupt:

@@ -307,6 +307,12 @@ def test_heterogeneous_dgl_graphs_call_entities_by_type_and_id():
     assert ("Bob", "rates", "X") in labelled(named)["train"]
 
 
+def test_the_one_edge_type_of_a_dgl_graph_is_a_relation_if_it_has_a_name():
+    kg = MultiViewKG.from_labels([("a", "r", "b")], test=[("b", "r", "a")])
+    again = load_kg(to_dgl(kg), "published", entities=kg.entities)
+    assert labelled(again) == labelled(kg)
+
+
 def test_homogeneous_dgl_graph_without_relations_is_an_error():
     with pytest.raises(DataError, match=r"do not say their relation.*relation_attribute"):
         load_kg(dgl.graph((torch.tensor([0]), torch.tensor([1]))))

@@ -178,7 +178,8 @@ def from_dgl(
     if len(facts) == 1:
         data = graph.edges[facts[0]].data
         attribute = relation_attribute or next((n for n in RELATION_NAMES if n in data), None)
-        if attribute is None and len(graph.ntypes) == 1 and graph.is_homogeneous:
+        # "_E" is what DGL calls the edges of a graph whose edge types have no names.
+        if attribute is None and facts[0][1] == "_E":
             raise DataError(
                 "DGL: the edges of this homogeneous graph do not say their relation: expected edge"
                 f" data called {', '.join(RELATION_NAMES[:6])}, found"
