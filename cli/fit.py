@@ -15,6 +15,7 @@ from imvia_graph.errors import SettingsError
 from imvia_graph.io import with_views
 from imvia_graph.run import fit as fit_model
 from imvia_graph.settings import Settings
+from imvia_graph.training import keep_freed_memory
 
 
 @click.command()
@@ -82,6 +83,7 @@ def fit(
     changes.update(Settings.parse(assignments))
     changes.update({key: value for key, value in named.items() if value is not None})
     settings = Settings.create(changes)
+    keep_freed_memory()
     bar = ProgressBar()
     try:
         if resume:
