@@ -14,8 +14,9 @@ from torch import Tensor
 
 from imvia_graph.training import Callback, Trainer
 
-#: For people; results for programs go to standard output on their own.
+#: What goes on, on standard error; and what comes out of it, on standard output.
 console = Console(stderr=True, highlight=False)
+results = Console(highlight=False)
 
 COLUMNS = ("mrr", "mr", "hits@1", "hits@3", "hits@10", "hits@100")
 
@@ -79,7 +80,7 @@ class ProgressBar(Callback):
         chosen = (
             f"the best epoch is {progress.best_epoch}"
             if progress.best_mrr is not None
-            else "no validation triples, the last epoch is kept"
+            else "nothing was validated, the last epoch is kept"
         )
         console.print(
             f"Trained {progress.epoch} epochs in {progress.seconds:.0f} s: {reason}; {chosen}."

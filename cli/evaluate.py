@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from imvia_graph.cli.display import console, metrics_table, relations_table
+from imvia_graph.cli.display import metrics_table, relations_table, results
 from imvia_graph.cli.options import device_option, run_argument
 from imvia_graph.run import load
 
@@ -40,6 +40,6 @@ def evaluate(run: Path, split: str, as_json: bool, relations: bool, device: str)
     if as_json:
         click.echo(json.dumps(metrics, ensure_ascii=False))
         return
-    console.print(metrics_table(f"{trained.kg.name}: {split}, filtered", metrics))
+    results.print(metrics_table(f"{trained.kg.name}: {split}, filtered", metrics))
     if relations:
-        console.print(relations_table(metrics))
+        results.print(relations_table(metrics))

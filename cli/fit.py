@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,13 @@ from imvia_graph.training import keep_freed_memory
     " order, or with an entity column.",
 )
 @click.option("--epochs", type=int, help="Epochs at most.")
-@click.option("--seed", type=int, help="Seed of everything random.")
+@click.option("--seed", type=int, help="Seed of training; the setting split_seed is the data's.")
 @click.option("--device", help="cpu, cuda, cuda:1, … or auto.")
 @click.option(
     "--validation",
     type=click.Choice(["auto", "published", "held-out"]),
     help="The source's validation set, or 5 % of train held out; auto: held-out where the source's"
-    " shares triples with train.",
+    " shares triples with train or test.",
 )
 @click.option(
     "--settings",
@@ -100,7 +101,8 @@ def fit(
                     "SOURCE is missing: a data set's name or a folder. Try: imvia-graph fit"
                     " countries"
                 )
-            kg = load_kg(source, "published")  # fit sees to the validation set
+            # fit itself sees to the validation set.
+            kg = load_kg(source, "published", settings.split_seed)
             if features:
                 kg = with_views(kg, views_option(features))
             console.print("\n".join([repr(kg), *kg.notes]), markup=False)
@@ -127,6 +129,7 @@ def fit(
 def _free_folder(name: str) -> Path:
     """The first of runs/NAME-1, runs/NAME-2, … that is not there."""
     number = 1
-    while (folder := Path("runs") / f"{name or 'kg'}-{number}").exists():
+    plain = re.sub(r"[^\w.-]+", "-", name).lstrip(".") or "kg"
+    while (folder := Path("runs") / f"{plain}-{number}").exists():
         number += 1
     return folder

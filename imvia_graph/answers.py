@@ -85,15 +85,40 @@ class AnswerIndex(NamedTuple):
             ``row`` and ``col``, (P,) int64: entity ``col[i]`` answers query ``row[i]``; rows
             ascend, a query without known answers has no row.
         """
-        key = relation * self.num_entities + entity
         if not len(self.key):
-            empty = key.new_empty(0)
+            empty = entity.new_empty(0)
             return empty, empty
-        place = torch.searchsorted(self.key, key).clamp_(max=len(self.key) - 1)
+        place, there = self._places(entity, relation)
         start = self.ptr[place]
-        count = (self.ptr[place + 1] - start) * (self.key[place] == key)
+        count = (self.ptr[place + 1] - start) * there
         row, position = expand(start, count)
         return row, self.answer[position]
+
+    def contains(
+        self, entity: Tensor, relation: Tensor, candidate: Tensor, pair_keys: Tensor | None = None
+    ) -> Tensor:
+        """Whether (B, K) candidates are known answers of (B,) queries: (B, K) bool.
+
+        ``pair_keys`` are those of `pair_keys`, for who asks often.
+        """
+        if not len(self.key):
+            return torch.zeros_like(candidate, dtype=torch.bool)
+        keys = self.pair_keys() if pair_keys is None else pair_keys
+        place, there = self._places(entity, relation)
+        wanted = place[:, None] * self.num_entities + candidate
+        found = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
+        return (keys[found] == wanted) & there[:, None]
+
+    def pair_keys(self) -> Tensor:
+        """(A,) int64, ascending: a key for each query and answer."""
+        query = torch.arange(len(self.key), device=self.key.device)
+        return torch.repeat_interleave(query, self.ptr.diff()) * self.num_entities + self.answer
+
+    def _places(self, entity: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
+        """Where queries stand in `key`, and whether they do."""
+        key = relation * self.num_entities + entity
+        place = torch.searchsorted(self.key, key).clamp_(max=len(self.key) - 1)
+        return place, self.key[place] == key
 
     def queries(self) -> Tensor:
         """All queries of the index: (Q, 2) int64 rows of (entity, relation)."""

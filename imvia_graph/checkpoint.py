@@ -8,7 +8,7 @@ A run folder, format version 1:
 - ``metrics.jsonl``: a line an epoch;
 - ``best.safetensors``: the model of the best validation MRR; without validation, the last one;
 - ``last.safetensors``: all that resuming needs - model, best model, optimizers, random states;
-- ``test.json``: the final metrics.
+- ``test.json``: the final test metrics, where the command line trained.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imvia_graph.answers import AnswerIndex, with_inverses
 from imvia_graph.errors import DataError
-from imvia_graph.kg import SPLITS, MultiViewKG, Split
+from imvia_graph.kg import MultiViewKG, Split
 from imvia_graph.model import DECISION, IMVIA
 
 HITS = (1, 3, 10, 100)
@@ -150,7 +150,7 @@ def rank(
     triples : Tensor
         (n, 3) int64.
     known : AnswerIndex
-        Answers that do not compete: those of train, valid and test, as is customary.
+        Answers that do not compete: all that is known (`MultiViewKG.answers`), as is customary.
     batch_size : int
         Queries at a time.
     heads : sequence of str, optional
@@ -233,7 +233,7 @@ def evaluate(
     triples = kg.triples(split)
     if not len(triples):
         raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
-    ranking = rank(model, triples, kg.answers(SPLITS), batch_size, on_batch=on_batch)
+    ranking = rank(model, triples, kg.answers(), batch_size, on_batch=on_batch)
     return ranking.metrics(kg.relations)
 
 

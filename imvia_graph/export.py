@@ -458,7 +458,7 @@ def predict_all(
     if not ids:
         raise DataError("There are no queries to answer.")
     entity, relation = torch.tensor(ids, device=model.device).unbind(1)
-    index = kg.answers(SPLITS).to(model.device)
+    index = kg.answers().to(model.device)
     found: list[tuple[Tensor, ...]] = []
     training = model.training
     model.eval()

@@ -255,10 +255,10 @@ def _validation(crowd: _Crowd, distinct: int, shared: dict[str, int]) -> dict[st
     in_both = _in_all(crowd.splits, TRAIN | VALID | TEST)
     if not distinct:
         auto, why = "none", "there is no validation set, and auto makes none"
-    elif in_train:
-        auto, why = "held-out", "it shares triples with train; auto puts it aside"
+    elif in_train or in_test:
+        auto, why = "held-out", "it shares triples with train or test; auto puts it aside"
     else:
-        auto, why = "published", "it shares no triple with train; auto takes it as it is"
+        auto, why = "published", "it shares no triple with train or test; auto takes it as it is"
     return {
         "distinct": distinct,
         "in_train": in_train,

@@ -26,6 +26,8 @@ RESERVED_MODALITIES = ("entity", "structure", "joint", "decision")
 
 Split = str  # "train", "valid" or "test"
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+#: The splits, and triples that are in none.
+PARTS = (*SPLITS, "known")
 
 
 class Views(NamedTuple):
@@ -63,6 +65,9 @@ class MultiViewKG:
     train, valid, test : Tensor
         (n, 3) int64 rows of (head, relation, tail). ``valid`` and ``test`` may be empty or None.
         Repeated rows are kept.
+    known : Tensor, optional
+        (n, 3) triples that are known to be true but are in no split: nothing is trained on or
+        ranked for them, but they do not compete in filtered ranks and are not predicted.
     views : mapping of str to Views, optional
         Views by modality. Any name that is not one of ``entity``, ``structure``, ``joint``,
         ``decision`` and can be a file's name.
@@ -79,7 +84,7 @@ class MultiViewKG:
         Labels in id order.
     num_entities, num_relations : int
         Their numbers. Inverse relations are the model's affair and not counted.
-    train, valid, test : Tensor
+    train, valid, test, known : Tensor
         (n, 3) int64 triples.
     modalities : list of str
         Names of the modalities, in the order given.
@@ -117,6 +122,7 @@ class MultiViewKG:
         test: Tensor | None = None,
         views: Mapping[str, Views] | None = None,
         *,
+        known: Tensor | None = None,
         name: str = "",
         entity_names: Sequence[str] | None = None,
         relation_names: Sequence[str] | None = None,
@@ -131,6 +137,7 @@ class MultiViewKG:
         self.train = self._checked_triples(train, "train")
         self.valid = self._checked_triples(valid, "valid")
         self.test = self._checked_triples(test, "test")
+        self.known = self._checked_triples(known, "known")
         if not len(self.train):
             raise DataError(f"{self}: there are no training triples; at least one is needed.")
         self._sources: dict[str, list[str]] = {}
@@ -381,9 +388,12 @@ class MultiViewKG:
             tables[kind] = ({label: i for i, label in enumerate(labels)}, by_name)
         return tables
 
-    def answers(self, splits: Sequence[Split] = SPLITS) -> AnswerIndex:
-        """The known answers of both directions over some splits."""
-        parts = [self.triples(split) for split in splits]
+    def answers(self, splits: Sequence[Split] | None = None) -> AnswerIndex:
+        """The known answers of both directions: of some splits, or of all that is known."""
+        if splits is None:
+            parts = [self.train, self.valid, self.test, self.known]
+        else:
+            parts = [self.triples(split) for split in splits]
         return AnswerIndex.from_triples(parts, self.num_entities, self.num_relations)
 
     def unseen_entities(self) -> Tensor:
@@ -435,6 +445,7 @@ class MultiViewKG:
           ``relation``) and ``name``;
         - ``train.tsv``, ``valid.tsv``, ``test.tsv``: ``head<TAB>relation<TAB>tail`` labels, no
           header, no quoting, UTF-8;
+        - ``known.tsv``, in the same form, if there are triples that are in no split;
         - ``views/<modality>.safetensors``: the tensor ``feat`` (V, d_m);
         - ``views/<modality>.csv``: header ``entity,source``; row i tells of row i of ``feat``.
 
@@ -456,9 +467,13 @@ class MultiViewKG:
             folder / "relations.tsv", "relation", self.relations, self.relation_names
         )
         entities = pl.Series(self.entities, dtype=pl.String)
-        for split in SPLITS:
-            frame = decode_triples(self.triples(split), entities, self.relations)
-            _tables.write_table(folder / f"{split}.tsv", frame)
+        for part in PARTS:
+            path = folder / f"{part}.tsv"
+            if part in SPLITS or len(self.known):
+                frame = decode_triples(getattr(self, part), entities, self.relations)
+                _tables.write_table(path, frame)
+            else:
+                path.unlink(missing_ok=True)  # of a graph that was saved here before
         for modality in _old_modalities(folder):
             if modality not in self.modalities:
                 for ending in (".safetensors", ".csv"):
@@ -499,7 +514,7 @@ class MultiViewKG:
         """
         folder = Path(folder)
         about = _read_about(folder)
-        frames = [_read_split(folder, split) for split in SPLITS]
+        frames = [_read_split(folder, part) for part in PARTS]
         entities: list[str] = []
         relations: list[str] = []
         triples: list[Tensor] = []
@@ -514,8 +529,8 @@ class MultiViewKG:
             relations, relation_names = _files.read_label_table(listed_relations, "relation")
         if listed_entities.is_file() or listed_relations.is_file():
             triples = [
-                encode_triples(frame, entities, relations, str(folder / f"{split}.tsv"))
-                for frame, split in zip(frames, SPLITS, strict=True)
+                encode_triples(frame, entities, relations, str(folder / f"{part}.tsv"))
+                for frame, part in zip(frames, PARTS, strict=True)
             ]
         del frames
         files = {path.stem: path for path in sorted((folder / "views").glob("*.safetensors"))}
@@ -527,6 +542,7 @@ class MultiViewKG:
             triples[0],
             triples[1],
             triples[2],
+            known=triples[3],
             views={name: _read_views(files[name], entities) for name in names},
             name=about.get("name") or folder.resolve().name,
             entity_names=entity_names,
@@ -542,6 +558,7 @@ class MultiViewKG:
             "train": self.train,
             "valid": self.valid,
             "test": self.test,
+            "known": self.known,
             "views": {modality: self._views(modality) for modality in self.modalities},
             "name": self.name,
             "entity_names": self.entity_names,

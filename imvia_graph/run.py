@@ -124,7 +124,8 @@ def fit(
         Default: the default settings.
     resume : bool
         Whether to go on with the run in ``out``, with its graph and its settings; of the
-        ``overrides``, ``epochs``, ``patience``, ``device`` and ``validate_every`` may differ then.
+        settings given, only `RESUMABLE` may differ: ``epochs``, ``patience``, ``device``,
+        ``validate_every``, ``checkpoint_every``.
         A run that ended is taken as it is, unless there are more epochs to go.
     callbacks : sequence of Callback
         See `imvia_graph.training.Callback`.
@@ -156,15 +157,16 @@ def fit(
             raise CheckpointError(
                 f"resume goes on with the graph in {folder}; leave the graph out."
             )
-        return _resume(folder, callbacks, overrides)
+        given = {} if settings is None else settings.model_dump(exclude_unset=True)
+        return _resume(folder, callbacks, {**given, **overrides})
     if kg is None:
         raise DataError("fit: give a graph: a MultiViewKG, a data set's name or a folder.")
     chosen = (settings or Settings()).replace(**overrides)
     device = resolve_device(chosen.device)
     graph = with_validation(
-        kg if isinstance(kg, MultiViewKG) else load_kg(kg, "published"),
+        kg if isinstance(kg, MultiViewKG) else load_kg(kg, "published", chosen.split_seed),
         chosen.validation,
-        chosen.seed,
+        chosen.split_seed,
     )
     _check_modalities(graph, chosen)
     torch.manual_seed(chosen.seed)

@@ -47,7 +47,10 @@ class Settings(BaseModel):
     validation: Literal["auto", "published", "held-out"] = Field(
         "auto",
         description="Validation set: the published one, 5 % held out of train, or held-out only"
-        " where the published one shares triples with train (auto).",
+        " where the published one shares triples with train or test (auto).",
+    )
+    split_seed: int = Field(
+        0, ge=0, description="Seed of held-out validation and of splitting what has no splits."
     )
     modalities: list[str] | None = Field(
         None, description="Modalities to use, of those that the graph has; null for all."
@@ -119,7 +122,7 @@ class Settings(BaseModel):
         10, ge=1, description="Validations without a better MRR before stopping; null for never."
     )
     checkpoint_every: int = Field(1, ge=1, description="Epochs between checkpoints to resume from.")
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    seed: int = Field(0, ge=0, description="Seed of everything random in training.")
 
     # -- machine
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto for a GPU if there is one.")

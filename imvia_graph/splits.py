@@ -10,7 +10,9 @@ from torch import Tensor
 from imvia_graph.errors import DataError
 
 
-def hold_out(triples: Tensor, fraction: float = 0.05, seed: int = 0) -> tuple[Tensor, Tensor]:
+def hold_out(
+    triples: Tensor, fraction: float = 0.05, seed: int = 0, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Split training triples into a smaller train set and a held-out set.
 
     All triples between the same two entities, in either direction and under any relation, stay
@@ -26,6 +28,8 @@ def hold_out(triples: Tensor, fraction: float = 0.05, seed: int = 0) -> tuple[Te
         fewer.
     seed : int
         The same seed gives the same split.
+    keep : Tensor, optional
+        (m, 3) int64: whatever is between the ends of one of these stays in train.
 
     Returns
     -------
@@ -43,7 +47,7 @@ def hold_out(triples: Tensor, fraction: float = 0.05, seed: int = 0) -> tuple[Te
     """
     if not 0 < fraction < 1:
         raise DataError(f"hold_out: expected a fraction between 0 and 1, received {fraction}.")
-    train, held = _hold_out_parts(triples, [fraction], seed)
+    train, held = _hold_out_parts(triples, [fraction], seed, keep)
     return train, held
 
 
@@ -90,7 +94,9 @@ def split_triples(
     return train, valid, test
 
 
-def _hold_out_parts(triples: Tensor, fractions: Sequence[float], seed: int) -> list[Tensor]:
+def _hold_out_parts(
+    triples: Tensor, fractions: Sequence[float], seed: int, keep: Tensor | None = None
+) -> list[Tensor]:
     """What is left for train, then a part for each fraction."""
     n = len(triples)
     if not n:
@@ -100,12 +106,15 @@ def _hold_out_parts(triples: Tensor, fractions: Sequence[float], seed: int) -> l
     head, relation, tail = (column[order] for column in triples.unbind(dim=1))
 
     # Groups that may not be torn: triples between the same two entities.
-    low, high = torch.minimum(head, tail), torch.maximum(head, tail)
-    group = _numbered_pairs(low, high)
+    kept = triples[:0] if keep is None else keep
+    heads, tails = torch.cat([head, kept[:, 0]]), torch.cat([tail, kept[:, 2]])
+    group = _numbered_pairs(torch.minimum(heads, tails), torch.maximum(heads, tails))
     num_groups = int(group.max()) + 1
+    group, kept_group = group.split([n, len(kept)])
 
     # In the shuffled order, the first triple of each entity and each relation stays in train.
     anchored = torch.zeros(num_groups, dtype=torch.bool)
+    anchored[kept_group] = True
     anchored[group[_first(relation)]] = True
     anchored[group[_first(torch.stack([head, tail], dim=1).flatten()) // 2]] = True
 

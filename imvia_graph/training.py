@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from imvia_graph.answers import AnswerIndex, with_inverses
 from imvia_graph.errors import IMVIAError, SettingsError
 from imvia_graph.evaluation import rank, rank_metrics
-from imvia_graph.kg import SPLITS, MultiViewKG
+from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import Positives, completion, total_loss
 from imvia_graph.model import DECISION, IMVIA
 from imvia_graph.settings import Settings
@@ -110,7 +110,7 @@ class Trainer:
         self.best_state: dict[str, Tensor] | None = None
         self.batches = Batches(kg, settings, model.device)
         self.precision = training_dtype(settings, model.device)
-        self.known = kg.answers(SPLITS)
+        self.known = kg.answers()
         estimators = [] if model.information is None else list(model.information.parameters())
         theirs = {id(parameter) for parameter in estimators}
         ours = [p for p in model.parameters() if id(p) not in theirs]
@@ -312,6 +312,9 @@ class Batches:
         else:
             self.answers = None
             self.queries = with_inverses(kg.train, kg.num_relations).to(device)
+        if settings.regime == "sampled":
+            self.true = kg.answers(["train"]).to(device)
+            self.true_keys = self.true.pair_keys()
 
     def __len__(self) -> int:
         return math.ceil(len(self.queries) / self.settings.batch_size)
@@ -335,11 +338,21 @@ class Batches:
         row = torch.arange(len(queries), device=queries.device)
         if self.settings.regime == "1vsall":
             return Batch(entity, relation, Positives(row, answer))
-        negative = torch.randint(
-            self.num_entities, (len(queries), self.settings.negatives), generator=self.generator
-        ).to(queries.device)
+        negative = self._entities(len(queries), self.settings.negatives)
+        for _ in range(_REDRAWS):
+            true = self.true.contains(entity, relation, negative, self.true_keys)
+            negative = torch.where(true, self._entities(*negative.shape), negative)
         candidate = torch.cat([answer[:, None], negative], dim=1)
         return Batch(entity, relation, Positives(row, torch.zeros_like(row)), candidate)
+
+    def _entities(self, *shape: int) -> Tensor:
+        drawn = torch.randint(self.num_entities, shape, generator=self.generator)
+        return drawn.to(self.queries.device)
+
+
+#: How often sampled negatives that are true answers are drawn anew. What is true still after that
+#: belongs to a query that most entities answer.
+_REDRAWS = 4
 
 
 # -- optimizers and precision ---------------------------------------------------------------------
@@ -365,10 +378,10 @@ def training_dtype(settings: Settings, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, settings.precision)
         return dtype
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu" and cpu_has_bfloat16():
-        return torch.bfloat16
-    return torch.float32
+        gains = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        gains = device.type == "cpu" and cpu_has_bfloat16()
+    return torch.bfloat16 if gains else torch.float32
 
 
 def cpu_has_bfloat16() -> bool:

@@ -105,3 +105,15 @@ def test_expand_lists_every_position(parts):
     row, position = expand(start, count)
     expected = [(i, s + k) for i, (s, c) in enumerate(parts) for k in range(c)]
     assert list(zip(row.tolist(), position.tolist(), strict=True)) == expected
+
+
+def test_contains_says_of_each_candidate_whether_it_is_known():
+    triples = torch.tensor([[0, 0, 1], [0, 0, 2], [3, 1, 0]])
+    index = AnswerIndex.from_triples([triples], num_entities=4, num_relations=2)
+    entity, relation = torch.tensor([0, 3, 2, 0]), torch.tensor([0, 1, 2, 1])
+    found = index.contains(entity, relation, torch.arange(4).expand(4, 4))
+    # (0, 0, ?): 1 and 2; (3, 1, ?): 0; (2, inverse of 0, ?): 0; (0, 1, ?): none.
+    expected = [[0, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert found.int().tolist() == expected
+    empty = AnswerIndex.from_triples([triples[:0]], num_entities=4, num_relations=2)
+    assert not empty.contains(entity, relation, torch.arange(4).expand(4, 4)).any()

@@ -155,7 +155,7 @@ def test_fit_says_that_the_last_epoch_is_kept_where_there_is_nothing_to_validate
     graph = ring_kg(valid=0, test=0).save(tmp_path / "ring")
     result = invoke("fit", graph, "--out", tmp_path / "run", "--epochs", 1, *SET)
     assert result.exit_code == 0
-    assert "no validation triples, the last epoch is kept" in result.stderr
+    assert "nothing was validated, the last epoch is kept" in result.stderr
     assert not (tmp_path / "run" / "test.json").exists()
 
 

@@ -67,7 +67,7 @@ def test_counts_are_those_of_a_loop(parts):
     }
     assert found["validation"]["held_out"] == len(valid - train - test)
     assert found["validation"]["auto"] == (
-        "none" if not valid else "held-out" if train & valid else "published"
+        "none" if not valid else "held-out" if (train | test) & valid else "published"
     )
 
 
@@ -367,7 +367,7 @@ def test_the_broken_validation_set_of_db15k_is_told():
         "in_test": 824,
         "held_out": 73,
         "auto": "held-out",
-        "why": "it shares triples with train; auto puts it aside",
+        "why": "it shares triples with train or test; auto puts it aside",
     }
     assert found["triples"]["valid"] == {"triples": 9904, "distinct": 7481, "repeated": 2423}
     assert codes(found)[0] == "validation-in-train"

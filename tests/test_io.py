@@ -304,3 +304,33 @@ def test_shared_triples_are_counted_once_each():
     other = torch.tensor([[2, 0, 1], [0, 0, 1], [0, 0, 1]])
     assert count_shared(part, other) == 2
     assert count_shared(part, part[:0]) == 0
+
+
+def test_a_validation_set_that_is_put_aside_still_filters_and_is_never_held_out_again(tmp_path):
+    kg = ring_kg(60, valid=6, test=6)
+    held = ig.load_kg(kg, "held-out")
+    assert torch.equal(held.known, kg.valid)
+    assert "put aside" in held.notes[-1]
+    everything = torch.cat([kg.train, kg.valid, kg.test])
+    for head, relation, tail in everything.tolist():
+        index = held.answers()
+        _, col = index.pairs(torch.tensor([head]), torch.tensor([relation]))
+        assert tail in col.tolist()
+    again = ig.MultiViewKG.load(held.save(tmp_path / "held"))
+    assert torch.equal(again.known, kg.valid)
+    assert_same_kg(again, held)
+
+
+def test_a_validation_set_that_shares_triples_with_test_is_not_chosen_by():
+    kg = ring_kg(60, valid=6, test=6)
+    kg = kg.replace(valid=kg.test)
+    held = ig.load_kg(kg)
+    assert count_shared(held.valid, kg.test) == 0
+    assert "6 of the 6 distinct published validation triples are in test" in held.notes[-1]
+
+
+def test_a_training_triple_that_is_in_test_is_never_held_out():
+    kg = ring_kg(60, valid=0, test=6)
+    kg = kg.replace(test=kg.train)
+    with pytest.raises(DataError, match="no training triple can be held out"):
+        ig.load_kg(kg, "held-out")

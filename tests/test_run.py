@@ -605,3 +605,10 @@ def test_a_folder_without_a_run_says_so(tmp_path):
         ig.load(tmp_path)
     with pytest.raises(CheckpointError, match=r"none does not exist"):
         ig.load(tmp_path / "none")
+
+
+def test_a_resumed_run_refuses_a_settings_object_that_differs(tmp_path):
+    run = ig.fit(ring_kg(), out=tmp_path / "run", settings=settings(epochs=1))
+    with pytest.raises(SettingsError, match="Setting dim"):
+        ig.fit(out=run.folder, resume=True, settings=settings(dim=9))
+    assert ig.fit(out=run.folder, resume=True, settings=settings(epochs=2)).progress.epoch == 2

@@ -120,3 +120,14 @@ def test_first_occurrence_is_the_first_place_of_each_value(values):
 @given(triples, triples)
 def test_count_shared_counts_distinct_common_triples(one, other):
     assert count_shared(one, other) == len(set(rows_of(one)) & set(rows_of(other)))
+
+
+def test_what_must_be_kept_is_not_held_out():
+    triples = torch.cartesian_prod(torch.arange(9), torch.arange(2), torch.arange(9))
+    _, held = hold_out(triples, 0.2, seed=1)
+    keep = held[::2]
+    train, held = hold_out(triples, 0.2, seed=1, keep=keep)
+    assert len(held) > 0
+    kept = {frozenset((h, t)) for h, _, t in keep.tolist()}
+    assert not any(frozenset((h, t)) in kept for h, _, t in held.tolist())
+    assert len(train) + len(held) == len(triples)

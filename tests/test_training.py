@@ -468,3 +468,28 @@ def test_ring_triples_are_what_these_tests_take_them_for():
     assert [3, 0, 4] in triples
     assert [3, 1, 8] in triples
     assert len(triples) == 20
+
+
+def test_sampled_negatives_are_no_true_answers_of_their_queries():
+    # Every entity is followed by four others: without care many negatives would be true.
+    size = 40
+    entity = torch.arange(size)
+    triples = torch.cat(
+        [torch.stack([entity, 0 * entity, (entity + step) % size], dim=1) for step in range(1, 5)]
+    )
+    names = [f"e{i}" for i in range(size)]
+    kg = ig.MultiViewKG(names, ["r"], triples)
+    batches = Batches(kg, settings(regime="sampled", negatives=50), torch.device("cpu"))
+    true = {tuple(row) for row in with_inverses(triples, 1).tolist()}
+    count = sum(
+        (h, r, t) in true
+        for batch in batches
+        for h, r, row in zip(
+            batch.entity.tolist(),
+            batch.relation.tolist(),
+            batch.candidate[:, 1:].tolist(),
+            strict=True,
+        )
+        for t in row
+    )
+    assert count < 10  # of 16,000; 1,600 by chance

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import networkx as nx
 import numpy as np
 import polars as pl
+import torch
 from torch import Tensor
 
 from imvia_graph import datasets
@@ -59,7 +60,8 @@ def load_kg(
 ) -> MultiViewKG:
     r"""Load a knowledge graph from whatever holds one.
 
-    The source is recognised; `MultiViewKG.notes` and a line of the log say what it was taken for.
+    The source is recognised; a line of the log says what it was taken for, and so does
+    `MultiViewKG.notes`, but for KG folders and the OpenKE layout, which keep the notes they have.
 
     Parameters
     ----------
@@ -78,8 +80,9 @@ def load_kg(
     validation : {"auto", "published", "held-out"}
         ``published`` takes the source's validation set as it is; ``held-out`` carves 5 % of the
         training triples instead (see `imvia_graph.splits.hold_out`) and puts the source's
-        validation set aside; ``auto`` is held-out where the source's validation set shares triples
-        with its train set, published otherwise. `MultiViewKG.notes` says what was done.
+        validation set aside (`MultiViewKG.known`); ``auto`` is held-out where the source's
+        validation set shares triples with its train or test set, published otherwise.
+        `MultiViewKG.notes` says what was done.
     seed : int
         Seed of the held-out set, and of the split of a source without splits.
     format : str, optional
@@ -360,21 +363,26 @@ def _read_files(
 
 def with_validation(kg: MultiViewKG, validation: Validation, seed: int = 0) -> MultiViewKG:
     """The graph with its validation set as `load_kg` describes it."""
-    shared = count_shared(kg.valid, kg.train) if validation == "auto" and len(kg.valid) else 0
-    if validation == "published" or (validation == "auto" and not shared):
+    leaks = {split: count_shared(kg.valid, kg.triples(split)) for split in ("train", "test")}
+    leaks = {split: count for split, count in leaks.items() if count}
+    if validation == "published" or (validation == "auto" and not leaks):
         return kg
-    train, valid = hold_out(kg.train, HELD_OUT_FRACTION, seed)
+    # What stands in test must not validate, even where it stands in train, too.
+    train, valid = hold_out(kg.train, HELD_OUT_FRACTION, seed, keep=kg.test)
     if not len(valid):
         raise DataError(
             f"{kg}: no training triple can be held out without losing an entity or a relation from"
             " train. Give a validation set, or use validation='published'."
         )
-    reason = (
-        f"{shared} of the {len(kg.valid.unique(dim=0))} distinct published validation triples are"
-        " in train, so it cannot validate; it is put aside. "
-        if shared
-        else ""
-    )
+    reason = ""
+    if leaks:
+        distinct = len(kg.valid.unique(dim=0))
+        found = " and ".join(f"{count} are in {split}" for split, count in leaks.items())
+        what = f"of the {distinct} distinct published validation triples"
+        reason = f"{found.replace(' ', f' {what} ', 1)}, so they cannot validate. "
+    if len(kg.valid):
+        reason += "They are put aside, and only filter ranks. "
     note = f"{reason}Validation: {len(valid)} triples held out of train (seed {seed})."
     logger.warning("%s: %s", kg.name or "graph", note)
-    return kg.replace(train=train, valid=valid, notes=[*kg.notes, note])
+    known = torch.cat([kg.known, kg.valid])
+    return kg.replace(train=train, valid=valid, known=known, notes=[*kg.notes, note])
