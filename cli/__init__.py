@@ -50,9 +50,8 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="imvia-graph")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.pass_context
-def command_line(ctx: click.Context, debug: bool) -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.", expose_value=False)
+def command_line() -> None:
     """Complete multi-modal knowledge graphs with IMVIA.
 
     Start with the graph that comes with the package:
@@ -64,7 +63,6 @@ def command_line(ctx: click.Context, debug: bool) -> None:
     and go on with your own: a folder with train.tsv (head, relation, tail labels, separated by
     tabs), and views of the entities in views/. `imvia-graph fit --help` says more.
     """
-    ctx.obj = {"debug": debug}
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -54,7 +54,11 @@ from imvia_graph.io.write import WRITTEN, write_kg
 @click.option(
     "--compression", type=click.Choice(["gzip", "zstd"]), help="Compress the files of a folder."
 )
-@click.option("--overwrite", is_flag=True, help="Write even if TARGET is there already.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Write even if TARGET is there already; replaces the graph that a folder holds.",
+)
 def convert(
     source: str,
     target: Path,

@@ -88,7 +88,7 @@ def _columns(ctx: click.Context, option: click.Parameter, value: str | None) -> 
 )
 @click.option("--skip-unknown", is_flag=True, help="Leave out views of entities not in GRAPH.")
 @click.option("--strict", is_flag=True, help="Exit with status 1 if any view is broken.")
-@click.option("--overwrite", is_flag=True, help="Replace the KG that --out holds.")
+@click.option("--overwrite", is_flag=True, help="Write even if --out is not empty.")
 def encode(
     graph: str,
     out: Path,
@@ -130,8 +130,13 @@ def encode(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if images is None and texts is None:
         raise click.UsageError("There is nothing to encode: give --images, --texts or both.")
-    if (out / "kg.json").exists() and not overwrite:
-        raise DataError(f"{out} holds a KG already. Name another folder, or give --overwrite.")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; expected a folder to write. Name another.")
+    # What a run that was stopped left there, even half-written, is no reason to refuse the run that
+    # goes on: it has .encode and, since that is written last, no kg.json.
+    stopped = (out / ".encode").is_dir() and not (out / "kg.json").exists()
+    if out.exists() and not overwrite and not stopped and any(out.iterdir()):
+        raise DataError(f"{out} is not empty. Name another folder, or give --overwrite.")
     kg = load_kg(graph, "published")
     console.print(repr(kg), markup=False)
     folder = out / ".encode" if cache is None else cache
@@ -160,9 +165,6 @@ def encode(
     finally:
         bar.close()
     kg.save(out)
-    for path in (out / "views").glob("*"):  # of the KG that is replaced
-        if path.stem not in kg.modalities:
-            path.unlink()
     _files.write_json(out / "encode.json", [asdict(report) for report in reports])
     if cache is None:
         shutil.rmtree(folder, ignore_errors=True)

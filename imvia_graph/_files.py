@@ -23,6 +23,19 @@ from imvia_graph.errors import DataError
 TRIPLE_COLUMNS = ("head", "relation", "tail")
 #: The bytes with which compressed files begin.
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+#: What Windows programs begin UTF-8 text with; it is no part of the text.
+BOM = "\ufeff"
+
+
+def scan_lines(path: Path) -> pl.LazyFrame:
+    """The column ``line`` of a plain, gzip or zstd file, vectorised, without a byte order mark."""
+    lines = pl.scan_lines(path, glob=False)
+    first = lines.head(1).collect()
+    if not first.height or not first["line"][0].startswith(BOM):
+        return lines
+    return pl.concat(
+        [first.lazy().select(pl.col("line").str.strip_prefix(BOM)), lines.slice(1)],
+    )
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -78,17 +91,26 @@ def open_input(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[IO[bytes]]:
-    """Open a plain, gzip or zstd file for reading the bytes of its text."""
+    """Open a plain, gzip or zstd file at the first byte of its text, after a byte order mark."""
     with open_input(path) as file:
         mark = file.read(4)
         file.seek(0)
         if mark.startswith(GZIP):
             with gzip.GzipFile(fileobj=file) as opened:
+                _skip_mark(opened)
                 yield cast("IO[bytes]", opened)
         elif mark == ZSTD:
-            yield io.BytesIO(b"\n".join(_pieces(path, file)))
+            text = io.BytesIO(b"\n".join(_pieces(path, file)))
+            _skip_mark(text)
+            yield text
         else:
+            _skip_mark(file)
             yield file
+
+
+def _skip_mark(file: IO[bytes] | gzip.GzipFile) -> None:
+    if file.read(3) != BOM.encode():
+        file.seek(0)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -168,7 +190,7 @@ def _label_table_by_line(path: Path, column: str) -> tuple[list[str], list[str] 
 def read_view_table(path: Path) -> tuple[list[str], list[str]]:
     """Read ``views/<modality>.csv`` (RFC 4180, header ``entity,source``)."""
     try:
-        frame = pl.read_csv(path, infer_schema=False).fill_null("")
+        frame = pl.read_csv(path, infer_schema=False, glob=False).fill_null("")
     except (pl.exceptions.PolarsError, OSError) as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -271,7 +293,7 @@ def check_tsv_labels(path: Path, labels: Sequence[str]) -> None:
             f"{path}: {len(bad)} labels hold a tab or a line end (or a NUL), first {bad[0]!r};"
             " a TSV file cannot carry them. Rename them before saving."
         )
-    marked = column.filter(column.str.starts_with("\ufeff"))
+    marked = column.filter(column.str.starts_with(BOM))
     if len(marked):
         raise DataError(
             f"{path}: {len(marked)} labels begin with a byte order mark, first {marked[0]!r}; at"

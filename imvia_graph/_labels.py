@@ -63,12 +63,6 @@ def index_triples(
     return entities.to_list(), relations.to_list(), list(parts)
 
 
-def vocabulary(frames: Sequence[pl.DataFrame]) -> tuple[list[str], list[str]]:
-    """Entity and relation labels of label triples, in the order of first appearance."""
-    entities, relations, _ = index_triples(frames)
-    return entities, relations
-
-
 def encode_labels(
     labels: Sequence[str] | pl.Series, vocabulary: Sequence[str] | pl.Series, where: str
 ) -> Tensor:

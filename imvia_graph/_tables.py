@@ -79,7 +79,7 @@ def read_triples(
         A line with too few or too many columns, an empty label, text that is not UTF-8, a
         compressed file that ends early, columns that are not there.
     """
-    first = next(_rows(path, separator, quoted), None)
+    first = next(read_rows(path, separator, quoted), None)
     if first is None:
         return pl.DataFrame(schema=dict.fromkeys(TRIPLE_COLUMNS, pl.String))
     number, cells = first
@@ -160,7 +160,7 @@ def _fast(
 ) -> pl.DataFrame | None:
     """The triples, or None where a line needs to be looked at."""
     if separator == SPACES:
-        lines = pl.scan_lines(path, glob=False).slice(skipped)
+        lines = _files.scan_lines(path).slice(skipped)
         groups = pl.col("line").str.extract_groups(_SPACED_TRIPLE)
         names = dict(zip(("1", "2", "3"), TRIPLE_COLUMNS, strict=True))
         frame = (
@@ -180,33 +180,25 @@ def _fast(
         ]
         # A line that is too short has nulls at its end; so has one with an empty last cell.
         short = pl.col(str(width - 1)).is_null().alias("short")
-        table = pl.scan_csv(
-            path,
-            has_header=False,
-            separator=separator,
-            quote_char='"' if quoted else None,
-            schema=schema,
-            skip_lines=skipped,
-            glob=False,
+        blank = pl.all_horizontal(pl.all().is_null()).alias("blank")
+        frame = (
+            pl.scan_csv(
+                path,
+                has_header=False,
+                separator=separator,
+                quote_char='"' if quoted else None,
+                schema=schema,
+                skip_lines=skipped,
+                glob=False,
+            )
+            .select(*chosen, short, blank)
+            .collect()
         )
-        if width > 3:
-            blank = pl.all_horizontal(pl.all().is_null()).alias("blank")
-            frame = table.select(*chosen, short, blank).collect()
-            if not frame["blank"].any():
-                frame = frame.drop("blank")
-            elif _has_empty_cells_only(path, separator):
+        if frame["short"].any():
+            if not _has_width(path, separator, quoted, skipped, width):
                 return None
-            else:
-                frame = frame.filter(~pl.col("blank")).drop("blank")
-            if frame["short"].any():
-                return None
-            frame = frame.drop("short")
-        else:
-            frame = table.select(chosen).collect()
-            if frame["tail"].null_count():
-                if _has_empty_cells_only(path, separator):
-                    return None
-                frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
+            frame = frame.filter(~pl.col("blank"))
+        frame = frame.drop("short", "blank")
     if sum(frame.null_count().row(0)) or _has_nul(frame):
         return None
     if separator == SPACES and (frame["tail"] == ".").any():
@@ -216,11 +208,20 @@ def _fast(
     return frame
 
 
-def _has_empty_cells_only(path: Path, separator: str) -> bool:
-    """Whether any line is nothing but separators: not blank, but without labels."""
-    cells = re.escape(separator)
-    line = pl.col("line").str.contains(f"^{cells}[{cells}\r]*$").any()
-    return bool(pl.scan_lines(path, glob=False).select(line).collect().item())
+def _has_width(path: Path, separator: str, quoted: bool, skipped: int, width: int) -> bool:
+    """Whether every line that is not blank has so many cells, not all empty; vectorised.
+
+    Where quotes are used otherwise than around a cell of one line, the answer is no.
+    """
+    between = re.escape(separator)
+    cell = f"[^{between}]*"
+    if quoted:
+        cell = f'(?:[^{between}"]*|"(?:[^"]|"")*")'
+    line = pl.col("line")
+    whole = line.str.contains(f"^{cell}(?:{between}{cell}){{{width - 1}}}\\r*$")
+    empty = line.str.contains(f"^{between}[{between}\r]*$")
+    good = line.str.contains("^\r*$") | (whole & ~empty)
+    return bool(_files.scan_lines(path).slice(skipped).select(good.all()).collect().item())
 
 
 def _has_nul(frame: pl.DataFrame) -> bool:
@@ -240,7 +241,7 @@ def _slow(
 ) -> pl.DataFrame:
     """Exact, line by line: names the first malformed one, or reads what upset the fast reader."""
     rows = []
-    for number, cells in _rows(path, separator, quoted):
+    for number, cells in read_rows(path, separator, quoted):
         if number <= skipped:
             continue
         if len(cells) != width:
@@ -272,7 +273,7 @@ def _shown(cells: Sequence[str], separator: str | None) -> str:
     return repr(shorten((separator or ", ").join(cells)))
 
 
-def _rows(path: Path, separator: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
+def read_rows(path: Path, separator: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
     """Cells of each line that is not blank, with the line's number."""
     lines = _files.read_lines(path)
     if quoted:
@@ -370,7 +371,7 @@ def read_numbered_labels(path: Path, *, announced: bool | None = None) -> list[s
 
 def _numbered_fast(path: Path, announced: bool | None) -> list[str] | None:
     try:
-        lines = pl.read_lines(path, glob=False)["line"]
+        lines = _files.scan_lines(path).collect()["line"]
         lines = lines.filter(lines.str.contains(r"\S"))
         count = None
         if announced is not False and len(lines) and re.fullmatch(r"[0-9]+\s*", lines[0]):

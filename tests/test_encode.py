@@ -463,10 +463,33 @@ def test_the_command_encodes_pictures_and_texts(tmp_path, clip, command):
     assert made.view_sources("text") == ["one", "uno"]
     assert made.view_sources("image")[0] == "e0/00000.png"
     assert torch.equal(made.train, kg.train)
-    assert "holds a KG already" in command(*words, "--skip-unknown")[2]
-    (tmp_path / "out" / "views" / "stale.safetensors").write_bytes(b"of another graph")
+    assert "out is not empty" in command(*words, "--skip-unknown")[2]
+    old = made.replace(views={"audio": made._views("text")})
+    old.save(tmp_path / "out")
     assert command(*words, "--skip-unknown", "--overwrite")[0] == 0
     assert ig.load_kg(tmp_path / "out", "published").modalities == ["image", "text"]
+
+
+def test_the_command_leaves_files_of_others_alone(tmp_path, command):
+    kg = ring_kg(views=False)
+    kg.save(tmp_path / "kg")
+    (tmp_path / "texts.tsv").write_text("e0\tzero\n")
+    (tmp_path / "out" / "views" / "holidays").mkdir(parents=True)
+    (tmp_path / "out" / "views" / "holiday.jpg").write_bytes(b"a picture")
+    (tmp_path / "out" / "train.tsv").write_text("mine")
+    words = ["encode", "kg", "--texts", "texts.tsv", "--encoder", "minilm", "--out", "out"]
+    before = contents(tmp_path / "out")
+    code, _, errors = command(*words)
+    assert code == 2
+    assert "out is not empty. Name another folder, or give --overwrite." in errors
+    assert contents(tmp_path / "out") == before
+    assert "is a file" in command(*words[:-1], "texts.tsv")[2]
+    assert command(*words, "--overwrite")[0] == 0
+    assert (tmp_path / "out" / "views" / "holiday.jpg").read_bytes() == b"a picture"
+    assert (tmp_path / "out" / "views" / "holidays").is_dir()
+    (tmp_path / "stopped" / ".encode").mkdir(parents=True)
+    assert command(*words[:-1], "stopped")[0] == 0
+    assert not (tmp_path / "stopped" / ".encode").exists()
 
 
 def test_the_command_says_what_is_wrong_with_its_options(tmp_path, command):

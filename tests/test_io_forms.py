@@ -100,6 +100,11 @@ def written(kg, folder, form, **options):
     return target
 
 
+def one_npy(kg, folder):
+    np.save(folder / "g.npy", torch.cat([kg.triples(split) for split in SPLITS]).numpy())
+    return folder / "g.npy"
+
+
 def in_one_file(kg, folder, name):
     write_kg(kg, folder / name)
     return folder / name
@@ -151,6 +156,7 @@ FORMS = {
     "one Parquet": (lambda kg, f: in_one_file(kg, f, "g.parquet"), {}, ""),
     "one N-Triples": (lambda kg, f: in_one_file(kg, f, "g.nt"), {}, ""),
     "one Turtle": (lambda kg, f: in_one_file(kg, f, "g.ttl"), {}, ""),
+    "npy": (one_npy, "labels", "order"),
     "networkx": (lambda kg, f: to_networkx(kg), {}, "splits order"),
     "DGL, homogeneous": (lambda kg, f: to_dgl(kg, "homogeneous"), "labels", "splits order"),
     "DGL, heterogeneous": (lambda kg, f: to_dgl(kg), "labels", "splits views order"),
@@ -239,6 +245,12 @@ def text(separator="\t", header="", rows=ROWS, end="\n"):
         ("g.txt", text("  ", end=" .\n"), {}),
         ("g.txt", text(" ", end="\r\n"), {}),
         ("g.tsv", "\ufeff" + text(), {}),
+        ("g.txt", "\ufeff" + text(" "), {}),
+        ("g.csv", "\ufeff" + text(",", '"h","r","t"'), {}),
+        ("g.csv", "\ufeff" + text(",", rows=[("1", *r, "") for r in ROWS]), {"columns": [1, 2, 3]}),
+        ("g.nt", "\ufeff" + "".join(f"<x:{h}> <x:{r}> <x:{t}> .\n" for h, r, t in ROWS), {}),
+        ("g.nt.gz", "\ufeff" + "".join(f"<x:{h}> <x:{r}> <x:{t}> .\n" for h, r, t in ROWS), {}),
+        ("g.ttl", "\ufeff" + "".join(f"<x:{h}> <x:{r}> <x:{t}> .\n" for h, r, t in ROWS), {}),
         ("g.csv", text(",", "id,source,relation,target,w", [("1", *r, "2") for r in ROWS]), {}),
         ("g.csv", text(",", rows=[("1", *r, "") for r in ROWS]), {"columns": [1, 2, 3]}),
         ("g.nt", "".join(f"<x:{h}> <x:{r}> <x:{t}> .\n" for h, r, t in ROWS), {}),
@@ -247,7 +259,8 @@ def text(separator="\t", header="", rows=ROWS, end="\n"):
 def test_a_file_is_recognised_or_can_be_told(name, content, options, tmp_path):
     if content.startswith("1,t,r,h"):
         options = {"columns": ["h", "r", "t"], "header": True}
-    write_folder(tmp_path, {name: content})
+    packed = gzip.compress(content.encode()) if name.endswith(".gz") else content
+    write_folder(tmp_path, {name: packed})
     kg = load_kg(tmp_path / name, split=False, **options)
     strip = {label: label.removeprefix("x:") for label in kg.entities + kg.relations}
     found = [
@@ -313,6 +326,18 @@ def test_the_one_edge_type_of_a_dgl_graph_is_a_relation_if_it_has_a_name():
     assert labelled(again) == labelled(kg)
 
 
+def test_dgl_masks_may_lack_validation_and_leave_edges_out():
+    graph = dgl.graph((torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 0])))
+    graph.edata["rel"] = torch.zeros(4, dtype=torch.int64)
+    graph.edata["train_mask"] = torch.tensor([True, True, False, False])
+    graph.edata["test_mask"] = torch.tensor([False, False, True, False])
+    kg = load_kg(graph, "published")
+    assert (len(kg.train), len(kg.valid), kg.test.tolist()) == (2, 0, [[2, 0, 3]])
+    assert "1 edges lie in no mask of train, test and are left out." in kg.notes
+    del graph.edata["train_mask"]
+    assert len(load_kg(graph, split=False).train) == 4
+
+
 def test_homogeneous_dgl_graph_without_relations_is_an_error():
     with pytest.raises(DataError, match=r"do not say their relation.*relation_attribute"):
         load_kg(dgl.graph((torch.tensor([0]), torch.tensor([1]))))
@@ -329,6 +354,10 @@ def test_the_releases_own_files_are_read_as_they_are(tmp_path):
     kg = load_kg(write_folder(tmp_path / "momok", momok), "published")
     assert (kg.train.tolist(), kg.valid.tolist()) == ([[0, 0, 1]], [[1, 0, 0]])
     assert "MoMoK" in kg.notes[0]
+    marked = {name: "\ufeff" + content for name, content in momok.items()}
+    again = load_kg(write_folder(tmp_path / "marked", marked), "published")
+    assert (again.entities, again.relations) == (kg.entities, kg.relations)
+    assert (again.train.tolist(), again.valid.tolist()) == ([[0, 0, 1]], [[1, 0, 0]])
     release = {  # DB15K: labels that are their own ids
         "entities.txt": "0\n1\n2\n",
         "relations.txt": "0\n1\n",
@@ -556,6 +585,35 @@ def test_nothing_is_overwritten_unless_told(tmp_path):
     write_kg(kg, path, overwrite=True)
 
 
+@pytest.mark.parametrize("old", ["kg", "openke", "momok", "mygo", "csv", "tsv", "turtle", "npz"])
+@pytest.mark.parametrize("new", ["kg", "openke", "momok", "mygo", "tsv", "parquet", "text", "npz"])
+def test_the_graph_that_was_in_a_folder_is_gone_when_overwritten(old, new, tmp_path):
+    before = MultiViewKG.from_labels([("x", "y", "z")], [("x", "y", "x")], [("z", "y", "x")])
+    before = before.replace(entity_names=["X", "Z"])
+    write_kg(before, tmp_path, old, compression="gzip" if old in ("csv", "turtle") else None)
+    (tmp_path / "readme.md").write_text("mine")
+    kg = MultiViewKG.from_labels(ROWS)
+    write_kg(kg, tmp_path, new, overwrite=True)
+    again = load_kg(tmp_path, "published", split=False)
+    assert labelled(again) == labelled(kg)
+    assert again.entity_names == kg.entity_names
+    assert (tmp_path / "readme.md").read_text() == "mine"
+
+
+def test_overwriting_costs_neither_a_graph_nor_views_that_cannot_be_replaced(tmp_path):
+    old = MultiViewKG.from_labels(ROWS, views={"image": (torch.ones(1, 2), ["a"])})
+    old.save(tmp_path / "kg")
+    with pytest.raises(DataError, match=r"KG folder with views, which the form tsv"):
+        write_kg(old, tmp_path / "kg", "tsv", overwrite=True)
+    write_kg(old, tmp_path / "tsv", "tsv")
+    with pytest.raises(DataError, match="1 labels"):
+        write_kg(
+            MultiViewKG.from_labels([("a b", "r", "c")]), tmp_path / "tsv", "momok", overwrite=True
+        )
+    for folder in ("kg", "tsv"):
+        assert labelled(load_kg(tmp_path / folder)) == labelled(old)
+
+
 def test_labels_of_one_hash_are_told_apart(monkeypatch):
     """The numbering is exact even if the hash is as bad as can be."""
     from imvia_graph import _labels
@@ -572,6 +630,23 @@ def test_paths_are_not_patterns(tmp_path):
     path = tmp_path / "a[1]*.tsv"
     path.write_text(text())
     assert load_kg(Path(path), split=False).num_entities == 3
+    kg = MultiViewKG.from_labels(
+        ROWS, views={"im[a]ge*": Views(torch.ones(1, 2), torch.tensor([0]), ["a?.png"])}
+    )
+    again = load_kg(kg.save(tmp_path / "a[1]*?"))
+    assert (again.modalities, again.view_sources("im[a]ge*")) == (["im[a]ge*"], ["a?.png"])
+
+
+@pytest.mark.parametrize(("name", "separator"), [("g.csv", ","), ("g.tsv", "\t")])
+def test_an_empty_last_cell_does_not_make_reading_slow(name, separator, monkeypatch, tmp_path):
+    monkeypatch.setattr("imvia_graph._tables._slow", None)
+    rows = [("1", *ROWS[0], ""), ("2", *ROWS[1], "w"), ("3", *ROWS[2], "")]
+    if separator == ",":
+        rows[1] = ("2", *ROWS[1], '"a, ""b"""')
+    header = separator.join(["id", "head", "relation", "tail", "note"])
+    write_folder(tmp_path, {name: text(separator, header, rows, "\r\n") + "\r\n"})
+    kg = load_kg(tmp_path / name, split=False)
+    assert list(labelled(kg)["train"]) == ROWS
 
 
 @pytest.mark.parametrize("form", ["tsv", "csv", "text", "parquet", "kg"])
@@ -631,5 +706,37 @@ def test_blank_nodes_escapes_and_comments_of_n_triples_are_read(tmp_path):
     ]
     write_folder(tmp_path, {"g.nt": "\n".join(lines)})
     kg = load_kg(tmp_path / "g.nt", split=False)
-    assert set(kg.entities) == {"http://e/a", "_:b1", "http://e/café", "http://e/c"}
+    assert set(kg.entities) == {"http://e/a", "_:b0", "http://e/café", "http://e/c"}
     assert len(kg.train) == 3
+
+
+@pytest.mark.parametrize("ending", ["ttl", "nt"])
+def test_blank_nodes_are_numbered_by_file(ending, tmp_path):
+    if ending == "nt":
+        train = '_:x <e:p> _:y .\n<e:a> <e:p> _:x .\n_:y <e:says> "hi" .\n'
+        test = "<e:a> <e:p> _:x .\n"
+    else:
+        train = '<e:a> <e:q> <e:a> . [] <e:p> [ <e:says> "hi" ] .'
+        test = "<e:a> <e:p> [] ."
+    write_folder(tmp_path, {f"train.{ending}": train, f"test.{ending}": test})
+    kg, again = load_kg(tmp_path, "published"), load_kg(tmp_path, "published")
+    assert kg.entities == again.entities
+    assert sorted(kg.entities) == ["_:b0", "_:b1", "_:test-b0", "e:a"]
+    assert kg.test.tolist() == again.test.tolist()
+    texts = ig.io.read_literals(tmp_path / f"train.{ending}", kg)
+    assert texts.source == ["hi"]
+    assert kg.entities[texts.entity[0]].startswith("_:b")
+    write_folder(tmp_path, {f"test.{ending}": '_:x <e:says> "bye" .'})
+    texts = ig.io.read_literals(tmp_path / f"test.{ending}", kg, split="test")
+    assert [kg.entities[i] for i in texts.entity] == ["_:test-b0"]
+
+
+def test_numbers_of_rdf_are_the_same_at_every_load(tmp_path):
+    lines = [
+        f'<e:{i % 50}> <e:p{i % 7}> "{i / 3}"^^<http://www.w3.org/2001/XMLSchema#double> .'
+        for i in range(900)
+    ]
+    lines += [f"<e:{i}> <e:q> <e:{(i + 1) % 50}> ." for i in range(50)]
+    write_folder(tmp_path, {"g.nt": "\n".join(lines)})
+    first, *others = (load_kg(tmp_path / "g.nt", split=False, literals="numbers") for _ in range(4))
+    assert all(torch.equal(kg.views("number")[0], first.views("number")[0]) for kg in others)

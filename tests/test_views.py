@@ -93,13 +93,14 @@ def test_a_folder_without_folders_says_so(tmp_path):
 # -- texts ----------------------------------------------------------------------------------------
 
 
-def test_texts_in_the_order_of_entities_then_rows(tmp_path):
+def test_texts_in_the_order_of_entities_then_rows(tmp_path, caplog):
     table = tmp_path / "texts.csv"
     table.write_text('\ufeffentity,text\nLyon,"two, words"\nParis,b\nLyon," a "\nLyon,\nParis,b\n')
     raw = io.read_texts(table, PLACES)
     assert raw.entity.tolist() == [0, 3, 3]
     assert raw.source == ["b", "two, words", "a"]
     assert raw.repeated == 1
+    assert "texts.csv: 1 of 5 rows have no text and are left out." in caplog.text
 
 
 def test_a_tsv_has_no_quotes(tmp_path):
@@ -144,6 +145,15 @@ def test_unknown_entities_are_counted_and_the_first_is_named(tmp_path, caplog):
         ("t.tsv", b"", "is empty: expected a table of entity and text"),
         ("t.tsv", b"Paris\ta\nLyon\t\xff\n", r"t\.tsv, line 2: expected UTF-8 text"),
         ("t.tsv", b"Paris\ta\nLyon\tb\tc\n", r"line 2: expected 2 columns .* found 3"),
+        (
+            "t.tsv",
+            b"Paris\ta\nLyon\nParis\tb\n",
+            r"t\.tsv, line 2: expected 2 columns .* found 1: 'Lyon'",
+        ),
+        ("t.tsv.gz", gzip.compress(b"Paris\ta\nLyon\tb\tc\n"), r"t\.tsv\.gz, line 2: .* found 3"),
+        ("t.csv", b'Paris,"a\nb"\nLyon,b,c\n', r"t\.csv, line 3: expected 2 columns .* found 3"),
+        ("t.csv", b'Paris,"a, b"\nLyon\n', r"t\.csv, line 2: expected 2 columns .* found 1"),
+        ("t.csv.gz", gzip.compress(b"Paris,a\nLyon\n"), r"t\.csv\.gz, line 2: .* found 1"),
         ("t.tsv", b"Paris\ta\n\tb\n", "row 2: the entity is missing"),
         ("t.tsv", b"Paris\nLyon\n", "expected two columns or more, found 1"),
         ("t.tsv", b"Paris\ta\0b\n", "found a NUL byte"),

@@ -91,10 +91,12 @@ def read_npz(path: Path, **options: Any) -> Source:
     """Read an ``.npz`` file of (n, 3) arrays by split, or an ``.npy`` file of one."""
     entities, relations = options.pop("entities", None), options.pop("relations", None)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            content = {name: file[name] for name in file.files}
-    except AttributeError:
-        content = {"train": np.load(path, allow_pickle=False)}
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            content = {"train": found}
+        else:
+            with found as file:
+                content = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path}: expected an npz or npy file of integers or text; it cannot be read ({error})."

@@ -214,7 +214,11 @@ def from_dgl(
         columns = [head + offsets[etype[0]], relation, tail + offsets[etype[2]]]
         rows.append(torch.stack([column.cpu().to(torch.int64) for column in columns], dim=1))
     triples = torch.cat(rows)
-    parts = _dgl_splits(graph, facts, triples)
+    parts, outside = _dgl_splits(graph, facts, triples)
+    options = {}
+    if outside:
+        note = f"{outside} edges lie in no mask of {', '.join(parts)} and are left out."
+        options["notes"] = [note]
     labels, relation_labels = numbered({"all": triples}, labels, relations)
     kind = "homogeneous" if len(graph.canonical_etypes) == 1 else "heterogeneous"
     how = f"relations in the edge data {attribute!r}" if attribute else "edge types are relations"
@@ -225,6 +229,7 @@ def from_dgl(
         parts or {"train": triples},
         whole=not parts,
         views=views,
+        options=options,
     )
 
 
@@ -275,19 +280,25 @@ def _dgl_entities(
 
 def _dgl_splits(
     graph: Any, facts: list[tuple[str, str, str]], triples: Tensor
-) -> dict[Split, Tensor]:
-    """Triples by split, where masks tell; empty where there are none."""
+) -> tuple[dict[Split, Tensor], int]:
+    """Triples by split, where masks tell, and how many are in none; empty without train masks."""
     parts: dict[Split, Tensor] = {}
+    inside = torch.zeros(len(triples), dtype=torch.bool)
     for split, names in MASKS.items():
         masks = []
         for etype in facts:
             data = graph.edges[etype].data
             name = next((name for name in names if name in data), None)
             if name is None:
-                return {} if split == "train" else parts
+                break
             masks.append(data[name].cpu().bool())
-        parts[split] = triples[torch.cat(masks)]
-    return parts
+        if len(masks) == len(facts):
+            mask = torch.cat(masks)
+            parts[split] = triples[mask]
+            inside |= mask
+        elif split == "train":
+            return {}, 0
+    return parts, int((~inside).sum())
 
 
 def to_dgl(kg: MultiViewKG, form: str = "heterogeneous") -> Any:
@@ -322,7 +333,7 @@ def to_dgl(kg: MultiViewKG, form: str = "heterogeneous") -> Any:
         for number, name in enumerate(SPLITS):
             graph.edata[f"{name}_mask"] = split == number
         return graph
-    if len(sizes) and (sizes[1] or sizes[2]):
+    if sizes[1] or sizes[2]:
         kg = kg.replace(train=triples, valid=None, test=None)
     graph = kg.per_relation()
     order = torch.argsort(triples[:, 1], stable=True)

@@ -179,6 +179,13 @@ def write_openke(kg: MultiViewKG, folder: str | Path) -> Path:
     ['capital of']
     """
     folder = Path(folder)
+    write_openke_files(kg, folder)
+    return folder
+
+
+def write_openke_files(kg: MultiViewKG, folder: Path) -> list[Path]:
+    """What `write_openke` does; the files written."""
+    written = []
     kinds = (
         ("entity", kg.entities, kg.entity_names),
         ("relation", kg.relations, kg.relation_names),
@@ -190,15 +197,18 @@ def write_openke(kg: MultiViewKG, folder: str | Path) -> Path:
     for kind, labels, names in kinds:
         numbered = pl.DataFrame({"label": labels, "id": range(len(labels))})
         _write_announced(folder / f"{kind}2id.txt", numbered, "\t")
+        written.append(folder / f"{kind}2id.txt")
         if names != labels:
             table = pl.DataFrame({"id": range(len(names)), "name": names})
             write_table(folder / f"{kind}_names.tsv", table, header=True)
+            written.append(folder / f"{kind}_names.tsv")
     for split in SPLITS:
         triples = kg.triples(split)
         if len(triples) or split == "train":
             frame = pl.from_numpy(triples[:, [0, 2, 1]].numpy())
             _write_announced(folder / f"{split}2id.txt", frame, " ")
-    return folder
+            written.append(folder / f"{split}2id.txt")
+    return written
 
 
 def _write_announced(path: Path, frame: pl.DataFrame, separator: str) -> None:

@@ -1,9 +1,15 @@
 """RDF: N-Triples and Turtle, through pyoxigraph.
 
-IRIs become labels as they stand, blank nodes ``_:name``. Where labels are no IRIs, writing makes
-them such by percent-encoding them under a base, ``urn:imvia:entity:`` and ``urn:imvia:relation:``
-unless told, and reading undoes that: ``New York`` is ``<urn:imvia:entity:New%20York>``. A label
-that is an absolute IRI already, and does not start with a base, is written as it is.
+IRIs become labels as they stand. Blank nodes have no names that outlive their file, so they are
+numbered in the order in which they appear in it: ``_:b0``, ``_:b1``, … in a single file or that of
+train, ``_:valid-b0``, … and ``_:test-b0``, … in the files of those splits. So a file gives the same
+labels whenever it is read, and blank nodes of two files are never the same entity, whatever the
+files call them.
+
+Where labels are no IRIs, writing makes them such by percent-encoding them under a base,
+``urn:imvia:entity:`` and ``urn:imvia:relation:`` unless told, and reading undoes that: ``New York``
+is ``<urn:imvia:entity:New%20York>``. A label that is an absolute IRI already, and does not start
+with a base, is written as it is.
 
 Literals are no entities. They are left out, or the numbers among them become a modality,
 ``number``: a view for each entity that has any, with two columns for each predicate, in the order
@@ -90,7 +96,7 @@ def read_rdf(
     frames: dict[Split, pl.DataFrame] = {}
     found: list[pl.DataFrame] = []
     for split, path in files.items():
-        facts, values = _parse(path, forms[split])
+        facts, values = _parse(path, forms[split], split)
         for column, prefix in zip(("head", "relation", "tail"), (*base, base[0]), strict=True):
             facts = _decoded(facts, column, prefix)
         frames[split] = facts
@@ -138,6 +144,7 @@ def read_literals(
     predicates: Sequence[str] | None = None,
     language: str | None = None,
     base: tuple[str, str] = (ENTITY_BASE, RELATION_BASE),
+    split: Split = "train",
 ) -> RawViews:
     r"""The texts of a file of N-Triples or Turtle, for an encoder.
 
@@ -153,6 +160,9 @@ def read_literals(
         Only literals of this language (``en``), and those without one.
     base : tuple of str
         What labels that are no IRIs were written under.
+    split : {"train", "valid", "test"}
+        Which split the graph took the file for, if it came in several; its blank nodes are called
+        after that (see `imvia_graph.io.rdf`).
 
     Returns
     -------
@@ -169,7 +179,7 @@ def read_literals(
     ['A text']
     """
     path = Path(source)
-    values = _decoded(_parse(path, _form(path))[1], "entity", base[0])
+    values = _decoded(_parse(path, _form(path), split)[1], "entity", base[0])
     values = _decoded(values, "predicate", base[1])
     values = values.filter(pl.col("datatype").is_in(sorted(_TEXTS)) & (pl.col("value") != ""))
     if predicates is not None:
@@ -192,26 +202,41 @@ def _form(path: Path) -> str:
     return form_of(path) or "turtle"
 
 
-def _parse(path: Path, form: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+class _BlankNodes(dict[str, str]):
+    """Labels of a file's blank nodes, numbered as they are asked for."""
+
+    def __init__(self, split: Split) -> None:
+        super().__init__()
+        self.prefix = "_:b" if split == "train" else f"_:{split}-b"
+
+    def __missing__(self, name: str) -> str:
+        self[name] = f"{self.prefix}{len(self)}"
+        return self[name]
+
+
+def _parse(path: Path, form: str, split: Split) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Facts (head, relation, tail) and literals (entity, predicate, value, datatype, language)."""
     library = _library()
     if form == "ntriples":
-        found = _parse_plain(path, library)
+        found = _parse_plain(path, library, _BlankNodes(split))
         if found is not None:
             return found
     kind = {"ntriples": library.RdfFormat.N_TRIPLES, "turtle": library.RdfFormat.TURTLE}[form]
     with _files.open_text(path) as file:
-        return _tables_of(path, iter(library.parse(file, format=kind)), library)
+        quads = iter(library.parse(file, format=kind))
+        return _tables_of(path, quads, library, _BlankNodes(split))
 
 
-def _parse_plain(path: Path, library: Any) -> tuple[pl.DataFrame, pl.DataFrame] | None:
+def _parse_plain(
+    path: Path, library: Any, blank_nodes: _BlankNodes
+) -> tuple[pl.DataFrame, pl.DataFrame] | None:
     """N-Triples with plain triples of IRIs vectorised; None where that does not work out.
 
     Other lines (literals, blank nodes, escapes, comments) are left to the library, and so is the
     whole file where one of them is wrong, because it knows which.
     """
     try:
-        lines = pl.read_lines(path, glob=False)["line"]
+        lines = _files.scan_lines(path).collect()["line"]
         triples = lines.str.extract_groups(_PLAIN).struct.unnest()
     except (pl.exceptions.PolarsError, OSError):
         return None
@@ -219,18 +244,20 @@ def _parse_plain(path: Path, library: Any) -> tuple[pl.DataFrame, pl.DataFrame] 
     rest = "\n".join(lines.filter(~plain)).encode()
     try:
         quads = iter(library.parse(rest, format=library.RdfFormat.N_TRIPLES))
-        facts, values = _tables_of(path, quads, library)
+        facts, values = _tables_of(path, quads, library, blank_nodes)
     except DataError:
         return None
     triples.columns = list(TRIPLE_COLUMNS)
     return pl.concat([triples.filter(plain), facts]), values
 
 
-def _tables_of(path: Path, quads: Iterator[Any], library: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _tables_of(
+    path: Path, quads: Iterator[Any], library: Any, blank_nodes: _BlankNodes
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     facts: list[pl.DataFrame] = []
     values: list[pl.DataFrame] = []
     while True:
-        subjects, predicates, objects, literals = _batch(path, quads, library)
+        subjects, predicates, objects, literals = _batch(path, quads, library, blank_nodes)
         if not subjects and not literals:
             break
         facts.append(_frame(TRIPLE_COLUMNS, (subjects, predicates, objects)))
@@ -240,7 +267,7 @@ def _tables_of(path: Path, quads: Iterator[Any], library: Any) -> tuple[pl.DataF
 
 
 def _batch(
-    path: Path, quads: Iterator[Any], library: Any
+    path: Path, quads: Iterator[Any], library: Any, blank_nodes: _BlankNodes
 ) -> tuple[list[str], list[str], list[str], list[tuple[str, ...]]]:
     subjects: list[str] = []
     predicates: list[str] = []
@@ -250,14 +277,18 @@ def _batch(
     try:
         for quad in quads:
             subject, predicate, value = quad.subject, quad.predicate.value, quad.object
-            label = f"_:{subject.value}" if isinstance(subject, blank) else subject.value
+            label = subject.value
+            if isinstance(subject, blank):
+                label = blank_nodes[label]
             if isinstance(value, literal):
                 row = (label, predicate, value.value, value.datatype.value, value.language or "")
                 literals.append(row)
             else:
                 subjects.append(label)
                 predicates.append(predicate)
-                objects.append(f"_:{value.value}" if isinstance(value, blank) else value.value)
+                objects.append(
+                    blank_nodes[value.value] if isinstance(value, blank) else value.value
+                )
             if len(subjects) + len(literals) >= _BATCH:
                 break
     except SyntaxError as error:
@@ -302,7 +333,7 @@ def _add_numbers(source: Source, values: pl.DataFrame) -> tuple[pl.DataFrame, st
     left, table = numbers.filter(~usable).drop("number"), numbers.filter(usable)
     if not table.height:
         return left, ""
-    table = table.group_by("entity", "predicate").agg(pl.col("number").mean())
+    table = table.group_by("entity", "predicate", maintain_order=True).agg(pl.col("number").mean())
     table = table.with_columns(
         (
             (pl.col("number") - pl.col("number").mean().over("predicate"))

@@ -57,14 +57,22 @@ def form_of(path: Path) -> str | None:
     return FORMS.get(name.suffix.lower())
 
 
+def split_of_file(path: Path) -> Split | None:
+    """The split whose triples a file in a folder holds, by its name; None where it tells none."""
+    name = path.name.split(".")[0].lower()
+    if form_of(path) is None:
+        return None
+    return next((split for split, names in NAMES.items() if name in names), None)
+
+
 def split_files(folder: Path) -> dict[Split, Path]:
     """The files of the splits in a folder, whatever their form; a DataError where two claim one."""
     found: dict[Split, Path] = {}
-    for split, names in NAMES.items():
+    for split in SPLITS:
         here = [
             path
             for path in sorted(folder.iterdir())
-            if path.name.split(".")[0].lower() in names and form_of(path) and path.is_file()
+            if path.is_file() and split_of_file(path) == split
         ]
         if len(here) > 1:
             raise DataError(

@@ -22,6 +22,7 @@ from rapidfuzz import fuzz, process
 from torch import Tensor
 
 from imvia_graph import _files
+from imvia_graph._tables import read_rows
 from imvia_graph.errors import DataError
 from imvia_graph.kg import MultiViewKG
 
@@ -174,9 +175,17 @@ def read_texts(
     frame, where = _read_table(source, columns, TEXT_COLUMNS, "text")
     keep, entity = resolve(frame["entity"], of, where, skip_unknown)
     texts = frame["value"].fill_null("").str.strip_chars().to_list()
-    rows = [row for row in keep.nonzero().flatten().tolist() if texts[row]]
+    known = keep.nonzero().flatten().tolist()
+    rows = [row for row in known if texts[row]]
     if not rows:
         raise DataError(f"{where}: no row has a text; expected an entity and a text a row.")
+    if len(rows) < len(known):
+        logger.warning(
+            "%s: %d of %d rows have no text and are left out.",
+            where,
+            len(known) - len(rows),
+            len(known),
+        )
     place = torch.full((len(keep),), -1, dtype=torch.int64)
     place[keep] = entity
     return _raw("text", place[rows], [texts[row] for row in rows], None)
@@ -322,16 +331,18 @@ def _read_text_table(
             glob=False,
         )
     except (pl.exceptions.PolarsError, OSError) as error:
-        _say_which_line(path, separator)
+        _check_widths(path, separator)
         detail = str(error).strip().splitlines()[0]
         raise DataError(
             f"{path}: expected a table in UTF-8; it cannot be read ({_files.shorten(detail, 200)})."
         ) from error
     if _has_nul(frame):
         raise DataError(f"{path}: expected text, found a NUL byte.")
+    if frame[frame.columns[-1]].null_count():  # an empty cell, or a row without it
+        _check_widths(path, separator)
     first_row = ["" if cell is None else str(cell) for cell in frame.row(0)]
-    if first_row[0].startswith("\ufeff"):  # the mark of UTF-8 that Windows programs write
-        first_row[0] = first_row[0].removeprefix("\ufeff")
+    if first_row[0].startswith(_files.BOM):
+        first_row[0] = first_row[0].removeprefix(_files.BOM)
         first = pl.when(pl.int_range(pl.len()) == 0).then(pl.lit(first_row[0]))
         frame = frame.with_columns(first.otherwise(pl.col("column_1")).alias("column_1"))
     named = columns is not None and any(isinstance(column, str) for column in columns)
@@ -342,18 +353,17 @@ def _read_text_table(
     return frame
 
 
-def _say_which_line(path: Path, separator: str) -> None:
-    """A DataError that names the first bad line of a plain file, where one is to be found."""
-    if path.suffix.lower() in (".gz", ".zst"):
-        return
+def _check_widths(path: Path, separator: str) -> None:
+    """A DataError that names the first line that is no text or has more or fewer cells."""
     columns = None
-    for number, line in _files.read_lines(path):  # this one says which line is not UTF-8
-        count = line.count(separator) + 1
-        columns = columns or count
-        if separator == "\t" and count > columns:
+    for number, cells in read_rows(path, separator, separator == ","):
+        columns = columns or len(cells)
+        if len(cells) != columns:
+            by = "commas" if separator == "," else "tabs"
             raise DataError(
-                f"{path}, line {number}: expected {columns} columns separated by tabs, found"
-                f" {count}: {_files.shorten(line)!r}. Mend or remove the line."
+                f"{path}, line {number}: expected {columns} columns separated by {by}, found"
+                f" {len(cells)}: {_files.shorten(separator.join(cells))!r}. Mend or remove the"
+                " line."
             )
 
 

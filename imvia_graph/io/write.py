@@ -10,10 +10,20 @@ import torch
 
 from imvia_graph.errors import DataError
 from imvia_graph.io import arrays, rdf, releases, tables
-from imvia_graph.io.openke import write_openke
+from imvia_graph.io.openke import write_openke_files
 from imvia_graph.kg import SPLITS, MultiViewKG
 
 logger = logging.getLogger(__name__)
+
+#: Files beside those of the splits by which a folder is a graph in some form.
+LAYOUT_FILES = frozenset(
+    {
+        *("kg.json", "entities.tsv", "relations.tsv"),
+        *("train2id.txt", "valid2id.txt", "test2id.txt", "entity2id.txt", "relation2id.txt"),
+        *("entity_names.tsv", "relation_names.tsv", "entities.txt", "relations.txt"),
+        arrays.NPZ_NAME,
+    }
+)
 
 #: Forms that a graph is written in.
 WRITTEN = ("kg", "openke", "momok", "mygo", *tables.TABLES, "ntriples", "turtle", "npz")
@@ -45,7 +55,10 @@ def write_kg(
     compression : {"gzip", "zstd"}, optional
         For the files of a folder of ``tsv``, ``csv``, ``text``, ``ntriples`` or ``turtle``.
     overwrite : bool
-        Whether files may be written into a folder that is not empty, or over a file.
+        Whether files may be written into a folder that is not empty, or over a file. Of a graph
+        that the folder held in any form, the files of triples and labels that are not written anew
+        are removed, so that the folder holds this graph and nothing of that; other files stay. A
+        form without views is not written into a KG folder with views.
 
     Returns
     -------
@@ -83,29 +96,47 @@ def write_kg(
         raise DataError(
             f"{target} is there already and not empty. Name another target, or allow overwriting."
         )
+    folder = target
     if format == "npz" and target.suffix != ".npz":
-        target = target / arrays.NPZ_NAME
-    one_file = _write(kg, target, format, compression)
-    return _lost(kg, format, one_file)
+        target = folder / arrays.NPZ_NAME
+    if format != "kg" and any((folder / "views").glob("*.safetensors")):
+        raise DataError(
+            f"{folder} is a KG folder with views, which the form {format} does not carry. Name"
+            " another target, or remove it first."
+        )
+    written = _write(kg, target, format, compression)
+    # Only now, so that a graph that cannot be written does not cost the one that is there.
+    if folder.is_dir() and format != "kg":
+        for path in _graph_files(folder):
+            if path not in written:
+                path.unlink()
+    return _lost(kg, format, written == [target] and format not in ("kg", "npz"))
 
 
-def _write(kg: MultiViewKG, target: Path, format: str, compression: str | None) -> bool:
-    """Write; says whether all splits went into one file."""
+def _write(kg: MultiViewKG, target: Path, format: str, compression: str | None) -> list[Path]:
+    """Write; the files, or for a KG folder the folder."""
     if format == "kg":
-        kg.save(target)
-    elif format == "openke":
-        write_openke(kg, target)
-    elif format == "momok":
-        releases.write_momok(kg, target)
-    elif format == "mygo":
-        releases.write_mygo(kg, target)
-    elif format == "npz":
-        arrays.write_npz(kg, target)
-    elif format in ("ntriples", "turtle"):
-        return rdf.write_rdf(kg, target, format, compression=compression) == [target]
-    else:
-        return tables.write_tables(kg, target, format, compression=compression) == [target]
-    return False
+        return [kg.save(target)]
+    if format == "openke":
+        return write_openke_files(kg, target)
+    if format == "momok":
+        return releases.write_momok(kg, target)
+    if format == "mygo":
+        return releases.write_mygo(kg, target)
+    if format == "npz":
+        return arrays.write_npz(kg, target)
+    if format in ("ntriples", "turtle"):
+        return rdf.write_rdf(kg, target, format, compression=compression)
+    return tables.write_tables(kg, target, format, compression=compression)
+
+
+def _graph_files(folder: Path) -> list[Path]:
+    """The files from which `load_kg` would read a graph in this folder, whatever its form."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and (path.name in LAYOUT_FILES or tables.split_of_file(path) is not None)
+    ]
 
 
 def _lost(kg: MultiViewKG, format: str, one_file: bool) -> list[str]:
