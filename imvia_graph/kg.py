@@ -21,6 +21,8 @@ from imvia_graph.errors import DataError, UnknownLabelError
 
 #: What ``kg.json`` says of the folder's format.
 FORMAT, FORMAT_VERSION = "imvia-graph/kg", 1
+#: Rows of features that are looked at together.
+_PORTION = 2**16
 #: Names that a modality cannot take: node types of the graph and heads of the model.
 RESERVED_MODALITIES = ("entity", "structure", "joint", "decision")
 
@@ -285,7 +287,9 @@ class MultiViewKG:
                 f" to {self.num_entities - 1} ({int(bad.sum())} such rows)."
             )
         feat = feat.detach().cpu()
-        finite = feat.isfinite().all(dim=1)
+        # In portions: features may be mapped from a file, and larger than memory.
+        portions = [part.isfinite().all(dim=1) for part in feat.split(_PORTION)]
+        finite = torch.cat(portions) if portions else torch.ones(0, dtype=torch.bool)
         if not finite.all():
             row = int((~finite).nonzero()[0])
             raise DataError(

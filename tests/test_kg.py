@@ -1,6 +1,7 @@
 """MultiViewKG: what it holds, what it refuses, and that saving and loading changes nothing."""
 
 import json
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -772,3 +773,15 @@ def test_str_and_repr_tell_name_and_sizes():
     assert str(kg) == "the graph 'ring'"
     expected = "12 entities, 2 relations, 18 train, 3 valid, 3 test, 12 image views, 22 text views"
     assert repr(kg) == f"<MultiViewKG 'ring': {expected}>"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' list of mappings")
+def test_views_of_a_folder_stay_on_disk_and_are_mapped(tmp_path):
+    views = {"image": ig.Views(torch.rand(70_000, 8), torch.arange(70_000) % 12)}
+    ring_kg().replace(views=views).save(tmp_path / "kg")
+    kg = ig.MultiViewKG.load(tmp_path / "kg")
+    feat, _ = kg.views("image")
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    places = [line.split()[0] for line in lines if line.endswith("image.safetensors")]
+    ranges = [[int(end, 16) for end in place.split("-")] for place in places]
+    assert any(start <= feat.data_ptr() < end for start, end in ranges)
