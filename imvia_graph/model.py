@@ -136,8 +136,9 @@ class IMVIA(nn.Module):
         """Initialise the tables and the layers anew."""
         # Parts before the layers that they are in, which may want another start for their parts.
         for module in reversed(list(self.modules())[1:]):
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
         for table in (self.entity, *self.relation, *self.residual):
             assert isinstance(table, nn.Embedding)
             nn.init.xavier_normal_(table.weight)
