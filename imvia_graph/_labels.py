@@ -26,7 +26,7 @@ Codes = npt.NDArray[np.int64]
 
 def index_triples(
     frames: Sequence[pl.DataFrame],
-) -> tuple[list[str], list[str], list[Tensor]]:
+) -> tuple[pl.Series, pl.Series, list[Tensor]]:
     """Vocabularies and ids of label triples at once.
 
     Parameters
@@ -36,7 +36,7 @@ def index_triples(
 
     Returns
     -------
-    entities, relations : list of str
+    entities, relations : Series
         Labels in the order of first appearance: frame by frame, row by row, head before tail.
     triples : list of Tensor
         (n, 3) int64 for each frame.
@@ -47,7 +47,7 @@ def index_triples(
     >>> from imvia_graph._labels import index_triples
     >>> frame = pl.DataFrame({"head": ["b", "a"], "relation": ["r", "r"], "tail": ["a", "c"]})
     >>> entities, relations, triples = index_triples([frame])
-    >>> entities, relations, triples[0].tolist()
+    >>> entities.to_list(), relations.to_list(), triples[0].tolist()
     (['b', 'a', 'c'], ['r'], [[0, 0, 1], [1, 0, 2]])
     """
     whole = pl.concat(list(frames))
@@ -56,11 +56,10 @@ def index_triples(
     triples[:, 1] = relation
     del relation
     ends, entities = _number([whole["head"], whole["tail"]])
-    triples[:, 0] = ends[0::2]
-    triples[:, 2] = ends[1::2]
+    triples[:, ::2] = ends.reshape(-1, 2)
     del ends
     parts = torch.from_numpy(triples).split([frame.height for frame in frames])
-    return entities.to_list(), relations.to_list(), list(parts)
+    return entities, relations, list(parts)
 
 
 def encode_labels(
@@ -82,7 +81,10 @@ def encode_labels(
 
 
 def encode_triples(
-    frame: pl.DataFrame, entities: Sequence[str], relations: Sequence[str], where: str = "triples"
+    frame: pl.DataFrame,
+    entities: Sequence[str] | pl.Series,
+    relations: Sequence[str] | pl.Series,
+    where: str = "triples",
 ) -> Tensor:
     """A frame of label triples to (n, 3) int64 ids."""
     ends = pl.Series("label", entities, dtype=pl.String)

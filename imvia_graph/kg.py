@@ -117,8 +117,8 @@ class MultiViewKG:
 
     def __init__(
         self,
-        entities: Sequence[str],
-        relations: Sequence[str],
+        entities: Sequence[str] | pl.Series,
+        relations: Sequence[str] | pl.Series,
         train: Tensor,
         valid: Tensor | None = None,
         test: Tensor | None = None,
@@ -132,10 +132,11 @@ class MultiViewKG:
     ) -> None:
         self.name = name
         self.notes = list(notes)
-        self.entities = _checked_labels(entities, "entities")
-        self.relations = _checked_labels(relations, "relations")
-        self.entity_names = _checked_names(entity_names, self.entities, "entity_names")
-        self.relation_names = _checked_names(relation_names, self.relations, "relation_names")
+        # Columns; the lists of millions of Python strings are made when someone wants them.
+        self._entities = _checked_labels(entities, "entities")
+        self._relations = _checked_labels(relations, "relations")
+        self._entity_names = _checked_names(entity_names, self._entities, "entity_names")
+        self._relation_names = _checked_names(relation_names, self._relations, "relation_names")
         self.train = self._checked_triples(train, "train")
         self.valid = self._checked_triples(valid, "valid")
         self.test = self._checked_triples(test, "test")
@@ -305,15 +306,35 @@ class MultiViewKG:
 
     # -- what the graph holds -------------------------------------------------------------------
 
+    @cached_property
+    def entities(self) -> list[str]:
+        """Labels of the entities in id order."""
+        return self._entities.to_list()
+
+    @cached_property
+    def relations(self) -> list[str]:
+        """Labels of the relations in id order."""
+        return self._relations.to_list()
+
+    @property
+    def entity_names(self) -> list[str]:
+        """Display names of the entities in id order; the labels where there are none."""
+        return self.entities if self._entity_names is None else self._entity_names
+
+    @property
+    def relation_names(self) -> list[str]:
+        """Display names of the relations in id order; the labels where there are none."""
+        return self.relations if self._relation_names is None else self._relation_names
+
     @property
     def num_entities(self) -> int:
         """Number of entities."""
-        return len(self.entities)
+        return len(self._entities)
 
     @property
     def num_relations(self) -> int:
         """Number of relations, inverses not counted."""
-        return len(self.relations)
+        return len(self._relations)
 
     def triples(self, split: Split) -> Tensor:
         """The (n, 3) int64 triples of ``"train"``, ``"valid"`` or ``"test"``."""
@@ -470,7 +491,7 @@ class MultiViewKG:
         _files.write_label_table(
             folder / "relations.tsv", "relation", self.relations, self.relation_names
         )
-        entities = pl.Series(self.entities, dtype=pl.String)
+        entities = self._entities
         for part in PARTS:
             path = folder / f"{part}.tsv"
             if part in SPLITS or len(self.known):
@@ -519,8 +540,8 @@ class MultiViewKG:
         folder = Path(folder)
         about = _read_about(folder)
         frames = [_read_split(folder, part) for part in PARTS]
-        entities: list[str] = []
-        relations: list[str] = []
+        entities: list[str] | pl.Series = []
+        relations: list[str] | pl.Series = []
         triples: list[Tensor] = []
         entity_names = relation_names = None
         listed_entities = _files.inside(folder, "entities.tsv")
@@ -557,16 +578,16 @@ class MultiViewKG:
     def replace(self, **changes: Any) -> MultiViewKG:
         """The same graph with some constructor arguments changed; views may be given or kept."""
         arguments: dict[str, Any] = {
-            "entities": self.entities,
-            "relations": self.relations,
+            "entities": self._entities,
+            "relations": self._relations,
             "train": self.train,
             "valid": self.valid,
             "test": self.test,
             "known": self.known,
             "views": {modality: self._views(modality) for modality in self.modalities},
             "name": self.name,
-            "entity_names": self.entity_names,
-            "relation_names": self.relation_names,
+            "entity_names": self._entity_names,
+            "relation_names": self._relation_names,
             "notes": self.notes,
         }
         return MultiViewKG(**{**arguments, **changes})
@@ -605,8 +626,8 @@ def _label_frame(triples: Iterable[Sequence[str]], split: Split) -> pl.DataFrame
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-def _checked_labels(labels: Sequence[str], what: str) -> list[str]:
-    listed = list(labels)
+def _checked_labels(labels: Sequence[str] | pl.Series, what: str) -> pl.Series:
+    listed = labels if isinstance(labels, pl.Series) else list(labels)
     try:
         column = pl.Series(what, listed, dtype=pl.String)
         wrong = (column.is_null() | (column == "")).arg_true()
@@ -625,12 +646,12 @@ def _checked_labels(labels: Sequence[str], what: str) -> list[str]:
     if not column.is_unique().all():
         twice = listed[int((~column.is_first_distinct()).arg_true()[0])]
         raise DataError(f"{what}: the label {twice!r} stands more than once; labels are distinct.")
-    return listed
+    return column
 
 
-def _checked_names(names: Sequence[str] | None, labels: list[str], what: str) -> list[str]:
+def _checked_names(names: Sequence[str] | None, labels: pl.Series, what: str) -> list[str] | None:
     if names is None:
-        return labels
+        return None
     if len(names) != len(labels):
         raise DataError(f"{what}: expected {len(labels)} names, received {len(names)}.")
     return [str(name) or label for name, label in zip(names, labels, strict=True)]
@@ -680,7 +701,7 @@ def _read_split(folder: Path, split: Split) -> pl.DataFrame:
     return pl.DataFrame(schema=dict.fromkeys(_files.TRIPLE_COLUMNS, pl.String))
 
 
-def _read_views(path: Path, entities: Sequence[str]) -> Views:
+def _read_views(path: Path, entities: Sequence[str] | pl.Series) -> Views:
     folder = path.parent.parent
     path = _files.inside(folder, f"views/{path.name}")
     table = _files.inside(folder, f"views/{path.stem}.csv")

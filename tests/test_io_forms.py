@@ -621,7 +621,7 @@ def test_labels_of_one_hash_are_told_apart(monkeypatch):
     monkeypatch.setattr(pl.Series, "hash", lambda self: pl.Series([7] * len(self), dtype=pl.UInt64))
     frame = pl.DataFrame({"head": ["b", "a"], "relation": ["r", "r"], "tail": ["a", "c"]})
     entities, relations, triples = _labels.index_triples([frame])
-    assert (entities, relations) == (["b", "a", "c"], ["r"])
+    assert (entities.to_list(), relations.to_list()) == (["b", "a", "c"], ["r"])
     assert triples[0].tolist() == [[0, 0, 1], [1, 0, 2]]
     assert _labels.encode_labels(["c", "b"], entities, "here").tolist() == [2, 0]
 

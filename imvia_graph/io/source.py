@@ -34,8 +34,8 @@ class Source:
     """
 
     took: str
-    entities: Sequence[str]
-    relations: Sequence[str]
+    entities: Sequence[str] | pl.Series
+    relations: Sequence[str] | pl.Series
     parts: dict[Split, Tensor]
     whole: bool = False
     views: Mapping[str, Views] = field(default_factory=dict)
@@ -68,11 +68,11 @@ def from_frames(
     parts = [frames[split] for split in splits]
     if entities is None or relations is None:
         found_entities, found_relations, triples = index_triples(parts)
-        entities = found_entities if entities is None else list(entities)
-        relations = found_relations if relations is None else list(relations)
-        if entities is found_entities and relations is found_relations:
+        if entities is None and relations is None:
             given = dict(zip(splits, triples, strict=True))
-            return Source(took, entities, relations, given, whole, options=options)
+            return Source(took, found_entities, found_relations, given, whole, options=options)
+        entities = found_entities.to_list() if entities is None else entities
+        relations = found_relations.to_list() if relations is None else relations
     encoded = {
         split: encode_triples(frame, entities, relations, f"{took}: {split}")
         for split, frame in zip(splits, parts, strict=True)
