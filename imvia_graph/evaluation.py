@@ -6,7 +6,7 @@ answers of the query left out: the "realistic" rank, the mean of the optimistic 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -188,7 +188,9 @@ def rank(
     )
 
 
-def score_all(model: IMVIA, entity: Tensor, relation: Tensor, batch_size: int):  # type: ignore[no-untyped-def]
+def score_all(
+    model: IMVIA, entity: Tensor, relation: Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Yield (positions, scores by head) of queries against all entities, batch by batch.
 
     With ``candidates="relation"`` queries are taken relation by relation, and the candidate tables
