@@ -11,8 +11,9 @@ class Dropout(nn.Dropout):
     """``torch.nn.Dropout``, with 16 random bits an element where it runs on a CPU.
 
     torch's own draws an element at a time there: 27 ms for 34 matrices of 256 x 256 in bfloat16 on
-    one thread (torch 2.15, AMD EPYC with AVX512-BF16), against 4 ms here. The probability is rounded to a
-    multiple of 2^-16, and what is kept is scaled by the rounded one, so the mean stays exact.
+    one thread (torch 2.15, AMD EPYC with AVX512-BF16), against 4 ms here. The probability is
+    rounded to a multiple of 2^-16, and what is kept is scaled by the rounded one, so the mean stays
+    exact.
 
     Examples
     --------
