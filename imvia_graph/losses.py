@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations, permutations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from imvia_graph._factored import FactoredCompletion, Terms
 from imvia_graph.errors import SettingsError
 
 #: exp of this is the largest inverse temperature, as in CLIP.
@@ -57,7 +59,9 @@ class MutualInformation(nn.Module):
 
     def __init__(self, modalities: Sequence[str], feats: int, hidden_feats: int = 128) -> None:
         super().__init__()
+        self.modalities = list(modalities)
         self.pairs = list(permutations(modalities, 2))
+        #: One a pair, in the order of ``pairs``: all of the first modality, all of the second, …
         self.estimators = nn.ModuleList(GaussianEstimator(feats, hidden_feats) for _ in self.pairs)
 
     def forward(
@@ -78,33 +82,66 @@ class MutualInformation(nn.Module):
         Tensor
             A scalar; 0 where there is nothing to bound.
         """
-        total = _zero(embeddings)
-        for estimator, (x, y) in self._present_pairs(embeddings, present):
-            shuffled = y[torch.randperm(len(y), device=y.device)]
-            mean, log_variance = estimator(x)
-            gain = log_likelihood(y, mean, log_variance)
-            total = total + (gain - log_likelihood(shuffled, mean, log_variance)).mean()
-        return total
+        return self.both(embeddings, present)[0]
 
     def estimation_loss(
         self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Negative log-likelihood of the estimators on detached embeddings; arguments as above."""
-        total = _zero(embeddings)
-        for estimator, (x, y) in self._present_pairs(embeddings, present):
-            total = total - log_likelihood(y.detach(), *estimator(x.detach())).mean()
-        return total
+        detached = {name: embedding.detach() for name, embedding in embeddings.items()}
+        return self.both(detached, present)[1]
 
-    def _present_pairs(
-        self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
-    ) -> list[tuple[GaussianEstimator, tuple[Tensor, Tensor]]]:
-        found = []
-        for estimator, (m, n) in zip(self.estimators, self.pairs, strict=True):
-            x, y = _present_rows(embeddings, present, m, n)
-            if len(x):
-                assert isinstance(estimator, GaussianEstimator)
-                found.append((estimator, (x, y)))
-        return found
+    def both(
+        self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """L1 and the estimation loss from one pass through the estimators; arguments as above.
+
+        Here the second is not detached from what the estimators see: who trains asks for the
+        gradients of the model from the first and for the estimators' from the second.
+        """
+        if not self.pairs:
+            return _zero(embeddings), _zero(embeddings)
+        mean, log_variance = self._moments(embeddings)
+        # All pairs at once: (P, B, d).
+        y = torch.stack([embeddings[n] for _, n in self.pairs])
+        rows = torch.stack([_present_mask(embeddings, present, *pair) for pair in self.pairs])
+        share = rows.to(y.dtype) / rows.sum(1, keepdim=True).clamp(min=1)
+        shuffled = y.gather(1, _shuffle(rows)[..., None].expand_as(y))
+        precision = (-log_variance).exp()
+        # log q(y|x) - log q(y'|x): the squares of the means and the log-variances cancel.
+        gain = -0.5 * ((y - shuffled) * (y + shuffled - 2 * mean) * precision).sum(-1)
+        surprise = 0.5 * ((y.detach() - mean) ** 2 * precision + log_variance).sum(-1)
+        return (gain * share).sum(), (surprise * share).sum()
+
+    def _moments(self, embeddings: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(P, B, d) means and log-variances, those of one modality's estimators in two products."""
+        means, log_variances = [], []
+        estimators: list[Any] = list(self.estimators)
+        others = len(self.modalities) - 1
+        for first, name in enumerate(self.modalities):
+            x, mine = embeddings[name], estimators[first * others : (first + 1) * others]
+            networks = [part.mean for part in mine] + [part.log_variance for part in mine]
+            weight = torch.cat([network[0].weight for network in networks])
+            bias = torch.cat([network[0].bias for network in networks])
+            hidden = functional.linear(x, weight, bias).relu()
+            hidden = hidden.unflatten(1, (len(networks), -1)).transpose(0, 1)
+            out = hidden @ torch.stack([network[2].weight.T for network in networks])
+            bias = torch.stack([network[2].bias for network in networks])
+            mean, log_variance = (out.to(x.dtype) + bias[:, None]).split(others)
+            means.append(mean)
+            log_variances.append(log_variance.tanh())
+        return torch.cat(means), torch.cat(log_variances)
+
+
+def _shuffle(rows: Tensor) -> Tensor:
+    """(P, B) int64: a random permutation of the rows that are True; others go anywhere.
+
+    Without asking how many they are, which a GPU would have to be waited for.
+    """
+    place = torch.argsort(~rows, dim=1, stable=True)
+    drawn = torch.rand(rows.shape, device=rows.device)
+    order = torch.argsort(torch.where(rows, drawn, 2.0), dim=1)
+    return torch.empty_like(order).scatter_(1, place, order)
 
 
 class GaussianEstimator(nn.Module):
@@ -119,11 +156,6 @@ class GaussianEstimator(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, feats) means and log-variances given (B, feats)."""
         return self.mean(x), self.log_variance(x)
-
-
-def log_likelihood(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """(B,) log-density of a diagonal Gaussian, up to the constant that cancels in the bound."""
-    return -0.5 * ((y - mean) ** 2 / log_variance.exp() + log_variance).sum(-1)
 
 
 def _perceptron(feats: int, hidden_feats: int) -> nn.Sequential:
@@ -200,20 +232,19 @@ class Alignment(nn.Module):
         function = ALIGNMENTS[self.form]
         total = _zero(embeddings)
         for m, n in combinations(embeddings, 2):
-            rows = _present_mask(present, m, n)
-            x, y = embeddings[m], embeddings[n]
-            same = entity
-            if rows is not None:
-                x, y = x[rows], y[rows]
-                same = None if entity is None else entity[rows]
-            if len(x):
-                # Both forms are symmetric: (m, n) and (n, m) of the sum are one term, twice.
-                total = total + 2 * function(x, y, self.temperature, same)
+            rows = None if present is None else _present_mask(embeddings, present, m, n)
+            # Both forms are symmetric: (m, n) and (n, m) of the sum are one term, twice.
+            pair = function(embeddings[m], embeddings[n], self.temperature, entity, rows)
+            total = total + 2 * pair
         return total / max(len(embeddings), 1)
 
 
 def contrastive_alignment(
-    x: Tensor, y: Tensor, temperature: Tensor | float, entity: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    temperature: Tensor | float,
+    entity: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     r"""Contrastive alignment of two modalities, in both directions, as in CLIP.
 
@@ -233,17 +264,22 @@ def contrastive_alignment(
     temperature : Tensor or float
     entity : Tensor, optional
         (B,) int64: rows j other than i of the same entity are left out of the sums.
+    present : Tensor, optional
+        (B,) bool: the rows that take part. Default: all.
     """
-    similarity = functional.normalize(x, dim=-1) @ functional.normalize(y, dim=-1).T / temperature
-    similarity = _without_twins(similarity, entity)
-    target = torch.arange(len(x), device=x.device)
-    forward = functional.cross_entropy(similarity, target)
-    backward = functional.cross_entropy(similarity.T, target)
-    return forward + backward
+    similarity = functional.normalize(x, dim=-1) @ functional.normalize(y, dim=-1).T
+    similarity = _comparable(similarity.to(x.dtype) / temperature, entity, present)
+    forward, backward = similarity.logsumexp(dim=1), similarity.logsumexp(dim=0)
+    total = (forward + backward - 2 * similarity.diagonal()).sum()
+    return total / _num_present(similarity, present)
 
 
 def printed_alignment(
-    x: Tensor, y: Tensor, temperature: Tensor | float, entity: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    temperature: Tensor | float,
+    entity: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     r"""Eq. 5 as printed: cross-entropy between the two directions' distributions, both ways.
 
@@ -254,24 +290,35 @@ def printed_alignment(
 
     Parameters are those of `contrastive_alignment`; rows keep their length.
     """
-    similarity = _without_twins(x @ y.T / temperature, entity)
+    similarity = _comparable((x @ y.T).to(x.dtype) / temperature, entity, present)
     log_p = similarity.log_softmax(dim=1)
     log_q = similarity.T.log_softmax(dim=1)
     p, q = log_p.exp(), log_q.exp()
     # A twin has probability 0 and logarithm -inf; 0 log 0 is 0.
     log_p, log_q = (part.masked_fill(part == -torch.inf, 0.0) for part in (log_p, log_q))
-    return -(p * log_q + q * log_p).sum(dim=1).mean()
+    return -(p * log_q + q * log_p).sum() / _num_present(similarity, present)
 
 
 ALIGNMENTS = {"contrastive": contrastive_alignment, "printed": printed_alignment}
 
 
-def _without_twins(similarity: Tensor, entity: Tensor | None) -> Tensor:
-    if entity is None:
+def _comparable(similarity: Tensor, entity: Tensor | None, present: Tensor | None) -> Tensor:
+    """(B, B) similarities, -inf of rows not to be compared.
+
+    A row that takes no part is left with itself alone, which is no loss in either form.
+    """
+    if entity is None and present is None:
         return similarity
-    twins = entity[:, None] == entity
-    twins.fill_diagonal_(False)
-    return similarity.masked_fill(twins, -torch.inf)
+    apart = torch.zeros_like(similarity, dtype=torch.bool)
+    if entity is not None:
+        apart |= entity[:, None] == entity
+    if present is not None:
+        apart |= ~(present[:, None] & present)
+    return similarity.masked_fill(apart.fill_diagonal_(False), -torch.inf)
+
+
+def _num_present(similarity: Tensor, present: Tensor | None) -> Tensor | int:
+    return len(similarity) if present is None else present.sum().clamp(min=1)
 
 
 # -- L3: completion -------------------------------------------------------------------------------
@@ -361,13 +408,78 @@ def completion(
     >>> completion(scores, positives) / 2  # log 4 a head
     tensor(1.3863)
     """
+    _check_loss(loss)
+    function = COMPLETIONS[loss]
+    parts = [function(part, positives, label_smoothing) for part in scores.values()]
+    return torch.stack(parts).sum()
+
+
+def factored_completion(
+    queries: Sequence[Tensor],
+    candidates: Sequence[Tensor],
+    positives: Positives,
+    weights: Tensor | None = None,
+    loss: str = "softmax",
+    label_smoothing: float = 0.0,
+    detached: bool = False,
+) -> Tensor:
+    r"""L3 of heads whose scores are inner products, and of their decision.
+
+    The value and the gradients of `completion` of the scores :math:`S_m = Q_m C_m^\top` and
+    :math:`\sum_m w_m S_m`, at a fraction of its time and memory: the gradients are made along with
+    the loss, and the scores turn into theirs in place.
+
+    Parameters
+    ----------
+    queries, candidates : sequence of Tensor
+        (B, d) and (N, d) of each of the M heads.
+    positives : Positives
+    weights : Tensor, optional
+        (B, M): those of the decision. Default: there is no decision.
+    loss : {"softmax", "binary"}, optional
+    label_smoothing : float, optional
+    detached : bool, optional
+        Whether the heads learn nothing from the decision.
+
+    Returns
+    -------
+    Tensor
+        A scalar. Where autocast is on, products are in its dtype.
+
+    Raises
+    ------
+    SettingsError
+        An unknown loss.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.losses import Positives, factored_completion
+    >>> queries, candidates = [torch.zeros(2, 8)], [torch.rand(4, 8)]
+    >>> positives = Positives(row=torch.tensor([0, 1]), col=torch.tensor([3, 0]))
+    >>> factored_completion(queries, candidates, positives)  # log 4
+    tensor(1.3863)
+    """
+    _check_loss(loss)
+    tensors = [*queries, *candidates]
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    order = torch.argsort(positives.row, stable=True)
+    row, col = positives.row[order], positives.col[order]
+    terms = Terms(
+        loss, label_smoothing, detached, dtype, len(queries[0]), len(candidates[0]), len(row)
+    )
+    total: Tensor = FactoredCompletion.apply(row, col, weights, terms, *tensors)
+    return total
+
+
+def _check_loss(loss: str) -> None:
     if loss not in COMPLETIONS:
         raise SettingsError(
             f"completion: unknown loss {loss!r}; expected one of {', '.join(COMPLETIONS)}."
         )
-    function = COMPLETIONS[loss]
-    parts = [function(part, positives, label_smoothing) for part in scores.values()]
-    return torch.stack(parts).sum()
 
 
 # -- Eq. 8 ----------------------------------------------------------------------------------------
@@ -401,19 +513,13 @@ def _zero(embeddings: Mapping[str, Tensor]) -> Tensor:
     return first.new_zeros(())
 
 
-def _present_mask(present: Mapping[str, Tensor] | None, m: str, n: str) -> Tensor | None:
-    """(B,) bool of the rows that have both modalities; None for all."""
-    if present is None:
-        return None
-    masks = [present[name] for name in (m, n) if name in present]
-    if not masks:
-        return None
-    return masks[0] if len(masks) == 1 else masks[0] & masks[1]
-
-
-def _present_rows(
+def _present_mask(
     embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None, m: str, n: str
-) -> tuple[Tensor, Tensor]:
-    rows = _present_mask(present, m, n)
-    x, y = embeddings[m], embeddings[n]
-    return (x, y) if rows is None else (x[rows], y[rows])
+) -> Tensor:
+    """(B,) bool of the rows that have both modalities."""
+    first = embeddings[m]
+    rows = torch.ones(len(first), dtype=torch.bool, device=first.device)
+    for name in (m, n):
+        if present is not None and name in present:
+            rows = rows & present[name]
+    return rows

@@ -156,14 +156,16 @@ class IMVIA(nn.Module):
             for i, modality in enumerate(self.modalities)
         }
 
-    def embed(self, entity: Tensor, relation: Tensor | None = None) -> Embedding:
-        """Embeddings of (B,) entities under (B,) relations, or one relation, or none."""
-        structure = self.entity(entity)
+    def embed(self, entity: Tensor | None = None, relation: Tensor | None = None) -> Embedding:
+        """Embeddings of (B,) entities, or all, under (B,) relations, or one relation, or none."""
+        structure = _rows(self.entity, entity)
         rel_feat = None if relation is None else self.relation[0](relation)
         heads = {STRUCTURE: structure}
+        if entity is None:
+            entity = torch.arange(self.num_entities, device=self.device)
         heads.update(self.encoder.encode(self.views, entity, structure, rel_feat))
         for modality, table in zip(self.modalities, self.residual, strict=False):
-            heads[modality] = heads[modality] + table(entity)
+            heads[modality] = heads[modality] + _rows(table, entity)
         if self.joint is not None:
             heads[JOINT] = self.joint(stack(heads))
         return Embedding(heads, views_present(self.views, entity))
@@ -192,8 +194,6 @@ class IMVIA(nn.Module):
         entity : Tensor, optional
             (N,) int64 candidates; None for all entities.
         """
-        if entity is None:
-            entity = torch.arange(self.num_entities, device=self.device)
         return self.embed(entity, relation).heads
 
     def scores(
@@ -216,16 +216,37 @@ class IMVIA(nn.Module):
 
     def decide(self, scores: Sequence[Tensor], relation: Tensor) -> Tensor:
         """The relation-aware decision over the heads' scores."""
-        if self.decision is None:
-            return scores[0]
-        if self.settings.decision == "mean":
-            return torch.stack(list(scores)).mean(0)
-        rel_feat = self.relation[0](relation)
         if self.settings.decision == "detached":
             scores = [score.detach() for score in scores]
-            rel_feat = rel_feat.detach()
-        decided: Tensor = self.decision(rel_feat, scores)
+        weights = self.decision_weights(relation)
+        decided = scores[0] * weights[:, :1].to(scores[0].dtype)
+        for m, score in enumerate(scores[1:], start=1):
+            decided = decided + score * weights[:, m, None].to(score.dtype)
         return decided
+
+    def decision_weights(self, relation: Tensor) -> Tensor:
+        """(B, heads) weights of the heads in the decision under (B,) relations; rows sum to 1."""
+        if self.decision is None or self.settings.decision == "mean":
+            return self.entity.weight.new_full(
+                (len(relation), len(self.heads)), 1 / len(self.heads)
+            )
+        rel_feat = self.relation[0](relation)
+        if self.settings.decision == "detached":
+            rel_feat = rel_feat.detach()
+        weights: Tensor = self.decision.weights(rel_feat)
+        return weights
+
+    @property
+    def learns_decision(self) -> bool:
+        """Whether the decision has weights to learn; one head, or the mean of all, has not."""
+        return self.decision is not None and self.settings.decision != "mean"
+
+
+def _rows(table: nn.Module, entity: Tensor | None) -> Tensor:
+    """Rows of an embedding table, or the table."""
+    assert isinstance(table, nn.Embedding)
+    rows: Tensor = table.weight if entity is None else table(entity)
+    return rows
 
 
 def inner(query: Tensor, candidate: Tensor) -> Tensor:

@@ -75,8 +75,10 @@ class Settings(BaseModel):
         description="Relation-aware decision over the heads: trained with them, trained on their"
         " scores as given (detached), or their plain mean.",
     )
-    backend: Literal["auto", "reference", "torch_scatter"] = Field(
-        "auto", description="What aggregates views: plain torch, torch-scatter, or the best there."
+    backend: Literal["auto", "reference", "torch_scatter", "numba", "triton"] = Field(
+        "auto",
+        description="What aggregates views: plain torch, torch-scatter, one pass on the CPU (numba)"
+        " or the GPU (triton), or the fastest there is.",
     )
     batch_norm: bool = Field(True, description="Batch normalisation in the Tucker decoder.")
     input_dropout: float = Field(0.3, ge=0, lt=1, description="Dropout on the query's entity.")

@@ -21,7 +21,7 @@ from imvia_graph.answers import AnswerIndex, with_inverses
 from imvia_graph.errors import IMVIAError, SettingsError
 from imvia_graph.evaluation import rank, rank_metrics
 from imvia_graph.kg import MultiViewKG
-from imvia_graph.losses import Positives, completion, total_loss
+from imvia_graph.losses import Positives, completion, factored_completion, total_loss
 from imvia_graph.model import DECISION, IMVIA
 from imvia_graph.settings import Settings
 
@@ -70,6 +70,15 @@ class Batch:
     positives: Positives
     candidate: Tensor | None = None
 
+    def of(self, rows: Tensor) -> Batch:
+        """The batch of some of the queries."""
+        place = torch.full_like(self.entity, -1)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        row = place[self.positives.row]
+        positives = Positives(row[row >= 0], self.positives.col[row >= 0])
+        candidate = None if self.candidate is None else self.candidate[rows]
+        return Batch(self.entity[rows], self.relation[rows], positives, candidate)
+
 
 class Trainer:
     """Trains a model on the training triples of a graph.
@@ -112,6 +121,7 @@ class Trainer:
         self.precision = training_dtype(settings, model.device)
         self.known = kg.answers()
         estimators = [] if model.information is None else list(model.information.parameters())
+        self.estimators = estimators
         theirs = {id(parameter) for parameter in estimators}
         ours = [p for p in model.parameters() if id(p) not in theirs]
         self.parameters = ours
@@ -192,18 +202,20 @@ class Trainer:
         ):
             losses, estimation = self.losses(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses["loss"]).backward()
+        # The estimators of L1 learn from their own loss alone, and the model not from that.
+        learns = estimation is not None and estimation.requires_grad
+        self.scaler.scale(losses["loss"]).backward(inputs=self.parameters, retain_graph=learns)
+        if learns:
+            assert self.estimator_optimizer is not None
+            assert estimation is not None
+            self.estimator_optimizer.zero_grad(set_to_none=True)
+            estimation.backward(inputs=self.estimators)
+            self.estimator_optimizer.step()
         if self.settings.gradient_clip is not None:
             self.scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.parameters, self.settings.gradient_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        # Without two modalities in any row of the batch there is nothing to estimate.
-        if self.estimator_optimizer is not None and estimation is not None and estimation.grad_fn:
-            # After the model's step: its backward has left gradients on the estimators, too.
-            self.estimator_optimizer.zero_grad(set_to_none=True)
-            estimation.backward()
-            self.estimator_optimizer.step()
         return {name: value.detach() for name, value in losses.items()}
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -215,14 +227,12 @@ class Trainer:
         l1 = l2 = l3.new_zeros(())
         estimation = None
         sources = {name: embedding.heads[name] for name in model.heads[: 1 + len(model.modalities)]}
-        # These are sums and differences of likelihoods and want float32.
-        with torch.autocast(model.device.type, enabled=False):
-            sources = {name: value.float() for name, value in sources.items()}
-            if model.alignment is not None and settings.lambda_alignment:
-                l2 = model.alignment(sources, batch.entity, embedding.present)
-            if model.information is not None and settings.lambda_information:
-                l1 = model.information(sources, embedding.present)
-                estimation = model.information.estimation_loss(sources, embedding.present)
+        # Autocast makes the products in them; the sums over what comes of those want float32.
+        sources = {name: value.float() for name, value in sources.items()}
+        if model.alignment is not None and settings.lambda_alignment:
+            l2 = model.alignment(sources, batch.entity, embedding.present)
+        if model.information is not None and settings.lambda_information:
+            l1, estimation = model.information.both(sources, embedding.present)
         total = total_loss(
             l1,
             l2,
@@ -236,41 +246,42 @@ class Trainer:
 
     def _completion(self, batch: Batch, queries: dict[str, Tensor]) -> Tensor:
         """L3 of a batch; with ``candidates="relation"`` the tables are made a relation."""
-        model, settings = self.model, self.settings
-        if settings.candidates == "shared":
-            return self._head_losses(
-                model.scores(queries, self._candidates(batch), batch.relation), batch.positives
-            )
-        total = torch.zeros((), device=model.device)
+        if self.settings.candidates == "shared":
+            return self._part(batch, queries)
+        total = torch.zeros((), device=self.model.device)
         for one in batch.relation.unique():
             rows = (batch.relation == one).nonzero().flatten()
-            tables = self._candidates(batch, one, rows)
             mine = {head: query[rows] for head, query in queries.items()}
-            scores = model.scores(mine, tables, batch.relation[rows])
-            place = torch.full_like(batch.relation, -1)
-            place[rows] = torch.arange(len(rows), device=model.device)
-            row = place[batch.positives.row]
-            positives = Positives(row[row >= 0], batch.positives.col[row >= 0])
-            total = total + self._head_losses(scores, positives) * (len(rows) / len(batch.entity))
+            part = self._part(batch.of(rows), mine, one)
+            total = total + part * (len(rows) / len(batch.entity))
         return total
 
-    def _candidates(
-        self, batch: Batch, relation: Tensor | None = None, rows: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def _part(
+        self, batch: Batch, queries: dict[str, Tensor], relation: Tensor | None = None
+    ) -> Tensor:
+        """L3 of queries whose candidates are the same, or are sampled for each."""
+        model, settings = self.model, self.settings
         if batch.candidate is None:
-            return self.model.candidates(relation)
-        candidate = batch.candidate if rows is None else batch.candidate[rows]
+            tables = model.candidates(relation)
+            learns = model.learns_decision
+            return factored_completion(
+                [queries[head] for head in model.heads],
+                [tables[head] for head in model.heads],
+                batch.positives,
+                model.decision_weights(batch.relation) if learns else None,
+                settings.loss,
+                settings.label_smoothing,
+                settings.decision == "detached",
+            )
         # Each entity is embedded once, however many queries it is a candidate of.
-        distinct, place = candidate.unique(return_inverse=True)
-        tables = self.model.candidates(relation, distinct)
-        return {head: table[place] for head, table in tables.items()}
-
-    def _head_losses(self, scores: dict[str, Tensor], positives: Positives) -> Tensor:
-        # The decision is learned with the heads; one head alone is its own decision, and the mean
-        # has nothing to learn.
-        if len(scores) == 2 or self.settings.decision == "mean":
-            scores = {name: score for name, score in scores.items() if name != DECISION}
-        return completion(scores, positives, self.settings.loss, self.settings.label_smoothing)
+        distinct, place = batch.candidate.unique(return_inverse=True)
+        tables = model.candidates(relation, distinct)
+        scores = model.scores(
+            queries, {head: table[place] for head, table in tables.items()}, batch.relation
+        )
+        if not model.learns_decision:
+            del scores[DECISION]
+        return completion(scores, batch.positives, settings.loss, settings.label_smoothing)
 
     def validate(self) -> dict[str, float]:
         """Metrics of both sides on the validation triples; keeps the state if they are the best."""

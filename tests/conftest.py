@@ -21,7 +21,9 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", pytest.param("torch_scatter", marks=needs_torch_scatter)])
+@pytest.fixture(
+    params=["reference", pytest.param("torch_scatter", marks=needs_torch_scatter), "numba"]
+)
 def backend(request):
     """Each backend of `ops.gated_view_aggregate` that is installed."""
     return request.param

@@ -9,6 +9,8 @@ import torch
 from conftest import randomised
 from reference import assert_agree, numbers, tensor
 
+import imvia_graph as ig
+from imvia_graph import _factored
 from imvia_graph.losses import (
     Alignment,
     MutualInformation,
@@ -16,6 +18,7 @@ from imvia_graph.losses import (
     binary_completion,
     completion,
     contrastive_alignment,
+    factored_completion,
     printed_alignment,
     softmax_completion,
     total_loss,
@@ -63,11 +66,13 @@ def test_mutual_information_is_the_sampled_club_bound(masked):
     found = information(embeddings, present or None)
 
     torch.manual_seed(7)
+    drawn = torch.rand(6, 6)  # a number a pair and row, by which its rows are sorted
     expected = 0.0
-    for estimator, (m, n) in zip(information.estimators, permutations(names, 2), strict=True):
+    pairs = permutations(names, 2)
+    for estimator, (m, n), numbers_drawn in zip(information.estimators, pairs, drawn, strict=True):
         rows = rows_with(present, m, n, 6)
         x, y = ([numbers(embeddings[name])[i] for i in rows] for name in (m, n))
-        shuffle = torch.randperm(len(rows)).tolist()
+        shuffle = torch.argsort(numbers_drawn[rows]).tolist()
         expected = expected + loops.club(x, y, shuffle, *estimator_networks(estimator))
     assert_agree(found, tensor(expected), [*embeddings.values(), *information.parameters()])
 
@@ -295,6 +300,127 @@ def test_completion_is_the_sum_over_heads(loss):
     found = completion(scores, POSITIVES, loss, 0.1)
     expected = sum(COMPLETION[loss][1](numbers(part), PAIRS, 0.1) for part in scores.values())
     assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+# -- L3 without scores ----------------------------------------------------------------------------
+
+
+def factored_case(heads, dtype, size=5):
+    """Queries (3, 4) and candidates (5, 4) a head, and weights."""
+    queries = [torch.randn(3, 4, dtype=dtype, requires_grad=True) for _ in range(heads)]
+    candidates = [torch.randn(size, 4, dtype=dtype, requires_grad=True) for _ in range(heads)]
+    return queries, candidates, torch.rand(3, heads, dtype=dtype, requires_grad=True)
+
+
+def plainly(queries, candidates, weights, loss, smoothing, detached=False):
+    """The same from `completion`, scores and all."""
+    scores = {m: q @ c.T for m, (q, c) in enumerate(zip(queries, candidates, strict=True))}
+    if weights is not None:
+        parts = [score.detach() if detached else score for score in scores.values()]
+        scores["decision"] = sum(
+            weights[:, m, None].to(part.dtype) * part for m, part in enumerate(parts)
+        )
+    return completion(scores, POSITIVES, loss, smoothing)
+
+
+@pytest.fixture(params=["at-once", "in-blocks"])
+def blocks(request, monkeypatch):
+    """All queries at a time, or one."""
+    if request.param == "in-blocks":
+        monkeypatch.setattr(_factored, "SCORES_AT_A_TIME", 1)
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def kernel(request, monkeypatch):
+    """With the compiled loops, or as where they do not load."""
+    if request.param == "plain":
+        monkeypatch.setattr(_factored._kernels, "load", lambda name: None)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("loss", COMPLETION)
+def test_factored_completion_is_the_completion_of_the_scores(
+    blocks, loss, smoothing, heads, detached
+):
+    queries, candidates, weights = factored_case(heads, torch.float64)
+    found = factored_completion(queries, candidates, POSITIVES, weights, loss, smoothing, detached)
+    expected = plainly(queries, candidates, weights, loss, smoothing, detached)
+    assert_agree(found, expected, [*queries, *candidates, weights])
+
+
+@pytest.mark.parametrize("loss", COMPLETION)
+def test_factored_completion_without_a_decision_matches_the_loop(blocks, loss):
+    queries, candidates, _ = factored_case(2, torch.float64)
+    found = factored_completion(queries, candidates, POSITIVES, None, loss, 0.1)
+    expected = sum(
+        COMPLETION[loss][1](numbers(q @ c.T), PAIRS, 0.1)
+        for q, c in zip(queries, candidates, strict=True)
+    )
+    assert_agree(found, tensor(expected), [*queries, *candidates])
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("decided", [False, True])
+@pytest.mark.parametrize("size", [5, 333])
+@pytest.mark.parametrize("loss", COMPLETION)
+def test_factored_completion_in_float32(kernel, blocks, loss, size, decided, detached):
+    queries, candidates, weights = factored_case(3, torch.float32, size)
+    inputs = [*queries, *candidates, *([weights] if decided else [])]
+    given = weights if decided else None
+    found = factored_completion(queries, candidates, POSITIVES, given, loss, 0.1, detached)
+    in_double = [part.detach().double().requires_grad_() for part in inputs]
+    parts = in_double[:3], in_double[3:6], in_double[6] if decided else None
+    expected = plainly(*parts, loss, 0.1, detached)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad(3 * found, inputs)
+    right = torch.autograd.grad(3 * expected, in_double)
+    for one, other in zip(gradients, right, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", COMPLETION)
+def test_factored_completion_under_autocast_is_close(kernel, loss, dtype):
+    queries, candidates, weights = factored_case(2, torch.float32, 999)
+    inputs = [*queries, *candidates, weights]
+    expected = plainly(queries, candidates, weights, loss, 0.1)
+    with torch.autocast("cpu", dtype):
+        found = factored_completion(queries, candidates, POSITIVES, weights, loss, 0.1)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    gradients = (torch.autograd.grad(part, inputs) for part in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_factored_completion_does_not_hide_what_is_not_finite(kernel, value):
+    queries, candidates, weights = factored_case(2, torch.float32)
+    with torch.no_grad():
+        candidates[1][4, 0] = value
+    loss = factored_completion(queries, candidates, POSITIVES, weights, "softmax", 0.1)
+    assert not loss.isfinite()
+    loss.backward()
+    assert not queries[1].grad.isfinite().all()
+
+
+def test_factored_completion_of_large_scores_is_finite(kernel):
+    queries = [torch.tensor([[1e4], [-1e4], [1.0]], requires_grad=True)]
+    candidates = [torch.tensor([[1.0], [-1.0], [0.0], [0.5], [0.3]], requires_grad=True)]
+    loss = factored_completion(queries, candidates, POSITIVES, None, "softmax", 0.1)
+    loss.backward()
+    assert loss.isfinite()
+    assert queries[0].grad.isfinite().all()
+    torch.testing.assert_close(loss, plainly(queries, candidates, None, "softmax", 0.1))
+
+
+def test_factored_completion_names_an_unknown_loss():
+    with pytest.raises(ig.SettingsError, match=r"'hinge'.*softmax"):
+        factored_completion(*factored_case(1, torch.float32)[:2], POSITIVES, None, "hinge")
 
 
 # -- Eq. 8 ----------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Eq. 2 and 3 as segment operations: against the loop, and at the edges of what floats hold."""
 
+import os
+
 import pytest
 import torch
 from conftest import needs_torch_scatter
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from reference import aggregate, assert_agree, numbers, tensor, view_weights
 
 from imvia_graph.errors import IMVIAError
-from imvia_graph.ops import BACKENDS, gated_view_aggregate, scatter
+from imvia_graph.ops import BACKENDS, fused_cpu, gated_view_aggregate, scatter
 
 
 def case(counts, entity, d, dtype=torch.float64):
@@ -91,7 +93,7 @@ def test_weights_sum_to_one_and_stay_within_a_factor_e_squared(counts, d, seed, 
     torch.manual_seed(seed)
     entity = data.draw(st.lists(st.integers(0, len(counts) - 1), max_size=8))
     feat, ptr, entity, gate = case(counts, entity, d)
-    for name in {"reference", "torch_scatter" if scatter.usable(feat.device) else "reference"}:
+    for name in {"reference", "numba", "torch_scatter" if scatter.usable(feat.device) else "numba"}:
         _, weights = gated_view_aggregate(feat, ptr, entity, gate, backend=name, get_weight=True)
         assert weights.ptr[0] == 0
         assert weights.ptr[-1] == len(weights.weight)
@@ -151,15 +153,17 @@ def test_a_single_view_is_returned_as_it_is(backend):
 # -- backends among each other --------------------------------------------------------------------
 
 
-@needs_torch_scatter
+@pytest.mark.parametrize(
+    "other", [pytest.param("torch_scatter", marks=needs_torch_scatter), "numba"]
+)
 @pytest.mark.parametrize("d", [1, 3, 64, 257])
-def test_backends_agree_in_float32(d):
+def test_backends_agree_in_float32(d, other):
     counts = [0, 1, 2, 3, 17, 64, 0, 150, 300]
     entity = [8, 0, 1, 2, 3, 4, 5, 6, 7, 8, 2, 8]
     feat, ptr, entity, gate = case(counts, entity, d, torch.float32)
     direction = torch.randn(len(entity), d)
     results = []
-    for backend in ("reference", "torch_scatter"):
+    for backend in ("reference", other):
         inputs = feat.clone().requires_grad_(), gate.clone().requires_grad_()
         out, weights = gated_view_aggregate(
             inputs[0], ptr, entity, inputs[1], backend=backend, get_weight=True
@@ -172,14 +176,84 @@ def test_backends_agree_in_float32(d):
         assert (one - other).norm() <= 1e-6 * one.norm().clamp(min=1e-3)
 
 
-def test_auto_takes_a_backend_that_is_there(monkeypatch):
-    feat, ptr, entity, gate = case([3, 2], [0, 1], 4)
-    expected = gated_view_aggregate(feat, ptr, entity, gate, backend="reference")
-    torch.testing.assert_close(gated_view_aggregate(feat, ptr, entity, gate), expected)
+def test_auto_takes_what_is_there(monkeypatch):
+    arguments = case([3, 2], [0, 1], 4)
+
+    def auto_is(backend):
+        found = gated_view_aggregate(*arguments)
+        return torch.equal(found, gated_view_aggregate(*arguments, backend=backend))
+
+    assert auto_is("numba")
+    monkeypatch.setattr(fused_cpu, "usable", lambda feat, gate: False)
+    if scatter.usable(torch.device("cpu")):
+        assert auto_is("torch_scatter")
     monkeypatch.setattr(scatter, "_torch_scatter", lambda: ImportError("not here"))
-    assert torch.equal(gated_view_aggregate(feat, ptr, entity, gate), expected)
+    assert auto_is("reference")
     with pytest.raises(IMVIAError, match="torch-scatter"):
-        gated_view_aggregate(feat, ptr, entity, gate, backend="torch_scatter")
+        gated_view_aggregate(*arguments, backend="torch_scatter")
+    with pytest.raises(IMVIAError, match="numba"):
+        gated_view_aggregate(*arguments, backend="numba")
+
+
+# -- the compiled loops ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads():
+    """Two threads, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_change_nothing_to_the_bit(threads):
+    counts = torch.randint(0, 30, (200,)).tolist()
+    entity = torch.randint(0, 200, (900,)).tolist()
+    feat, ptr, entity, gate = case(counts, entity, 7, torch.float32)
+    direction = torch.randn(900, 7)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        inputs = [feat.clone().requires_grad_(), gate.clone().requires_grad_()]
+        out, weights = gated_view_aggregate(
+            inputs[0], ptr, entity, inputs[1], backend="numba", get_weight=True
+        )
+        loss = (out * direction).sum() + (weights.weight**2).sum()
+        results.append([out, weights.weight, *torch.autograd.grad(loss, inputs)])
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+
+
+def test_an_entity_with_most_of_the_queries_stays_on_one_thread(threads):
+    feat, ptr, entity, gate = case([2, 9, 1], [1] * 300 + [0, 2], 3)
+    feat.requires_grad_()
+    found = gated_view_aggregate(feat, ptr, entity, gate, backend="numba")
+    right = gated_view_aggregate(feat, ptr, entity, gate, backend="reference")
+    assert_agree(found, right, [feat])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_precision_number_is_read_as_it_is(dtype):
+    feat = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[:, None]
+    each = torch.arange(len(feat))
+    ptr = torch.arange(len(feat) + 1)
+    out = gated_view_aggregate(feat, ptr, each, torch.ones(len(feat), 1), backend="numba")
+    finite = feat.isfinite()
+    assert torch.equal(out[finite], feat[finite].float())
+    assert not out[~finite].isfinite().any()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_process_aggregates_too(threads):
+    arguments = case([20] * 100, list(range(100)), 3)
+    expected = gated_view_aggregate(*arguments, backend="numba")
+    child = os.fork()
+    if not child:
+        same = torch.equal(gated_view_aggregate(*arguments, backend="numba"), expected)
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # -- what floats hold -----------------------------------------------------------------------------

@@ -16,8 +16,7 @@ from imvia_graph.ops import Backend, ViewWeights, gated_view_aggregate
 class GatedViewConv(nn.Module):
     r"""Gated aggregation of views from `IMVIA <https://anonymous.4open.science/r/ICASSP2025_IMVIA_Code-14B0/>`__.
 
-    Mathematically, for entity :math:`i` asked under relation :math:`r`, with views
-    :math:`f_{i,k}`:
+    For entity :math:`i` asked under relation :math:`r`, with views :math:`f_{i,k}`:
 
     .. math::
         g_i &= \sigma(W_g [e_i; e_r] + b_g) \\
@@ -25,7 +24,8 @@ class GatedViewConv(nn.Module):
         \hat e_i &= \sum_k \alpha_{i,k} f_{i,k}
 
     :math:`W_g` is held as its two halves, so that the gate is one addition a query instead of a
-    product a view; without a relation its half is left out.
+    product a view; without a relation its half is left out, and the gate is
+    :math:`g_i = \sigma(W_g e_i + b_g)`.
 
     Parameters
     ----------
@@ -47,6 +47,7 @@ class GatedViewConv(nn.Module):
     -----
     An entity without views (zero in-degree) gets the learned vector ``absent``, never NaN. As in
     DGL's own layers `forward` raises unless ``allow_zero_in_degree`` says that this is meant.
+    ``dgl.nn.HeteroGraphConv`` sets it.
 
     Examples
     --------
@@ -54,21 +55,28 @@ class GatedViewConv(nn.Module):
     >>> import dgl, torch
     >>> from imvia_graph.nn import GatedViewConv
 
-    **Bipartite graph** from views to entities:
-
-    >>> g = dgl.heterograph({("image", "of", "entity"): ([0, 1, 2], [0, 0, 1])})
-    >>> conv = GatedViewConv(view_feats=4, entity_feats=5, rel_feats=3)
-    >>> views, entities = torch.rand(3, 4), torch.rand(2, 5)
-    >>> conv(g, (views, entities), rel_feat=torch.rand(3)).shape
-    torch.Size([2, 4])
-
-    **Homogeneous graph**: every node is a view of the nodes that its edges point to:
+    **Homogeneous graph**: every node is a view of the nodes that its edges point to.
 
     >>> g = dgl.graph(([0, 1, 2, 2], [1, 2, 0, 1]))
     >>> conv = GatedViewConv(view_feats=4, entity_feats=4)
     >>> out, weight = conv(g, torch.rand(3, 4), get_weight=True)
     >>> out.shape, weight.shape  # a row a node, a weight an edge
     (torch.Size([3, 4]), torch.Size([4]))
+
+    **Bipartite graph** from views to entities, asked under one relation:
+
+    >>> g = dgl.heterograph({("image", "of", "entity"): ([0, 1, 2], [0, 0, 1])})
+    >>> conv = GatedViewConv(view_feats=4, entity_feats=5, rel_feats=3)
+    >>> views, entities, relation = torch.rand(3, 4), torch.rand(2, 5), torch.rand(3)
+    >>> conv(g, (views, entities), relation).shape
+    torch.Size([2, 4])
+
+    **Block** of a sampler, here of entity 1 alone: its views are the only ones that are fetched.
+
+    >>> block = dgl.to_block(dgl.in_subgraph(g, {"entity": [1]}), {"entity": [1]})
+    >>> fetched = views[block.srcnodes["image"].data[dgl.NID]]
+    >>> conv(block, (fetched, entities[[1]]), relation).shape, fetched.shape
+    (torch.Size([1, 4]), torch.Size([1, 4]))
     """
 
     def __init__(
@@ -93,7 +101,7 @@ class GatedViewConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the gate as one (entity, relation) -> view layer, and the absent vector."""
+        """Reinitialise the gate, as one layer from (entity, relation) to view, and ``absent``."""
         bound = (6 / (self.entity_feats + self.rel_feats + self.view_feats)) ** 0.5
         nn.init.uniform_(self.gate_entity.weight, -bound, bound)
         nn.init.zeros_(self.gate_entity.bias)
@@ -118,7 +126,7 @@ class GatedViewConv(nn.Module):
         ----------
         graph : DGLGraph
             Homogeneous, bipartite (one edge type) or a block; its edges point from views to the
-            entities that they show.
+            entities that they show. It may stay on the CPU while the features are on a GPU.
         feat : Tensor or pair of Tensor
             ``(view_feat, entity_feat)`` of shapes (source nodes, view_feats) and (destination
             nodes, entity_feats). A single tensor serves as both; on a block its first rows are the
@@ -132,7 +140,7 @@ class GatedViewConv(nn.Module):
         Returns
         -------
         Tensor
-            (destination nodes, view_feats).
+            (destination nodes, view_feats), in the wider of the views' and the layer's dtypes.
         Tensor, optional
             (edges,), the weights in the graph's order of edges. With ``get_weight``.
 
@@ -148,16 +156,14 @@ class GatedViewConv(nn.Module):
                 " allow_zero_in_degree=True in the layer's constructor, or call"
                 " set_allow_zero_in_degree(True), to give them the learned vector 'absent'."
             )
-        if isinstance(feat, tuple):
-            view_feat, entity_feat = feat
-        else:
-            view_feat = feat
-            entity_feat = feat[: graph.num_dst_nodes()] if graph.is_block else feat
-        device = view_feat.device
+        view_feat, entity_feat = dgl.utils.expand_as_pair(feat, graph)
+        device = entity_feat.device
         source, destination = graph.edges(order="eid")
-        order = torch.argsort(destination, stable=True).to(device)
+        order = torch.argsort(destination, stable=True)
+        # Picked where the views are, which may be too many for the device of the rest.
+        view = source[order].to(view_feat.device, torch.int64)
         out = self.aggregate(
-            view_feat[source.to(device, torch.int64)[order]],
+            view_feat[view].to(device),
             pointer(degrees.to(device, torch.int64)),
             torch.arange(len(degrees), device=device),
             entity_feat,
@@ -166,8 +172,8 @@ class GatedViewConv(nn.Module):
         )
         if not isinstance(out, tuple):
             return out
-        weight = torch.empty_like(out[1].weight).index_copy(0, order, out[1].weight)
-        return out[0], weight
+        weight = torch.empty_like(out[1].weight)
+        return out[0], weight.index_copy(0, order.to(device), out[1].weight)
 
     def aggregate(
         self,
@@ -206,12 +212,15 @@ class GatedViewConv(nn.Module):
             With ``get_weight``.
         """
         gate = self.gate(entity_feat, rel_feat)
-        out, weights = gated_view_aggregate(
-            view_feat, ptr, entity, gate, backend=self.backend, get_weight=True
+        result = gated_view_aggregate(
+            view_feat, ptr, entity, gate, backend=self.backend, get_weight=get_weight
         )
-        has_view = weights.ptr.diff() > 0
+        out, weights = result if isinstance(result, tuple) else (result, None)
+        has_view = ptr[entity + 1] > ptr[entity]
+        # The sums are in float32 at least; a layer in half precision gives half precision.
+        out = out.to(torch.promote_types(view_feat.dtype, self.absent.dtype))
         out = torch.where(has_view[:, None], out, self.absent.to(out.dtype))
-        return (out, weights) if get_weight else out
+        return out if weights is None else (out, weights)
 
     def gate(self, entity_feat: Tensor, rel_feat: Tensor | None = None) -> Tensor:
         """Eq. 1: (B, view_feats) gates of (B, entity_feats) and (B, rel_feats) or (rel_feats,)."""

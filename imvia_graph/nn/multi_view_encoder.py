@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from imvia_graph._dgl import dgl
 from imvia_graph.errors import IMVIAError
 from imvia_graph.nn.gated_view_conv import GatedViewConv
 from imvia_graph.ops import Backend
+
+#: A modality, whose edge type is ``(modality, 'of', 'entity')``, or any canonical edge type.
+EdgeType: TypeAlias = str | tuple[str, str, str]
+Features: TypeAlias = Tensor | Mapping[str, Tensor]
 
 
 class MultiViewEncoder(nn.Module):
@@ -23,39 +28,76 @@ class MultiViewEncoder(nn.Module):
 
     Parameters
     ----------
-    view_feats : mapping of str to int
-        Width d_m of each modality's views.
+    view_feats : mapping of str or tuple to int
+        Width d_m of each modality's views. The key ``"image"`` stands for the edge type
+        ``('image', 'of', 'entity')`` of `MultiViewKG.graph`; other graphs' are given in full, as in
+        ``dgl.nn.HeteroGraphConv``.
     entity_feats, rel_feats : int
-        Widths of the structural entity and relation features that the gates see.
+        Widths of the structural entity and relation features that the gates see; ``rel_feats`` of 0
+        for gates that never see a relation.
     out_feats : int
         Width of the result.
     backend : str, optional
         See `imvia_graph.ops.gated_view_aggregate`. Default: ``"auto"``.
+    aggregate : str or callable, optional
+        What makes one tensor of the modalities', as in ``dgl.nn.HeteroGraphConv``: ``"sum"``,
+        ``"max"``, ``"min"``, ``"mean"``, ``"stack"`` (along dimension 1, as `JointFusion` takes
+        it), or a callable of a list of tensors and the destination node type. Default: ``None``, a
+        dict.
 
     Examples
     --------
     >>> import torch, imvia_graph as ig
     >>> kg = ig.load_kg("countries")
     >>> widths = {m: kg.views(m)[0].shape[1] for m in kg.modalities}
+    >>> widths
+    {'image': 1280, 'text': 384}
+
+    **All entities** of the heterograph, under one relation:
+
     >>> encoder = ig.nn.MultiViewEncoder(widths, entity_feats=8, rel_feats=8, out_feats=16)
-    >>> out = encoder(kg.graph, torch.rand(kg.num_entities, 8), torch.rand(8))
-    >>> sorted(out) == sorted(kg.modalities), out["text"].shape == (kg.num_entities, 16)
-    (True, True)
+    >>> entities, relation = torch.rand(kg.num_entities, 8), torch.rand(8)
+    >>> out = encoder(kg.graph, entities, relation)
+    >>> {modality: tuple(part.shape) for modality, part in out.items()}
+    {'image': (1475, 16), 'text': (1475, 16)}
+
+    **A block** of a sampler: the views of the entities 3 and 5, and no others.
+
+    >>> import dgl
+    >>> seeds = {"entity": torch.tensor([3, 5])}
+    >>> block = dgl.to_block(dgl.in_subgraph(kg.graph, seeds), seeds)
+    >>> encoder(block, entities[[3, 5]], relation)["text"].shape
+    torch.Size([2, 16])
+
+    **The views themselves**, as arrays; here each entity under a relation of its own:
+
+    >>> views = {m: kg.views(m) for m in kg.modalities}
+    >>> ids = torch.tensor([5, 5, 3])
+    >>> encoder.encode(views, ids, entities[ids], torch.rand(3, 8))["text"].shape
+    torch.Size([3, 16])
+
+    **One vector an entity**, and no relation:
+
+    >>> encoder = ig.nn.MultiViewEncoder(widths, 8, 0, 16, aggregate="mean")
+    >>> encoder(kg.graph, entities).shape
+    torch.Size([1475, 16])
     """
 
     def __init__(
         self,
-        view_feats: Mapping[str, int],
+        view_feats: Mapping[EdgeType, int] | Mapping[str, int],
         entity_feats: int,
         rel_feats: int,
         out_feats: int,
         backend: Backend = "auto",
+        aggregate: str | Callable[[list[Tensor], str], Tensor] | None = None,
     ) -> None:
         super().__init__()
         #: Modalities in the order of ``convs`` and ``projections``. Lists, since a modality's name
         #: may be anything and a module's may not.
-        self.modalities = list(view_feats)
+        self.modalities: list[Any] = list(view_feats)
         self.out_feats = out_feats
+        self.aggregate = aggregate
         self.convs = nn.ModuleList(
             GatedViewConv(
                 width, entity_feats, rel_feats, allow_zero_in_degree=True, backend=backend
@@ -67,43 +109,57 @@ class MultiViewEncoder(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Initialise the layers anew."""
+        """Reinitialise the layers."""
         for _, conv, projection in self._layers():
             conv.reset_parameters()
             projection.reset_parameters()
 
-    def conv(self, modality: str) -> GatedViewConv:
+    def conv(self, modality: EdgeType) -> GatedViewConv:
         """The aggregation layer of a modality."""
         conv = self.convs[self.modalities.index(modality)]
         assert isinstance(conv, GatedViewConv)
         return conv
 
     def forward(
-        self, graph: Any, entity_feat: Tensor, rel_feat: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Encode every entity of a heterograph (see `MultiViewKG.graph`).
+        self,
+        graph: Any,
+        feat: Features | tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+        rel_feat: Tensor | None = None,
+    ) -> dict[str, Tensor] | Tensor:
+        """Encode every entity of a heterograph or of a block.
 
         Parameters
         ----------
         graph : DGLGraph
-            With the edge types ``(modality, 'of', 'entity')`` and the node data ``feat``.
-        entity_feat : Tensor
-            (entities, entity_feats).
+            With the edge types of the constructor; other edge types are left alone.
+        feat : Tensor, dict or pair of dict
+            The entities' features, (destination nodes, entity_feats); the views' are then the
+            sources' node data ``feat``. Or both by node type, as ``dgl.nn.HeteroGraphConv`` takes
+            them: a dict, of which a block's destinations are the first rows, or a pair of dicts.
         rel_feat : Tensor, optional
-            (entities, rel_feats), or (rel_feats,) for all; None for the relation-free gate.
+            (destination nodes, rel_feats), or (rel_feats,) for all; None for the relation-free
+            gate.
 
         Returns
         -------
         dict of str to Tensor
-            (entities, out_feats) a modality.
+            (destination nodes, out_feats) a modality.
+        Tensor
+            With ``aggregate``.
         """
         out = {}
         for modality, conv, projection in self._layers():
-            part = graph[modality, "of", "entity"]
-            feat = part.nodes[modality].data["feat"].to(entity_feat.device)
-            aggregated = conv(part, (feat, entity_feat), rel_feat)
-            out[modality] = projection(aggregated.to(projection.weight.dtype))
-        return out
+            edge_type = modality if isinstance(modality, tuple) else (modality, "of", "entity")
+            source, _, destination = edge_type
+            part = graph[edge_type]
+            if isinstance(feat, Tensor):
+                pair = part.srcnodes[source].data["feat"], feat
+            elif isinstance(feat, tuple):
+                pair = feat[0][source], feat[1][destination]
+            else:
+                pair = feat[source], feat[destination][: part.num_dst_nodes()]
+            out[modality] = _project(projection, conv(part, pair, rel_feat))
+        return self._together(out)
 
     def encode(
         self,
@@ -111,7 +167,7 @@ class MultiViewEncoder(nn.Module):
         entity: Tensor,
         entity_feat: Tensor,
         rel_feat: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Any:
         """Encode a batch of queries, straight from the CSR of each modality's views.
 
         Parameters
@@ -127,6 +183,8 @@ class MultiViewEncoder(nn.Module):
         -------
         dict of str to Tensor
             (B, out_feats) a modality.
+        Tensor
+            With ``aggregate``.
         """
         out = {}
         for modality, conv, projection in self._layers():
@@ -137,8 +195,18 @@ class MultiViewEncoder(nn.Module):
                 )
             feat, ptr = views[modality]
             aggregated = conv.aggregate(feat, ptr, entity, entity_feat, rel_feat)
-            out[modality] = projection(aggregated.to(projection.weight.dtype))
-        return out
+            out[modality] = _project(projection, aggregated)
+        return self._together(out)
+
+    def _together(self, parts: dict[str, Tensor]) -> Any:
+        """The modalities' tensors as ``aggregate`` wants them."""
+        if self.aggregate is None:
+            return parts
+        if callable(self.aggregate):
+            combine = self.aggregate
+        else:
+            combine = dgl.nn.pytorch.hetero.get_aggregate_fn(self.aggregate)
+        return combine(list(parts.values()), "entity")
 
     def _layers(self) -> list[tuple[str, Any, Any]]:
         return list(zip(self.modalities, self.convs, self.projections, strict=True))
@@ -146,6 +214,12 @@ class MultiViewEncoder(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows of the module."""
         return f"modalities={self.modalities}, out_feats={self.out_feats}"
+
+
+def _project(projection: nn.Linear, aggregated: Tensor) -> Tensor:
+    """Features come in any dtype; the result is in the layer's."""
+    projected: Tensor = projection(aggregated.to(projection.weight.dtype))
+    return projected
 
 
 def views_present(views: Mapping[str, tuple[Tensor, Tensor]], entity: Tensor) -> dict[str, Tensor]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from imvia_graph.errors import IMVIAError
-from imvia_graph.ops import reference, scatter
+from imvia_graph.ops import fused_cpu, fused_triton, reference, scatter
 
-Backend = Literal["auto", "reference", "torch_scatter"]
+Backend = Literal["auto", "reference", "torch_scatter", "numba", "triton"]
 Aggregate: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch_scatter")
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch_scatter", "numba", "triton")
 
 __all__ = ["BACKENDS", "Backend", "ViewWeights", "gated_view_aggregate"]
 
@@ -62,6 +62,18 @@ def gated_view_aggregate(
 ) -> tuple[Tensor, ViewWeights]: ...
 
 
+@overload
+def gated_view_aggregate(
+    feat: Tensor,
+    ptr: Tensor,
+    entity: Tensor,
+    gate: Tensor,
+    *,
+    backend: Backend = ...,
+    get_weight: bool,
+) -> Tensor | tuple[Tensor, ViewWeights]: ...
+
+
 def gated_view_aggregate(
     feat: Tensor,
     ptr: Tensor,
@@ -91,9 +103,10 @@ def gated_view_aggregate(
         (B,) int64: the entity of each query.
     gate : Tensor
         (B, d) floating point: the gate of each query.
-    backend : {"auto", "reference", "torch_scatter"}
-        ``reference`` is plain torch; ``torch_scatter`` needs that package; ``auto`` is
-        ``torch_scatter`` where it is installed and knows the device, else ``reference``.
+    backend : {"auto", "reference", "torch_scatter", "numba", "triton"}
+        ``reference`` is plain torch; ``torch_scatter`` needs that package; ``numba`` on a CPU and
+        ``triton`` on a GPU read the views once and write nothing of their size; ``auto`` is the
+        fastest that knows the tensors' device and dtypes.
     get_weight : bool
         Whether to return the views' weights too.
 
@@ -122,22 +135,38 @@ def gated_view_aggregate(
             [3.0000, 4.0000]])
     """
     _check(feat, ptr, entity, gate)
-    out, weight, weight_ptr = _function(backend, feat.device)(feat, ptr, entity, gate)
-    return (out, ViewWeights(weight, weight_ptr)) if get_weight else out
+    chosen = _choose(feat, gate) if backend == "auto" else backend
+    if chosen == "triton":
+        out, weight, weight_ptr = fused_triton.aggregate(feat, ptr, entity, gate, get_weight)
+    elif chosen in _AGGREGATES:
+        out, weight, weight_ptr = _AGGREGATES[chosen](feat, ptr, entity, gate)
+    else:
+        raise IMVIAError(
+            f"gated_view_aggregate: unknown backend {backend!r}; expected one of"
+            f" {', '.join(BACKENDS)}."
+        )
+    if weight is None or weight_ptr is None or not get_weight:
+        return out
+    return out, ViewWeights(weight, weight_ptr)
 
 
-def _function(backend: Backend, device: torch.device) -> Aggregate:
-    if backend == "reference":
-        return reference.aggregate
-    if backend == "torch_scatter":
-        return scatter.aggregate
-    if backend == "auto":
-        # Alike in time on a CPU; on a GPU segment sums need no atomic additions, and so are the
-        # same from run to run.
-        return scatter.aggregate if scatter.usable(device) else reference.aggregate
-    raise IMVIAError(
-        f"gated_view_aggregate: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}."
-    )
+_AGGREGATES: dict[str, Aggregate] = {
+    "reference": reference.aggregate,
+    "torch_scatter": scatter.aggregate,
+    "numba": fused_cpu.aggregate,
+}
+
+
+def _choose(feat: Tensor, gate: Tensor) -> Backend:
+    """The fastest backend for these tensors."""
+    if torch.compiler.is_compiling():
+        return "reference"  # plain torch is compiled with what stands around it
+    if feat.is_cuda and fused_triton.usable(feat, gate):
+        return "triton"
+    if fused_cpu.usable(feat, gate):
+        return "numba"
+    # On a GPU segment sums need no atomic additions, and so are the same from run to run.
+    return "torch_scatter" if scatter.usable(feat.device) else "reference"
 
 
 def _check(feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor) -> None:

@@ -1,0 +1,218 @@
+"""The completion loss of heads whose scores are inner products, with its gradients in one go.
+
+`imvia_graph.losses.factored_completion` says what is computed. Scores of a block of queries are
+made, turned into their gradients in place, and those into the gradients of queries and candidates
+by two products more. Nothing of the size of the scores is kept, copied, or built as a target.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from imvia_graph import _kernels
+from imvia_graph.answers import pointer
+
+#: Bytes of scores that are held at a time.
+SCORES_AT_A_TIME = 2**29
+
+
+class Terms(NamedTuple):
+    """What loss it is, and how many terms its means are over."""
+
+    loss: str
+    label_smoothing: float
+    #: Whether the heads learn nothing from the decision.
+    detached: bool
+    #: Of the products.
+    dtype: torch.dtype
+    num_queries: int
+    num_candidates: int
+    num_positives: int
+
+    @property
+    def exact(self) -> torch.dtype:
+        """What sums are made in."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def scale(self) -> float:
+        """What losses and gradients of scores are multiplied by, so that float16 holds them."""
+        if self.loss == "softmax":
+            return self.num_queries
+        return float(self.num_positives * self.num_negatives) ** 0.5
+
+    @property
+    def num_negatives(self) -> int:
+        return max(self.num_queries * self.num_candidates - self.num_positives, 1)
+
+
+class FactoredCompletion(torch.autograd.Function):
+    """Loss of (B, d) queries and (N, d) candidates, a pair a head, and (B, M) weights or None.
+
+    ``row`` and ``col`` are the positives, sorted by row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, row: Tensor, col: Tensor, weights: Tensor | None, terms: Terms, *inputs: Tensor
+    ) -> Tensor:
+        heads = len(inputs) // 2
+        with torch.autocast(row.device.type, enabled=False):
+            queries = [part.detach().to(terms.dtype) for part in inputs[:heads]]
+            candidates = [part.detach().to(terms.dtype) for part in inputs[heads:]]
+            work = _Work(queries, candidates, weights, terms)
+            for start, stop in work.blocks():
+                work.do(start, stop, row, col)
+        ctx.save_for_backward(work.grad_weights, *work.grad_queries, *work.grad_candidates)
+        ctx.dtypes = [part.dtype for part in inputs]
+        ctx.scale = terms.scale
+        return work.loss / terms.scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        factor = (grad_out / ctx.scale).reshape(1)
+        grad_weights, *gradients = (part * factor for part in ctx.saved_tensors)
+        typed = (part.to(dtype) for part, dtype in zip(gradients, ctx.dtypes, strict=True))
+        has_weights = ctx.needs_input_grad[2]
+        return None, None, grad_weights if has_weights else None, None, *typed
+
+
+class _Work:
+    """Gradients as they add up over blocks of queries."""
+
+    def __init__(
+        self,
+        queries: list[Tensor],
+        candidates: list[Tensor],
+        weights: Tensor | None,
+        terms: Terms,
+    ) -> None:
+        self.queries, self.candidates, self.terms = queries, candidates, terms
+        first = queries[0]
+        none = first.new_empty(0, len(queries), dtype=terms.exact)
+        self.weights = none if weights is None else weights.detach().to(terms.exact)
+        self.loss = first.new_zeros((), dtype=terms.exact)
+        self.grad_weights = torch.empty_like(self.weights)
+        self.grad_queries = [torch.empty_like(part) for part in queries]
+        self.grad_candidates: list[Tensor] = []
+        self.fused = (
+            terms.loss == "softmax"
+            and first.device.type == "cpu"
+            and terms.dtype in (torch.float32, torch.bfloat16)
+            and _kernels.load("scores") is not None
+        )
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Ranges of queries, as many at a time as memory allows."""
+        size = self.terms.num_candidates
+        a_row = len(self.queries) * size * self.queries[0].element_size()
+        if not self.fused:
+            a_row += 4 * size * self.terms.exact.itemsize  # what `_gradients` makes
+        rows = max(1, SCORES_AT_A_TIME // max(a_row, 1))
+        starts = range(0, self.terms.num_queries, rows)
+        return [(start, min(start + rows, self.terms.num_queries)) for start in starts]
+
+    def do(self, start: int, stop: int, row: Tensor, col: Tensor) -> None:
+        """Loss and gradients of the queries from start to stop."""
+        if stop - start < self.terms.num_queries:
+            mine = (row >= start) & (row < stop)
+            row, col = row[mine] - start, col[mine]
+        queries = [part[start:stop] for part in self.queries]
+        shape = (len(queries), stop - start, self.terms.num_candidates)
+        scores = queries[0].new_empty(shape)
+        for query, candidate, score in zip(queries, self.candidates, scores, strict=True):
+            torch.mm(query, candidate.T, out=score)
+        weights, grad_weights = (
+            part[start:stop] if len(part) else part for part in (self.weights, self.grad_weights)
+        )
+        gradients = _compiled_gradients if self.fused else _gradients
+        self.loss += gradients(scores, row, col, weights, grad_weights, self.terms)
+        first = not self.grad_candidates
+        for m, (query, candidate, grad) in enumerate(
+            zip(queries, self.candidates, scores, strict=True)
+        ):
+            torch.mm(grad, candidate, out=self.grad_queries[m][start:stop])
+            if first:
+                self.grad_candidates.append(grad.T @ query)
+            else:
+                # Sums over blocks want more digits than the products have.
+                total = self.grad_candidates[m].to(self.terms.exact)
+                self.grad_candidates[m] = total.add_(grad.T @ query)
+
+
+def _compiled_gradients(
+    scores: Tensor, row: Tensor, col: Tensor, weights: Tensor, grad_weights: Tensor, terms: Terms
+) -> Tensor:
+    """`_gradients` of the softmax loss, in compiled loops over the rows."""
+    rows = scores.shape[1]
+    ptr = pointer(torch.bincount(row, minlength=rows))
+    loss = scores.new_empty(rows, dtype=torch.float32)
+    smoothing = torch.tensor([terms.label_smoothing], dtype=torch.float32)
+    detached = torch.tensor([terms.detached])
+    threads = max(1, min(torch.get_num_threads(), rows))
+    cuts = [rows * i // threads for i in range(threads + 1)]
+    _kernels.share_out(
+        _kernels.load("scores").softmax_cross_entropy,
+        cuts,
+        (scores, weights, ptr, col, smoothing, detached, loss, grad_weights),
+    )
+    return loss.sum()
+
+
+def _gradients(
+    scores: Tensor, row: Tensor, col: Tensor, weights: Tensor, grad_weights: Tensor, terms: Terms
+) -> Tensor:
+    """Turn (M, B, N) scores into ``terms.scale`` times their gradients; returns the loss so scaled.
+
+    ``weights`` and ``grad_weights`` are (B, M), or (0, M) where there is no decision.
+    """
+    one_head = _softmax if terms.loss == "softmax" else _binary
+    total = scores.new_zeros((), dtype=terms.exact)
+    decided = len(weights) > 0
+    if decided:
+        decision = torch.zeros_like(scores[0], dtype=terms.exact)
+        for m, score in enumerate(scores):
+            decision.addcmul_(score.to(terms.exact), weights[:, m, None])
+        total += one_head(decision, row, col, terms)  # and is now its gradient
+    for m, score in enumerate(scores):
+        values = score.to(terms.exact, copy=True)
+        if decided:
+            torch.linalg.vecdot(decision, values, out=grad_weights[:, m])
+        total += one_head(values, row, col, terms)
+        if decided and not terms.detached:
+            values.addcmul_(decision, weights[:, m, None])
+        score.copy_(values)
+    return total
+
+
+def _softmax(scores: Tensor, row: Tensor, col: Tensor, terms: Terms) -> Tensor:
+    """`imvia_graph.losses.softmax_completion`, scaled; scores turn into its gradient."""
+    smoothing = terms.label_smoothing
+    share = (1 - smoothing) / torch.bincount(row, minlength=len(scores)).to(scores.dtype)[row]
+    uniform = smoothing / terms.num_candidates
+    log_sum = scores.logsumexp(dim=1)
+    loss = log_sum.sum() - (share * scores[row, col]).sum() - uniform * scores.sum()
+    scores.sub_(log_sum[:, None]).exp_().sub_(uniform)
+    scores.index_put_((row, col), -share, accumulate=True)
+    return loss
+
+
+def _binary(scores: Tensor, row: Tensor, col: Tensor, terms: Terms) -> Tensor:
+    """`imvia_graph.losses.binary_completion`, scaled; scores turn into its gradient."""
+    smooth = terms.label_smoothing / terms.num_candidates
+    of_positive = terms.scale / max(terms.num_positives, 1)
+    of_negative = terms.scale / terms.num_negatives
+    positive = scores[row, col]
+    everything = functional.softplus(scores).sum() - smooth * scores.sum()
+    as_negatives = (functional.softplus(positive) - smooth * positive).sum()
+    slope = terms.label_smoothing - smooth
+    as_positives = (functional.softplus(-positive) + slope * positive).sum()
+    loss = of_negative * (everything - as_negatives) + of_positive * as_positives
+    scores.sigmoid_().sub_(smooth).mul_(of_negative)
+    scores.index_put_((row, col), of_positive * (positive.sigmoid() - 1 + slope))
+    return loss

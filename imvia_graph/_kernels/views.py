@@ -1,0 +1,180 @@
+"""The gated view aggregation: Eq. 2 and 3 and their gradients, a view at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from imvia_graph._kernels.floats import compiled, widened
+
+# Squares of a view within these bounds, and sums of them, neither over- nor underflow.
+_SMALL, _LARGE = 1e-12, 1e12
+
+
+@compiled
+def unit_gate(gate: Any, scaled: Any) -> float:
+    """A gate divided by its largest absolute value; returns that (1 for a gate of zeros)."""
+    largest = abs(gate[0])
+    for j in range(1, gate.size):
+        largest = max(largest, abs(gate[j]))
+    if largest == 0:
+        largest = largest + 1
+    for j in range(gate.size):
+        scaled[j] = gate[j] / largest
+    return largest
+
+
+@compiled
+def three_sums(row: Any, gate: Any, scale: Any) -> Any:
+    """Sum g x^2, sum g^2 x^2 and sum x^2 of a view x times a scale."""
+    a = b = c = gate[0] * 0
+    for j in range(row.size):
+        x = row[j] * scale
+        square = x * x
+        gated = gate[j] * square
+        a += gated
+        b += gate[j] * gated
+        c += square
+    return a, b, c
+
+
+@compiled
+def forward(
+    start: int,
+    stop: int,
+    feat: Any,
+    ptr: Any,
+    entity: Any,
+    gate: Any,
+    weight_ptr: Any,
+    out: Any,
+    weight: Any,
+    kept: Any,
+) -> None:
+    """Eq. 2 and 3 of queries start to stop.
+
+    Of each view and query, `kept` holds the scale s that was put on the view, and with a, b and c
+    of `three_sums`: 1 / sqrt(b c), a / b and a / c; zeros where b c is 0.
+    """
+    width = gate.shape[1]
+    unit = np.empty(width, gate.dtype)
+    row = np.empty(width, gate.dtype)
+    one, tiny = np.ones(1, gate.dtype)[0], np.finfo(gate.dtype).tiny
+    for i in range(start, stop):
+        sums = out[i]
+        sums[:] = 0
+        first, at = ptr[entity[i]], weight_ptr[i]
+        count = weight_ptr[i + 1] - at
+        if count == 0:
+            continue
+        unit_gate(gate[i], unit)
+        total = shift = one * 0
+        for k in range(count):
+            for j in range(width):
+                row[j] = widened(feat[first + k, j])
+            scale = one
+            a, b, c = three_sums(row, unit, scale)
+            if not (_SMALL < b < _LARGE and _SMALL < c < _LARGE):
+                largest = abs(row[0]) * one
+                for j in range(width):
+                    largest = max(largest, abs(row[j]))
+                if largest != 0:
+                    # The inverse of a subnormal number would be infinite.
+                    scale = one / max(largest, tiny)
+                a, b, c = three_sums(row, unit, scale)
+            kept[at + k, 0] = scale
+            cosine = one * 0
+            if b * c == 0:
+                kept[at + k, 1:] = 0
+            else:
+                kept[at + k, 1] = one / np.sqrt(b * c)
+                kept[at + k, 2] = a / b
+                kept[at + k, 3] = a / c
+                cosine = a / np.sqrt(b * c)
+            # Relative to the first view: a single one is returned to the bit.
+            if k == 0:
+                shift = cosine
+            raw = np.exp(cosine - shift)
+            weight[at + k] = raw
+            total += raw
+            for j in range(width):
+                sums[j] += raw * row[j]
+        shrink = one / total
+        for j in range(width):
+            sums[j] *= shrink
+        for k in range(count):
+            weight[at + k] *= shrink
+
+
+@compiled
+def similarity_gradient(grad_out: Any, out: Any, row: Any) -> float:
+    """How the loss changes with the weight of a view, less the mean of that over the views."""
+    total = grad_out[0] * 0
+    for j in range(row.size):
+        total += grad_out[j] * (row[j] - out[j])
+    return total
+
+
+@compiled
+def backward(
+    start: int,
+    stop: int,
+    feat: Any,
+    ptr: Any,
+    entity: Any,
+    gate: Any,
+    weight_ptr: Any,
+    out: Any,
+    weight: Any,
+    kept: Any,
+    grad_out: Any,
+    grad_weight: Any,
+    order: Any,
+    grad_gate: Any,
+    grad_feat: Any,
+) -> None:
+    """Gradients of queries order[start] to order[stop]; of the views unless grad_feat is empty.
+
+    With cos = a / sqrt(b c) of x = s f: dcos/dg = x^2 (1 - g a / b) / sqrt(b c) and
+    dcos/df = s x (2 g - g^2 a / b - a / c) / sqrt(b c).
+    """
+    width = gate.shape[1]
+    unit = np.empty(width, gate.dtype)
+    row = np.empty(width, gate.dtype)
+    plain, gated = np.empty(width, gate.dtype), np.empty(width, gate.dtype)
+    for place in range(start, stop):
+        i = order[place]
+        first, at = ptr[entity[i]], weight_ptr[i]
+        count = weight_ptr[i + 1] - at
+        mine = grad_gate[i]
+        if count == 0:
+            mine[:] = 0
+            continue
+        largest = unit_gate(gate[i], unit)
+        plain[:] = 0
+        gated[:] = 0
+        mean = largest * 0
+        for k in range(count):
+            mean += weight[at + k] * grad_weight[at + k]
+        for k in range(count):
+            for j in range(width):
+                row[j] = widened(feat[first + k, j])
+            slope = similarity_gradient(grad_out[i], out[i], row)
+            slope = weight[at + k] * (slope + grad_weight[at + k] - mean)
+            scale, ab, ac = kept[at + k, 0], kept[at + k, 2], kept[at + k, 3]
+            p = slope * kept[at + k, 1]
+            q = p * ab
+            for j in range(width):
+                x = row[j] * scale
+                square = x * x
+                plain[j] += p * square
+                gated[j] += q * square
+            if grad_feat.shape[0]:
+                theirs = grad_feat[first + k]
+                share = weight[at + k]
+                for j in range(width):
+                    x = row[j] * scale * (unit[j] * (2 - unit[j] * ab) - ac)
+                    theirs[j] += share * grad_out[i, j] + p * scale * x
+        for j in range(width):
+            mine[j] = (plain[j] - unit[j] * gated[j]) / largest

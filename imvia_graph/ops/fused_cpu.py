@@ -1,0 +1,104 @@
+"""The aggregation in one pass over the views, compiled for the CPU by numba.
+
+A view is read once forward and once backward, while it is in the core's cache; beside the result,
+five numbers a view and query are kept. Cosines lie in [-1, 1], so that their softmax needs no
+maximum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from imvia_graph import _kernels
+from imvia_graph.answers import pointer
+from imvia_graph.errors import IMVIAError
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def usable(feat: Tensor, gate: Tensor) -> bool:
+    """Whether there is a kernel for these tensors, and numba to compile it."""
+    return (
+        feat.device.type == gate.device.type == "cpu"
+        and feat.dtype in DTYPES
+        and gate.dtype in DTYPES
+        and feat.shape[1] > 0
+        and _kernels.load("views") is not None
+    )
+
+
+def aggregate(
+    feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `imvia_graph.ops.gated_view_aggregate`: (B, d) sums, (T,) weights, their pointer."""
+    if not usable(feat, gate):
+        raise IMVIAError(
+            "The backend 'numba' needs the package numba, and tensors on the CPU in one of"
+            f" {', '.join(map(str, DTYPES))}; received {feat.dtype} on {feat.device} and"
+            f" {gate.dtype} on {gate.device}."
+        )
+    weight_ptr = pointer(ptr[entity + 1] - ptr[entity])
+    dtype = torch.promote_types(torch.promote_types(feat.dtype, gate.dtype), torch.float32)
+    # Half precision is widened view by view; views under a gate of float64 are widened here.
+    feat = feat if feat.element_size() == 2 and dtype == torch.float32 else feat.to(dtype)
+    out, weight = _Aggregate.apply(
+        feat.contiguous(), ptr.contiguous(), entity.contiguous(), gate.to(dtype), weight_ptr
+    )
+    return out, weight, weight_ptr
+
+
+class _Aggregate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor, weight_ptr: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        gate = gate.contiguous()
+        out = torch.empty_like(gate)
+        weight = gate.new_empty(int(weight_ptr[-1]))
+        kept = gate.new_empty(len(weight), 4)
+        tensors = (feat, ptr, entity, gate, weight_ptr, out, weight, kept)
+        _kernels.share_out(_kernels.load("views").forward, _cuts(weight_ptr), tensors)
+        ctx.save_for_backward(*tensors)
+        return out, weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        feat, _, entity, gate, weight_ptr = tensors[:5]
+        grad_gate = torch.empty_like(gate)
+        if ctx.needs_input_grad[0]:
+            # Queries of one entity add to the same views: they stay on one thread.
+            order = torch.argsort(entity, stable=True)
+            grad_feat = torch.zeros_like(feat, dtype=gate.dtype)
+            cuts = _cuts(pointer(weight_ptr.diff()[order]), entity[order])
+        else:
+            order = torch.arange(len(entity))
+            grad_feat = gate.new_empty(0, gate.shape[1])
+            cuts = _cuts(weight_ptr)
+        given = (grad_out.contiguous(), grad_weight.contiguous(), order, grad_gate, grad_feat)
+        _kernels.share_out(_kernels.load("views").backward, cuts, (*tensors, *given))
+        grad = grad_feat.to(feat.dtype) if ctx.needs_input_grad[0] else None
+        return grad, None, None, grad_gate, None
+
+
+# -- threads --------------------------------------------------------------------------------------
+
+
+def _cuts(weight_ptr: Tensor, entity: Tensor | None = None) -> list[int]:
+    """Where the queries are cut into a part a thread, with as many views each.
+
+    With ``entity``, sorted, no cut parts queries of one entity.
+    """
+    queries = len(weight_ptr) - 1
+    # A thread is worth its while from some hundred views on.
+    parts = max(1, min(torch.get_num_threads(), queries, int(weight_ptr[-1]) // 256))
+    wanted = torch.arange(1, parts) * (weight_ptr[-1] // parts)
+    inner = torch.searchsorted(weight_ptr, wanted).clamp_(max=queries)
+    if entity is not None and len(inner):
+        inner = torch.searchsorted(entity, entity[inner.clamp(max=queries - 1)])
+    return [0, *inner.tolist(), queries]
