@@ -47,7 +47,13 @@ class Terms(NamedTuple):
 
     @property
     def num_negatives(self) -> int:
+        """Terms that are not positive; at least 1, to divide by."""
         return max(self.num_queries * self.num_candidates - self.num_positives, 1)
+
+    @property
+    def of_a_term(self) -> tuple[float, float]:
+        """Weight of a positive's and of a negative's term in the binary loss, scaled."""
+        return self.scale / max(self.num_positives, 1), self.scale / self.num_negatives
 
 
 class FactoredCompletion(torch.autograd.Function):
@@ -101,8 +107,7 @@ class _Work:
         self.grad_queries = [torch.empty_like(part) for part in queries]
         self.grad_candidates: list[Tensor] = []
         self.fused = (
-            terms.loss == "softmax"
-            and first.device.type == "cpu"
+            first.device.type == "cpu"
             and terms.dtype in (torch.float32, torch.bfloat16)
             and _kernels.load("scores") is not None
         )
@@ -148,19 +153,15 @@ class _Work:
 def _compiled_gradients(
     scores: Tensor, row: Tensor, col: Tensor, weights: Tensor, grad_weights: Tensor, terms: Terms
 ) -> Tensor:
-    """`_gradients` of the softmax loss, in compiled loops over the rows."""
+    """`_gradients` in compiled loops over the rows."""
     rows = scores.shape[1]
     ptr = pointer(torch.bincount(row, minlength=rows))
     loss = scores.new_empty(rows, dtype=torch.float32)
-    smoothing = torch.tensor([terms.label_smoothing], dtype=torch.float32)
-    detached = torch.tensor([terms.detached])
-    threads = max(1, min(torch.get_num_threads(), rows))
-    cuts = [rows * i // threads for i in range(threads + 1)]
-    _kernels.share_out(
-        _kernels.load("scores").softmax_cross_entropy,
-        cuts,
-        (scores, weights, ptr, col, smoothing, detached, loss, grad_weights),
-    )
+    softmax = terms.loss == "softmax"
+    numbers = (softmax, terms.label_smoothing, terms.detached, *terms.of_a_term)
+    given = (scores, weights, ptr, col, torch.tensor(numbers, dtype=torch.float32), loss)
+    kernel = _kernels.load("scores").losses
+    _kernels.share_out(kernel, _kernels.even_cuts(rows), (*given, grad_weights))
     return loss.sum()
 
 
@@ -205,8 +206,7 @@ def _softmax(scores: Tensor, row: Tensor, col: Tensor, terms: Terms) -> Tensor:
 def _binary(scores: Tensor, row: Tensor, col: Tensor, terms: Terms) -> Tensor:
     """`imvia_graph.losses.binary_completion`, scaled; scores turn into its gradient."""
     smooth = terms.label_smoothing / terms.num_candidates
-    of_positive = terms.scale / max(terms.num_positives, 1)
-    of_negative = terms.scale / terms.num_negatives
+    of_positive, of_negative = terms.of_a_term
     positive = scores[row, col]
     everything = functional.softplus(scores).sum() - smooth * scores.sum()
     as_negatives = (functional.softplus(positive) - smooth * positive).sum()

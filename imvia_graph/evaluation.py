@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imvia_graph.answers import AnswerIndex, with_inverses
+from imvia_graph import _kernels
+from imvia_graph.answers import AnswerIndex, pointer, with_inverses
 from imvia_graph.errors import DataError
 from imvia_graph.kg import MultiViewKG, Split
 from imvia_graph.model import DECISION, IMVIA
@@ -167,11 +168,11 @@ def rank(
     model.eval()
     done = 0
     try:
-        for positions, scores in score_all(model, queries[:, 0], queries[:, 1], batch_size):
+        for positions, tables in _groups(model, queries[:, 1], batch_size):
             entity, relation, answer = queries[positions].unbind(1)
-            row, col = known.pairs(entity, relation)
+            found = _ranks(model, entity, relation, answer, tables, known, wanted)
             for name in wanted:
-                ranks[name][positions] = filtered_ranks(scores[name], answer, row, col)
+                ranks[name][positions] = found[name]
             done += len(positions)
             if on_batch:
                 on_batch(done, len(queries))
@@ -193,26 +194,66 @@ def score_all(
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Yield (positions, scores by head) of queries against all entities, batch by batch.
 
-    With ``candidates="relation"`` queries are taken relation by relation, and the candidate tables
-    are made once a relation.
+    Queries are taken relation by relation, so that what depends on a relation alone is made once,
+    or nearly so.
     """
-    if model.settings.candidates == "shared":
-        tables = model.candidates()
-        for positions in torch.arange(len(entity), device=entity.device).split(batch_size):
-            yield positions, _scores(model, entity[positions], relation[positions], tables)
-        return
+    for positions, tables in _groups(model, relation, batch_size):
+        mine = relation[positions]
+        yield positions, model.scores(model.queries(entity[positions], mine), tables, mine)
+
+
+def _groups(
+    model: IMVIA, relation: Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yield (positions, candidate tables) of queries in the order of their relations."""
     order = torch.argsort(relation, stable=True)
+    if model.settings.candidates == "shared":
+        if len(order):
+            tables = model.candidates()
+            yield from ((positions, tables) for positions in order.split(batch_size))
+        return
     distinct, counts = torch.unique_consecutive(relation[order], return_counts=True)
     for one, group in zip(distinct, order.split(counts.tolist()), strict=True):
         tables = model.candidates(one)
-        for positions in group.split(batch_size):
-            yield positions, _scores(model, entity[positions], relation[positions], tables)
+        yield from ((positions, tables) for positions in group.split(batch_size))
 
 
-def _scores(
-    model: IMVIA, entity: Tensor, relation: Tensor, tables: Mapping[str, Tensor]
+#: Bytes of scores that are held at a time while the CPU ranks: what its cache holds.
+_CACHE = 2**24
+
+
+def _ranks(
+    model: IMVIA,
+    entity: Tensor,
+    relation: Tensor,
+    answer: Tensor,
+    tables: Mapping[str, Tensor],
+    known: AnswerIndex,
+    wanted: Sequence[str],
 ) -> dict[str, Tensor]:
-    return model.scores(model.queries(entity, relation), tables, relation)
+    """Ranks of (B,) answers by the heads that are wanted."""
+    queries = model.queries(entity, relation)
+    row, col = known.pairs(entity, relation)
+    first = queries[model.heads[0]]
+    kernels = _kernels.load("scores")
+    if first.device.type != "cpu" or first.dtype != torch.float32 or kernels is None:
+        scores = model.scores(queries, tables, relation)
+        return {name: filtered_ranks(scores[name], answer, row, col) for name in wanted}
+    # Scores are made for as many queries as the cache holds and counted there, all heads at once.
+    ptr = pointer(torch.bincount(row, minlength=len(answer)))
+    weights = model.decision_weights(relation).to(first.dtype).contiguous()
+    found = torch.empty(len(answer), len(model.heads) + 1, dtype=torch.float64)
+    rows = max(1, _CACHE // (len(model.heads) * model.num_entities * first.element_size()))
+    for part in torch.arange(len(answer)).split(rows):
+        mine = slice(int(part[0]), int(part[-1]) + 1)
+        scores = first.new_empty(len(model.heads), len(part), model.num_entities)
+        for m, head in enumerate(model.heads):
+            torch.mm(queries[head][mine], tables[head].T, out=scores[m])
+        bounds = ptr[mine.start : mine.stop + 1]
+        given = (scores, weights[mine], answer[mine].contiguous(), bounds, col, found[mine])
+        _kernels.share_out(kernels.ranks, _kernels.even_cuts(len(part)), given)
+    columns = {name: m for m, name in enumerate([*model.heads, DECISION])}
+    return {name: found[:, columns[name]] for name in wanted}
 
 
 def evaluate(

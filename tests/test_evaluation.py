@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import imvia_graph as ig
+from imvia_graph import evaluation
 from imvia_graph.answers import AnswerIndex
 from imvia_graph.evaluation import Ranking, evaluate, filtered_ranks, rank, rank_metrics, score_all
 
@@ -162,6 +163,25 @@ def test_ranks_match_a_loop_over_all_triples(candidates, batch_size):
     assert as_lists(found.tail) == tail
     assert as_lists(found.head) == head
     assert list(found.tail) == ["structure", "image", "text", "joint", "decision"]
+
+
+@pytest.mark.parametrize("views", [True, False])
+@pytest.mark.parametrize("few_queries", [True, False])
+def test_compiled_ranks_are_those_of_the_scores(monkeypatch, views, few_queries):
+    kg = random_kg(views=views)
+    model = model_of(kg, batch_norm=False).eval().float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.sign() * (parameter.abs() > 0.4))  # many ties
+        model.entity.weight[3] = torch.nan
+    if few_queries:
+        monkeypatch.setattr(evaluation, "_CACHE", 1)
+    compiled = rank(model, kg.train, kg.answers())
+    monkeypatch.setattr(evaluation._kernels, "load", lambda name: None)
+    plain = rank(model, kg.train, kg.answers())
+    assert as_lists(compiled.tail) == as_lists(plain.tail)
+    assert as_lists(compiled.head) == as_lists(plain.head)
+    assert any(value % 1 for value in compiled.tail["structure"].tolist())
 
 
 @pytest.mark.parametrize("candidates", ["shared", "relation"])

@@ -42,6 +42,12 @@ def share_out(kernel: Callable[..., None], cuts: Sequence[int], tensors: Sequenc
         part.result()
 
 
+def even_cuts(rows: int) -> list[int]:
+    """Cuts of so many rows into a part a thread."""
+    parts = max(1, min(torch.get_num_threads(), rows))
+    return [rows * i // parts for i in range(parts + 1)]
+
+
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="imvia-kernel")

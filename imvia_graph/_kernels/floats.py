@@ -34,7 +34,7 @@ def widened(value: Any) -> Any:
     """A number in float32 or float64; bfloat16 comes as uint16, float16 as int16."""
 
 
-@overload(widened, inline="always")
+@overload(widened)
 def _widened(value: Any) -> Any:
     def as_it_is(value: Any) -> Any:
         return value
@@ -59,7 +59,7 @@ def narrowed(value: Any, like: Any) -> Any:
     """A number in the type of ``like``: float32 as it is, or rounded to bfloat16's bits."""
 
 
-@overload(narrowed, inline="always")
+@overload(narrowed)
 def _narrowed(value: Any, like: Any) -> Any:
     def as_it_is(value: Any, like: Any) -> Any:
         return value
@@ -67,10 +67,9 @@ def _narrowed(value: Any, like: Any) -> Any:
     def to_bfloat16(value: Any, like: Any) -> Any:
         # To the nearest, ties to even. NaN of any kind keeps a set bit.
         bits = as_bits(np.float32(value))
-        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        if value != value:
-            rounded = bits | np.uint32(0x400000)
-        return np.uint16(rounded >> np.uint32(16))
+        nearest = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        kept = nearest if value == value else bits | np.uint32(0x400000)
+        return np.uint16(kept >> np.uint32(16))
 
     return to_bfloat16 if like == numba.types.uint16 else as_it_is
 

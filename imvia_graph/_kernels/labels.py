@@ -1,7 +1,8 @@
 """Numbering 64-bit hashes by first appearance, many millions of them.
 
 One hash table of them all would miss the caches. So the hashes are sorted out by their highest bits
-into parts, each part is numbered on its own, and the parts' numbers are put together.
+into parts, in order, each part is numbered on its own, and the numbers are put back. Cells are
+(rows, columns), uint64, counted row by row; they hold the hashes, and in the end the numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import numpy as np
 
 #: Slots of a part's table to begin with.
 _SLOTS = 1024
+#: The bit that marks a number where it appears.
+_NEW = np.uint64(2**63)
+_ZERO, _ONE = np.uint64(0), np.uint64(1)
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -25,25 +29,29 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 @_compiled
-def count(hashes: Any, start: int, stop: int, shift: Any, counts: Any) -> None:
-    """How many of the hashes start to stop belong to each part."""
-    for i in range(start, stop):
-        counts[hashes[i] >> shift] += 1
+def count(start: int, stop: int, cells: Any, shift: Any, counts: Any) -> None:
+    """How many hashes of the rows start to stop belong to each part."""
+    for row in range(start, stop):
+        for column in range(cells.shape[1]):
+            counts[cells[row, column] >> shift] += 1
 
 
 @_compiled
-def sort_out(hashes: Any, start: int, stop: int, shift: Any, place: Any, parts: Any) -> None:
-    """Append the hashes start to stop to their parts, which go on at `place`."""
-    for i in range(start, stop):
-        part = hashes[i] >> shift
-        parts[place[part]] = hashes[i]
-        place[part] += 1
+def sort_out(start: int, stop: int, cells: Any, shift: Any, place: Any, parts: Any) -> None:
+    """Append the hashes of the rows start to stop to their parts, which go on at `place`."""
+    for row in range(start, stop):
+        for column in range(cells.shape[1]):
+            part = cells[row, column] >> shift
+            parts[place[part]] = cells[row, column]
+            place[part] += 1
 
 
 @_compiled
-def number(parts: Any, ptr: Any, start: int, stop: int, distinct: Any) -> None:
-    """Replace the hashes of each of the parts start to stop by numbers from 0, as they appear."""
-    zero, one = np.uint64(0), np.uint64(1)
+def number(start: int, stop: int, parts: Any, ptr: Any, distinct: Any) -> None:
+    """Replace the hashes of each of the parts start to stop by numbers from 0, as they appear.
+
+    Where a number appears, `_NEW` is added to it.
+    """
     for part in range(start, stop):
         # Rows of a hash and its number. The table grows with the distinct hashes, so that a label
         # that fills most cells does not make it large.
@@ -52,39 +60,63 @@ def number(parts: Any, ptr: Any, start: int, stop: int, distinct: Any) -> None:
         found = 0
         for i in range(ptr[part], ptr[part + 1]):
             # 0 marks a free slot. Were 0 and 1 both hashes, their labels would be told apart later.
-            key = max(parts[i], one)
+            key = max(parts[i], _ONE)
             slot = key & mask
-            while table[slot, 0] != key and table[slot, 0] != zero:
-                slot = (slot + one) & mask
-            if table[slot, 0] == zero:
-                table[slot, 0], table[slot, 1] = key, found
-                found += 1
-            parts[i] = table[slot, 1]
+            while table[slot, 0] != key and table[slot, 0] != _ZERO:
+                slot = (slot + _ONE) & mask
+            if table[slot, 0] == key:
+                parts[i] = table[slot, 1]
+                continue
+            table[slot, 0], table[slot, 1] = key, found
+            parts[i] = _NEW + np.uint64(found)
+            found += 1
             if 4 * found > len(table):
                 old, table = table, np.zeros((2 * len(table), 2), np.uint64)
                 mask = np.uint64(len(table) - 1)
-                for row in old:
-                    if row[0] != zero:
-                        slot = row[0] & mask
-                        while table[slot, 0] != zero:
-                            slot = (slot + one) & mask
-                        table[slot] = row
+                for entry in old:
+                    if entry[0] != _ZERO:
+                        slot = entry[0] & mask
+                        while table[slot, 0] != _ZERO:
+                            slot = (slot + _ONE) & mask
+                        table[slot] = entry
         distinct[part] = found
 
 
 @_compiled
-def put_together(hashes: Any, shift: Any, place: Any, parts: Any, base: Any, first: Any) -> None:
-    """Replace the hashes by numbers from 0, as they appear; tell where each number stands first.
-
-    `place` is where each part begins, `base` how many distinct hashes the parts before it have.
-    """
-    numbers = np.full(len(first), -1)
+def find_first(cells: Any, shift: Any, place: Any, parts: Any, first: Any) -> None:
+    """Count the new numbers of all parts in the order of the cells; tell where each stands."""
     found = 0
-    for i in range(len(hashes)):
-        part = hashes[i] >> shift
-        k = base[part] + np.int64(parts[place[part]])
-        place[part] += 1
-        if numbers[k] < 0:
-            numbers[k], first[found] = found, i
-            found += 1
-        hashes[i] = numbers[k]
+    width = cells.shape[1]
+    for row in range(len(cells)):
+        for column in range(width):
+            part = cells[row, column] >> shift
+            if parts[place[part]] >= _NEW:
+                parts[place[part]] = _NEW + np.uint64(found)
+                first[found] = row * width + column
+                found += 1
+            place[part] += 1
+
+
+@_compiled
+def renumber(start: int, stop: int, parts: Any, ptr: Any, distinct: Any) -> None:
+    """Give every number of the parts start to stop what `find_first` gave it where it was new."""
+    for part in range(start, stop):
+        numbers = np.empty(distinct[part], np.uint64)
+        found = 0
+        for i in range(ptr[part], ptr[part + 1]):
+            if parts[i] >= _NEW:
+                parts[i] -= _NEW
+                numbers[found] = parts[i]
+                found += 1
+            else:
+                parts[i] = numbers[parts[i]]
+
+
+@_compiled
+def put_back(start: int, stop: int, cells: Any, shift: Any, place: Any, parts: Any) -> None:
+    """Replace the hashes of the rows start to stop by the numbers in their places."""
+    for row in range(start, stop):
+        for column in range(cells.shape[1]):
+            part = cells[row, column] >> shift
+            cells[row, column] = parts[place[part]]
+            place[part] += 1

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of several heads' scores and their decision; its gradient, in place."""
+"""Losses and ranks of several heads' scores and their weighted sum, a row at a time."""
 
 from __future__ import annotations
 
@@ -22,95 +22,171 @@ def largest(row: Any) -> Any:
 
 
 @compiled
-def exponentials(row: Any) -> Any:
-    """Turn s_n into exp(s_n - max s), in place; returns their sum and the maximum."""
+def softmax_head(row: Any, positives: Any, smoothing: Any) -> Any:
+    """`imvia_graph.losses.softmax_completion` of a row, which turns into its gradient."""
+    size = np.float32(row.size)
+    share = (np.float32(1) - smoothing) / np.float32(max(positives.size, 1))
+    uniform = smoothing / size
+    loss = np.float32(0)
+    for n in positives:
+        loss -= share * row[n]
     top = largest(row)
-    total = np.float32(0)
+    total = everything = np.float32(0)
     for n in range(row.size):
+        everything += row[n]
         row[n] = exp(row[n] - top)
         total += row[n]
-    return total, top
+    scale = np.float32(1) / total
+    for n in range(row.size):
+        row[n] = row[n] * scale - uniform
+    for n in positives:
+        row[n] -= share
+    return loss - uniform * everything + np.log(total) + top
 
 
 @compiled
-def softmax_cross_entropy(
+def binary_head(row: Any, positives: Any, smoothing: Any, positive: Any, negative: Any) -> Any:
+    """`imvia_graph.losses.binary_completion` of a row, which turns into its gradient.
+
+    ``positive`` and ``negative`` are the weights of a positive's and a negative's term.
+    """
+    smooth = smoothing / np.float32(row.size)
+    slope = smoothing - smooth
+    loss = np.float32(0)
+    kept = np.empty(positives.size, np.float32)
+    for k in range(positives.size):
+        kept[k] = row[positives[k]]
+    # softplus(s) = max(s, 0) + log(1 + e), e = exp(-|s|); one logarithm for 64 factors.
+    for start in range(0, row.size, 64):
+        factor = np.float32(1)
+        linear = np.float32(0)
+        for n in range(start, min(start + 64, row.size)):
+            s = row[n]
+            e = exp(-abs(s))
+            factor *= np.float32(1) + e
+            linear += max(s, np.float32(0)) - smooth * s
+            sigmoid = (np.float32(1) if s >= 0 else e) / (np.float32(1) + e)
+            row[n] = negative * (sigmoid - smooth)
+        loss += negative * (linear + np.log(factor))
+    for k in range(positives.size):
+        s = kept[k]
+        above, below = max(s, np.float32(0)), max(-s, np.float32(0))
+        e = exp(-abs(s))
+        rest = np.log(np.float32(1) + e)
+        loss -= negative * (above + rest - smooth * s)
+        loss += positive * (below + rest + slope * s)
+        sigmoid = (np.float32(1) if s >= 0 else e) / (np.float32(1) + e)
+        row[positives[k]] = positive * (sigmoid - np.float32(1) + slope)
+    return loss
+
+
+@compiled
+def losses(
     start: int,
     stop: int,
     scores: Any,
     weight: Any,
     ptr: Any,
     col: Any,
-    smoothing: Any,
-    detached: Any,
+    terms: Any,
     loss: Any,
     grad_weight: Any,
 ) -> None:
-    """Rows start to stop: (heads, rows, candidates) scores become the gradient of their loss.
+    """Rows start to stop: (heads, rows, candidates) scores turn into the gradient of their loss.
 
-    The loss of a row is that of `imvia_graph.losses.softmax_completion`, summed over the heads and,
-    unless ``weight`` (rows, heads) is empty, their weighted sum. Positives of row i are
-    ``col[ptr[i]:ptr[i + 1]]``.
+    That of a row is summed over the heads and, unless ``weight`` (rows, heads) is empty, their
+    weighted sum. Positives of row i are ``col[ptr[i]:ptr[i + 1]]``. ``terms`` are: 1 for softmax
+    or 0 for binary, the label smoothing, 1 if the heads learn nothing from the weighted sum, and
+    the weights of a positive's and a negative's term.
     """
     heads, _, size = scores.shape
+    smoothing = terms[1]
     decided = weight.shape[0] > 0
-    through = decided and not detached[0]
-    uniform = smoothing[0] / np.float32(size)
-    values = np.empty((heads, size), np.float32)
+    value = np.empty(size, np.float32)
     decision = np.empty(size if decided else 0, np.float32)
     for i in range(start, stop):
         positives = col[ptr[i] : ptr[i + 1]]
-        share = (np.float32(1) - smoothing[0]) / np.float32(positives.size)
-        row_loss = np.float32(0)
-        decision[:] = 0
+        total = np.float32(0)
+        if decided:
+            decision[:] = 0
+            for m in range(heads):
+                head, w = scores[m, i], weight[i, m]
+                for n in range(size):
+                    decision[n] += w * widened(head[n])
+            if terms[0] == 1:
+                total += softmax_head(decision, positives, smoothing)
+            else:
+                total += binary_head(decision, positives, smoothing, terms[3], terms[4])
         for m in range(heads):
-            head, value = scores[m, i], values[m]
-            total = np.float32(0)
+            head = scores[m, i]
             for n in range(size):
                 value[n] = widened(head[n])
-                total += value[n]
-            at = np.float32(0)
-            for n in positives:
-                at += value[n]
-            # Of the head itself, and of its part in the decision.
-            linear = share * at + uniform * total
-            row_loss -= linear
             if decided:
-                w = weight[i, m]
-                row_loss -= w * linear
-                grad_weight[i, m] = -linear
+                along = np.float32(0)
                 for n in range(size):
-                    decision[n] += w * value[n]
-        decision_scale = np.float32(0)
-        if decided:
-            total, top = exponentials(decision)
-            row_loss += np.log(total) + top
-            decision_scale = np.float32(1) / total
-            for m in range(heads):
-                value = values[m]
-                expected = np.float32(0)
-                for n in range(size):
-                    expected += decision[n] * value[n]
-                grad_weight[i, m] += expected * decision_scale
-        for m in range(heads):
-            head, value = scores[m, i], values[m]
-            total, top = exponentials(value)
-            row_loss += np.log(total) + top
-            scale = np.float32(1) / total
-            w = weight[i, m] if through else np.float32(0)
-            fixed = uniform * (np.float32(1) + w)
-            if through:
-                mixed = w * decision_scale
-                for n in range(size):
-                    value[n] = value[n] * scale + decision[n] * mixed - fixed
+                    along += decision[n] * value[n]
+                grad_weight[i, m] = along
+            if terms[0] == 1:
+                total += softmax_head(value, positives, smoothing)
             else:
+                total += binary_head(value, positives, smoothing, terms[3], terms[4])
+            if decided and terms[2] == 0:
+                w = weight[i, m]
                 for n in range(size):
-                    value[n] = value[n] * scale - fixed
-            for n in positives:
-                value[n] -= share * (np.float32(1) + w)
+                    value[n] += w * decision[n]
             for n in range(size):
                 head[n] = narrowed(value[n], head[n])
-        loss[i] = row_loss
-        if not np.isfinite(row_loss):
+        loss[i] = total
+        # An exponential has no NaN to give on; what is not finite must not pass for a gradient.
+        if not np.isfinite(total):
             for m in range(heads):
                 for n in range(size):
                     scores[m, i, n] = narrowed(np.float32(np.nan), scores[m, i, n])
+
+
+@compiled
+def count(row: Any, truth: Any) -> Any:
+    """How many elements are not at most the truth (NaN is not), and how many are equal to it."""
+    better = tied = np.int32(0)
+    for n in range(row.size):
+        better += np.int32(not row[n] <= truth)
+        tied += np.int32(row[n] == truth)
+    return better, tied
+
+
+@compiled
+def ranks(
+    start: int,
+    stop: int,
+    scores: Any,
+    weight: Any,
+    answer: Any,
+    ptr: Any,
+    col: Any,
+    rank: Any,
+) -> None:
+    """Filtered ranks (rows, heads + 1) of answers, by each head's scores and their weighted sum.
+
+    Those of `imvia_graph.evaluation.filtered_ranks`; known answers of row i are
+    ``col[ptr[i]:ptr[i + 1]]``.
+    """
+    heads, _, size = scores.shape
+    decision = np.empty(size, scores.dtype)
+    for i in range(start, stop):
+        decision[:] = 0
+        for m in range(heads):
+            head, w = scores[m, i], weight[i, m]
+            for n in range(size):
+                decision[n] += w * head[n]
+        for m in range(heads + 1):
+            row = scores[m, i] if m < heads else decision
+            truth = row[answer[i]]
+            better, tied = count(row, truth)
+            # Known answers do not compete, nor does the answer with itself.
+            for n in col[ptr[i] : ptr[i + 1]]:
+                if n != answer[i]:
+                    better -= np.int32(not row[n] <= truth)
+                    tied -= np.int32(row[n] == truth)
+            better -= np.int32(not truth <= truth)
+            tied -= np.int32(truth == truth)
+            rank[i, m] = 1 + better + tied / 2
