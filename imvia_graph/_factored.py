@@ -194,7 +194,11 @@ def _gradients(
 def _softmax(scores: Tensor, row: Tensor, col: Tensor, terms: Terms) -> Tensor:
     """`imvia_graph.losses.softmax_completion`, scaled; scores turn into its gradient."""
     smoothing = terms.label_smoothing
-    share = (1 - smoothing) / torch.bincount(row, minlength=len(scores)).to(scores.dtype)[row]
+    # Not by bincount, which a GPU has to be waited for.
+    counts = scores.new_zeros(len(scores)).index_add_(
+        0, row, torch.ones_like(row, dtype=scores.dtype)
+    )
+    share = (1 - smoothing) / counts[row]
     uniform = smoothing / terms.num_candidates
     log_sum = scores.logsumexp(dim=1)
     loss = log_sum.sum() - (share * scores[row, col]).sum() - uniform * scores.sum()

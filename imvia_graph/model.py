@@ -12,6 +12,7 @@ from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import Alignment, MutualInformation
 from imvia_graph.nn import DecisionFusion, JointFusion, MultiViewEncoder, TuckerDecoder
 from imvia_graph.nn.multi_view_encoder import stack, views_present
+from imvia_graph.nn.tucker_decoder import group_by_relation
 from imvia_graph.settings import Settings
 
 #: Heads beside those of the modalities.
@@ -172,8 +173,9 @@ class IMVIA(nn.Module):
 
     def decode(self, embedding: Embedding, relation: Tensor) -> dict[str, Tensor]:
         """Query vectors (B, dim) of embedded entities and (B,) relations, head by head."""
+        groups = group_by_relation(relation)
         return {
-            head: decoder(embedding.heads[head], table.weight, relation)
+            head: decoder(embedding.heads[head], table.weight, groups)
             for head, decoder, table in zip(self.heads, self.decoder, self.relation, strict=True)
         }
 

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from imvia_graph.nn.dropout import Dropout
+
+
+class RelationGroups(NamedTuple):
+    """Queries grouped by relation.
+
+    Attributes
+    ----------
+    distinct : Tensor
+        (R,) int64, ascending.
+    order : Tensor
+        (B,) int64: positions of the queries of the first of them, then of the second, …
+    counts : list of int
+        How many queries each has.
+    """
+
+    distinct: Tensor
+    order: Tensor
+    counts: list[int]
+
+
+def group_by_relation(relation: Tensor) -> RelationGroups:
+    """Group (B,) relations."""
+    order = torch.argsort(relation, stable=True)
+    distinct, counts = torch.unique_consecutive(relation[order], return_counts=True)
+    return RelationGroups(distinct, order, counts.tolist())
 
 
 class TuckerDecoder(nn.Module):
@@ -68,7 +95,7 @@ class TuckerDecoder(nn.Module):
             if norm is not None:
                 norm.reset_parameters()
 
-    def forward(self, head: Tensor, rel_feat: Tensor, relation: Tensor) -> Tensor:
+    def forward(self, head: Tensor, rel_feat: Tensor, relation: Tensor | RelationGroups) -> Tensor:
         """Query vectors.
 
         Parameters
@@ -77,25 +104,24 @@ class TuckerDecoder(nn.Module):
             (B, entity_feats).
         rel_feat : Tensor
             (R, rel_feats), a row a relation.
-        relation : Tensor
-            (B,) int64, the relation of each query.
+        relation : Tensor or RelationGroups
+            (B,) int64, the relation of each query; grouped already where several decoders are
+            asked the same.
 
         Returns
         -------
         Tensor
             (B, entity_feats).
         """
+        groups = group_by_relation(relation) if isinstance(relation, Tensor) else relation
         head = self.input_dropout(_normalise(self.input_norm, head))
-        distinct, place = torch.unique(relation, return_inverse=True)
-        matrix = torch.tensordot(rel_feat[distinct], self.core, dims=1)
+        matrix = torch.tensordot(rel_feat[groups.distinct], self.core, dims=1)
         matrix = self.relation_dropout(matrix)
         # Sorted by relation, each relation's queries are one product with its matrix.
-        order = torch.argsort(place, stable=True)
-        counts = torch.bincount(place, minlength=len(distinct)).tolist()
-        parts = zip(head[order].split(counts), matrix.unbind(), strict=True)
+        parts = zip(head[groups.order].split(groups.counts), matrix.unbind(), strict=True)
         rows = [part @ relation_matrix for part, relation_matrix in parts]
         query = torch.cat(rows) if rows else head
-        query = torch.empty_like(query).index_copy(0, order, query)
+        query = torch.empty_like(query).index_copy(0, groups.order, query)
         return self.hidden_dropout(_normalise(self.hidden_norm, query))
 
     def extra_repr(self) -> str:
