@@ -17,7 +17,7 @@ from imvia_graph import _kernels
 from imvia_graph.answers import pointer
 
 #: Bytes of scores that are held at a time.
-SCORES_AT_A_TIME = 2**29
+SCORES_AT_A_TIME = 2**27
 
 
 class Terms(NamedTuple):

@@ -237,8 +237,8 @@ def _ranks(
     first = queries[model.heads[0]]
     kernels = _kernels.load("scores")
     if first.device.type != "cpu" or first.dtype != torch.float32 or kernels is None:
-        scores = model.scores(queries, tables, relation)
-        return {name: filtered_ranks(scores[name], answer, row, col) for name in wanted}
+        by_name = model.scores(queries, tables, relation)
+        return {name: filtered_ranks(by_name[name], answer, row, col) for name in wanted}
     # Scores are made for as many queries as the cache holds and counted there, all heads at once.
     ptr = pointer(torch.bincount(row, minlength=len(answer)))
     weights = model.decision_weights(relation).to(first.dtype).contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import Alignment, MutualInformation
 from imvia_graph.nn import DecisionFusion, JointFusion, MultiViewEncoder, TuckerDecoder
-from imvia_graph.nn.multi_view_encoder import stack, views_present
+from imvia_graph.nn.multi_view_encoder import views_present
 from imvia_graph.nn.tucker_decoder import group_by_relation
 from imvia_graph.settings import Settings
 
@@ -168,7 +168,7 @@ class IMVIA(nn.Module):
         for modality, table in zip(self.modalities, self.residual, strict=False):
             heads[modality] = heads[modality] + _rows(table, entity)
         if self.joint is not None:
-            heads[JOINT] = self.joint(stack(heads))
+            heads[JOINT] = self.joint(list(heads.values()))
         return Embedding(heads, views_present(self.views, entity))
 
     def decode(self, embedding: Embedding, relation: Tensor) -> dict[str, Tensor]:

@@ -202,15 +202,14 @@ class Trainer:
         ):
             losses, estimation = self.losses(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        # The estimators of L1 learn from their own loss alone, and the model not from that.
-        learns = estimation is not None and estimation.requires_grad
-        self.scaler.scale(losses["loss"]).backward(inputs=self.parameters, retain_graph=learns)
-        if learns:
-            assert self.estimator_optimizer is not None
-            assert estimation is not None
-            self.estimator_optimizer.zero_grad(set_to_none=True)
-            estimation.backward(inputs=self.estimators)
-            self.estimator_optimizer.step()
+        # The estimators of L1 learn from their own loss alone, and the model not from that. It comes
+        # first: the graph is kept for the one that comes after, which lets go of it as it passes.
+        estimators = self.estimator_optimizer
+        if estimators is not None and estimation is not None and estimation.requires_grad:
+            estimators.zero_grad(set_to_none=True)
+            estimation.backward(inputs=self.estimators, retain_graph=True)
+            estimators.step()
+        self.scaler.scale(losses["loss"]).backward(inputs=self.parameters)
         if self.settings.gradient_clip is not None:
             self.scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.parameters, self.settings.gradient_clip)

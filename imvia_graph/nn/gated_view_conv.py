@@ -219,7 +219,9 @@ class GatedViewConv(nn.Module):
         has_view = ptr[entity + 1] > ptr[entity]
         # The sums are in float32 at least; a layer in half precision gives half precision.
         out = out.to(torch.promote_types(view_feat.dtype, self.absent.dtype))
-        out = torch.where(has_view[:, None], out, self.absent.to(out.dtype))
+        # A GPU would have to be waited for, to know whether any is missing.
+        if out.is_cuda or not has_view.all():
+            out = torch.where(has_view[:, None], out, self.absent.to(out.dtype))
         return out if weights is None else (out, weights)
 
     def gate(self, entity_feat: Tensor, rel_feat: Tensor | None = None) -> Tensor:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class JointFusion(nn.Module):
@@ -45,12 +50,49 @@ class JointFusion(nn.Module):
         """Start from the plain mean of the modalities."""
         nn.init.zeros_(self.attention)
 
-    def forward(self, feat: Tensor, get_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Fuse (B, M, in_feats) into (B, in_feats); with ``get_attention`` also (B, M) weights."""
-        attention = (feat * self.attention).sum(-1).softmax(dim=-1)
-        joint = (attention[..., None] * feat).sum(1)
+    def forward(
+        self, feat: Tensor | Sequence[Tensor], get_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Fuse (B, M, in_feats), or M times (B, in_feats), into (B, in_feats).
+
+        With ``get_attention`` the (B, M) weights of the modalities come too.
+        """
+        parts = feat.unbind(1) if isinstance(feat, Tensor) else feat
+        joint, attention = _Fuse.apply(self.attention, *parts)
         return (joint, attention) if get_attention else joint
 
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
         return f"in_feats={self.in_feats}, num_modalities={self.num_modalities}"
+
+
+class _Fuse(torch.autograd.Function):
+    """Attention over M tensors (B, d) without anything of the size of all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+        parts = tuple(part.to(dtype) for part in parts)
+        with torch.autocast(vectors.device.type, enabled=False):
+            rows = vectors.to(dtype)
+            logits = [part @ row for part, row in zip(parts, rows, strict=True)]
+            attention = torch.stack(logits, dim=1).softmax(dim=1)
+            joint = parts[0] * attention[:, :1]
+            for m, part in enumerate(parts[1:], start=1):
+                joint.addcmul_(part, attention[:, m, None])
+        ctx.save_for_backward(vectors, attention, *parts)
+        return joint, attention
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_attention: Tensor) -> tuple[Tensor, ...]:
+        vectors, attention, *parts = ctx.saved_tensors
+        along = torch.stack([torch.linalg.vecdot(grad, part) for part in parts], dim=1)
+        along = along + grad_attention
+        slope = attention * (along - (attention * along).sum(dim=1, keepdim=True))
+        grads = [
+            torch.addcmul(torch.outer(slope[:, m], row), grad, attention[:, m, None])
+            for m, row in enumerate(vectors.to(slope.dtype))
+        ]
+        grad_vectors = torch.stack([slope[:, m] @ part for m, part in enumerate(parts)])
+        return grad_vectors.to(vectors.dtype), *grads
