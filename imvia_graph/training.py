@@ -6,6 +6,7 @@ It knows nothing of files or the terminal but through callbacks.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import platform
 import time
@@ -146,6 +147,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self)
         while not progress.ended:
+            give_back_freed_memory()
             if progress.epoch >= settings.epochs:
                 progress.ended = "epochs"
                 break
@@ -157,6 +159,7 @@ class Trainer:
             last = progress.epoch >= settings.epochs
             if len(self.kg.valid) and (progress.epoch % settings.validate_every == 0 or last):
                 record["valid"] = self.validate()
+            give_back_freed_memory()  # saving is next
             progress.seconds += time.perf_counter() - started
             if settings.patience is not None and progress.waited >= settings.patience:
                 progress.ended = "patience"
@@ -423,12 +426,26 @@ def keep_freed_memory() -> bool:
     bool
         Whether it was done: on Linux with glibc.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
+    libc = _glibc()
     # From malloc.h: M_MMAP_MAX = -4, the number of blocks that may be mapped one by one;
     # M_TRIM_THRESHOLD = -1, the free bytes on top of the heap that are kept.
-    libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(-4, 0) and libc.mallopt(-1, 2**31 - 1))
+    return libc is not None and bool(libc.mallopt(-4, 0) and libc.mallopt(-1, 2**31 - 1))
+
+
+def give_back_freed_memory() -> None:
+    """Return to the system what is free now, where that can be done: on Linux with glibc.
+
+    Between the epochs, so that reading a graph, training, ranking and saving do not each leave
+    their own holes in memory.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def resolve_device(name: str) -> torch.device:
@@ -452,6 +469,7 @@ __all__ = [
     "Progress",
     "Trainer",
     "cpu_has_bfloat16",
+    "give_back_freed_memory",
     "keep_freed_memory",
     "make_optimizer",
     "resolve_device",
