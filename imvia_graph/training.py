@@ -205,8 +205,8 @@ class Trainer:
         ):
             losses, estimation = self.losses(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        # The estimators of L1 learn from their own loss alone, and the model not from that. It comes
-        # first: the graph is kept for the one that comes after, which lets go of it as it passes.
+        # The estimators of L1 learn from their own loss alone, and the model not from that. It
+        # comes first: the graph is kept for the model's, which lets go of it as it passes.
         estimators = self.estimator_optimizer
         if estimators is not None and estimation is not None and estimation.requires_grad:
             estimators.zero_grad(set_to_none=True)
