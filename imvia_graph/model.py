@@ -160,11 +160,13 @@ class IMVIA(nn.Module):
     def embed(self, entity: Tensor | None = None, relation: Tensor | None = None) -> Embedding:
         """Embeddings of (B,) entities, or all, under (B,) relations, or one relation, or none."""
         structure = _rows(self.entity, entity)
-        rel_feat = None if relation is None else self.relation[0](relation)
+        rel_feat = None if relation is None else _rows(self.relation[0], None)
+        if rel_feat is not None and relation is not None and relation.dim() == 0:
+            rel_feat, relation = rel_feat[relation], None
         heads = {STRUCTURE: structure}
         if entity is None:
             entity = torch.arange(self.num_entities, device=self.device)
-        heads.update(self.encoder.encode(self.views, entity, structure, rel_feat))
+        heads.update(self.encoder.encode(self.views, entity, structure, rel_feat, relation))
         for modality, table in zip(self.modalities, self.residual, strict=False):
             heads[modality] = heads[modality] + _rows(table, entity)
         if self.joint is not None:

@@ -200,11 +200,12 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: losses of Eq. 8, backward, optimizers. Returns detached losses."""
+        # Before the forward pass: the last step's gradients need not be held beside it.
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(
             self.model.device.type, self.precision, enabled=self.precision != torch.float32
         ):
             losses, estimation = self.losses(batch)
-        self.optimizer.zero_grad(set_to_none=True)
         # The estimators of L1 learn from their own loss alone, and the model not from that. It
         # comes first: the graph is kept for the model's, which lets go of it as it passes.
         estimators = self.estimator_optimizer

@@ -167,6 +167,14 @@ def test_conv_aggregate_matches_the_loop_where_entities_repeat(backend, kind):
     assert weights.ptr.diff().tolist() == [count[i] for i in entity]
 
 
+def test_conv_on_a_block_of_a_bipartite_graph_matches_the_loop(backend):
+    seeds = {"entity": torch.tensor([3, 1, 2])}  # 1 has no view
+    block = dgl.to_block(dgl.in_subgraph(bipartite(), seeds), seeds)
+    conv = conv_of(allow_zero_in_degree=True, backend=backend)
+    feat = double(block.num_src_nodes("view"), 4), double(3, 3)
+    check_against_loop(conv, block, feat, relation_features("a row a destination", 3))
+
+
 def test_conv_with_relu_matches_the_loop():
     """Eq. 1 leaves the activation open: sigmoid or ReLU."""
     conv = conv_of(activation=torch.relu, allow_zero_in_degree=True)
@@ -225,6 +233,18 @@ def test_zero_in_degree_raises_unless_allowed():
         conv(bipartite(), feat)
 
 
+@pytest.mark.parametrize("relations", [2, 9])  # fewer than the queries, and more
+def test_relations_may_be_given_as_rows_of_a_table(relations):
+    conv = conv_of().double()
+    feat, ptr = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 2, 5])
+    entity, relation = torch.tensor([1, 0, 1, 1]), torch.tensor([0, 1, 1, 0])
+    entity_feat = torch.randn(4, conv.entity_feats, dtype=torch.float64)
+    table = torch.randn(relations, conv.rel_feats, dtype=torch.float64, requires_grad=True)
+    found = conv.aggregate(feat, ptr, entity, entity_feat, table, relation=relation)
+    expected = conv.aggregate(feat, ptr, entity, entity_feat, table[relation])
+    assert_agree(found, expected, [table, *conv.gate_relation.parameters()])
+
+
 def test_entity_without_views_gets_the_absent_vector(backend):
     conv = conv_of(allow_zero_in_degree=True, backend=backend)
     feat = double(7, 4), double(6, 3)
@@ -234,6 +254,14 @@ def test_entity_without_views_gets_the_absent_vector(backend):
     assert torch.equal(conv.absent.grad, torch.full((4,), 2.0).double())
     assert feat[1].grad[[1, 4]].eq(0).all()
     assert all(p.grad.isfinite().all() for p in [*feat, *conv.parameters()])
+
+
+def test_absent_vector_has_a_gradient_of_zero_where_nobody_needs_it(backend):
+    """DistributedDataParallel waits for it, whatever is in the batch."""
+    conv = conv_of(backend=backend)
+    graph = dgl.heterograph({("view", "of", "entity"): ([0, 1, 2], [0, 0, 1])})
+    conv(graph, (double(3, 4), double(2, 3)), double(2)).sum().backward()
+    assert torch.equal(conv.absent.grad, torch.zeros(4).double())
 
 
 @pytest.mark.parametrize("source", [[], [0]], ids=["no-edges", "no-entities-with-views-but-one"])

@@ -183,6 +183,7 @@ class GatedViewConv(nn.Module):
         entity_feat: Tensor,
         rel_feat: Tensor | None = None,
         get_weight: bool = False,
+        relation: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ViewWeights]:
         """Aggregate for a batch of queries, straight from the CSR of views.
 
@@ -203,6 +204,9 @@ class GatedViewConv(nn.Module):
             (B, rel_feats), or (rel_feats,) for all; None for the relation-free gate.
         get_weight : bool, optional
             Whether to return the weights of the views too.
+        relation : Tensor, optional
+            (B,) int64 rows of ``rel_feat``, which is then (relations, rel_feats): their half of the
+            gate is made once for all queries of a relation.
 
         Returns
         -------
@@ -211,7 +215,7 @@ class GatedViewConv(nn.Module):
         ViewWeights, optional
             With ``get_weight``.
         """
-        gate = self.gate(entity_feat, rel_feat)
+        gate = self.gate(entity_feat, rel_feat, relation)
         result = gated_view_aggregate(
             view_feat, ptr, entity, gate, backend=self.backend, get_weight=get_weight
         )
@@ -222,10 +226,14 @@ class GatedViewConv(nn.Module):
         # A GPU would have to be waited for, to know whether any is missing.
         if out.is_cuda or not has_view.all():
             out = torch.where(has_view[:, None], out, self.absent.to(out.dtype))
+        else:
+            out = _Involved.apply(out, self.absent)
         return out if weights is None else (out, weights)
 
-    def gate(self, entity_feat: Tensor, rel_feat: Tensor | None = None) -> Tensor:
-        """Eq. 1: (B, view_feats) gates of (B, entity_feats) and (B, rel_feats) or (rel_feats,)."""
+    def gate(
+        self, entity_feat: Tensor, rel_feat: Tensor | None = None, relation: Tensor | None = None
+    ) -> Tensor:
+        """Eq. 1: (B, view_feats) gates; arguments as those of `aggregate`."""
         gate = self.gate_entity(entity_feat)
         if rel_feat is not None:
             if self.gate_relation is None:
@@ -233,7 +241,10 @@ class GatedViewConv(nn.Module):
                     "This layer was made without rel_feats, but received a rel_feat of shape"
                     f" {tuple(rel_feat.shape)}. Give rel_feats to the constructor."
                 )
-            gate = gate + self.gate_relation(rel_feat)
+            if relation is not None and len(relation) < len(rel_feat):
+                rel_feat, relation = nn.functional.embedding(relation, rel_feat), None
+            half = self.gate_relation(rel_feat)
+            gate = gate + (half if relation is None else nn.functional.embedding(relation, half))
         return self.activation(gate)
 
     def extra_repr(self) -> str:
@@ -242,3 +253,20 @@ class GatedViewConv(nn.Module):
             f"view_feats={self.view_feats}, entity_feats={self.entity_feats},"
             f" rel_feats={self.rel_feats}, allow_zero_in_degree={self.allow_zero_in_degree}"
         )
+
+
+class _Involved(torch.autograd.Function):
+    """The first argument as it is, and a zero gradient for the second.
+
+    DistributedDataParallel waits for a gradient of every parameter, in every process, whether or
+    not the entities of its batch happen to need ``absent``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, parameter: Tensor) -> Tensor:
+        ctx.save_for_backward(parameter)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(*ctx.saved_tensors)

@@ -167,6 +167,7 @@ class MultiViewEncoder(nn.Module):
         entity: Tensor,
         entity_feat: Tensor,
         rel_feat: Tensor | None = None,
+        relation: Tensor | None = None,
     ) -> Any:
         """Encode a batch of queries, straight from the CSR of each modality's views.
 
@@ -178,6 +179,9 @@ class MultiViewEncoder(nn.Module):
             (B,) int64.
         entity_feat, rel_feat : Tensor
             (B, entity_feats) and (B, rel_feats) or (rel_feats,) or None.
+        relation : Tensor, optional
+            (B,) int64 rows of ``rel_feat``, which is then (relations, rel_feats); see
+            `GatedViewConv.aggregate`.
 
         Returns
         -------
@@ -194,7 +198,7 @@ class MultiViewEncoder(nn.Module):
                     f" {list(views)}."
                 )
             feat, ptr = views[modality]
-            aggregated = conv.aggregate(feat, ptr, entity, entity_feat, rel_feat)
+            aggregated = conv.aggregate(feat, ptr, entity, entity_feat, rel_feat, relation=relation)
             out[modality] = _project(projection, aggregated)
         return self._together(out)
 

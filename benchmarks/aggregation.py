@@ -1,0 +1,213 @@
+"""Gated aggregation of views, forward and backward: the direct form against the library's backends.
+
+    python benchmarks/aggregation.py
+    python benchmarks/aggregation.py --device cuda
+
+4,096 queries over 15,000 entities with 1 to 12 views each, width 256, features frozen: from the
+embeddings of entities and relations to the aggregates, and back to the gate's parameters. The
+direct form is Eq. 1 to 3 as they stand: for every view of a query a product of W_g with the
+concatenation [e_h; e_r], the cosine, and torch-scatter's softmax and sums (plain torch where that
+package is not installed for the device). The others split W_g into its halves and aggregate with a
+backend of `imvia_graph.ops`; "auto, bfloat16 products" does so under autocast, as training does on
+a CPU that multiplies bfloat16 in hardware.
+
+Each row runs in a process of its own. Extra memory is the most that one forward and backward has
+beyond the inputs and parameters: on a CPU the peak of the resident set less the resident set just
+before, after a call on a handful of queries that loads what there is to load; on a GPU torch's
+peak. GB/s counts the bytes of features that have to be read, once forward and once backward; the
+copy rate, measured in the same run, counts bytes read and bytes written. The floor is the gate's
+products at the measured matrix rate and those bytes at the copy rate. Goals: 12 times the direct
+form and a quarter of its extra memory (CPU); 5 times the best composition of torch ops, and 60 % of
+the copy rate (GPU, where a larger row is added: 4 times the queries, twice the width, bfloat16).
+Writes benchmarks/results/aggregation-cpu.json (or -h100.json, …).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import click
+import measure
+
+ENTITIES, RELATIONS, MOST_VIEWS = 15_000, 56, 12
+IN_BFLOAT16 = "auto, bfloat16 products"
+
+
+@measure.options
+@click.option("--queries", default=4096)
+@click.option("--dim", default=256)
+@click.option("--repeats", default=20)
+@click.option(
+    "--learned-embeddings",
+    is_flag=True,
+    help="Gradients to the embeddings too, as in training; else to the gate's parameters alone.",
+)
+def main(
+    queries: int,
+    dim: int,
+    repeats: int,
+    learned_embeddings: bool,
+    device: str,
+    threads: int,
+    out: Path | None,
+    row: dict[str, Any] | None,
+) -> None:
+    if row:
+        print(json.dumps(measure.rates(row) if row["form"] == "rates" else run(row)))
+        return
+    machine = measure.machine(device, threads)
+    sizes = [(queries, dim, "float32")]
+    if device != "cpu":
+        sizes.append((4 * queries, 2 * dim, "bfloat16"))
+    common = {"device": device, "repeats": repeats, "learned": learned_embeddings}
+    tables, rows, goals = [], [], []
+    for queries, dim, dtype in sizes:
+        shape = {"queries": queries, "dim": dim, "dtype": dtype}
+        rates = measure.in_process(
+            __file__, {**common, "form": "rates", "shape": [queries, 2 * dim, dim]}, threads
+        )
+        mine = []
+        for form in forms(device):
+            found = measure.in_process(__file__, {**common, **shape, "form": form}, threads)
+            # The gate's products, the relation's half once a relation; forward, and the weights'.
+            passes = 3 if learned_embeddings else 2
+            products = passes * 2 * (queries + RELATIONS) * dim**2
+            precision = "bfloat16" if form == IN_BFLOAT16 else dtype
+            found |= measure.floor(products, found["feature_bytes"], precision, rates)
+            found["gigabytes_a_second"] = found["feature_bytes"] / found["median"] / 1e9
+            found["times_floor"] = measure.times_floor(found, found["median"])
+            measure.told(found, f"{form}, {queries} queries, width {dim}, {dtype}")
+            mine.append(found)
+        direct = mine[0]
+        table = measure.table_of(
+            f"{queries:,} queries, {direct['views']:,} views, width {dim}, {dtype}; copy rate"
+            f" {rates['copy'] / 1e9:.1f} GB/s",
+            "form", "best ms", "median ms", "× direct", "extra MB", "GB/s", "× floor",
+        )  # fmt: skip
+        for one in mine:
+            one["times_direct"] = direct["median"] / one["median"]
+            table.add_row(
+                one["form"],
+                f"{one['best'] * 1e3:.2f}",
+                f"{one['median'] * 1e3:.2f}",
+                f"{one['times_direct']:.1f}",
+                f"{one['extra_bytes'] / 1e6:.0f}",
+                f"{one['gigabytes_a_second']:.2f}",
+                f"{one['times_floor']:.1f}",
+            )
+        tables.append(table)
+        rows += mine
+        goals += goals_of(mine, rates, device)
+    report = {"machine": machine, "rates": rates, "rows": rows, "goals": goals}
+    measure.finish(report, out or measure.result_file("aggregation", device), tables)
+
+
+def forms(device: str) -> list[str]:
+    """The direct form, then the backends that run here; `auto` is one of them."""
+    import torch
+
+    from imvia_graph.ops import BACKENDS, scatter
+    from imvia_graph.training import cpu_has_bfloat16
+
+    usable = {"auto": True, "reference": True}
+    usable["torch_scatter"] = scatter.usable(torch.device(device))
+    usable["numba"], usable["triton"] = device == "cpu", device != "cpu"
+    found = ["direct", *(name for name in BACKENDS if usable[name])]
+    if device == "cpu" and cpu_has_bfloat16():
+        found.insert(2, IN_BFLOAT16)
+    return found
+
+
+def goals_of(rows: list[dict[str, Any]], rates: dict[str, Any], device: str) -> list[Any]:
+    direct = rows[0]
+    auto = next(row for row in rows if row["form"] == "auto")
+    what = f"at width {direct['dim']}, {direct['dtype']}"
+    memory = auto["extra_bytes"] / direct["extra_bytes"]
+    if device == "cpu":
+        fast = [row for row in rows if row["form"] in ("auto", IN_BFLOAT16)]
+        return [
+            *(
+                measure.goal(f"{row['form']}: times the direct form {what}",
+                             row["times_direct"], 12)
+                for row in fast
+            ),
+            measure.goal(f"share of its extra memory {what}", memory, 0.25, at_least=False),
+        ]  # fmt: skip
+    composed = min(row["median"] for row in rows if row["form"] not in ("auto", "triton"))
+    share = auto["gigabytes_a_second"] * 1e9 / rates["copy"]
+    return [
+        measure.goal(f"times the best composition of torch ops {what}",
+                     composed / auto["median"], 5),
+        measure.goal(f"share of the copy rate {what}", share, 0.6),
+    ]  # fmt: skip
+
+
+def run(row: dict[str, Any]) -> dict[str, Any]:
+    """Measure one row in this process."""
+    import naive
+    import torch
+    from torch import nn
+
+    from imvia_graph.nn import GatedViewConv
+
+    device = torch.device(row["device"])
+    torch.set_num_threads(row["threads"])
+    torch.manual_seed(0)
+    queries, dim = row["queries"], row["dim"]
+    count = torch.randint(1, MOST_VIEWS + 1, (ENTITIES,))
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)]).to(device)
+    feat = torch.randn(int(ptr[-1]), dim).to(device, getattr(torch, row["dtype"]))
+    entity = torch.randint(0, ENTITIES, (queries,), device=device)
+    relation = torch.randint(0, RELATIONS, (queries,), device=device)
+    entities = torch.randn(ENTITIES, dim, device=device, requires_grad=row["learned"])
+    relations = torch.randn(RELATIONS, dim, device=device, requires_grad=row["learned"])
+    grad = torch.randn(queries, dim, device=device)
+    module: nn.Module
+    if row["form"] == "direct":
+        module = naive.GatedViews((feat, ptr), dim, dim).to(device)
+    else:
+        module = GatedViewConv(dim, dim, dim, backend=row["form"].split(",")[0]).to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=row["form"] == IN_BFLOAT16)
+
+    def step(size: int = queries) -> None:
+        module.zero_grad(set_to_none=True)
+        entities.grad = relations.grad = None
+        asked = entity[:size]
+        with autocast:
+            e_h, under = entities[asked], relation[:size]
+            if row["form"] == "direct":
+                result = module.aggregate(asked, e_h, relations[under])
+            else:
+                result = module.aggregate(feat, ptr, asked, e_h, relations, relation=under)
+        result.backward(grad[:size].to(result.dtype))
+
+    step(8)
+    module.zero_grad(set_to_none=True)
+    give_freed_memory_back()
+    peak = measure.Peak(device)
+    step()
+    extra = peak.bytes()
+    measure.start(row)
+    views = int((ptr.diff()[entity]).sum())
+    return {
+        "views": views,
+        "feature_bytes": 2 * views * dim * feat.element_size(),
+        "extra_bytes": extra,
+        **measure.summary(measure.seconds(step, row["repeats"], device, warm_up=3)),
+    }
+
+
+def give_freed_memory_back() -> None:
+    """So that what a step allocates shows in the resident set."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+if __name__ == "__main__":
+    main()
