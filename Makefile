@@ -9,7 +9,7 @@ FULL := $(VENV)/.full
 
 export PYTHON
 
-.PHONY: help setup fit test lint clean
+.PHONY: help setup fit test docs lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,6 +24,11 @@ fit: $(CORE) ## train on the built-in data set: imvia-graph fit countries $(ARGS
 test: $(FULL) ## run the tests: pytest $(ARGS)
 	@$(VENV)/bin/pytest $(ARGS)
 
+docs: $(FULL) ## build the documentation in docs/_build/html; warnings are errors
+	@rm -rf docs/_api
+	@$(VENV)/bin/sphinx-build -q -E -W --keep-going $(ARGS) docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 lint: $(FULL) ## check style and types: ruff, mypy
 	@failed=0; \
 	$(VENV)/bin/ruff check . || failed=1; \
@@ -32,7 +37,7 @@ lint: $(FULL) ## check style and types: ruff, mypy
 	exit $$failed
 
 clean: ## remove .venv and everything else that was made here
-	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .compatibility docs/_api docs/_build build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(CORE): $(SOURCES)
 	@tools/setup.sh core

@@ -8,7 +8,13 @@ import torch
 from test_layers_of_imports import SOURCES
 
 #: Their examples train a model.
-SLOW = {"imvia_graph.run", "imvia_graph.export", "imvia_graph.encode.encode"}
+SLOW = {
+    "imvia_graph.run",
+    "imvia_graph.export",
+    "imvia_graph.report",
+    "imvia_graph.tracking",
+    "imvia_graph.encode.encode",
+}
 MODULES = [
     pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
     for name in SOURCES
@@ -38,4 +44,4 @@ def test_every_public_class_and_function_has_an_example_that_runs():
         if not any(test.examples for test in finder.find(value, public)):
             without.add(public)
     # Shown by the examples of what they belong to: MultiViewKG, Run, fit.
-    assert without <= {"Callback", "Prediction", "Trainer", "Views", "load", "rank"}
+    assert without <= {"Callback", "Explanation", "Prediction", "Trainer", "Views", "load", "rank"}
