@@ -95,6 +95,8 @@ EXTRAS = {
     "browser": ["playwright", "axe-playwright-python", "schemathesis"],
     # pyarrow: another reader of the Parquet files that are written.
     "test": ["pytest", "hypothesis", "pyarrow"],
+    # What docs/ is built with.
+    "docs": ["sphinx", "furo", "myst-parser", "sphinx-click", "sphinx-copybutton"],
     # An independent evaluator, to compare rankings with.
     "bench": ["pykeen"],
     "dev": ["ruff", "mypy", "types-PyYAML"],

@@ -13,8 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from imvia_graph import _files, load_kg
 from imvia_graph.cli.display import console
+from imvia_graph.cli.options import loading_options
 from imvia_graph.encode import DEFAULT, Report, encode_kg
 from imvia_graph.errors import DataError
+from imvia_graph.io import RawViews, read_literals
+from imvia_graph.io.tables import form_of
 from imvia_graph.io.views import Column
 from imvia_graph.training import resolve_device
 
@@ -46,7 +49,8 @@ def _columns(ctx: click.Context, option: click.Parameter, value: str | None) -> 
 @click.option(
     "--texts",
     type=click.Path(path_type=Path),
-    help="Table of entity and text (TSV, CSV, Parquet), any number of rows an entity.",
+    help="Table of entity and text (TSV, CSV, Parquet), any number of rows an entity; or RDF"
+    " (N-Triples, Turtle), whose literals are taken.",
 )
 @click.option("--encoder", default=DEFAULT, show_default=True, help="Encoder of both.")
 @click.option("--image-encoder", help="Encoder of pictures.  [default: --encoder]")
@@ -68,6 +72,19 @@ def _columns(ctx: click.Context, option: click.Parameter, value: str | None) -> 
     metavar="ENTITY,TEXT",
     help="The table's columns, by name or by position from 0.",
 )
+@click.option(
+    "--text-predicate",
+    "predicates",
+    multiple=True,
+    metavar="IRI",
+    help="RDF: take the literals of this predicate; any number.  [default: all]",
+)
+@click.option(
+    "--text-language",
+    "language",
+    help="RDF: take the literals of this language, as en, and those without one.  [default: all]",
+)
+@loading_options
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, … or auto.")
 @click.option(
     "--batch-size",
@@ -100,6 +117,9 @@ def encode(
     images_root: Path | None,
     image_columns: tuple[Column, Column] | None,
     text_columns: tuple[Column, Column] | None,
+    predicates: tuple[str, ...],
+    language: str | None,
+    loading: dict[str, Any],
     device: str,
     batch_size: int | None,
     precision: Any,
@@ -124,6 +144,7 @@ def encode(
       imvia-graph encode facts.tsv --images images/ --image-encoder efficientnet-lite0 --out kg/
       imvia-graph encode DB15K --texts captions.parquet --text-columns entity,caption \\
         --text-encoder minilm --out db15k/
+      imvia-graph encode facts.nt --texts dump.ttl.gz --text-language en --encoder minilm --out kg/
       imvia-graph encode my-graph/ --images table.csv --encoder open_clip:ViT-L-14/openai --out kg/
     """
     logging.basicConfig(format="%(message)s")
@@ -137,15 +158,22 @@ def encode(
     stopped = (out / ".encode").is_dir() and not (out / "kg.json").exists()
     if out.exists() and not overwrite and not stopped and any(out.iterdir()):
         raise DataError(f"{out} is not empty. Name another folder, or give --overwrite.")
-    kg = load_kg(graph, "published")
+    kg = load_kg(graph, "published", **loading)
     console.print(repr(kg), markup=False)
     folder = out / ".encode" if cache is None else cache
+    raw_texts: Path | RawViews | None = texts
+    if texts is not None and form_of(texts) in ("ntriples", "turtle"):
+        if text_columns is not None:
+            raise click.UsageError(f"--text-columns is for tables; {texts} is RDF.")
+        raw_texts = read_literals(texts, kg, predicates=predicates or None, language=language)
+    elif predicates or language is not None:
+        raise click.UsageError("--text-predicate and --text-language are for --texts in RDF.")
     bar = _Bar()
     try:
         kg, reports = encode_kg(
             kg,
             images=images,
-            texts=texts,
+            texts=raw_texts,
             image_encoder=image_encoder or encoder,
             text_encoder=text_encoder or encoder,
             device=resolve_device(device),

@@ -69,6 +69,7 @@ PREDICTIONS = ("tsv", "ntriples")
 )
 @click.option("--top", type=click.IntRange(min=1), help="Answers a query.  [default: 10]")
 @click.option("--known", is_flag=True, help="Keep facts of the graph among the answers.")
+@click.option("--self", "itself", is_flag=True, help="Keep the given entity among the answers.")
 @device_option
 def export(
     run: Path,
@@ -84,6 +85,7 @@ def export(
     queries: Path | None,
     top: int | None,
     known: bool,
+    itself: bool,
     device: str,
 ) -> None:
     """Write embeddings or predictions of the trained run in the folder RUN.
@@ -94,7 +96,8 @@ def export(
 
     Predictions as TSV (head, relation, tail, asked, rank, score, known) or as N-Triples (labels
     that are no IRIs percent-encoded behind urn:imvia:entity: and urn:imvia:relation:). Facts of
-    the graph are left out unless --known asks for them.
+    the graph are left out unless --known asks for them, and the given entity itself unless --self
+    asks for it or the relation is known to relate entities to themselves.
 
     \b
     Examples:
@@ -112,6 +115,7 @@ def export(
         "--entities": entities,
         "--top": top,
         "--known": known,
+        "--self": itself,
     }
     _refuse(mine if asks else others, "predictions" if asks else "embeddings")
     if asks and (queries is None) == (not relations):
@@ -143,6 +147,7 @@ def export(
         format,  # type: ignore[arg-type]  # checked there
         k=top or 10,
         include_known=known,
+        include_self=itself or None,
         force=force,
     )
     console.print(f"Answered {len(asked):,} queries.")

@@ -11,12 +11,12 @@ import click
 
 from imvia_graph import _files, load_kg
 from imvia_graph.cli.display import ProgressBar, console, metrics_table
-from imvia_graph.cli.options import views_option
+from imvia_graph.cli.options import loading_options, views_option
 from imvia_graph.errors import SettingsError
 from imvia_graph.io import with_views
 from imvia_graph.run import fit as fit_model
 from imvia_graph.settings import Settings
-from imvia_graph.training import keep_freed_memory
+from imvia_graph.training import Callback, keep_freed_memory
 
 
 @click.command()
@@ -34,6 +34,7 @@ from imvia_graph.training import keep_freed_memory
     help="Ready features of a modality: safetensors, npz, npy, HDF5 or .pth; a row an entity in id"
     " order, or with an entity column.",
 )
+@loading_options
 @click.option("--epochs", type=int, help="Epochs at most.")
 @click.option("--seed", type=int, help="Seed of training; the setting split_seed is the data's.")
 @click.option("--device", help="cpu, cuda, cuda:1, … or auto.")
@@ -50,17 +51,20 @@ from imvia_graph.training import keep_freed_memory
     help="YAML or TOML file of settings; `imvia-graph settings` lists them.",
 )
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
+@click.option("--tensorboard", is_flag=True, help="Write the curves to OUT/tensorboard, too.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 def fit(
     source: str | None,
     out: Path | None,
     features: tuple[str, ...],
+    loading: dict[str, Any],
     epochs: int | None,
     seed: int | None,
     device: str | None,
     validation: str | None,
     file: Path | None,
     assignments: tuple[str, ...],
+    tensorboard: bool,
     resume: bool,
 ) -> None:
     """Train IMVIA on SOURCE and rank its test triples.
@@ -75,6 +79,7 @@ def fit(
       imvia-graph fit countries --out runs/c --epochs 30 --seed 1 --set dim=128
       imvia-graph fit countries --set 'modalities=[text]' --set joint=false
       imvia-graph fit DB15K --views image=visual.pth --views text=text.pth
+      imvia-graph fit export.csv --columns subject,predicate,object --split 0.9,0.05,0.05
       imvia-graph fit my-graph/ --settings my-settings.yaml --device cuda
       imvia-graph fit --resume --out runs/c --epochs 60
     """
@@ -90,11 +95,14 @@ def fit(
         if resume:
             if out is None:
                 raise SettingsError("--resume: say with --out which run to go on with.")
-            if source is not None or features:
+            if source is not None or features or loading:
                 raise click.UsageError(
-                    "--resume goes on with the run's own graph: leave SOURCE and --views out."
+                    "--resume goes on with the run's own graph: leave out SOURCE, --views and the"
+                    " options that say how to read SOURCE."
                 )
-            run = fit_model(None, out=out, resume=True, callbacks=[bar], **changes)
+            run = fit_model(
+                None, out=out, resume=True, callbacks=_callbacks(bar, tensorboard, out), **changes
+            )
         else:
             if source is None:
                 raise click.UsageError(
@@ -102,12 +110,14 @@ def fit(
                     " countries"
                 )
             # fit itself sees to the validation set.
-            kg = load_kg(source, "published", settings.split_seed)
+            kg = load_kg(source, "published", settings.split_seed, **loading)
             if features:
                 kg = with_views(kg, views_option(features))
             console.print("\n".join([repr(kg), *kg.notes]), markup=False)
             out = out or _free_folder(kg.name)
-            run = fit_model(kg, out=out, settings=settings, callbacks=[bar])
+            run = fit_model(
+                kg, out=out, settings=settings, callbacks=_callbacks(bar, tensorboard, out)
+            )
     except KeyboardInterrupt:
         bar.close()
         resumable = f" Go on with: imvia-graph fit --resume --out {out}" if out else ""
@@ -124,6 +134,14 @@ def fit(
             console.print(metrics_table(f"{run.kg.name}: {split}, filtered", metrics))
             break
     click.echo(f"Run folder: {run.folder}")
+
+
+def _callbacks(bar: ProgressBar, tensorboard: bool, out: Path) -> list[Callback]:
+    if not tensorboard:
+        return [bar]
+    from imvia_graph.tracking import TensorBoard
+
+    return [bar, TensorBoard(out / "tensorboard")]
 
 
 def _free_folder(name: str) -> Path:

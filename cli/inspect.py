@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from imvia_graph.cli.options import views_option
+from imvia_graph.cli.options import loading_options, views_option
 from imvia_graph.inspection import inspect_kg
 from imvia_graph.io import load_kg, with_views
 from imvia_graph.io.load import Validation
@@ -43,6 +43,7 @@ VIEW_ROWS = {
     metavar="NAME=FILE",
     help="Ready features of a modality to look at with it, as for `imvia-graph fit`.",
 )
+@loading_options
 @click.option(
     "--validation",
     type=click.Choice(["published", "auto", "held-out"]),
@@ -60,7 +61,12 @@ VIEW_ROWS = {
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
-    source: str, features: tuple[str, ...], validation: Validation, shown: int, as_json: bool
+    source: str,
+    features: tuple[str, ...],
+    loading: dict[str, Any],
+    validation: Validation,
+    shown: int,
+    as_json: bool,
 ) -> None:
     """Look at the knowledge graph SOURCE before trusting what is measured on it.
 
@@ -73,9 +79,10 @@ def inspect(
       imvia-graph inspect countries
       imvia-graph inspect my-graph/ --patterns 50
       imvia-graph inspect DB15K --views image=visual.pth
+      imvia-graph inspect export.csv --columns subject,predicate,object
       imvia-graph inspect DB15K --json | jq .validation
     """
-    kg = load_kg(source, validation=validation)
+    kg = load_kg(source, validation, **loading)
     if features:
         kg = with_views(kg, views_option(features))
     found = inspect_kg(kg)

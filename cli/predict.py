@@ -21,6 +21,12 @@ from imvia_graph.run import load
 @click.option("--tail", help="Label or name of the tail, to ask for heads.")
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Answers.")
 @click.option("--known", is_flag=True, help="Show facts of the graph among the answers, marked.")
+@click.option(
+    "--self",
+    "itself",
+    is_flag=True,
+    help="Keep the given entity among the answers, where no fact of the relation does that.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @device_option
 def predict(
@@ -30,13 +36,15 @@ def predict(
     tail: str | None,
     top: int,
     known: bool,
+    itself: bool,
     as_json: bool,
     device: str,
 ) -> None:
     """Complete a triple with the trained run in the folder RUN.
 
     Give --head and --relation to ask for tails, or --relation and --tail to ask for heads. Facts
-    of the graph are left out unless --known asks for them.
+    of the graph are left out unless --known asks for them; so is the given entity itself, unless
+    --self asks for it or the relation is known to relate entities to themselves.
 
     \b
     Examples:
@@ -46,7 +54,14 @@ def predict(
     if (head is None) == (tail is None):
         raise click.UsageError("Give either --head or --tail: the end of the triple that is known.")
     trained = load(run, device)
-    answers = trained.predict(head=head, relation=relation, tail=tail, k=top, include_known=known)
+    answers = trained.predict(
+        head=head,
+        relation=relation,
+        tail=tail,
+        k=top,
+        include_known=known,
+        include_self=itself or None,
+    )
     if as_json:
         click.echo(json.dumps([answer._asdict() for answer in answers], ensure_ascii=False))
         return

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from imvia_graph._graphbolt import stand_in_where_needed
 from imvia_graph._version import __version__
 
 if TYPE_CHECKING:
@@ -28,13 +29,15 @@ if TYPE_CHECKING:
     )
     from imvia_graph.evaluation import evaluate, rank
     from imvia_graph.export import export_embeddings, export_predictions
-    from imvia_graph.inference import Prediction
+    from imvia_graph.inference import Explanation, Prediction, Predictor, explain
     from imvia_graph.inspection import inspect_kg
     from imvia_graph.io import load_kg
     from imvia_graph.kg import MultiViewKG, Views
     from imvia_graph.model import IMVIA
+    from imvia_graph.report import write_report
     from imvia_graph.run import Run, fit, load
     from imvia_graph.settings import Settings
+    from imvia_graph.tracking import TensorBoard
     from imvia_graph.training import Callback, Trainer
 
 #: Public name -> module that holds it.
@@ -49,16 +52,21 @@ _HOME = {
     "rank": "evaluation",
     "export_embeddings": "export",
     "export_predictions": "export",
+    "Explanation": "inference",
     "Prediction": "inference",
+    "Predictor": "inference",
+    "explain": "inference",
     "inspect_kg": "inspection",
     "load_kg": "io",
     "MultiViewKG": "kg",
     "Views": "kg",
     "IMVIA": "model",
+    "write_report": "report",
     "Run": "run",
     "fit": "run",
     "load": "run",
     "Settings": "settings",
+    "TensorBoard": "tracking",
     "Callback": "training",
     "Trainer": "training",
 }
@@ -70,12 +78,15 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "EncoderError",
+    "Explanation",
     "IMVIAError",
     "MultiViewKG",
     "Prediction",
+    "Predictor",
     "Run",
     "Settings",
     "SettingsError",
+    "TensorBoard",
     "Trainer",
     "UnknownLabelError",
     "Views",
@@ -83,6 +94,7 @@ __all__ = [
     "datasets",
     "encode",
     "evaluate",
+    "explain",
     "export_embeddings",
     "export_predictions",
     "fit",
@@ -94,7 +106,11 @@ __all__ = [
     "nn",
     "ops",
     "rank",
+    "write_report",
 ]
+
+
+stand_in_where_needed()  # `import dgl` works from here on, beside a newer torch, too
 
 
 def __getattr__(name: str) -> Any:

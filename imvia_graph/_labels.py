@@ -7,7 +7,10 @@ labels of one hash would be noticed, and the slower exact way taken.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +19,18 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from imvia_graph import _kernels
 from imvia_graph.errors import DataError
 
 #: Rows that are compared at a time, so that comparing needs little memory.
 _SLICE = 2_000_000
+#: Cells from which numbering in parts outweighs the import of numba, and cells that are looked at
+#: to see whether labels are many. Pandas takes 0.2 s for 4 million cells of 400,000 labels, but 5 s
+#: for ten times as many of both, as its one hash table misses the caches; not if labels are few.
+_LARGE, _SAMPLE = 2**22, 2**16
+#: Cells that a part is to have, and parts at most: what is at work in a part, and the ends of all
+#: parts, fit a core's second-level cache.
+_PART, _MAX_BITS = 2**13, 12
 
 Codes = npt.NDArray[np.int64]
 
@@ -52,14 +63,17 @@ def index_triples(
     """
     whole = pl.concat(list(frames))
     triples = np.empty((whole.height, 3), dtype=np.int64)
-    relation, relations = _number([whole["relation"]])
-    triples[:, 1] = relation
-    del relation
-    ends, entities = _number([whole["head"], whole["tail"]])
-    triples[:, ::2] = ends.reshape(-1, 2)
-    del ends
+    relations = _number([whole["relation"]], triples[:, 1:2])
+    entities = _number([whole["head"], whole["tail"]], triples[:, ::2])
     parts = torch.from_numpy(triples).split([frame.height for frame in frames])
     return entities, relations, list(parts)
+
+
+def are_distinct(labels: pl.Series) -> bool:
+    """Whether no label stands twice."""
+    hashes = np.sort(labels.hash().to_numpy())
+    # Equal hashes may be of different labels; only then it takes a table of all.
+    return not (hashes[1:] == hashes[:-1]).any() or labels.n_unique() == len(labels)
 
 
 def encode_labels(
@@ -107,33 +121,84 @@ def decode_triples(
     )
 
 
-def _number(columns: Sequence[pl.Series]) -> tuple[Codes, pl.Series]:
+def _number(columns: Sequence[pl.Series], out: Codes) -> pl.Series:
     """Number the labels of columns of one length, read row by row, by first appearance.
 
-    Returns the number of every cell, row by row, and the labels in the order of their numbers.
+    Puts the number of every cell into ``out`` (rows, columns), and returns the labels in the order
+    of their numbers.
     """
-    width, length = len(columns), len(columns[0])
+    length, width = out.shape
     if not length:
-        return np.empty(0, dtype=np.int64), pl.Series("label", [], dtype=pl.String)
-    hashes = np.empty((length, width), dtype=np.uint64)
+        return pl.Series("label", [], dtype=pl.String)
+    hashes = out.view(np.uint64)
     for place, column in enumerate(columns):
         start = 0
         for chunk in column.get_chunks():
             hashes[start : start + len(chunk), place] = chunk.hash().to_numpy()
             start += len(chunk)
+    first = _factorize(hashes)
+    below = pl.concat([column.alias("label") for column in columns])
+    labels = below.gather(pl.Series(first % width * length + first // width))
+    del below, first
+    for place, column in enumerate(columns):
+        if not _same(column, labels, out[:, place]):
+            return _number_exactly(columns, out)
+    return labels
+
+
+def _factorize(hashes: npt.NDArray[np.uint64]) -> Codes:
+    """Replace hashes (rows, columns) by numbers; returns the cell in which each stands first."""
+    if hashes.size >= _LARGE:
+        sample = hashes[:: hashes.size // _SAMPLE].reshape(-1)
+        if 2 * len(pd.unique(sample)) > len(sample) and (kernels := _kernels.load("labels")):
+            return _factorize_in_parts(hashes, kernels)
     codes = pd.factorize(hashes.reshape(-1))[0].astype(np.int64, copy=False)
-    del hashes
-    cells = _first_cells(codes)
-    # Row and column of the cells at which each label stands first.
-    labels = pl.Series("label", [None], dtype=pl.String).new_from_index(0, len(cells))
-    for place, column in enumerate(columns):
-        here = np.flatnonzero(cells % width == place)
-        found = column.gather(pl.Series(cells[here] // width))
-        labels = labels.scatter(pl.Series(here), found) if width > 1 else found.alias("label")
-    for place, column in enumerate(columns):
-        if not _same(column, labels, codes[place::width]):
-            return _number_exactly(columns)
-    return codes, labels
+    hashes[:] = codes.reshape(hashes.shape)
+    return _first_cells(codes)
+
+
+def _factorize_in_parts(hashes: npt.NDArray[np.uint64], kernels: Any) -> Codes:
+    """What `_factorize` does, by the kernels of `imvia_graph._kernels.labels`."""
+    bits = min(_MAX_BITS, (hashes.size // _PART).bit_length())
+    shift = np.uint64(64 - bits)
+    cuts = _cuts(len(hashes), torch.get_num_threads())
+    counts = np.zeros((len(cuts), 2**bits), dtype=np.int64)
+    _in_threads(kernels.count, [(*cut, hashes, shift, counts[t]) for t, cut in enumerate(cuts)])
+    ptr = np.concatenate([[0], counts.sum(axis=0).cumsum()])
+    # Where the rows of each thread begin in each part: behind those of the threads before it.
+    place = ptr[:-1] + counts.cumsum(axis=0) - counts
+    parts = np.empty(hashes.size, dtype=np.uint64)
+
+    def pass_over_rows(kernel: Callable[..., None]) -> None:
+        of = place.copy()
+        _in_threads(kernel, [(*cut, hashes, shift, of[t], parts) for t, cut in enumerate(cuts)])
+
+    def pass_over_parts(kernel: Callable[..., None]) -> None:
+        # In more turns than threads, as one label may fill a part.
+        _in_threads(kernel, [(*cut, parts, ptr, distinct) for cut in _cuts(2**bits, 64)])
+
+    distinct = np.empty(2**bits, dtype=np.int64)
+    pass_over_rows(kernels.sort_out)
+    pass_over_parts(kernels.number)
+    first = np.empty(distinct.sum(), dtype=np.int64)
+    kernels.find_first(hashes, shift, ptr[:-1].copy(), parts, first)
+    pass_over_parts(kernels.renumber)
+    pass_over_rows(kernels.put_back)
+    return first
+
+
+def _cuts(length: int, count: int) -> list[tuple[int, int]]:
+    """Start and stop of about equal ranges of 0 to length."""
+    bounds = [length * number // count for number in range(count + 1)]
+    return list(pairwise(bounds))
+
+
+def _in_threads(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The task's results for each of the arguments."""
+    if len(arguments) < 2 or torch.get_num_threads() < 2:
+        return [task(*given) for given in arguments]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(lambda given: task(*given), arguments))
 
 
 def _first_cells(codes: Codes) -> npt.NDArray[np.int64]:
@@ -151,13 +216,14 @@ def _first_cells(codes: Codes) -> npt.NDArray[np.int64]:
     return np.concatenate(parts)
 
 
-def _number_exactly(columns: Sequence[pl.Series]) -> tuple[Codes, pl.Series]:
-    """What `_number` gives, without hashes that could be the same for two labels."""
+def _number_exactly(columns: Sequence[pl.Series], out: Codes) -> pl.Series:
+    """What `_number` does, without hashes that could be the same for two labels."""
     width = len(columns)
     order = np.arange(width * len(columns[0])).reshape(width, -1).T.reshape(-1)
     cells = pl.concat([column.alias("label") for column in columns]).gather(pl.Series(order))
     labels = cells.unique(maintain_order=True)
-    return _look_up_exactly(cells, labels), labels
+    out[:] = _look_up_exactly(cells, labels).reshape(out.shape)
+    return labels
 
 
 def _look_up(series: pl.Series, known: pl.Series) -> Codes:
@@ -182,11 +248,11 @@ def _look_up_exactly(series: pl.Series, known: pl.Series) -> Codes:
 
 def _same(column: pl.Series, labels: pl.Series, codes: Codes) -> bool:
     """Whether each row of the column is the label of its number; rows numbered -1 are let be."""
-    for start in range(0, len(column), _SLICE):
-        part = codes[start : start + _SLICE]
-        rows = column.slice(start, _SLICE)
+
+    def same(start: int) -> bool:
+        part, rows = codes[start : start + _SLICE], column.slice(start, _SLICE)
         if (part < 0).any():
             rows, part = rows.filter(pl.Series(part >= 0)), part[part >= 0]
-        if not (labels.gather(pl.Series(np.ascontiguousarray(part))) == rows).all():
-            return False
-    return True
+        return (labels.gather(pl.Series(np.ascontiguousarray(part))) == rows).all()
+
+    return all(_in_threads(same, [(start,) for start in range(0, len(column), _SLICE)]))

@@ -21,10 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imvia_graph import _files
-from imvia_graph.errors import DataError, IMVIAError, UnknownLabelError
-from imvia_graph.evaluation import score_all
+from imvia_graph.errors import DataError, UnknownLabelError
+from imvia_graph.inference import Predictor, Query, Side, query_ids
 from imvia_graph.kg import SPLITS, MultiViewKG
-from imvia_graph.model import DECISION
 
 if TYPE_CHECKING:
     from imvia_graph.run import Run
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 What = Literal["entities", "relations"]
 EmbeddingFormat = Literal["safetensors", "npz", "parquet", "word2vec"]
 PredictionFormat = Literal["tsv", "ntriples"]
-Side = Literal["tail", "head"]
 
 #: The format that a file's suffix stands for.
 EMBEDDING_SUFFIXES: dict[str, EmbeddingFormat] = {
@@ -47,19 +45,6 @@ PREDICTION_SUFFIXES: dict[str, PredictionFormat] = {".tsv": "tsv", ".nt": "ntrip
 FORMAT, FORMAT_VERSION = "imvia-graph/embeddings", 1
 #: Names that the columns beside the embeddings have.
 LABEL_COLUMNS = {"npz": ("labels", "names", "inverse"), "parquet": ("label", "name", "inverse")}
-
-
-class Query(NamedTuple):
-    """A triple of labels (or display names) with one end missing, which is None.
-
-    >>> from imvia_graph.export import Query
-    >>> Query(head="France", relation="borders", tail=None)
-    Query(head='France', relation='borders', tail=None)
-    """
-
-    head: str | None
-    relation: str
-    tail: str | None
 
 
 # -- embeddings -----------------------------------------------------------------------------------
@@ -348,6 +333,7 @@ def export_predictions(
     *,
     k: int = 10,
     include_known: bool = False,
+    include_self: bool | None = None,
     force: bool = False,
 ) -> Path:
     """Answer many queries and write the best answers of each, best first, as triples.
@@ -368,7 +354,7 @@ def export_predictions(
         Written by hand, or as `queries_of` and `read_queries` make them.
     format : {"tsv", "ntriples"}, optional
         Default: by the suffix, ``.tsv`` or ``.nt``.
-    k, include_known
+    k, include_known, include_self
         As for `predict_all`.
     force : bool
         Whether a file that exists is written over.
@@ -398,7 +384,7 @@ def export_predictions(
     path = Path(path)
     chosen = _format(path, format, PREDICTION_SUFFIXES, get_args(PredictionFormat))
     _check_free([path], force)
-    frame = predict_all(run, queries, k=k, include_known=include_known)
+    frame = predict_all(run, queries, k=k, include_known=include_known, include_self=include_self)
     if chosen == "tsv":
         for column in _files.TRIPLE_COLUMNS:
             _files.check_tsv_labels(path, frame[column].unique(maintain_order=True).to_list())
@@ -411,9 +397,13 @@ def export_predictions(
     return path
 
 
-@torch.no_grad()
 def predict_all(
-    run: Run, queries: Iterable[Query], *, k: int = 10, include_known: bool = False
+    run: Run,
+    queries: Iterable[Query],
+    *,
+    k: int = 10,
+    include_known: bool = False,
+    include_self: bool | None = None,
 ) -> pl.DataFrame:
     """The best answers to many queries, scored in batches; `Run.predict` for a table.
 
@@ -427,6 +417,9 @@ def predict_all(
         Answers to a query; fewer where there are not so many. Equal scores go by id.
     include_known : bool
         Whether triples of the graph (train, valid or test) are among the answers.
+    include_self : bool, optional
+        Whether the given entity itself may be an answer. Default: where a training triple of the
+        relation relates an entity to itself.
 
     Returns
     -------
@@ -451,37 +444,26 @@ def predict_all(
     >>> frame.select("head", "asked", "rank", "known").rows()
     [('France', 'tail', 1, False), ('France', 'tail', 2, False)]
     """
-    if k < 1:
-        raise DataError(f"k: expected at least 1, received {k}.")
-    kg, model = run.kg, run.model
-    ids = [_query_ids(kg, number, query) for number, query in enumerate(queries)]
+    kg = run.kg
+    ids = []
+    for number, query in enumerate(queries):
+        try:
+            ids.append(query_ids(kg, query))
+        except DataError as error:
+            raise DataError(f"Query {number}: {error}") from None
     if not ids:
         raise DataError("There are no queries to answer.")
-    entity, relation = torch.tensor(ids, device=model.device).unbind(1)
-    index = kg.answers().to(model.device)
-    found: list[tuple[Tensor, ...]] = []
-    training = model.training
-    model.eval()
-    try:
-        batches = score_all(model, entity, relation, run.settings.ranking_batch_size)
-        for positions, scores in batches:
-            decision = scores[DECISION]
-            if decision.isnan().any():
-                raise IMVIAError("The model's scores are not numbers; train it again.")
-            known = torch.zeros_like(decision, dtype=torch.bool)
-            known[index.pairs(entity[positions], relation[positions])] = True
-            row, answer, rank = _best(decision, known & (not include_known), k)
-            part = (positions[row], answer, rank, decision[row, answer], known[row, answer])
-            found.append(tuple(column.cpu() for column in part))
-    finally:
-        model.train(training)
-    query, answer, rank, score, is_known = (
-        torch.cat(column) for column in zip(*found, strict=True)
+    entity, relation = torch.tensor(ids).unbind(1)
+    found = Predictor(run.model, kg).answers(
+        entity,
+        relation,
+        k=k,
+        include_known=include_known,
+        include_self=include_self,
+        batch_size=run.settings.ranking_batch_size,
     )
-    order = torch.argsort(query, stable=True)  # relation by relation came other queries first
-    query, answer = query[order], answer[order]
-
-    given, asked_relation = entity.cpu()[query], relation.cpu()[query]
+    answer = found.entity
+    given, asked_relation = entity[found.query], relation[found.query]
     of_tail = asked_relation < kg.num_relations
     entities = pl.Series(kg.entities, dtype=pl.String)
     relations = pl.Series(kg.relations, dtype=pl.String)
@@ -491,41 +473,11 @@ def predict_all(
             "relation": relations[(asked_relation % kg.num_relations).numpy()],
             "tail": entities[torch.where(of_tail, answer, given).numpy()],
             "asked": pl.Series(["head", "tail"])[of_tail.long().numpy()],
-            "rank": rank[order].numpy(),
-            "score": score[order].float().numpy(),
-            "known": is_known[order].numpy(),
+            "rank": found.rank.numpy(),
+            "score": found.score.float().numpy(),
+            "known": found.known.numpy(),
         }
     )
-
-
-def _query_ids(kg: MultiViewKG, number: int, query: Query) -> tuple[int, int]:
-    """(entity, relation) ids of a query; inverse relations ask for heads."""
-    head, relation, tail = query
-    relation_id = kg.id_of(relation, "relation")
-    if head is not None and tail is None:
-        return kg.id_of(head), relation_id
-    if tail is not None and head is None:
-        return kg.id_of(tail), relation_id + kg.num_relations
-    raise DataError(
-        f"Query {number}: expected a head or a tail, the end that is known; received"
-        f" {tuple(query)!r}."
-    )
-
-
-def _best(scores: Tensor, excluded: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and ranks (from 1) of the k best of each row of (B, N), ties by column."""
-    lowest = -torch.inf
-    scores = scores.masked_fill(excluded, lowest)
-    worst = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1:]
-    # Those that tie with the last one included, so that which of them stay is told by their ids.
-    row, column = ((scores >= worst) & (scores > lowest)).nonzero(as_tuple=True)
-    order = torch.argsort(scores[row, column], descending=True, stable=True)
-    order = order[torch.argsort(row[order], stable=True)]
-    row, column = row[order], column[order]
-    count = torch.bincount(row, minlength=len(scores))
-    rank = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row] + 1
-    kept = rank <= k
-    return row[kept], column[kept], rank[kept]
 
 
 def queries_of(
@@ -612,7 +564,7 @@ def read_queries(path: str | os.PathLike[str], kg: MultiViewKG) -> list[Query]:
         head, relation, tail = fields
         query = Query(None if missing[0] else head, relation, None if missing[1] else tail)
         try:
-            _query_ids(kg, number, query)
+            query_ids(kg, query)
         except UnknownLabelError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         queries.append(query)

@@ -1,16 +1,43 @@
-"""Predicting the missing end of a triple."""
+"""Predicting the missing end of a triple, and explaining what the model makes of one.
+
+`Predictor` holds the candidate tables ready and answers queries at once, many or one; `predict` and
+`explain` are for a single question.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from imvia_graph.answers import pointer
 from imvia_graph.errors import DataError, IMVIAError
-from imvia_graph.evaluation import score_all
-from imvia_graph.kg import MultiViewKG
-from imvia_graph.model import DECISION, IMVIA
+from imvia_graph.evaluation import filtered_ranks
+from imvia_graph.kg import PARTS, MultiViewKG
+from imvia_graph.model import DECISION, IMVIA, Embedding
+from imvia_graph.ops import ViewWeights
+
+Side = Literal["tail", "head"]
+
+#: Relations whose candidate tables are held at a time where each has its own.
+TABLES_HELD = 4
+
+
+class Query(NamedTuple):
+    """A triple of labels (or display names) with one end missing, which is None.
+
+    >>> from imvia_graph.inference import Query
+    >>> Query(head="France", relation="borders", tail=None)
+    Query(head='France', relation='borders', tail=None)
+    """
+
+    head: str | None
+    relation: str
+    tail: str | None
 
 
 class Prediction(NamedTuple):
@@ -37,6 +64,311 @@ class Prediction(NamedTuple):
     known: bool
 
 
+class Answers(NamedTuple):
+    """Answers to many queries as columns: query by query, best first.
+
+    Attributes
+    ----------
+    query, entity, rank : Tensor
+        (A,) int64: which query, which entity answers it, and at which place, from 1.
+    score : Tensor
+        (A,) of the decision.
+    modalities : dict of str to Tensor
+        (A,) of each of the model's heads.
+    known : Tensor
+        (A,) bool: whether the triple is in the graph.
+    """
+
+    query: Tensor
+    entity: Tensor
+    rank: Tensor
+    score: Tensor
+    modalities: dict[str, Tensor]
+    known: Tensor
+
+
+# -- predicting -----------------------------------------------------------------------------------
+
+
+class Predictor:
+    """Answers queries, with what does not depend on the query held ready.
+
+    The candidate tables are made at the first query and kept: for a model that is asked often and
+    trained no more. With ``candidates="relation"`` those of the last few relations are kept.
+
+    Parameters
+    ----------
+    model : IMVIA
+        A trained model.
+    kg : MultiViewKG
+        The graph that it was trained on.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig
+    >>> kg = ig.load_kg("countries")
+    >>> predictor = ig.Predictor(ig.IMVIA.from_kg(kg, ig.Settings(dim=16)), kg)
+    >>> [answer.known for answer in predictor.predict(head="France", relation="borders", k=2)]
+    [False, False]
+    """
+
+    def __init__(self, model: IMVIA, kg: MultiViewKG) -> None:
+        self.model, self.kg = model, kg
+        self._known = kg.answers().to(model.device)
+        head, relation, tail = kg.train.unbind(1)
+        self._loops = torch.zeros(2 * kg.num_relations, dtype=torch.bool)
+        for loop in relation[head == tail].unique().tolist():
+            self._loops[[loop, loop + kg.num_relations]] = True
+        self._loops = self._loops.to(model.device)
+        self._tables: OrderedDict[int | None, dict[str, Tensor]] = OrderedDict()
+
+    def predict(
+        self,
+        *,
+        relation: str,
+        head: str | None = None,
+        tail: str | None = None,
+        k: int = 10,
+        include_known: bool = False,
+        include_self: bool | None = None,
+    ) -> list[Prediction]:
+        """The best answers to (head, relation, ?) or (?, relation, tail); see `predict`."""
+        if (head is None) == (tail is None):
+            raise DataError("predict: give either head or tail, the end that is known.")
+        entity, relation_id = query_ids(self.kg, Query(head, relation, tail))
+        found = self.answers(
+            torch.tensor([entity]),
+            torch.tensor([relation_id]),
+            k=k,
+            include_known=include_known,
+            include_self=include_self,
+        )
+        return self._predictions(found)
+
+    def answers(
+        self,
+        entity: Tensor,
+        relation: Tensor,
+        *,
+        k: int = 10,
+        include_known: bool = False,
+        include_self: bool | None = None,
+        batch_size: int = 1024,
+    ) -> Answers:
+        """The best answers to many queries.
+
+        Parameters
+        ----------
+        entity, relation : Tensor
+            (Q,) int64 ids; relations from ``num_relations`` on ask for heads.
+        k, include_known, include_self
+            As for `predict`.
+        batch_size : int
+            Queries scored at a time.
+
+        Returns
+        -------
+        Answers
+            Query by query in their order, best first, on the CPU; equal scores go by id.
+        """
+        if k < 1:
+            raise DataError(f"predict: expected k of at least 1, received {k}.")
+        device = self.model.device
+        entity, relation = entity.to(device), relation.to(device)
+        found: list[list[Tensor]] = []
+        for positions, scores in self.scores(entity, relation, batch_size):
+            asked, under = entity[positions], relation[positions]
+            decision = scores[DECISION]
+            if decision.isnan().any():
+                raise IMVIAError("predict: the model's scores are not numbers; train it again.")
+            known = torch.zeros_like(decision, dtype=torch.bool)
+            known[self.known_pairs(asked, under)] = True
+            excluded = torch.zeros_like(known) if include_known else known.clone()
+            if not include_self:
+                # That an entity is related to itself is no news, unless the relation does that.
+                left_out = torch.ones_like(asked, dtype=torch.bool)
+                if include_self is None:
+                    left_out = ~self._loops[under]
+                row = left_out.nonzero().flatten()
+                excluded[row, asked[row]] |= ~known[row, asked[row]]
+            row, answer, rank = best(decision, excluded, k)
+            columns = [positions[row], answer, rank, decision[row, answer], known[row, answer]]
+            columns += [scores[head][row, answer] for head in self.model.heads]
+            found.append([column.cpu() for column in columns])
+        columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
+        # Relation by relation came other queries first.
+        order = torch.argsort(columns[0], stable=True)
+        query, answer, rank, score, known, *by_head = (column[order] for column in columns)
+        modalities = dict(zip(self.model.heads, by_head, strict=True))
+        return Answers(query, answer, rank, score, modalities, known)
+
+    @torch.no_grad()
+    def scores(
+        self, entity: Tensor, relation: Tensor, batch_size: int = 1024
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield (positions, scores by head and ``decision``) of queries against all entities."""
+        if self.model.settings.candidates == "shared":
+            groups: Sequence[Tensor] = [torch.arange(len(entity), device=entity.device)]
+        else:
+            order = torch.argsort(relation, stable=True)
+            counts = torch.unique_consecutive(relation[order], return_counts=True)[1]
+            groups = order.split(counts.tolist())
+        with evaluating(self.model) as model:
+            for group in groups:
+                for positions in group.split(batch_size):
+                    under = relation[positions]
+                    queries = model.queries(entity[positions], under)
+                    yield positions, model.scores(queries, self.tables(under), under)
+
+    @torch.no_grad()
+    def tables(self, relation: Tensor) -> dict[str, Tensor]:
+        """The candidate tables (N, dim) of queries under (B,) relations, which `scores` groups."""
+        shared = self.model.settings.candidates == "shared"
+        key = None if shared else int(relation[0])
+        if key not in self._tables:
+            with evaluating(self.model) as model:
+                tables = model.candidates(None if shared else relation[0])
+            # Column by column in memory: a single query's product reads them twice as fast.
+            self._tables[key] = {head: table.T.contiguous().T for head, table in tables.items()}
+            while len(self._tables) > TABLES_HELD:
+                self._tables.popitem(last=False)
+        return self._tables[key]
+
+    def known_pairs(self, entity: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
+        """Which entities are known to answer (B,) queries: rows and columns of (B, N)."""
+        return self._known.pairs(entity, relation)
+
+    def _predictions(self, found: Answers) -> list[Prediction]:
+        heads = {head: scores.tolist() for head, scores in found.modalities.items()}
+        columns = (found.entity.tolist(), found.score.tolist(), found.known.tolist())
+        return [
+            Prediction(
+                self.kg.entities[entity],
+                self.kg.entity_names[entity],
+                score,
+                {head: scores[place] for head, scores in heads.items()},
+                known,
+            )
+            for place, (entity, score, known) in enumerate(zip(*columns, strict=True))
+        ]
+
+    # -- entities that the model has not seen ---------------------------------------------------
+
+    @torch.no_grad()
+    def predict_new(
+        self,
+        views: Mapping[str, Tensor],
+        *,
+        relation: str,
+        ask: Side = "tail",
+        k: int = 10,
+    ) -> list[Prediction]:
+        """The best answers for an entity that the model was not trained on, by its views alone.
+
+        The heads of the modalities that the entity has views of judge; the structural and the
+        joint head, which have learned nothing of it, do not. Where the model wants an entity's
+        structural vector or its residual, the mean of all entities' stands in.
+
+        Parameters
+        ----------
+        views : mapping of str to Tensor
+            (views, d_m) features by modality, made by the encoder that made the graph's.
+        relation : str
+            Label or display name.
+        ask : {"tail", "head"}
+            Which end is asked for; the new entity is the other one.
+        k : int
+            How many answers.
+
+        Returns
+        -------
+        list of Prediction
+            Best first; ``modalities`` holds the heads that judged, ``score`` their decision with
+            the weights of the relation, scaled to sum to 1 among them.
+
+        Raises
+        ------
+        DataError
+            No views, a modality that the model does not have, features of another width.
+
+        Examples
+        --------
+        >>> import imvia_graph as ig
+        >>> kg = ig.load_kg("countries")
+        >>> predictor = ig.Predictor(ig.IMVIA.from_kg(kg, ig.Settings(dim=16)), kg)
+        >>> feat, ptr = kg.views("text")
+        >>> texts = feat[ptr[kg.id_of("France")] : ptr[kg.id_of("France") + 1]]
+        >>> answers = predictor.predict_new({"text": texts}, relation="borders", k=2)
+        >>> [list(answer.modalities) for answer in answers]
+        [['text'], ['text']]
+        """
+        if ask not in get_args(Side):
+            raise DataError(f"ask: expected tail or head, received {ask!r}.")
+        if k < 1:
+            raise DataError(f"predict: expected k of at least 1, received {k}.")
+        kg = self.kg
+        under = kg.id_of(relation, "relation") + (0 if ask == "tail" else kg.num_relations)
+        relation_id = torch.tensor([under], device=self.model.device)
+        given = self._checked(views)
+        with evaluating(self.model) as model:
+            queries = model.decode(self._embed_new(given, relation_id), relation_id)
+            scores = model.scores(queries, self.tables(relation_id), relation_id)
+            weights = decision_weights(model, under)
+        heads = [head for head in model.heads if head in given]
+        total = sum(weights[head] for head in heads)
+        decision = sum(weights[head] / total * scores[head] for head in heads)
+        assert isinstance(decision, Tensor)
+        row, answer, rank = best(decision, torch.zeros_like(decision, dtype=torch.bool), k)
+        by_head = {head: scores[head][row, answer].cpu() for head in heads}
+        known = torch.zeros(len(row), dtype=torch.bool)
+        score = decision[row, answer].cpu()
+        return self._predictions(
+            Answers(row.cpu(), answer.cpu(), rank.cpu(), score, by_head, known)
+        )
+
+    def _checked(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The features of the modalities that have any, on the model's device."""
+        known = {modality: feat for modality, (feat, _) in self.model.views.items()}
+        given = {}
+        for modality, feat in views.items():
+            if modality not in known:
+                raise DataError(
+                    f"views: the model has no modality {modality!r}; it has"
+                    f" {', '.join(map(repr, known)) or 'none'}."
+                )
+            width = known[modality].shape[1]
+            if feat.dim() != 2 or feat.shape[1] != width or not feat.is_floating_point():
+                raise DataError(
+                    f"views[{modality!r}]: expected floating-point features of shape (views,"
+                    f" {width}), received {feat.dtype} of shape {tuple(feat.shape)}."
+                )
+            own = feat.to(known[modality])
+            if not own.isfinite().all():
+                raise DataError(f"views[{modality!r}]: expected finite features.")
+            if len(own):
+                given[modality] = own
+        if not given:
+            raise DataError("views: expected at least one view of one modality of the model.")
+        return given
+
+    def _embed_new(self, given: Mapping[str, Tensor], relation: Tensor) -> Embedding:
+        model = self.model
+        structure = model.entity.weight.mean(0, keepdim=True)
+        csr = {}
+        for modality, (feat, ptr) in model.views.items():
+            own = given.get(modality, feat[:0])
+            csr[modality] = (own, pointer(ptr.new_tensor([len(own)])))
+        heads = model.encoder.encode(
+            csr, torch.zeros_like(relation), structure, model.relation[0](relation)
+        )
+        for modality, table in zip(model.modalities, model.residual, strict=False):
+            heads[modality] = heads[modality] + table.get_parameter("weight").mean(0)
+        return Embedding(
+            {head: heads.get(head, structure) for head in model.heads},
+            {m: torch.tensor([m in given], device=model.device) for m in model.modalities},
+        )
+
+
 @torch.no_grad()
 def predict(
     model: IMVIA,
@@ -47,6 +379,7 @@ def predict(
     tail: str | None = None,
     k: int = 10,
     include_known: bool = False,
+    include_self: bool | None = None,
 ) -> list[Prediction]:
     """The best answers to (head, relation, ?) or (?, relation, tail).
 
@@ -60,66 +393,320 @@ def predict(
         How many answers.
     include_known : bool
         Whether triples of the graph are among the answers.
+    include_self : bool, optional
+        Whether the given entity itself may be an answer. Default: where a training triple of the
+        relation relates an entity to itself.
 
     Returns
     -------
     list of Prediction
-        Best first.
+        Best first; equal scores in the order of the ids.
 
     Raises
     ------
     UnknownLabelError
         A name that the graph does not know, with the nearest known ones.
     """
-    if (head is None) == (tail is None):
-        raise DataError("predict: give either head or tail, the end that is known.")
-    if k < 1:
-        raise DataError(f"predict: expected k of at least 1, received {k}.")
-    relation_id = kg.id_of(relation, "relation")
-    if head is not None:
-        entity_id = kg.id_of(head)
-    else:
-        assert tail is not None
-        entity_id, relation_id = kg.id_of(tail), relation_id + kg.num_relations
-    entity_ids = torch.tensor([entity_id], device=model.device)
-    relation_ids = torch.tensor([relation_id], device=model.device)
-    scores = score_queries(model, entity_ids, relation_ids)
-    _, known_ids = kg.answers().pairs(entity_ids.cpu(), relation_ids.cpu())
-    known = torch.zeros(kg.num_entities, dtype=torch.bool)
-    known[known_ids] = True
+    return Predictor(model, kg).predict(
+        relation=relation,
+        head=head,
+        tail=tail,
+        k=k,
+        include_known=include_known,
+        include_self=include_self,
+    )
 
-    decision = scores[DECISION][0].cpu()
-    if decision.isnan().any():
-        raise IMVIAError("predict: the model's scores are not numbers; train it again.")
-    ranked = decision.argsort(descending=True, stable=True)
-    if not include_known:
-        ranked = ranked[~known[ranked]]
-    chosen = ranked[:k].tolist()
-    by_head = {name: scores[name][0, chosen].tolist() for name in model.heads}
-    return [
-        Prediction(
-            kg.entities[i],
-            kg.entity_names[i],
-            decision[i].item(),
-            {name: values[place] for name, values in by_head.items()},
-            bool(known[i]),
-        )
-        for place, i in enumerate(chosen)
-    ]
+
+def query_ids(kg: MultiViewKG, query: Query) -> tuple[int, int]:
+    """(entity, relation) ids of a query; inverse relations ask for heads."""
+    head, relation, tail = query
+    relation_id = kg.id_of(relation, "relation")
+    if head is not None and tail is None:
+        return kg.id_of(head), relation_id
+    if tail is not None and head is None:
+        return kg.id_of(tail), relation_id + kg.num_relations
+    raise DataError(f"expected a head or a tail, the end that is known; received {tuple(query)!r}.")
+
+
+def best(scores: Tensor, excluded: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns and ranks (from 1) of the k best of each row of (B, N), ties by column.
+
+    >>> import torch
+    >>> from imvia_graph.inference import best
+    >>> none = torch.zeros(1, 4, dtype=torch.bool)
+    >>> [column.tolist() for column in best(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), none, k=2)]
+    [[0, 0], [1, 3], [1, 2]]
+    """
+    lowest = -torch.inf
+    scores = scores.masked_fill(excluded, lowest)
+    worst = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1:]
+    # Those that tie with the last one included, so that which of them stay is told by their ids.
+    row, column = ((scores >= worst) & (scores > lowest)).nonzero(as_tuple=True)
+    order = torch.argsort(scores[row, column], descending=True, stable=True)
+    order = order[torch.argsort(row[order], stable=True)]
+    row, column = row[order], column[order]
+    count = torch.bincount(row, minlength=len(scores))
+    rank = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row] + 1
+    kept = rank <= k
+    return row[kept], column[kept], rank[kept]
+
+
+@contextmanager
+def evaluating(model: IMVIA) -> Iterator[IMVIA]:
+    """The model in evaluation mode, and in its own mode again afterwards."""
+    if not model.training:
+        yield model  # telling every part so takes longer than a query
+        return
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train()
+
+
+# -- explaining -----------------------------------------------------------------------------------
+
+
+class ViewWeight(NamedTuple):
+    """What a view counts for (Eq. 2).
+
+    Attributes
+    ----------
+    view : int
+        Its row among the modality's views, see `MultiViewKG.views`.
+    source : str
+        The text itself, or the picture's path; empty where the graph does not know it.
+    weight : float
+        Its share under the relation; those of an entity's views of a modality sum to 1.
+    plain_weight : float
+        Its share by the gate without a relation.
+    """
+
+    view: int
+    source: str
+    weight: float
+    plain_weight: float
+
+
+class End(NamedTuple):
+    """An end of a triple: label, display name, and its views by modality, in their order."""
+
+    entity: str
+    name: str
+    views: dict[str, list[ViewWeight]]
+
+
+class Judgement(NamedTuple):
+    """What a head of the model, or the decision, makes of a triple.
+
+    Attributes
+    ----------
+    rank : float
+        Filtered, ties at their mean, as `evaluate` ranks.
+    score : float
+        As `predict` gives it.
+    weight : float
+        The head's weight in the decision under the relation; they sum to 1. That of ``decision``
+        is 1.
+    """
+
+    rank: float
+    score: float
+    weight: float
+
+
+class Explanation(NamedTuple):
+    """What the model makes of a triple.
+
+    Attributes
+    ----------
+    head, tail : End
+        The head's views are weighted under the relation, the tail's under its inverse: as each is
+        looked at when the other end is asked for.
+    relation, relation_name : str
+        Label and display name.
+    known : str or None
+        Which part of the graph holds the triple: train, valid, test, known; None for none.
+    judgements : dict
+        For ``"tail"``, the tail being asked for, and ``"head"``: a `Judgement` for each head of the
+        model and, last, ``decision``.
+    """
+
+    head: End
+    relation: str
+    relation_name: str
+    tail: End
+    known: str | None
+    judgements: dict[Side, dict[str, Judgement]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested dicts and lists, as JSON has them."""
+
+        def end(of: End) -> dict[str, Any]:
+            views = {m: [view._asdict() for view in rows] for m, rows in of.views.items()}
+            return {"entity": of.entity, "name": of.name, "views": views}
+
+        return {
+            "head": end(self.head),
+            "relation": {"label": self.relation, "name": self.relation_name},
+            "tail": end(self.tail),
+            "known": self.known,
+            "judgements": {
+                side: {name: judgement._asdict() for name, judgement in by_head.items()}
+                for side, by_head in self.judgements.items()
+            },
+        }
+
+
+def explain(
+    model: IMVIA | Predictor, kg: MultiViewKG, *, head: str, relation: str, tail: str
+) -> Explanation:
+    """What the model makes of (head, relation, tail), head by head and view by view.
+
+    Parameters
+    ----------
+    model : IMVIA or Predictor
+        A predictor has its candidate tables ready.
+    head, relation, tail : str
+        Labels or display names. The triple need not be true.
+
+    Returns
+    -------
+    Explanation
+
+    Raises
+    ------
+    UnknownLabelError
+        A name that the graph does not know, with the nearest known ones.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig
+    >>> kg = ig.load_kg("countries")
+    >>> model = ig.IMVIA.from_kg(kg, ig.Settings(dim=16))
+    >>> found = ig.explain(model, kg, head="France", relation="borders", tail="Spain")
+    >>> found.known, list(found.judgements["tail"])
+    ('train', ['structure', 'image', 'text', 'joint', 'decision'])
+    >>> [view.source for view in found.head.views["image"]]
+    ['flags/FR.png', 'outlines/FR.png']
+    >>> round(sum(view.weight for view in found.head.views["image"]), 6)
+    1.0
+    """
+    predictor = model if isinstance(model, Predictor) else Predictor(model, kg)
+    head_id, tail_id = kg.id_of(head), kg.id_of(tail)
+    relation_id = kg.id_of(relation, "relation")
+    inverse = relation_id + kg.num_relations
+    return Explanation(
+        end_of(predictor, head_id, relation_id),
+        kg.relations[relation_id],
+        kg.relation_names[relation_id],
+        end_of(predictor, tail_id, inverse),
+        part_of(kg, head_id, relation_id, tail_id),
+        {
+            "tail": _judgements(predictor, head_id, relation_id, tail_id),
+            "head": _judgements(predictor, tail_id, inverse, head_id),
+        },
+    )
+
+
+def end_of(predictor: Predictor, entity: int, relation: int) -> End:
+    """An entity with its views, weighted under a relation (from num_relations on: an inverse)."""
+    model, kg = predictor.model, predictor.kg
+    conditioned = view_weights(model, entity, relation)
+    plain = view_weights(model, entity)
+    views = {}
+    for modality in model.modalities:
+        first = int(model.views[modality][1][entity])
+        pairs = zip(conditioned[modality].tolist(), plain[modality].tolist(), strict=True)
+        views[modality] = [
+            ViewWeight(first + i, kg.view_source(modality, first + i), weight, plain_weight)
+            for i, (weight, plain_weight) in enumerate(pairs)
+        ]
+    return End(kg.entities[entity], kg.entity_names[entity], views)
 
 
 @torch.no_grad()
-def score_queries(model: IMVIA, entity: Tensor, relation: Tensor) -> dict[str, Tensor]:
-    """Scores (B, N) of a few queries against all entities, by head and ``decision``."""
-    training = model.training
-    model.eval()
-    try:
-        out: dict[str, Tensor] = {}
-        for positions, scores in score_all(model, entity, relation, batch_size=max(len(entity), 1)):
-            for name, value in scores.items():
-                if name not in out:
-                    out[name] = value.new_empty(len(entity), value.shape[1])
-                out[name][positions] = value
-    finally:
-        model.train(training)
-    return out
+def view_weights(model: IMVIA, entity: int, relation: int | None = None) -> dict[str, Tensor]:
+    """The (k,) weights of an entity's k views by modality: those that `GatedViewConv` gives.
+
+    Parameters
+    ----------
+    entity : int
+        Its id.
+    relation : int, optional
+        The id of the relation, from ``num_relations`` on of an inverse. Default: none, as where
+        candidates are embedded relation-free.
+    """
+    device = model.device
+    entities = torch.tensor([entity], device=device)
+    rel_feat = None
+    if relation is not None:
+        rel_feat = model.relation[0](torch.tensor([relation], device=device))
+    weights = {}
+    for modality, (feat, ptr) in model.views.items():
+        # The entity's own views only: nothing of the others is looked at.
+        own = feat[ptr[entity] : ptr[entity + 1]]
+        _, found = model.encoder.conv(modality).aggregate(
+            own,
+            pointer(ptr.new_tensor([len(own)])),
+            torch.zeros_like(entities),
+            model.entity(entities),
+            rel_feat,
+            get_weight=True,
+        )
+        assert isinstance(found, ViewWeights)
+        weights[modality] = found.weight.float().cpu()
+    return weights
+
+
+@torch.no_grad()
+def decision_weights(model: IMVIA, relation: int) -> dict[str, float]:
+    """The weight of each head in the decision under a relation; they sum to 1."""
+    if model.decision is None or model.settings.decision == "mean":
+        return {head: 1 / len(model.heads) for head in model.heads}
+    rel_feat = model.relation[0](torch.tensor([relation], device=model.device))
+    weights = model.decision.weights(rel_feat)[0].tolist()
+    return dict(zip(model.heads, weights, strict=True))
+
+
+def part_of(kg: MultiViewKG, head: int, relation: int, tail: int) -> str | None:
+    """The first of train, valid, test and known that holds a triple; None where none does."""
+    triple = torch.tensor([head, relation, tail])
+    for part in PARTS:
+        if (getattr(kg, part) == triple).all(1).any():
+            return part
+    return None
+
+
+def _judgements(
+    predictor: Predictor, entity: int, relation: int, answer: int
+) -> dict[str, Judgement]:
+    device = predictor.model.device
+    entities, relations, answers = (
+        torch.tensor([value], device=device) for value in (entity, relation, answer)
+    )
+    [(_, scores)] = predictor.scores(entities, relations)
+    row, col = predictor.known_pairs(entities, relations)
+    weights = {**decision_weights(predictor.model, relation), DECISION: 1.0}
+    return {
+        name: Judgement(
+            filtered_ranks(value, answers, row, col).item(), value[0, answer].item(), weights[name]
+        )
+        for name, value in scores.items()
+    }
+
+
+__all__ = [
+    "Answers",
+    "End",
+    "Explanation",
+    "Judgement",
+    "Prediction",
+    "Predictor",
+    "Query",
+    "ViewWeight",
+    "decision_weights",
+    "explain",
+    "predict",
+    "view_weights",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -15,7 +16,13 @@ from torch import Tensor
 
 from imvia_graph import _files, _tables
 from imvia_graph._dgl import dgl
-from imvia_graph._labels import decode_triples, encode_labels, encode_triples, index_triples
+from imvia_graph._labels import (
+    are_distinct,
+    decode_triples,
+    encode_labels,
+    encode_triples,
+    index_triples,
+)
 from imvia_graph.answers import AnswerIndex, pointer
 from imvia_graph.errors import DataError, UnknownLabelError
 
@@ -43,11 +50,14 @@ class Views(NamedTuple):
         (V,) int64: the entity that each view shows; any order, zero or many views an entity.
     source : sequence of str, optional
         Where each view comes from: a path, an address or the text itself.
+    root : path, optional
+        The folder that relative paths among the sources start from.
     """
 
     feat: Tensor
     entity: Tensor
     source: Sequence[str] | None = None
+    root: str | os.PathLike[str] | None = None
 
 
 class MultiViewKG:
@@ -144,6 +154,7 @@ class MultiViewKG:
         if not len(self.train):
             raise DataError(f"{self}: there are no training triples; at least one is needed.")
         self._sources: dict[str, list[str]] = {}
+        self._roots: dict[str, Path | None] = {}
         self.graph = self._build_graph(views or {})
 
     # -- construction ---------------------------------------------------------------------------
@@ -238,6 +249,7 @@ class MultiViewKG:
             num_nodes[modality] = len(entity)
             features[modality] = feat
             self._sources[modality] = source
+            self._roots[modality] = None if value.root is None else Path(value.root).absolute()
         self.modalities = list(features)
         graph = dgl.heterograph(edges, num_nodes_dict=num_nodes)
         graph.edges["fact"].data["rel"] = relation
@@ -362,6 +374,16 @@ class MultiViewKG:
         self._check_modality(modality)
         return list(self._sources[modality])
 
+    def view_source(self, modality: str, view: int) -> str:
+        """Where one view of a modality comes from, by its row in `views`; "" where not known."""
+        self._check_modality(modality)
+        return self._sources[modality][view]
+
+    def view_root(self, modality: str) -> Path | None:
+        """The folder that relative paths among the sources of a modality start from, if known."""
+        self._check_modality(modality)
+        return self._roots[modality]
+
     def _check_modality(self, modality: str) -> None:
         if modality not in self.modalities:
             raise UnknownLabelError(
@@ -465,7 +487,8 @@ class MultiViewKG:
 
         The layout, format version 1:
 
-        - ``kg.json``: format, version, name, notes;
+        - ``kg.json``: format, version, name, notes, and the folders that relative paths among the
+          views' sources start from;
         - ``entities.tsv``, ``relations.tsv``: labels in id order under the header ``entity`` (or
           ``relation``) and ``name``;
         - ``train.tsv``, ``valid.tsv``, ``test.tsv``: ``head<TAB>relation<TAB>tail`` labels, no
@@ -512,17 +535,17 @@ class MultiViewKG:
                 entities[owner.numpy()].to_list(),
                 self._sources[modality],
             )
+        about: dict[str, Any] = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "name": self.name,
+            "notes": self.notes,
+            "modalities": self.modalities,
+        }
+        if any(self._roots.values()):
+            about["roots"] = {name: str(root) for name, root in self._roots.items() if root}
         # Last, so that a folder with a kg.json is whole.
-        _files.write_json(
-            folder / "kg.json",
-            {
-                "format": FORMAT,
-                "version": FORMAT_VERSION,
-                "name": self.name,
-                "notes": self.notes,
-                "modalities": self.modalities,
-            },
-        )
+        _files.write_json(folder / "kg.json", about)
         return folder
 
     @classmethod
@@ -561,6 +584,8 @@ class MultiViewKG:
         files = {path.stem: path for path in sorted((folder / "views").glob("*.safetensors"))}
         listed = [name for name in about.get("modalities", []) if name in files]
         names = listed + [name for name in files if name not in listed]
+        # A root that is not absolute starts from the folder itself.
+        roots = {name: folder / root for name, root in about.get("roots", {}).items()}
         return cls(
             entities,
             relations,
@@ -568,7 +593,10 @@ class MultiViewKG:
             triples[1],
             triples[2],
             known=triples[3],
-            views={name: _read_views(files[name], entities) for name in names},
+            views={
+                name: _read_views(files[name], entities)._replace(root=roots.get(name))
+                for name in names
+            },
             name=about.get("name") or folder.resolve().name,
             entity_names=entity_names,
             relation_names=relation_names,
@@ -595,7 +623,7 @@ class MultiViewKG:
     def _views(self, modality: str) -> Views:
         feat, ptr = self.views(modality)
         entity = torch.repeat_interleave(torch.arange(self.num_entities), ptr.diff())
-        return Views(feat, entity, self._sources[modality])
+        return Views(feat, entity, self._sources[modality], self._roots[modality])
 
     def __repr__(self) -> str:
         title = f"MultiViewKG {self.name!r}" if self.name else "MultiViewKG"
@@ -643,7 +671,7 @@ def _checked_labels(labels: Sequence[str] | pl.Series, what: str) -> pl.Series:
         raise DataError(
             f"{what}, number {bad}: expected a non-empty label, received {listed[bad]!r}."
         )
-    if not column.is_unique().all():
+    if not are_distinct(column):
         twice = listed[int((~column.is_first_distinct()).arg_true()[0])]
         raise DataError(f"{what}: the label {twice!r} stands more than once; labels are distinct.")
     return column
@@ -671,6 +699,9 @@ def _read_about(folder: Path) -> dict[str, Any]:
         listed = about.get(key, [])
         if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
             raise DataError(f"{path}: expected a list of texts for {key!r}, found {listed!r}.")
+    roots = about.get("roots", {})
+    if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):
+        raise DataError(f"{path}: expected a folder a modality for 'roots', found {roots!r}.")
     version = about.get("version", FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise DataError(

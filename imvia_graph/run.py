@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imvia_graph import _files, checkpoint, inference
 from imvia_graph.errors import CheckpointError, DataError, SettingsError
@@ -68,6 +70,7 @@ class Run:
         tail: str | None = None,
         k: int = 10,
         include_known: bool = False,
+        include_self: bool | None = None,
     ) -> list[inference.Prediction]:
         """The best answers to a query; see `imvia_graph.inference.predict`."""
         return inference.predict(
@@ -78,7 +81,17 @@ class Run:
             tail=tail,
             k=k,
             include_known=include_known,
+            include_self=include_self,
         )
+
+    def explain(self, *, head: str, relation: str, tail: str) -> inference.Explanation:
+        """What the model makes of a triple; see `imvia_graph.inference.explain`."""
+        return inference.explain(self.model, self.kg, head=head, relation=relation, tail=tail)
+
+    @cached_property
+    def encoder(self) -> EntityEncoder:
+        """The embedding half of the model, a source of features for other models."""
+        return EntityEncoder(self.model)
 
     @torch.no_grad()
     def entity_embeddings(self) -> dict[str, Tensor]:
@@ -86,7 +99,7 @@ class Run:
         training = self.model.training
         tables = self.model.eval().candidates()
         self.model.train(training)
-        return {head: table.cpu() for head, table in tables.items()}
+        return {head: table.detach().cpu().clone() for head, table in tables.items()}
 
     def relation_embeddings(self) -> dict[str, Tensor]:
         """(2 num_relations, relation_dim) on the CPU for each head.
@@ -101,6 +114,74 @@ class Run:
     def __repr__(self) -> str:
         where = f" in {self.folder}" if self.folder else ""
         return f"<Run of {self.kg}{where}: {self.progress.epoch} epochs, heads {self.model.heads}>"
+
+
+class EntityEncoder(nn.Module):
+    """What a trained IMVIA knows of its entities, as a layer: ids in, embeddings out.
+
+    It shares parameters and views with the model, so that training the one trains the other;
+    ``copy.deepcopy`` makes one that stands alone, ``requires_grad_(False)`` a frozen one. What only
+    scores triples, the decoders and the decision, is no part of it.
+
+    Parameters
+    ----------
+    model : IMVIA
+
+    Attributes
+    ----------
+    heads : list of str
+        ``structure``, each modality and, where the model has it, ``joint``.
+    num_entities, out_feats : int
+        Sizes of the result for all entities.
+
+    Examples
+    --------
+    >>> import torch, imvia_graph as ig
+    >>> run = ig.fit("countries", epochs=1, dim=16)
+    >>> encoder = run.encoder.requires_grad_(False)
+    >>> france, borders = run.kg.id_of("France"), run.kg.id_of("borders", "relation")
+    >>> encoder(torch.tensor([france]))["joint"].shape
+    torch.Size([1, 16])
+    >>> encoder(torch.tensor([france]), torch.tensor([borders]))["image"].shape  # under a relation
+    torch.Size([1, 16])
+    >>> encoder()["text"].shape  # all entities
+    torch.Size([1475, 16])
+    """
+
+    def __init__(self, model: IMVIA) -> None:
+        super().__init__()
+        self.heads = list(model.heads)
+        self.num_entities, self.out_feats = model.num_entities, model.settings.dim
+        # The same model with fewer parts: an unused parameter would be an error to
+        # DistributedDataParallel, and dead weight in a state_dict.
+        half = copy.copy(model)
+        parts = {name: getattr(model, name) for name in ("entity", "residual", "encoder", "joint")}
+        half._modules = {**parts, "relation": nn.ModuleList(model.relation[:1])}
+        self.model = half
+
+    def forward(
+        self, entity: Tensor | None = None, relation: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Embed entities, the views of which are the only ones that are read.
+
+        Parameters
+        ----------
+        entity : Tensor, optional
+            (B,) int64 ids of ``run.kg``. Default: all entities.
+        relation : Tensor, optional
+            (B,) int64 ids, or a scalar for all; those of inverse relations are ``relation +
+            num_relations``. Default: ``None``, the relation-free gate.
+
+        Returns
+        -------
+        dict of str to Tensor
+            (B, out_feats) a head.
+        """
+        return self.model.embed(entity, relation).heads
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of the module."""
+        return f"heads={self.heads}, out_feats={self.out_feats}"
 
 
 def fit(

@@ -217,6 +217,43 @@ def test_fit_tells_where_validation_was_held_out_for_a_leak(tmp_path, caplog):
     assert "ring: 4 of the 4 distinct published validation triples are in train" in told[0]
 
 
+#: A table with a header and its columns in an order of its own, and how to read it.
+OWN_TABLE = "id;whom;who;how\n" + "".join(f"{i};e{(i + 1) % 9};e{i};next\n" for i in range(9))
+READING = ["--from", "csv", "--separator", ";", "--columns", "who,how,whom", "--split", "none"]
+
+
+@pytest.mark.parametrize(
+    ("command", "out"),
+    [
+        (["fit", "--epochs", "1", *SET, "--out", "out"], "out/kg"),
+        (["encode", "--texts", "texts.tsv", "--encoder", "minilm", "--out", "out"], "out"),
+        (["convert", "--to", "kg"], "out"),
+        (["inspect", "--json"], None),
+    ],
+    ids=lambda value: value[0] if value else "",
+)
+def test_a_source_is_read_as_told_whatever_the_command(command, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(write_folder(tmp_path, {"facts.data": OWN_TABLE, "texts.tsv": "e1\tone\n"}))
+    target = ["out"] if command[0] == "convert" else []
+    result = invoke(*command, "facts.data", *target, *READING)
+    assert result.exit_code == 0, result.output
+    if out is None:
+        assert json.loads(result.stdout)["triples"]["train"]["triples"] == 9
+        return
+    kg = ig.MultiViewKG.load(out)
+    facts = {(kg.entities[h], kg.relations[r], kg.entities[t]) for h, r, t in kg.train.tolist()}
+    assert facts == {(f"e{i}", "next", f"e{(i + 1) % 9}") for i in range(9)}
+
+
+def test_a_run_on_a_source_that_was_read_as_told_needs_the_source_no_more(tmp_path):
+    path = write_folder(tmp_path, {"facts.data": OWN_TABLE}) / "facts.data"
+    out = tmp_path / "run"
+    assert invoke("fit", path, *READING, "--out", out, "--epochs", 1, *SET).exit_code == 0
+    path.unlink()
+    assert invoke("fit", "--resume", "--out", out, "--epochs", 2).exit_code == 0
+    assert invoke("evaluate", out, "--split", "train").exit_code == 0
+
+
 def test_resume_goes_on_with_a_run(tmp_path, graph):
     invoke("fit", graph, "--out", tmp_path / "run", "--epochs", 1, *SET)
     result = invoke("fit", "--resume", "--out", tmp_path / "run", "--epochs", 2)
@@ -226,12 +263,13 @@ def test_resume_goes_on_with_a_run(tmp_path, graph):
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 
 
-def test_resume_refuses_a_source_that_is_not_the_runs(tmp_path, run):
+@pytest.mark.parametrize("other", [["countries"], ["--columns", "0,2,1"]], ids=["source", "how"])
+def test_resume_refuses_a_source_that_is_not_the_runs(other, tmp_path, run):
     copy = write_folder(tmp_path / "run", contents(run))
     before = contents(copy)
-    result = invoke("fit", "countries", "--resume", "--out", copy, "--epochs", 4)
+    result = invoke("fit", *other, "--resume", "--out", copy, "--epochs", 4)
     assert result.exit_code == 2
-    assert "leave SOURCE and --views out" in result.stderr
+    assert "leave out SOURCE, --views" in result.stderr
     assert contents(copy) == before
 
 
@@ -314,7 +352,9 @@ def test_predict_prints_one_json_list_that_is_what_the_function_gives(run):
     assert list(answers[0]) == ["entity", "name", "score", "modalities", "known"]
     assert len(answers) == 4
 
-    known = json.loads(invoke("predict", run, *query, "--top", 99, "--known", "--json").stdout)
+    known = json.loads(
+        invoke("predict", run, *query, "--top", 99, "--known", "--self", "--json").stdout
+    )
     assert [answer["entity"] for answer in known if answer["known"]] == ["e9"]
     assert len(known) == 12
 

@@ -470,6 +470,39 @@ def test_the_command_encodes_pictures_and_texts(tmp_path, clip, command):
     assert ig.load_kg(tmp_path / "out", "published").modalities == ["image", "text"]
 
 
+def test_the_command_encodes_the_literals_of_rdf(tmp_path, command):
+    kg = ring_kg(views=False)
+    kg.save(tmp_path / "kg")
+    entity = "urn:imvia:entity:"
+    turtle = f"""
+    @prefix e: <http://e/> .
+    <{entity}e1> e:about "one"@en, "eins"@de ; e:code "0001" ; e:size 1 .
+    <{entity}e0> e:about "zero", "null"@de . <{entity}other> e:about "nothing"@en .
+    """
+    (tmp_path / "g.ttl").write_text(turtle)
+    words = ["encode", "kg", "--texts", "g.ttl", "--encoder", "minilm", "--overwrite"]
+
+    def texts(*options):
+        code, _, errors = command(*words, "--out", "out", *options)
+        assert code == 0, errors
+        return ig.load_kg(tmp_path / "out", "published").view_sources("text")
+
+    assert texts() == ["zero", "null", "one", "eins", "0001"]
+    assert texts("--text-language", "en") == ["zero", "one", "0001"]
+    about = ["--text-predicate", "http://e/about"]
+    assert texts(*about, "--text-language", "de") == ["zero", "null", "eins"]
+    for options, message in (
+        (["--text-predicate", "http://e/size"], "expected literals of these predicates"),
+        (["--text-columns", "0,1"], "--text-columns is for tables; g.ttl is RDF"),
+        (["--texts", "t.tsv", *about], "--text-predicate and --text-language are for"),
+        (["--texts", "missing.nt"], "missing.nt: there is no such file"),
+    ):
+        code, _, errors = command(*words, "--out", "other", *options)
+        assert code == 2
+        assert message in errors
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_command_leaves_files_of_others_alone(tmp_path, command):
     kg = ring_kg(views=False)
     kg.save(tmp_path / "kg")

@@ -12,11 +12,12 @@ from click.testing import CliRunner
 from helpers import contents, ring_kg, settings
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import imvia_graph as ig
-from imvia_graph import export
+from imvia_graph import export, inference
 from imvia_graph.cli import command_line
 from imvia_graph.evaluation import score_all
 from imvia_graph.export import Query, predict_all, queries_of, read_queries
@@ -152,7 +153,6 @@ def test_parquet_comes_back_equal(odd_run, tmp_path, what):
 
 
 def test_parquet_is_read_by_arrow(odd_run, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
     [path] = ig.export_embeddings(odd_run, tmp_path / "v.parquet", heads=["image"])
     table = parquet.read_table(path)
     assert table["label"].to_pylist() == odd_run.kg.entities
@@ -307,7 +307,7 @@ def test_the_best_are_those_of_a_full_sort():
     excluded = torch.rand(40, 13) < 0.5
     excluded[0] = True
     for k in (1, 4, 13, 50):
-        row, column, rank = export._best(scores, excluded, k)
+        row, column, rank = inference.best(scores, excluded, k)
         found = [list(zip(column[row == i].tolist(), rank[row == i].tolist(), strict=True))
                  for i in range(40)]  # fmt: skip
         for i in range(40):
@@ -459,7 +459,9 @@ def test_predicting_leaves_the_model_in_its_mode(ring_run):
 
 
 def test_answers_score_as_the_model_scores(ring_run):
-    frame = predict_all(ring_run, [Query("e1", "after", None)], k=100, include_known=True)
+    frame = predict_all(
+        ring_run, [Query("e1", "after", None)], k=100, include_known=True, include_self=True
+    )
     [(_, scores)] = score_all(ring_run.model, torch.tensor([1]), torch.tensor([0]), 8)
     order = [int(label[1:]) for label in frame["tail"]]
     expected = scores["decision"][0].detach().tolist()

@@ -614,16 +614,80 @@ def test_overwriting_costs_neither_a_graph_nor_views_that_cannot_be_replaced(tmp
         assert labelled(load_kg(tmp_path / folder)) == labelled(old)
 
 
-def test_labels_of_one_hash_are_told_apart(monkeypatch):
-    """The numbering is exact even if the hash is as bad as can be."""
+@pytest.fixture(params=[None, 2, 5_000], ids=["one table", "many parts", "large parts"])
+def numbering(request, monkeypatch):
+    """The module that numbers labels, as it does for small graphs and for large ones."""
     from imvia_graph import _labels
 
-    monkeypatch.setattr(pl.Series, "hash", lambda self: pl.Series([7] * len(self), dtype=pl.UInt64))
+    if request.param is not None:
+        monkeypatch.setattr(_labels, "_LARGE", request.param)
+        monkeypatch.setattr(_labels, "_SAMPLE", 1)
+        monkeypatch.setattr(_labels, "_PART", request.param)
+        monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    return _labels
+
+
+@pytest.mark.parametrize(
+    "hashes", [[7], [0, 1]], ids=["one hash", "the hash that marks free slots"]
+)
+def test_labels_of_one_hash_are_told_apart(hashes, numbering, monkeypatch):
+    """The numbering is exact even if the hash is as bad as can be."""
+
+    def bad_hash(labels):
+        return pl.Series([hashes[ord(x[0]) % len(hashes)] for x in labels], dtype=pl.UInt64)
+
+    monkeypatch.setattr(pl.Series, "hash", bad_hash)
     frame = pl.DataFrame({"head": ["b", "a"], "relation": ["r", "r"], "tail": ["a", "c"]})
-    entities, relations, triples = _labels.index_triples([frame])
+    entities, relations, triples = numbering.index_triples([frame])
     assert (entities.to_list(), relations.to_list()) == (["b", "a", "c"], ["r"])
     assert triples[0].tolist() == [[0, 0, 1], [1, 0, 2]]
-    assert _labels.encode_labels(["c", "b"], entities, "here").tolist() == [2, 0]
+    assert numbering.encode_labels(["c", "b"], entities, "here").tolist() == [2, 0]
+    assert numbering.are_distinct(entities)
+    assert not numbering.are_distinct(pl.Series(["a", "c", "a"]))
+
+
+@pytest.mark.parametrize("labels", [1, 5, 300, 20_000])
+@pytest.mark.parametrize("common", [0.0, 0.9])
+def test_labels_are_numbered_as_a_loop_would(labels, common, numbering):
+    random = np.random.default_rng(0)
+    ids = random.integers(0, labels, (9_000, 3))
+    ids[random.random(ids.shape) < common] = labels // 2
+    rows = [[f"label {id}" for id in row] for row in ids.tolist()]
+    frame = pl.DataFrame(rows, schema=["head", "relation", "tail"], orient="row")
+    entities: dict[str, int] = {}
+    relations: dict[str, int] = {}
+    expected = [
+        [
+            entities.setdefault(head, len(entities)),
+            relations.setdefault(relation, len(relations)),
+            entities.setdefault(tail, len(entities)),
+        ]
+        for head, relation, tail in rows
+    ]
+    found, kinds, parts = numbering.index_triples([frame[:4_000], frame[4_000:]])
+    assert found.to_list() == list(entities)
+    assert kinds.to_list() == list(relations)
+    assert torch.cat(parts).tolist() == expected
+    assert [len(part) for part in parts] == [4_000, 5_000]
+
+
+def test_loops_are_compiled_where_nothing_can_be_cached(monkeypatch):
+    import numba
+
+    from imvia_graph._kernels import labels
+
+    compile_plainly = numba.njit
+
+    def refuse(cache=False, **options):
+        if cache:
+            raise RuntimeError("no locator available")
+        return compile_plainly(**options)
+
+    monkeypatch.setattr(numba, "njit", refuse)
+    counts = np.zeros(2, np.int64)
+    cells = np.array([[0], [2**63], [2**63 + 5]], np.uint64)
+    labels._compiled(labels.count.py_func)(0, 3, cells, np.uint64(63), counts)
+    assert counts.tolist() == [1, 2]
 
 
 def test_paths_are_not_patterns(tmp_path):

@@ -10,22 +10,25 @@ from helpers import ROOT
 HOUSE = [
     {"__main__"},
     {"cli"},
+    {"report", "explore"},
     {"export"},
     {"run"},
-    {"checkpoint"},
+    {"checkpoint", "tracking"},
     {"training", "inference"},
     {"evaluation"},
     {"model"},
     {"nn"},
     {"losses", "ops"},
+    {"_factored"},
+    {"pictures"},
     {"settings"},
     {"encode"},
     {"io"},
     {"inspection"},
     {"datasets", "splits", "kg"},
     {"_dgl", "_labels", "_tables", "answers"},
-    {"_files"},
-    {"errors", "_version"},
+    {"_files", "_kernels", "_label_kernels"},
+    {"errors", "_display", "_graphbolt", "_version"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(HOUSE) for name in names}
 #: Where the design allows DGL.

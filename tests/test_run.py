@@ -241,7 +241,7 @@ def test_predict_gives_all_unknown_tails_best_first(candidates):
     answers = run.predict(head="e3", relation="opposite", k=100)
     known = {kg.entities[i] for i in known_answers(kg, 3, 1)}
     assert known
-    assert {answer.entity for answer in answers} == set(kg.entities) - known
+    assert {answer.entity for answer in answers} == set(kg.entities) - known - {"e3"}
     scores = [answer.score for answer in answers]
     assert scores == sorted(scores, reverse=True)
     assert not any(answer.known for answer in answers)
@@ -253,11 +253,31 @@ def test_known_facts_are_left_out_unless_asked_for_and_then_marked(finished):
         known = {kg.entities[i] for i in known_answers(kg, head, 0)}
         assert known
         label = kg.entities[head]
-        without = finished.predict(head=label, relation="after", k=100)
-        everything = finished.predict(head=label, relation="after", k=100, include_known=True)
+        query = {"head": label, "relation": "after", "k": 100, "include_self": True}
+        without = finished.predict(**query)
+        everything = finished.predict(**query, include_known=True)
         assert len(everything) == kg.num_entities
         assert {answer.entity for answer in everything if answer.known} == known
         assert [answer for answer in everything if not answer.known] == without
+
+
+@pytest.mark.parametrize("side", ["head", "tail"])
+def test_the_given_entity_is_no_answer_unless_asked_for_or_the_relation_has_loops(side):
+    kg = ring_kg()
+    loops = torch.tensor([[2, 0, 2]])  # "after" relates e2 to itself, "opposite" nothing
+    run = fit(kg=kg.replace(train=torch.cat([kg.train, loops])), epochs=1)
+
+    def answers(label, relation, **options):
+        found = run.predict(**{side: label}, relation=relation, k=100, **options)
+        return [answer.entity for answer in found]
+
+    assert "e3" not in answers("e3", "opposite")
+    assert "e3" in answers("e3", "opposite", include_self=True)
+    assert "e3" in answers("e3", "after")
+    assert "e3" not in answers("e3", "after", include_self=False)
+    # A fact of the graph is left out as a fact, and shown as one where these are asked for.
+    assert "e2" not in answers("e2", "after")
+    assert "e2" in answers("e2", "after", include_known=True, include_self=False)
 
 
 def test_predicted_heads_are_those_of_the_inverse_query(finished):
@@ -337,7 +357,7 @@ def test_an_entity_seen_only_in_test_is_predicted_about():
     labels = [*kg.entities, "stranger"]
     run = fit(kg=kg.replace(entities=labels, entity_names=labels), epochs=1)
     answers = run.predict(head="stranger", relation="after", k=99)
-    assert len(answers) == 13
+    assert len(answers) == 12
     assert all(math.isfinite(answer.score) for answer in answers)
 
 

@@ -278,6 +278,27 @@ def test_who_has_features_may_be_told(tmp_path, present):
     assert torch.equal(io.read_features(named, PLACES).feat, views.feat)
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_features_read_in_portions_are_those_read_whole(suffix, rows, tmp_path, monkeypatch):
+    feat = torch.randn(10, 2, 4)
+    feat[[1, 4, 5], 0] = 0
+    feat[[4, 9]] = torch.nan
+    there = ~(feat.isnan() | (feat == 0)).all(dim=2)
+    monkeypatch.setattr("imvia_graph.io.features._PORTION", rows * 2 * 4 * 4)
+    labels = [str(i) for i in range(10)]
+    write_features(tmp_path / f"places{suffix}", feat)
+    views = ig.io.read_features(tmp_path / f"places{suffix}", labels)
+    assert torch.equal(views.feat, feat[there])
+    assert torch.equal(views.entity, there.nonzero()[:, 0])
+    some = feat[:, 1].nan_to_num()
+    write_features(tmp_path / f"some{suffix}", some)
+    views = ig.io.read_features(
+        tmp_path / f"some{suffix}", labels[2:8], entity=labels, skip_unknown=True
+    )
+    assert torch.equal(views.feat, some[2:8])
+
+
 def test_half_stays_and_double_becomes_single():
     assert io.views_from_array(torch.ones(4, 2).half(), PLACES).feat.dtype == torch.float16
     assert io.views_from_array(np.ones((4, 2), dtype=">f8"), PLACES).feat.dtype == torch.float32

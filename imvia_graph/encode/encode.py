@@ -419,7 +419,7 @@ def _assemble(raw: RawViews, digests: list[bytes | None], done: _Done, report: R
             f" {str(Path(raw.root or '', first))!r}: {reason}."
         )
     feat = torch.cat(done.chunks)[torch.tensor(rows)]
-    return Views(feat, torch.tensor(entity, dtype=torch.int64), source)
+    return Views(feat, torch.tensor(entity, dtype=torch.int64), source, raw.root)
 
 
 def _dtype(precision: Precision, device: torch.device) -> torch.dtype:

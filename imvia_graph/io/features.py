@@ -1,16 +1,20 @@
 """Features in: safetensors, npz, npy, HDF5 and torch files become `Views` as they are.
 
 Three shapes are read (`views_from_array`): (N, d), a row an entity; (N, k, d), up to k views an
-entity; (V, d) with a column that says whose each row is.
+entity; (V, d) with a column that says whose each row is. HDF5 and npy files are read in portions,
+of which only the views stay in memory; of an npz or HDF5 file only the arrays that are used.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,9 @@ from imvia_graph.kg import MultiViewKG, Views
 FEATURE_NAMES = ("feat", "feats", "feature", "features", "embedding", "embeddings")
 ENTITY_NAMES = ("entity", "entities", "label", "labels", "id", "ids")
 PRESENT_NAMES = ("present", "mask")
+
+#: Bytes of features that are read at a time.
+_PORTION = 2**26
 
 #: Entities by label or id: what says whose a row is, or who has a feature.
 Owners = Sequence[str] | Sequence[int] | Tensor | np.ndarray
@@ -85,7 +92,7 @@ def with_views(
 def _views_of(kg: MultiViewKG, modality: str) -> Views:
     feat, ptr = kg.views(modality)
     owner = torch.repeat_interleave(torch.arange(kg.num_entities), ptr.diff())
-    return Views(feat, owner, kg.view_sources(modality))
+    return Views(feat, owner, kg.view_sources(modality), kg.view_root(modality))
 
 
 def read_features(
@@ -145,31 +152,33 @@ def read_features(
         raise DataError(f"{path}: there is no such file; expected features.")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty: expected features.")
-    arrays = _read_arrays(path)
-    named = {name for name in (key, entity, present) if isinstance(name, str)}
-    if absent := sorted(named - set(arrays)):
-        raise DataError(f"{path}: there is no array {absent[0]!r}; there are {_listing(arrays)}.")
-    if key is None and (mapping := _by_entity(arrays, of, path, skip_unknown)) is not None:
-        return mapping
-    entity_name = entity if isinstance(entity, str) else _named(arrays, ENTITY_NAMES)
-    present_name = present if isinstance(present, str) else _named(arrays, PRESENT_NAMES)
-    feat = arrays[key or _feature_name(arrays, {entity_name, present_name}, path)]
-    source: list[str] | None = None
-    if entity is None and entity_name is None and path.with_suffix(".csv").is_file():
-        entity, source = _files.read_view_table(path.with_suffix(".csv"))
-    elif entity is None or isinstance(entity, str):
-        entity = None if entity_name is None else _owners(arrays[entity_name])
-    if present is None or isinstance(present, str):
-        present = None if present_name is None else _owners(arrays[present_name])
-    return views_from_array(
-        feat,
-        of,
-        entity=entity,
-        present=present,
-        source=source,
-        skip_unknown=skip_unknown,
-        where=str(path),
-    )
+    with _open_arrays(path) as arrays:
+        named = {name for name in (key, entity, present) if isinstance(name, str)}
+        if absent := sorted(named - set(arrays)):
+            raise DataError(
+                f"{path}: there is no array {absent[0]!r}; there are {_listing(arrays)}."
+            )
+        if key is None and (mapping := _by_entity(arrays, of, path, skip_unknown)) is not None:
+            return mapping
+        entity_name = entity if isinstance(entity, str) else _named(arrays, ENTITY_NAMES)
+        present_name = present if isinstance(present, str) else _named(arrays, PRESENT_NAMES)
+        feat = arrays[key or _feature_name(arrays, {entity_name, present_name}, path)]
+        source: list[str] | None = None
+        if entity is None and entity_name is None and path.with_suffix(".csv").is_file():
+            entity, source = _files.read_view_table(path.with_suffix(".csv"))
+        elif entity is None or isinstance(entity, str):
+            entity = None if entity_name is None else _owners(arrays[entity_name])
+        if present is None or isinstance(present, str):
+            present = None if present_name is None else _owners(arrays[present_name])
+        return views_from_array(
+            feat,
+            of,
+            entity=entity,
+            present=present,
+            source=source,
+            skip_unknown=skip_unknown,
+            where=str(path),
+        )
 
 
 def views_from_array(
@@ -221,12 +230,12 @@ def views_from_array(
     [0, 1, 1]
     """
     labels = of.entities if isinstance(of, MultiViewKG) else of
-    feat = _floating(feat, where)
+    shape = tuple(feat.shape)
     if entity is not None:
-        if feat.dim() != 2:
+        if len(shape) != 2:
             raise DataError(
                 f"{where}: expected features of shape (views, width) beside their entities,"
-                f" received {tuple(feat.shape)}."
+                f" received {shape}."
             )
         if present is not None:
             raise DataError(
@@ -240,15 +249,19 @@ def views_from_array(
         if not len(feat):
             raise DataError(f"{where}: there are no rows, so no views.")
         keep, ids = resolve(owners, of, f"{where}, entities", skip_unknown)
-        rows = keep.nonzero().flatten()
-        feat = feat if len(rows) == len(feat) else feat[rows]
-        kept = None if source is None else [source[row] for row in rows.tolist()]
-        _refuse_nan(feat, ids, labels, where)
-        return Views(feat, ids, kept)
-    if feat.dim() not in (2, 3) or 0 in feat.shape:
+        kept = (
+            None if source is None else [source[row] for row in keep.nonzero().flatten().tolist()]
+        )
+        if keep.all() and isinstance(feat, Tensor | np.ndarray):
+            views = _floating(feat, where)
+        else:
+            views = _read_views(feat, where, lambda part, start: keep[start : start + len(part)])
+        _refuse_nan(views, ids, labels, where)
+        return Views(views, ids, kept)
+    if len(shape) not in (2, 3) or 0 in shape:
         raise DataError(
             f"{where}: expected features of shape ({len(labels)}, width) or ({len(labels)}, views,"
-            f" width), received {tuple(feat.shape)}."
+            f" width), received {shape}."
         )
     if len(feat) != len(labels):
         raise DataError(
@@ -256,18 +269,47 @@ def views_from_array(
             f" {len(feat)} rows. If they belong to some entities only, say to which (entity=…, or"
             " an array 'entity' in the file)."
         )
-    places = feat if feat.dim() == 3 else feat[:, None]  # (N, k, d)
-    there = ~(places.isnan().all(dim=2) | (places == 0).all(dim=2))  # (N, k)
-    if present is not None:
-        has = _present(present, of, where, skip_unknown)
+    has = None if present is None else _present(present, of, where, skip_unknown)
+    masks: list[Tensor] = []  # (n,) or (n, k)
+
+    def there(part: Tensor, start: int) -> Tensor:
         # With one place an entity the list says it all: a zero row of a listed one is a view.
-        there = has[:, None] & (there if feat.dim() == 3 else torch.ones_like(there))
-    owner, place = there.nonzero(as_tuple=True)
+        if has is not None and part.dim() == 2:
+            mask = has[start : start + len(part)]
+        else:
+            mask = ~(part.isnan().all(dim=-1) | (part == 0).all(dim=-1))
+            if has is not None:
+                mask &= has[start : start + len(part), None]
+        masks.append(mask)
+        return mask
+
+    views = _read_views(feat, where, there)
+    owner = torch.cat(masks).nonzero()[:, 0].contiguous()
     if not len(owner):
         raise DataError(f"{where}: every row is zero or NaN, so no entity has a view.")
-    kept_feat = places[owner, place]
-    _refuse_nan(kept_feat, owner, labels, where)
-    return Views(kept_feat, owner)
+    _refuse_nan(views, owner, labels, where)
+    return Views(views, owner)
+
+
+def _read_views(feat: Any, where: str, there: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Views (V, d) of an array, or of a file's, read in portions.
+
+    ``there`` is told a portion and its first row, and says which of its places hold views.
+    """
+    portions: list[Tensor] = []
+    rows = max(1, _PORTION // (feat.dtype.itemsize * math.prod(feat.shape[1:]) or 1))
+    for start in range(0, len(feat), rows):
+        part = _floating(feat[start : start + rows], where)
+        portions.append(part[there(part, start)])
+    # Not torch.cat, which would need twice the memory: each portion is freed when it is copied.
+    views = portions[0].new_empty(sum(map(len, portions)), feat.shape[-1])
+    portions.reverse()
+    start = 0
+    while portions:
+        part = portions.pop()
+        views[start : start + len(part)] = part
+        start += len(part)
+    return views
 
 
 def _floating(feat: Tensor | np.ndarray, where: str) -> Tensor:
@@ -283,7 +325,7 @@ def _floating(feat: Tensor | np.ndarray, where: str) -> Tensor:
 
 
 def _refuse_nan(feat: Tensor, owner: Tensor, labels: Sequence[str], where: str) -> None:
-    finite = feat.isfinite().all(dim=1)
+    finite = torch.cat([part.isfinite().all(dim=1) for part in feat.split(2**16)])
     if not finite.all():
         row = int((~finite).nonzero()[0])
         raise DataError(
@@ -321,29 +363,37 @@ def _series(values: Owners) -> pl.Series:
 # -- files ----------------------------------------------------------------------------------------
 
 
-def _read_arrays(path: Path) -> dict[str, Any]:
-    """Every array of a file by its name; "" for the only, nameless one."""
-    readers = {
-        ".safetensors": _read_safetensors,
-        ".npy": _read_numpy,
-        ".npz": _read_numpy,
-        ".h5": _read_hdf5,
-        ".hdf5": _read_hdf5,
-        ".pth": _read_torch,
-        ".pt": _read_torch,
+@contextmanager
+def _open_arrays(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Every array of a file by its name; "" for the only, nameless one.
+
+    Arrays of HDF5, npz and npy files are read where they are used.
+    """
+
+    def whole(read: Callable[[Path], dict[str, Any]]) -> Callable[[Path], Any]:
+        return lambda path: nullcontext(read(path))
+
+    openers: dict[str, Callable[[Path], AbstractContextManager[Mapping[str, Any]]]] = {
+        ".safetensors": whole(_read_safetensors),
+        ".npy": _open_numpy,
+        ".npz": _open_numpy,
+        ".h5": _open_hdf5,
+        ".hdf5": _open_hdf5,
+        ".pth": whole(_read_torch),
+        ".pt": whole(_read_torch),
     }
     suffix = path.suffix.lower()
     if suffix in (".pkl", ".pickle"):
         raise _is_a_pickle(path, "a pickle")
-    if suffix not in readers:
+    if suffix not in openers:
         raise DataError(
-            f"{path}: expected features in a file called {', '.join(readers)}; {path.suffix!r} is"
+            f"{path}: expected features in a file called {', '.join(openers)}; {path.suffix!r} is"
             " none of these."
         )
-    arrays = readers[suffix](path)
-    if not arrays:
-        raise DataError(f"{path} holds no arrays; expected features.")
-    return arrays
+    with openers[suffix](path) as arrays:
+        if not arrays:
+            raise DataError(f"{path} holds no arrays; expected features.")
+        yield arrays
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -356,19 +406,22 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         )
 
 
-def _read_numpy(path: Path) -> dict[str, Any]:
+@contextmanager
+def _open_numpy(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         with unreadable(path, "a NumPy file without Python objects"):
-            found = np.load(path, allow_pickle=False)
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
             if isinstance(found, np.ndarray):
-                return {"": found}
+                yield {"": found}
+                return
             with found:
-                return {name: found[name] for name in found.files}
-    except zipfile.BadZipFile as error:
+                yield found
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: expected an npz file; it cannot be read ({error}).") from error
 
 
-def _read_hdf5(path: Path) -> dict[str, Any]:
+@contextmanager
+def _open_hdf5(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         import h5py
     except ImportError as error:
@@ -380,11 +433,11 @@ def _read_hdf5(path: Path) -> dict[str, Any]:
     def collect(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
             text = h5py.check_string_dtype(item.dtype) is not None
-            arrays[name] = np.asarray(item.asstr()[...] if text else item[...])
+            arrays[name] = np.asarray(item.asstr()[...]) if text else item
 
     with unreadable(path, "an HDF5 file"), h5py.File(path, "r") as file:
         file.visititems(collect)
-    return arrays
+        yield arrays
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
@@ -440,7 +493,7 @@ def _by_entity(
         ids.tolist(),
         strict=True,
     ):
-        value = _floating(torch.as_tensor(arrays[name]), f"{path}, {name!r}")
+        value = _floating(arrays[name][...], f"{path}, {name!r}")
         value = value[None] if value.dim() == 1 else value
         if value.dim() != 2 or value.shape[1] == 0 or (rows and value.shape[1] != rows[0].shape[1]):
             raise DataError(
@@ -489,8 +542,10 @@ def _listing(arrays: Mapping[str, Any]) -> str:
     return ", ".join(shown) + (", …" if len(arrays) > len(shown) else "")
 
 
-def _owners(array: Tensor | np.ndarray) -> Tensor | np.ndarray | list[str]:
-    """Labels as str, whether they were kept as text or as bytes."""
+def _owners(array: Any) -> Tensor | np.ndarray | list[str]:
+    """Labels as str, whether they were kept as text or as bytes; ids and masks as they are."""
+    array = array[...]  # of HDF5, reads it
     if isinstance(array, np.ndarray) and array.dtype.kind in "SO":
         return [item.decode() if isinstance(item, bytes) else str(item) for item in array.tolist()]
-    return array
+    owners: Tensor | np.ndarray = array
+    return owners

@@ -169,6 +169,11 @@ def read_literals(
     RawViews
         Texts of the modality ``text``, sorted by entity, as `read_texts` gives them.
 
+    Raises
+    ------
+    DataError
+        No such file, no RDF, no such text of an entity of the graph.
+
     Examples
     --------
     >>> import imvia_graph as ig, pathlib, tempfile
@@ -178,7 +183,9 @@ def read_literals(
     >>> ig.io.read_literals(path, kg).source
     ['A text']
     """
-    path = Path(source)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; expected N-Triples or Turtle.")
     values = _decoded(_parse(path, _form(path), split)[1], "entity", base[0])
     values = _decoded(values, "predicate", base[1])
     values = values.filter(pl.col("datatype").is_in(sorted(_TEXTS)) & (pl.col("value") != ""))
@@ -187,6 +194,9 @@ def read_literals(
     if language is not None:
         values = values.filter(pl.col("language").is_in([language, ""]))
     values = values.filter(pl.col("entity").is_in(of.entities))
+    if not values.height:
+        told = "" if predicates is None and language is None else " of these predicates or language"
+        raise DataError(f"{path}: expected literals{told} that are texts of {of}, found none.")
     entity = encode_labels(values["entity"], of.entities, str(path))
     table = pl.DataFrame({"entity": entity.numpy(), "text": values["value"]})
     kept = table.unique(maintain_order=True).sort("entity", maintain_order=True)

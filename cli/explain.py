@@ -1,0 +1,85 @@
+"""``imvia-graph explain``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from imvia_graph._display import shown
+from imvia_graph.cli.display import results
+from imvia_graph.cli.options import device_option, run_argument
+from imvia_graph.inference import End, Explanation, Side
+from imvia_graph.run import load
+
+
+@click.command()
+@run_argument
+@click.option("--head", required=True, help="Label or name of the head.")
+@click.option("--relation", required=True, help="Label or name of the relation.")
+@click.option("--tail", required=True, help="Label or name of the tail.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@device_option
+def explain(run: Path, head: str, relation: str, tail: str, as_json: bool, device: str) -> None:
+    """Say what the trained run in the folder RUN makes of a triple, true or not.
+
+    First how each of the model's heads ranks and scores it, asked for the tail and asked for the
+    head, and the head's weight in the decision under this relation. Ranks are filtered, ties at
+    their mean. Then what each view of both ends counts for under this relation (of the tail: under
+    its inverse), and how much more or less than without the relation.
+
+    \b
+    Examples:
+      imvia-graph explain runs/countries-1 --head France --relation borders --tail Spain
+      imvia-graph explain runs/countries-1 --head France --relation currency --tail Euro --json
+    """
+    found = load(run, device).explain(head=head, relation=relation, tail=tail)
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), ensure_ascii=False))
+        return
+    where = f"in {found.known}" if found.known else "not in the graph"
+    triple = f"({shown(found.head.name)}, {shown(found.relation_name)}, {shown(found.tail.name)})"
+    results.print(f"{escape(triple)}: {where}")
+    results.print(_judgements(found))
+    for end, under in ((found.head, ""), (found.tail, ", inverse")):
+        results.print(_views(end, f"{shown(found.relation_name)}{under}"))
+
+
+def _judgements(found: Explanation) -> Table:
+    table = Table()
+    table.add_column("")
+    sides: tuple[Side, ...] = ("tail", "head")
+    for side in sides:
+        for column in (f"rank of the {side}", "score", "weight"):
+            table.add_column(column, justify="right")
+    for name in found.judgements["tail"]:
+        cells: list[str] = []
+        for side in sides:
+            rank, score, weight = found.judgements[side][name]
+            cells += [f"{rank:g}", f"{score:.3f}", f"{100 * weight:.1f} %"]
+        table.add_row(escape(name), *cells)
+    return table
+
+
+def _views(end: End, relation: str) -> Table:
+    table = Table(title=escape(f"Views of {shown(end.name)}"), title_justify="left")
+    table.add_column("modality")
+    table.add_column("view")
+    table.add_column(f"weight under {escape(relation)}", justify="right")
+    table.add_column("without a relation", justify="right")
+    table.add_column("difference", justify="right")
+    for modality, views in end.views.items():
+        for place, view in enumerate(views, 1):
+            table.add_row(
+                escape(shown(modality)) if place == 1 else "",
+                escape(shown(view.source) or f"number {place}"),
+                f"{100 * view.weight:.1f} %",
+                f"{100 * view.plain_weight:.1f} %",
+                f"{100 * (view.weight - view.plain_weight):+.1f} %",
+            )
+        if not views:
+            table.add_row(escape(shown(modality)), "(none)", "", "", "")
+    return table

@@ -1,0 +1,32 @@
+"""``imvia-graph pictures``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from imvia_graph.cli.options import run_argument
+from imvia_graph.datasets.pictures import draw_countries
+from imvia_graph.errors import CheckpointError
+
+
+@click.command()
+@run_argument
+def pictures(run: Path) -> None:
+    """Draw flags and outlines for the run in the folder RUN, trained on `countries`.
+
+    The built-in graph holds features of pictures, not the pictures. This draws them into
+    RUN/pictures, where `report` and `explore` look for them. It needs npm, a network, and the extra
+    `pictures`, and takes a few seconds.
+
+    Graphs that `imvia-graph encode` made know where their pictures are.
+
+    \b
+    Examples:
+      imvia-graph pictures runs/countries-1
+    """
+    if not (run / "run.json").is_file():
+        raise CheckpointError(f"{run} holds no run (no run.json); expected what `fit` wrote.")
+    folder = run / "pictures"
+    click.echo(f"{draw_countries(folder)} pictures in {folder}")

@@ -1,0 +1,45 @@
+"""``imvia-graph report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from imvia_graph.cli.display import console
+from imvia_graph.cli.options import device_option
+from imvia_graph.report import write_report
+from imvia_graph.run import load
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Folder that the pictures' paths start from.  [default: what the graph says]",
+)
+@click.option("--force", is_flag=True, help="Write over a file that exists.")
+@device_option
+def report(
+    runs: tuple[Path, ...], out: Path, images: Path | None, force: bool, device: str
+) -> None:
+    """Write one HTML page about the trained runs in the folders RUN.
+
+    What was trained on what, curves, metrics side by side with their differences, by relation and
+    by degree, the modalities' weights, best and worst answers, pictures and texts with their
+    weights, settings and commands. The file needs no network and no script; the test triples are
+    ranked for it, which takes as long as `imvia-graph evaluate`. It needs the extra `report`.
+
+    \b
+    Examples:
+      imvia-graph report runs/countries-1 --out report.html
+      imvia-graph report runs/seed-0 runs/seed-1 runs/seed-2 --out seeds.html
+      imvia-graph report runs/mine --images ~/pictures --out mine.html
+    """
+    loaded = []
+    for folder in runs:
+        loaded.append(load(folder, device))
+        console.print(f"Read {folder}.", markup=False)
+    click.echo(write_report(loaded, out, pictures=images, force=force))

@@ -1,0 +1,52 @@
+"""Labels for people to read: what a graph calls its entities may be anything at all."""
+
+from __future__ import annotations
+
+import unicodedata
+
+#: Letters of a label that are shown.
+LONGEST = 120
+
+
+def shown(label: str, longest: int = LONGEST) -> str:
+    r"""A label as one line of printable text of bounded length.
+
+    Control characters become their pictures (``\x00`` is ``␀``), what turns the direction of
+    writing, joins lines or is no letter at all becomes ``�``, white space one space, and what is
+    beyond ``longest`` letters ``…``.
+
+    Examples
+    --------
+    >>> from imvia_graph._display import shown
+    >>> shown("a\x00b\tc"), shown("x" * 10_000, longest=4)
+    ('a␀b c', 'xxx…')
+    """
+    if len(label) > longest:
+        label = label[: longest - 1] + "…"
+    if label.isascii() and label.isprintable() and not label.isspace():
+        return label
+    # A label of nothing but white space would not be seen.
+    return "".join(map(_letter, " ".join(label.split()))) or ("␠" if label else "")
+
+
+def _letter(letter: str) -> str:
+    if letter.isprintable() or letter == "\u200d":  # that joins the parts of an emoji
+        return letter
+    if ord(letter) < 0x20:
+        return chr(0x2400 + ord(letter))
+    if letter == "\x7f":
+        return "␡"
+    return " " if unicodedata.category(letter) == "Zs" else "\ufffd"
+
+
+def folded(name: str) -> str:
+    """A name without case and accents, for looking it up.
+
+    >>> from imvia_graph._display import folded
+    >>> folded("São Tomé")
+    'sao tome'
+    """
+    if name.isascii():
+        return name.casefold()
+    letters = unicodedata.normalize("NFKD", name.casefold())
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))

@@ -1,0 +1,276 @@
+"""What the explorer answers, as plain data: nothing of HTTP."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rapidfuzz import fuzz, process
+
+from imvia_graph._display import folded, shown
+from imvia_graph.encode import Encoder
+from imvia_graph.errors import DataError, UnknownLabelError
+from imvia_graph.inference import (
+    End,
+    Prediction,
+    Predictor,
+    Side,
+    decision_weights,
+    end_of,
+    explain,
+)
+from imvia_graph.pictures import Pictures
+from imvia_graph.run import Run
+
+#: Entities up to which a search that finds too little looks for names that are written alike.
+FUZZY = 200_000
+#: Letters of what is searched for that count.
+LONGEST_SEARCH = 200
+
+Json = dict[str, Any]
+
+
+class Service:
+    """Answers about a run, from candidate tables that are held ready.
+
+    One question at a time is put to the model: it has the cores to itself then.
+    """
+
+    def __init__(self, run: Run, pictures: Pictures, text_encoder: Encoder | None = None) -> None:
+        self.run, self.kg, self.pictures = run, run.kg, pictures
+        self.predictor = Predictor(run.model.eval(), run.kg)
+        self.text_encoder = text_encoder
+        if text_encoder is not None:
+            views = run.model.views
+            width = views["text"][0].shape[1] if "text" in views else None
+            if text_encoder.width != width:
+                raise DataError(
+                    f"The encoder {text_encoder.name!r} makes {text_encoder.width} numbers a text;"
+                    f" {run.kg} was trained on {width or 'no texts'}."
+                )
+        self._lock = threading.Lock()
+        self._folded = [folded(name) for name in self.kg.entity_names]
+        self._ids = {
+            kind: _Ids(labels, names)
+            for kind, labels, names in (
+                ("entity", self.kg.entities, self.kg.entity_names),
+                ("relation", self.kg.relations, self.kg.relation_names),
+            )
+        }
+        # The tables are made now, not while somebody waits.
+        self.predictor.tables(torch.zeros(1, dtype=torch.int64, device=run.model.device))
+
+    # -- what there is --------------------------------------------------------------------------
+
+    def about(self) -> Json:
+        """The run: graph, heads, relations with their frequencies."""
+        kg = self.kg
+        count = torch.bincount(kg.train[:, 1], minlength=kg.num_relations).tolist()
+        return {
+            "run": self.run.folder.name if self.run.folder else kg.name,
+            "graph": kg.name,
+            "entities": kg.num_entities,
+            "triples": len(kg.train) + len(kg.valid) + len(kg.test),
+            "epochs": self.run.progress.epoch,
+            "heads": self.run.model.heads,
+            "modalities": self.run.model.modalities,
+            "encodes_texts": self.text_encoder is not None,
+            "relations": [
+                {"label": label, "name": name, "train": train}
+                for label, name, train in zip(kg.relations, kg.relation_names, count, strict=True)
+            ],
+        }
+
+    def search(self, text: str, limit: int) -> list[Json]:
+        """Entities by name or label: those that begin with the text, contain it, or are alike."""
+        exact = self._ids["entity"].find(text)
+        wanted = folded(text[:LONGEST_SEARCH].strip())
+        if not wanted:
+            found = [*exact, *range(min(limit, self.kg.num_entities))]
+            found = list(dict.fromkeys(found))[:limit]
+        else:
+            ranked = (
+                (_closeness(name, wanted), len(name), i)
+                for i, name in enumerate(self._folded)
+                if wanted in name
+            )
+            found = [i for _, _, i in heapq.nsmallest(limit, ranked)]
+            found = list(dict.fromkeys([*exact, *found]))[:limit]
+            if len(found) < limit and len(self._folded) <= FUZZY:
+                alike = process.extract(
+                    wanted, self._folded, scorer=fuzz.WRatio, limit=limit, score_cutoff=75
+                )
+                found = list(dict.fromkeys([*found, *(i for _, _, i in alike)]))[:limit]
+        return [{"label": self.kg.entities[i], "name": self.kg.entity_names[i]} for i in found]
+
+    # -- questions ------------------------------------------------------------------------------
+
+    def complete(
+        self,
+        relation: str,
+        head: str | None,
+        tail: str | None,
+        top: int,
+        known: bool,
+        itself: bool,
+    ) -> Json:
+        """Answers to a query, the decision's weights, and the views of the entity that is given."""
+        if (head is None) == (tail is None):
+            raise DataError("Give either head or tail: the end of the triple that is known.")
+        given = head if head is not None else tail
+        assert given is not None
+        entity, relation_id = self._id("entity", given), self._id("relation", relation)
+        under = relation_id + (0 if head is not None else self.kg.num_relations)
+        label = self.kg.entities[entity]
+        with self._lock:
+            answers = self.predictor.predict(
+                relation=self.kg.relations[relation_id],
+                k=top,
+                include_known=known,
+                include_self=itself or None,
+                **({"head": label} if head is not None else {"tail": label}),
+            )
+            weights = decision_weights(self.run.model, under)
+            views = end_of(self.predictor, entity, under)
+        return {
+            "relation": self._relation(relation_id),
+            "asked": "tail" if head is not None else "head",
+            "given": self._end(views),
+            "weights": weights,
+            "answers": _answers(answers),
+        }
+
+    def explain(self, head: str, relation: str, tail: str) -> Json:
+        """What the model makes of a triple, as `imvia_graph.explain` gives it."""
+        names = {
+            "head": self.kg.entities[self._id("entity", head)],
+            "relation": self.kg.relations[self._id("relation", relation)],
+            "tail": self.kg.entities[self._id("entity", tail)],
+        }
+        with self._lock:
+            found = explain(self.predictor, self.kg, **names)
+        return {
+            **found.as_dict(),
+            "head": self._end(found.head),
+            "tail": self._end(found.tail),
+        }
+
+    def complete_new(
+        self,
+        relation: str,
+        ask: Side,
+        views: Mapping[str, Sequence[Sequence[float]]],
+        texts: Sequence[str],
+        top: int,
+    ) -> Json:
+        """Answers for an entity that was not trained on, by its views alone; says that it is."""
+        relation_id = self._id("relation", relation)
+        features = {name: _features(name, rows) for name, rows in views.items() if rows}
+        if texts:
+            if self.text_encoder is None:
+                raise DataError(
+                    "This service encodes no texts: send features, or start it with --text-encoder."
+                )
+            if "text" in features:
+                raise DataError("Give texts or features of the modality 'text', not both.")
+        with self._lock, torch.inference_mode():
+            if texts and self.text_encoder is not None:
+                prepared = [self.text_encoder.prepare(text) for text in texts]
+                features["text"] = self.text_encoder.encode(prepared)
+            answers = self.predictor.predict_new(
+                features, relation=self.kg.relations[relation_id], ask=ask, k=top
+            )
+        heads = list(answers[0].modalities) if answers else []
+        return {
+            "relation": self._relation(relation_id),
+            "asked": ask,
+            "heads": heads,
+            "note": "The model was not trained on this entity: only the heads of its views judge"
+            f" ({', '.join(heads)}).",
+            "answers": _answers(answers),
+        }
+
+    def picture(self, modality: str, view: int) -> bytes:
+        """A view as a small picture."""
+        found = None
+        if modality in self.run.model.modalities and view < len(self.run.model.views[modality][0]):
+            found = self.pictures.small(modality, view)
+        if found is None:
+            raise UnknownLabelError("There is no such picture.")
+        return found
+
+    # -- parts of answers -----------------------------------------------------------------------
+
+    def _id(self, kind: str, name: str) -> int:
+        """The one that a label or display name means, told without looking for similar ones."""
+        found = self._ids[kind].find(name)
+        if len(found) != 1:
+            how = "are called" if found else "is called or labelled"
+            raise UnknownLabelError(
+                f"{len(found) or 'No'} {'entities' if found and kind == 'entity' else kind}"
+                f" {how} '{shown(name, 80)}'."
+            )
+        return found[0]
+
+    def _relation(self, relation: int) -> Json:
+        return {"label": self.kg.relations[relation], "name": self.kg.relation_names[relation]}
+
+    def _end(self, end: End) -> Json:
+        views = {
+            modality: [
+                {
+                    **view._asdict(),
+                    "picture": self.pictures.path(modality, view.view) is not None,
+                }
+                for view in rows
+            ]
+            for modality, rows in end.views.items()
+        }
+        return {"label": end.entity, "name": end.name, "views": views}
+
+
+class _Ids:
+    """Ids by label, and by display name where there is no such label."""
+
+    def __init__(self, labels: Sequence[str], names: Sequence[str]) -> None:
+        self.by_label = {label: i for i, label in enumerate(labels)}
+        self.by_name: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            self.by_name.setdefault(name, []).append(i)
+
+    def find(self, name: str) -> list[int]:
+        if name in self.by_label:
+            return [self.by_label[name]]
+        return self.by_name.get(name, [])
+
+
+def _closeness(name: str, wanted: str) -> int:
+    """0 for the name itself, 1 where it begins so, 2 where a word does, 3 within a word."""
+    if name == wanted:
+        return 0
+    if name.startswith(wanted):
+        return 1
+    return 2 if f" {wanted}" in name else 3
+
+
+def _answers(answers: Sequence[Prediction]) -> list[Json]:
+    return [
+        {
+            "rank": rank,
+            "label": answer.entity,
+            "name": answer.name,
+            "score": answer.score,
+            "modalities": answer.modalities,
+            "known": answer.known,
+        }
+        for rank, answer in enumerate(answers, 1)
+    ]
+
+
+def _features(modality: str, rows: Sequence[Sequence[float]]) -> torch.Tensor:
+    if len({len(row) for row in rows}) > 1:
+        raise DataError(f"views: the rows of '{shown(modality, 80)}' are not of one length.")
+    return torch.tensor(rows, dtype=torch.float32)

@@ -1,0 +1,96 @@
+"""Pictures of views for people to look at: found, kept inside their folder, made small."""
+
+from __future__ import annotations
+
+import io
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from imvia_graph.encode.pictures import MOST_BYTES, BrokenPicture, open_picture
+from imvia_graph.errors import DataError
+from imvia_graph.kg import MultiViewKG
+
+#: Pixels of a small picture's longer side.
+SIDE = 160
+#: Where `imvia-graph pictures` draws, in the run folder.
+FOLDER = "pictures"
+
+
+class Pictures:
+    """The pictures that the views of a graph name as their sources.
+
+    Nothing but what is inside the folders named here is opened, links followed; and a file is never
+    handed out as it is, but as a small picture made from it.
+
+    Parameters
+    ----------
+    kg : MultiViewKG
+        The graph.
+    run : path, optional
+        The run folder, in which ``pictures/`` is looked into.
+    root : path, optional
+        The folder that the sources' paths start from. Default: what the graph says.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig
+    >>> from imvia_graph.pictures import Pictures
+    >>> print(Pictures(ig.load_kg("countries")).path("image", 0))  # the package has features only
+    None
+    """
+
+    def __init__(
+        self,
+        kg: MultiViewKG,
+        run: str | os.PathLike[str] | None = None,
+        root: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if root is not None and not Path(root).is_dir():
+            raise DataError(f"{root}: expected the folder that the pictures' paths start from.")
+        self.kg = kg
+        self.roots: dict[str, list[Path]] = {}
+        for modality in kg.modalities:
+            named = kg.view_root(modality) if root is None else Path(root)
+            folders = [named, None if run is None else Path(run) / FOLDER]
+            self.roots[modality] = [
+                folder.resolve() for folder in folders if folder is not None and folder.is_dir()
+            ]
+
+    def path(self, modality: str, view: int) -> Path | None:
+        """The file of a view, by its row among the modality's; None where there is none."""
+        if not self.roots[modality]:
+            return None
+        source = self.kg.view_source(modality, view)
+        for root in self.roots[modality]:
+            try:
+                path = (root / source).resolve()
+                if path.is_relative_to(root) and path.is_file():
+                    return path
+            except (OSError, ValueError):  # a text: too long for a name, or with a NUL in it
+                continue
+        return None
+
+    def small(self, modality: str, view: int, side: int = SIDE) -> bytes | None:
+        """A view as a small WebP picture; None where its source is no picture that can be read."""
+        path = self.path(modality, view)
+        return None if path is None else _small(path, side)
+
+
+@lru_cache(maxsize=512)
+def _small(path: Path, side: int) -> bytes | None:
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            return None
+        picture: Any = open_picture(path.read_bytes())
+    except (OSError, BrokenPicture):
+        return None
+    except ImportError as error:
+        raise DataError(
+            f"Pictures are read with Pillow ({error}): pip install 'imvia-graph[report]'."
+        ) from error
+    picture.thumbnail((side, side))
+    out = io.BytesIO()
+    picture.save(out, "WEBP", quality=80)
+    return out.getvalue()

@@ -1,0 +1,297 @@
+"""One self-contained HTML page about one run or several, for people to look at.
+
+Everything is in the file: no script, no network, plots as SVG, pictures small. The page's own
+content security policy forbids the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from imvia_graph import _files
+from imvia_graph._display import shown
+from imvia_graph.errors import DataError
+from imvia_graph.pictures import Pictures
+from imvia_graph.report.gather import Numbers, environment, gather, sizes
+from imvia_graph.run import Run
+
+#: Relations in the plots; the tables have all.
+PLOTTED = 20
+METRICS = {
+    "mrr": "MRR %",
+    "hits@1": "Hits@1 %",
+    "hits@3": "Hits@3 %",
+    "hits@10": "Hits@10 %",
+    "hits@100": "Hits@100 %",
+    "mr": "mean rank",
+}
+
+
+def write_report(
+    runs: Sequence[Run] | Run,
+    path: str | os.PathLike[str],
+    *,
+    pictures: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a page about runs, side by side, as one HTML file.
+
+    What they were trained on, loss and validation curves, metrics with their differences to the
+    first run's, metrics by relation, side and degree, the decision's weights by relation, the best
+    and the worst answers, entities whose views' weights depend on the relation, the settings, the
+    environment and the commands. Test triples are ranked; validation triples where there are none.
+
+    Parameters
+    ----------
+    runs : Run or sequence of Run
+        Trained runs; they may be of different graphs.
+    path : path
+        The file to write.
+    pictures : path, optional
+        The folder that the paths of the image views start from. Default: what the graph says, and
+        ``pictures/`` in the run folder.
+    force : bool
+        Whether a file that exists is written over.
+
+    Returns
+    -------
+    Path
+        The file written.
+
+    Raises
+    ------
+    DataError
+        No run; a file that exists; a run without triples to rank; matplotlib or Jinja missing.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig, pathlib, tempfile
+    >>> run = ig.fit("countries", epochs=1, dim=16)
+    >>> path = ig.write_report(run, pathlib.Path(tempfile.mkdtemp()) / "report.html")
+    >>> path.read_text(encoding="utf-8")[:15]
+    '<!DOCTYPE html>'
+    """
+    path = Path(path)
+    runs = [runs] if isinstance(runs, Run) else list(runs)
+    if not runs:
+        raise DataError("report: expected at least one run.")
+    if path.is_dir() or (path.exists() and not force):
+        raise DataError(
+            f"{path} exists. Choose another file, or write over it with --force (force=True)."
+        )
+    try:
+        template = _template()
+    except ImportError as error:
+        raise DataError(
+            f"What makes reports is not installed ({error}): pip install 'imvia-graph[report]'."
+        ) from error
+    names = _names(runs)
+    found = [
+        gather(run, name, Pictures(run.kg, run.folder, pictures))
+        for run, name in zip(runs, names, strict=True)
+    ]
+    _files.write_text(path, template.render(**_page(found, path)))
+    return path
+
+
+def _template() -> Any:
+    import jinja2
+    import matplotlib  # noqa: F401 - what plots are made with, asked for before the work begins
+
+    here = Path(__file__).parent
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters["shown"] = shown
+    made.filters["percent"] = lambda value: "" if value is None else f"{100 * value:.2f}"
+    made.filters["share"] = lambda value: f"{100 * value:.1f}"
+    made.globals["css"] = (here / "page.css").read_text(encoding="utf-8")
+    return made.get_template("page.html")
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """What the runs are called: by their folders, numbered where two are called alike."""
+    names = [run.folder.name if run.folder else run.kg.name or "run" for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+
+
+def _page(found: Sequence[Numbers], path: Path) -> dict[str, Any]:
+    """All that the template asks for."""
+    return {
+        "runs": found,
+        "title": "imvia-graph: " + ", ".join(shown(numbers.name, 40) for numbers in found),
+        "graphs": [{"name": n.name, "sizes": sizes(n.run.kg), "kg": n.run.kg} for n in found],
+        "metrics": METRICS,
+        "rows": _metric_rows(found),
+        "cell": _cell,
+        "difference": _difference,
+        "direction": _direction,
+        "plots": _plots(found),
+        "by_relation": _by_relation(found),
+        "by_degree": _by_degree(found),
+        "settings": _settings(found),
+        "versions": _versions(found),
+        "environment": environment(),
+        "commands": _commands(found, path),
+        "numbers": {n.name: {"split": n.split, "metrics": n.metrics} for n in found},
+    }
+
+
+def _metric_rows(found: Sequence[Numbers]) -> list[tuple[str, list[Mapping[str, float] | None]]]:
+    """What was ranked by what, and the metrics of each run; None where a run has no such head."""
+    rows: list[tuple[str, list[Mapping[str, float] | None]]] = [
+        ("decision, both sides", [n.metrics["both"] for n in found]),
+        ("decision, heads asked for", [n.metrics["head"] for n in found]),
+        ("decision, tails asked for", [n.metrics["tail"] for n in found]),
+    ]
+    heads = dict.fromkeys(head for n in found for head in n.metrics["modalities"])
+    if len(heads) > 1:
+        rows += [
+            (f"{head} head", [n.metrics["modalities"].get(head) for n in found]) for head in heads
+        ]
+    return rows
+
+
+def _cell(metric: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if metric == "mr" else f"{100 * value:.2f}"
+
+
+def _difference(metric: str, value: float | None, first: float | None) -> str:
+    if value is None or first is None:
+        return ""
+    return f"{value - first:+.1f}" if metric == "mr" else f"{100 * (value - first):+.2f}"
+
+
+def _direction(metric: str, value: Mapping[str, float], first: Mapping[str, float] | None) -> str:
+    """The class of a difference; signs say the same to who sees no colours."""
+    if first is None or value[metric] == first[metric]:
+        return ""
+    return "better" if (value[metric] > first[metric]) != (metric == "mr") else "worse"
+
+
+def _plots(found: Sequence[Numbers]) -> dict[str, Any]:
+    # matplotlib takes a second to import; who does not report does not wait for it.
+    from imvia_graph.report import plots
+
+    made: dict[str, Any] = {"curves": [], "relations": [], "degrees": "", "weights": []}
+    trained = [n for n in found if n.epochs]
+    if trained:
+        losses = dict.fromkeys(
+            key
+            for n in trained
+            for key, value in n.epochs[0].items()
+            if isinstance(value, float) and key != "seconds"
+        )
+        for key in losses:
+            title = "Loss" if key == "loss" else f"Loss: {key}"
+            lines = {
+                n.name: [(e["epoch"], e[key]) for e in n.epochs if key in e]
+                for n in trained
+                if any(key in e for e in n.epochs)
+            }
+            made["curves"].append((title, plots.curves(lines, title, key)))
+        validated = {
+            n.name: [(e["epoch"], 100 * e["valid"]["mrr"]) for e in n.epochs if "valid" in e]
+            for n in trained
+        }
+        validated = {name: points for name, points in validated.items() if points}
+        if validated:
+            title = "Validation MRR"
+            curve = plots.curves(validated, title, "MRR %")
+            made["curves"].insert(1, (title, curve))
+    names = list(dict.fromkeys(row.name for n in found for row in n.relations))[:PLOTTED]
+    for side, title in (("tail", "MRR, tails asked for"), ("head", "MRR, heads asked for")):
+        series = {}
+        for n in found:
+            of = {row.name: 100 * getattr(row, side)["mrr"] for row in n.relations}
+            series[n.name] = [of.get(name, math.nan) for name in names]
+        made["relations"].append((title, plots.bars(names, series, title, "MRR %")))
+    labels = [label for label, _ in _by_degree(found)]
+    series = {}
+    for n in found:
+        by_label = {label: 100 * metrics["mrr"] for label, _, metrics in n.degrees}
+        series[n.name] = [by_label.get(label, math.nan) for label in labels]
+    made["degrees"] = plots.bars(labels, series, "MRR by degree of the right answer", "MRR %")
+    for n in found:
+        heads = n.run.model.heads
+        if len(heads) == 1:
+            continue
+        rows = n.weights[:PLOTTED]
+        for side, what in (("tail", "tails"), ("head", "heads")):
+            title = f"{shown(n.name)}: weights in per cent, {what} asked for"
+            values = [[weights[side][head] for head in heads] for _, weights in rows]  # type: ignore[index]
+            made["weights"].append(
+                (title, plots.heat_map([name for name, _ in rows], heads, values, title))
+            )
+    return made
+
+
+def _by_relation(found: Sequence[Numbers]) -> list[tuple[str, list[Any]]]:
+    """A row a relation, and of each run what it has of it or None."""
+    of = [{row.label: row for row in n.relations} for n in found]
+    labels = dict.fromkeys(label for rows in of for label in rows)
+    return [
+        (next(rows[label].name for rows in of if label in rows), [rows.get(label) for rows in of])
+        for label in labels
+    ]
+
+
+def _by_degree(found: Sequence[Numbers]) -> list[tuple[str, list[Any]]]:
+    of = [{label: (count, metrics) for label, count, metrics in n.degrees} for n in found]
+    labels = dict.fromkeys(label for rows in of for label in rows)
+    ordered = sorted(labels, key=lambda label: int(label.split()[0]))
+    return [(label, [rows.get(label) for rows in of]) for label in ordered]
+
+
+def _settings(found: Sequence[Numbers]) -> list[tuple[str, list[Any], bool]]:
+    """Name, value of each run, and whether they differ; those that differ first."""
+    of = [n.run.settings.model_dump(mode="json") for n in found]
+    rows = []
+    for key in of[0]:
+        values = [_plain(settings.get(key)) for settings in of]
+        rows.append((key, values, len(set(values)) > 1))
+    return sorted(rows, key=lambda row: not row[2])
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _versions(found: Sequence[Numbers]) -> list[tuple[str, list[str]]]:
+    names = dict.fromkeys(name for n in found for name in n.versions)
+    return [(name, [n.versions.get(name, "–") for n in found]) for name in names]
+
+
+def _commands(found: Sequence[Numbers], path: Path) -> list[tuple[str, str]]:
+    """What trains the runs again from their folders, and what makes this page."""
+    commands = []
+    folders = [str(n.run.folder) for n in found if n.run.folder is not None]
+    for folder in folders:
+        # The graph in the folder has its validation triples held out already.
+        parts = ["imvia-graph", "fit", f"{folder}/kg", "--settings", f"{folder}/settings.yaml"]
+        parts += ["--validation", "published", "--out", f"{folder}-again"]
+        commands.append((f"Train {shown(Path(folder).name)} again", shlex.join(parts)))
+    if len(folders) == len(found):
+        parts = ["imvia-graph", "report", *folders, "--out", str(path)]
+        commands.append(("Make this page", shlex.join(parts)))
+    return commands
+
+
+__all__ = ["write_report"]

@@ -1,0 +1,279 @@
+"""`explain`: ranks, scores and weights are the model's own, and say what the model looked at."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import randomised
+from helpers import ring_kg, settings
+
+import imvia_graph as ig
+from imvia_graph.cli import command_line
+from imvia_graph.evaluation import rank
+from imvia_graph.inference import decision_weights, view_weights
+from imvia_graph.training import Progress
+
+
+def make_run(kg, **changes):
+    """A model of random parameters: nothing hides behind an initial zero."""
+    chosen = settings(**changes)
+    return ig.Run(randomised(ig.IMVIA.from_kg(kg, chosen)).eval(), kg, chosen, Progress())
+
+
+@pytest.fixture
+def run():
+    return make_run(ring_kg())
+
+
+def all_triples(kg):
+    return torch.cat([kg.train, kg.valid, kg.test])
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+def test_ranks_and_scores_are_those_of_evaluate_and_predict(candidates):
+    run = make_run(ring_kg(), candidates=candidates)
+    kg = run.kg
+    triples = all_triples(kg)[:8]
+    ranking = rank(run.model, triples, kg.answers())
+    for row, (h, r, t) in enumerate(triples.tolist()):
+        names = {"head": kg.entities[h], "relation": kg.relations[r], "tail": kg.entities[t]}
+        found = run.explain(**names)
+        for side, ranks in (("tail", ranking.tail), ("head", ranking.head)):
+            judgements = found.judgements[side]
+            assert {name: j.rank for name, j in judgements.items()} == {
+                name: values[row].item() for name, values in ranks.items()
+            }
+            asked = {key: value for key, value in names.items() if key != side}
+            answers = run.predict(**asked, k=99, include_known=True, include_self=True)
+            [mine] = [answer for answer in answers if answer.entity == names[side]]
+            assert judgements["decision"].score == mine.score
+            assert {n: j.score for n, j in judgements.items() if n != "decision"} == mine.modalities
+
+
+def test_decision_weights_sum_to_1_and_give_the_decision(run):
+    found = run.explain(head="e1", relation="after", tail="e7")
+    for judgements in found.judgements.values():
+        heads = {name: j for name, j in judgements.items() if name != "decision"}
+        assert sum(j.weight for j in heads.values()) == pytest.approx(1)
+        assert judgements["decision"].weight == 1
+        score = sum(j.weight * j.score for j in heads.values())
+        assert judgements["decision"].score == pytest.approx(score, abs=1e-4)
+
+
+def test_a_single_head_and_a_mean_weigh_alike():
+    alone = make_run(ring_kg(), modalities=[])
+    assert decision_weights(alone.model, 0) == {"structure": 1}
+    mean = make_run(ring_kg(), decision="mean")
+    assert set(decision_weights(mean.model, 0).values()) == {0.25}
+
+
+def test_view_weights_are_the_layers_own_over_the_whole_graph(run):
+    model, kg = run.model, run.kg
+    for relation in (None, 0, 1, 2, 3):
+        rel_feat = None if relation is None else model.relation[0].weight[relation]
+        for modality in model.modalities:
+            # The layer as any DGL model calls it, on the heterograph; weights in order of edges.
+            part = kg.graph[modality, "of", "entity"]
+            feats = (part.nodes[modality].data["feat"], model.entity.weight)
+            with torch.no_grad():
+                _, weight = model.encoder.conv(modality)(part, feats, rel_feat, get_weight=True)
+            _, owner = part.edges(order="eid")
+            for entity in range(kg.num_entities):
+                mine = view_weights(model, entity, relation)[modality]
+                torch.testing.assert_close(mine, weight[owner == entity])
+
+
+def test_each_end_is_weighted_as_it_is_looked_at_and_weights_sum_to_1(run):
+    kg, model = run.kg, run.model
+    found = run.explain(head="e1", relation="opposite", tail="e3")
+    for end, relation in ((found.head, 1), (found.tail, 1 + kg.num_relations)):
+        entity = kg.id_of(end.entity)
+        conditioned, plain = view_weights(model, entity, relation), view_weights(model, entity)
+        assert list(end.views) == ["image", "text"]
+        for modality, views in end.views.items():
+            assert [view.weight for view in views] == conditioned[modality].tolist()
+            assert [view.plain_weight for view in views] == plain[modality].tolist()
+            if views:
+                assert sum(view.weight for view in views) == pytest.approx(1)
+                assert sum(view.plain_weight for view in views) == pytest.approx(1)
+            ptr = kg.views(modality)[1]
+            assert [view.view for view in views] == list(range(ptr[entity], ptr[entity + 1]))
+    # The relation makes a difference, here where all parameters are random.
+    weights = [view.weight - view.plain_weight for view in found.head.views["image"]]
+    assert max(map(abs, weights)) > 1e-3
+
+
+def test_an_entity_without_views_has_none(run):
+    found = run.explain(head="e0", relation="after", tail="e1")
+    assert found.head.views == {"image": [], "text": []}
+
+
+def test_sources_and_roots_are_carried_from_encoding_to_the_explanation(tmp_path):
+    class Length(ig.encode.Encoder):
+        name, modality, width, identity = "length", "text", 1, "length 1"
+
+        def encode(self, items):
+            return torch.tensor([[float(len(item))] for item in items])
+
+    kg = ring_kg(views=False)
+    raw = ig.io.RawViews("text", torch.tensor([1, 1, 3]), ["<b>one</b>", "two", "three"], tmp_path)
+    views = ig.encode.encode_views(raw, Length()).views
+    run = ig.fit(kg.replace(views={"text": views}), out=tmp_path / "run", settings=settings())
+    run = ig.load(tmp_path / "run", "cpu")
+    found = run.explain(head="e1", relation="after", tail="e3")
+    assert [view.source for view in found.head.views["text"]] == ["<b>one</b>", "two"]
+    assert [view.source for view in found.tail.views["text"]] == ["three"]
+    assert run.kg.view_root("text") == tmp_path
+
+
+def test_it_says_which_part_of_the_graph_holds_the_triple(run):
+    kg = run.kg
+    for part in ("train", "valid", "test"):
+        h, r, t = kg.triples(part)[0].tolist()
+        found = run.explain(head=f"e{h}", relation=kg.relations[r], tail=f"e{t}")
+        assert found.known == part
+    assert run.explain(head="e1", relation="after", tail="e9").known is None
+
+
+def test_weights_move_to_the_view_that_answers_the_relation():
+    """Each thing has a view of its colour and one of its shape; each relation is told by one.
+
+    A view is a code, which lies in the same eight dimensions for colours and shapes, and a mark of
+    which of the two it is. What the other view says can only be kept out by the weights.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kinds, things, width = 24, 144, 8
+    codes = torch.nn.functional.normalize(torch.randn(2, kinds, width, generator=generator), dim=-1)
+    kind = torch.randint(kinds, (2, things), generator=generator)  # its colour, its shape
+    thing, answer = torch.arange(things), things + torch.arange(2 * kinds)
+    feat = torch.zeros(2 * things + 2 * kinds, width + 2)
+    for which in (0, 1):
+        feat[which : 2 * things : 2, :width] = codes[which, kind[which]]
+        feat[which : 2 * things : 2, width + which] = 2
+    feat[2 * things :, :width] = codes.flatten(0, 1)
+    triples = [
+        torch.stack(
+            [thing, torch.full_like(thing, which), things + which * kinds + kind[which]], dim=1
+        )
+        for which in (0, 1)
+    ]
+    kg = ig.MultiViewKG(
+        [f"{i}" for i in range(things + 2 * kinds)],
+        ["colour", "shape"],
+        torch.cat(triples),
+        views={"look": ig.Views(feat, torch.cat([thing.repeat_interleave(2), answer]))},
+    )
+    off = ("input_dropout", "relation_dropout", "hidden_dropout", "label_smoothing")
+    off += ("lambda_information", "lambda_alignment")
+    run = ig.fit(
+        kg,
+        settings=settings(
+            dim=16,
+            epochs=60,
+            batch_size=96,
+            learning_rate=3e-2,
+            residual=False,
+            joint=False,
+            **dict.fromkeys(off, 0),
+        ),
+    )
+    # Shares of the colour's view. Cosines lie between 0 and 1, so that no view of two can have more
+    # than e / (e + 1) = 0.73 or less than 0.27.
+    under = [
+        torch.stack([view_weights(run.model, i, which)["look"] for i in range(things)])[:, 0]
+        for which in (0, 1)
+    ]
+    moved = under[0] - under[1]
+    assert (moved > 0).float().mean() > 0.95
+    assert moved.mean() > 0.1
+
+
+# -- entities that the model has not seen ---------------------------------------------------------
+
+
+def test_a_new_entity_is_judged_by_the_heads_of_its_views(run):
+    kg, model = run.kg, run.model
+    feat, ptr = kg.views("text")
+    own = feat[ptr[4] : ptr[5]]
+    predictor = ig.Predictor(model, kg)
+    found = predictor.predict_new({"text": own}, relation="after", k=99)
+    assert len(found) == kg.num_entities
+    assert not any(answer.known for answer in found)
+    for answer in found:
+        assert answer.modalities == {"text": pytest.approx(answer.score)}
+    both = predictor.predict_new(
+        {"text": own, "image": torch.randn(3, 6)}, relation="after", ask="head", k=3
+    )
+    weights = decision_weights(model, kg.num_relations)
+    share = weights["text"] / (weights["text"] + weights["image"])
+    for answer in both:
+        assert set(answer.modalities) == {"image", "text"}
+        score = share * answer.modalities["text"] + (1 - share) * answer.modalities["image"]
+        assert answer.score == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ({}, "at least one view"),
+        ({"text": torch.empty(0, 5)}, "at least one view"),
+        ({"sound": torch.ones(1, 5)}, "no modality 'sound'; it has 'image', 'text'"),
+        ({"text": torch.ones(1, 4)}, r"\(views, 5\), received torch.float32 of shape \(1, 4\)"),
+        ({"text": torch.ones(1, 5, dtype=torch.int64)}, "floating-point"),
+        ({"text": torch.full((1, 5), torch.nan)}, "finite"),
+    ],
+)
+def test_views_that_do_not_fit_the_model_are_errors(views, message, run):
+    with pytest.raises(ig.DataError, match=message):
+        ig.Predictor(run.model, run.kg).predict_new(views, relation="after")
+
+
+# -- the predictor --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+def test_a_predictor_gives_what_predict_gives_and_makes_tables_once(candidates, monkeypatch):
+    run = make_run(ring_kg(), candidates=candidates)
+    predictor = ig.Predictor(run.model, run.kg)
+    made = []
+    candidates_of = run.model.candidates
+    monkeypatch.setattr(
+        run.model, "candidates", lambda *given: made.append(given) or candidates_of(*given)
+    )
+    query = {"head": "e3", "relation": "after"}
+    first = predictor.predict(**query)
+    assert predictor.predict(**query) == first
+    assert len(made) == 1
+    assert run.predict(**query) == first
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("explain") / "run"
+    kg = ring_kg(entity_names=["[red]a[/red]", "\x07bell", *[f"Entity {i}" for i in range(2, 12)]])
+    ig.fit(kg, out=folder, settings=settings(epochs=1))
+    return folder
+
+
+def command(folder, *arguments):
+    runner = CliRunner(env={"COLUMNS": "160"})
+    return runner.invoke(command_line, ["explain", str(folder), *arguments])
+
+
+def test_the_command_prints_what_the_function_gives(folder):
+    names = {"head": "e1", "relation": "after", "tail": "e0"}
+    arguments = [part for key, value in names.items() for part in (f"--{key}", value)]
+    result = command(folder, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    expected = ig.load(folder).explain(**names)
+    assert json.loads(result.stdout) == expected.as_dict()
+    result = command(folder, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "(␇bell, after, [red]a[/red]): not in the graph" in result.stdout
+    assert "number 2" in result.stdout
+    assert f"{100 * expected.head.views['image'][0].weight:.1f} %" in result.stdout
+    assert "(none)" in result.stdout

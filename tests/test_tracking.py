@@ -1,0 +1,62 @@
+"""TensorBoard gets what metrics.jsonl gets, also from a run that is resumed."""
+
+import json
+import sys
+
+import pytest
+from click.testing import CliRunner
+from helpers import TINY, ring_kg, settings
+
+import imvia_graph as ig
+from imvia_graph.cli import command_line
+
+pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+
+
+def written(folder):
+    """Name -> [(epoch, value)] of what TensorBoard reads in a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+def expected(run):
+    """The same from metrics.jsonl."""
+    found = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        epoch = record.pop("epoch")
+        for metric, value in record.pop("valid").items():
+            found.setdefault(f"valid/{metric}", []).append((epoch, pytest.approx(value)))
+        for name, value in record.items():
+            found.setdefault(name, []).append((epoch, pytest.approx(value)))
+    return found
+
+
+def test_it_gets_every_number_of_every_epoch_also_of_a_resumed_run(tmp_path):
+    run, folder = tmp_path / "run", tmp_path / "board"
+    ig.fit(ring_kg(), out=run, settings=settings(epochs=2), callbacks=[ig.TensorBoard(folder)])
+    assert written(folder) == expected(run)
+    ig.fit(None, out=run, resume=True, epochs=3, callbacks=[ig.TensorBoard(folder)])
+    assert written(folder) == expected(run)
+    assert [epoch for epoch, _ in written(folder)["loss"]] == [1, 2, 3]
+
+
+def test_the_command_writes_it_into_the_run_folder(tmp_path):
+    graph = ring_kg().save(tmp_path / "ring")
+    arguments = ["fit", str(graph), "--out", str(tmp_path / "run"), "--tensorboard"]
+    for key, value in TINY.items():
+        arguments += ["--set", f"{key}={value}"]
+    result = CliRunner().invoke(command_line, arguments)
+    assert result.exit_code == 0, result.output
+    assert written(tmp_path / "run" / "tensorboard") == expected(tmp_path / "run")
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ig.IMVIAError, match=r"pip install 'imvia-graph\[tensorboard\]'"):
+        ig.TensorBoard(tmp_path)
