@@ -437,7 +437,7 @@ def keep_freed_memory() -> bool:
 
 #: Steps whose tensors differ a little in size leave holes in memory: half a gigabyte in an epoch of
 #: DB15K. Giving them back costs a step's worth of page faults.
-_STEPS_BETWEEN_TRIMS = 16
+_STEPS_BETWEEN_TRIMS = 8
 
 
 def give_back_freed_memory() -> None:
