@@ -6,6 +6,8 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 # Sums may be taken in any order, as vector registers do; NaN and infinity keep their meaning.
@@ -28,6 +30,23 @@ def _reinterpret(target: Any, source: Any) -> Any:
 #: The float32 of 32 bits, and the bits of a float32.
 as_float = _reinterpret(numba.types.float32, numba.types.uint32)
 as_bits = _reinterpret(numba.types.uint32, numba.types.float32)
+
+
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, which need not be there."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = ir.PointerType(ir.IntType(8))
+        number = ir.IntType(32)
+        wanted = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, wanted, "llvm.prefetch.p0i8")
+        # To read, into all levels of the cache, of data.
+        options = [ir.Constant(number, value) for value in (0, 3, 1)]
+        builder.call(function, [builder.inttoptr(args[0], byte), *options])
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.intp), generate
 
 
 def widened(value: Any) -> Any:

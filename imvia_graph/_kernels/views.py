@@ -6,22 +6,32 @@ from typing import Any
 
 import numpy as np
 
-from imvia_graph._kernels.floats import compiled, widened
+from imvia_graph._kernels.floats import compiled, narrowed, prefetch, widened
 
 # Squares of a view within these bounds, and sums of them, neither over- nor underflow.
 _SMALL, _LARGE = 1e-12, 1e12
 
 
 @compiled
-def unit_gate(gate: Any, scaled: Any) -> float:
+def ask_for(feat: Any, position: Any) -> None:
+    """Have a view on its way into the cache: entities lie apart in memory."""
+    first = feat.ctypes.data + position * feat.strides[0]
+    for offset in range(0, feat.shape[1] * feat.itemsize, 64):
+        prefetch(first + offset)
+
+
+@compiled
+def unit_gate(gate: Any, scaled: Any) -> Any:
     """A gate divided by its largest absolute value; returns that (1 for a gate of zeros)."""
-    largest = abs(gate[0])
+    for j in range(gate.size):
+        scaled[j] = widened(gate[j])
+    largest = abs(scaled[0])
     for j in range(1, gate.size):
-        largest = max(largest, abs(gate[j]))
+        largest = max(largest, abs(scaled[j]))
     if largest == 0:
         largest = largest + 1
     for j in range(gate.size):
-        scaled[j] = gate[j] / largest
+        scaled[j] = scaled[j] / largest
     return largest
 
 
@@ -58,9 +68,9 @@ def forward(
     of `three_sums`: 1 / sqrt(b c), a / b and a / c; zeros where b c is 0.
     """
     width = gate.shape[1]
-    unit = np.empty(width, gate.dtype)
-    row = np.empty(width, gate.dtype)
-    one, tiny = np.ones(1, gate.dtype)[0], np.finfo(gate.dtype).tiny
+    unit = np.empty(width, out.dtype)
+    row = np.empty(width, out.dtype)
+    one, tiny = np.ones(1, out.dtype)[0], np.finfo(out.dtype).tiny
     for i in range(start, stop):
         sums = out[i]
         sums[:] = 0
@@ -70,9 +80,12 @@ def forward(
             continue
         unit_gate(gate[i], unit)
         total = shift = one * 0
+        following = ptr[entity[i + 1]] if i + 1 < stop else first
         for k in range(count):
+            ask_for(feat, following + k)
+            source = feat[first + k]
             for j in range(width):
-                row[j] = widened(feat[first + k, j])
+                row[j] = widened(source[j])
             scale = one
             a, b, c = three_sums(row, unit, scale)
             if not (_SMALL < b < _LARGE and _SMALL < c < _LARGE):
@@ -140,9 +153,9 @@ def backward(
     dcos/df = s x (2 g - g^2 a / b - a / c) / sqrt(b c).
     """
     width = gate.shape[1]
-    unit = np.empty(width, gate.dtype)
-    row = np.empty(width, gate.dtype)
-    plain, gated = np.empty(width, gate.dtype), np.empty(width, gate.dtype)
+    unit = np.empty(width, out.dtype)
+    row = np.empty(width, out.dtype)
+    plain, gated = np.empty(width, out.dtype), np.empty(width, out.dtype)
     for place in range(start, stop):
         i = order[place]
         first, at = ptr[entity[i]], weight_ptr[i]
@@ -157,9 +170,12 @@ def backward(
         mean = largest * 0
         for k in range(count):
             mean += weight[at + k] * grad_weight[at + k]
+        following = ptr[entity[order[place + 1]]] if place + 1 < stop else first
         for k in range(count):
+            ask_for(feat, following + k)
+            source = feat[first + k]
             for j in range(width):
-                row[j] = widened(feat[first + k, j])
+                row[j] = widened(source[j])
             slope = similarity_gradient(grad_out[i], out[i], row)
             slope = weight[at + k] * (slope + grad_weight[at + k] - mean)
             scale, ab, ac = kept[at + k, 0], kept[at + k, 2], kept[at + k, 3]
@@ -177,4 +193,4 @@ def backward(
                     x = row[j] * scale * (unit[j] * (2 - unit[j] * ab) - ac)
                     theirs[j] += share * grad_out[i, j] + p * scale * x
         for j in range(width):
-            mine[j] = (plain[j] - unit[j] * gated[j]) / largest
+            mine[j] = narrowed((plain[j] - unit[j] * gated[j]) / largest, mine[j])

@@ -43,10 +43,13 @@ def aggregate(
         )
     weight_ptr = pointer(ptr[entity + 1] - ptr[entity])
     dtype = torch.promote_types(torch.promote_types(feat.dtype, gate.dtype), torch.float32)
-    # Half precision is widened view by view; views under a gate of float64 are widened here.
-    feat = feat if feat.element_size() == 2 and dtype == torch.float32 else feat.to(dtype)
+    # Half precision is widened view by view; beside float64 all is widened here.
+    if feat.element_size() != 2 or dtype == torch.float64:
+        feat = feat.to(dtype)
+    if gate.dtype != torch.bfloat16 or dtype == torch.float64:
+        gate = gate.to(dtype)
     out, weight = _Aggregate.apply(
-        feat.contiguous(), ptr.contiguous(), entity.contiguous(), gate.to(dtype), weight_ptr
+        feat.contiguous(), ptr.contiguous(), entity.contiguous(), gate, weight_ptr
     )
     return out, weight, weight_ptr
 
@@ -57,9 +60,9 @@ class _Aggregate(torch.autograd.Function):
         ctx: Any, feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor, weight_ptr: Tensor
     ) -> tuple[Tensor, Tensor]:
         gate = gate.contiguous()
-        out = torch.empty_like(gate)
-        weight = gate.new_empty(int(weight_ptr[-1]))
-        kept = gate.new_empty(len(weight), 4)
+        out = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, torch.float32))
+        weight = out.new_empty(int(weight_ptr[-1]))
+        kept = out.new_empty(len(weight), 4)
         tensors = (feat, ptr, entity, gate, weight_ptr, out, weight, kept)
         _kernels.share_out(_kernels.load("views").forward, _cuts(weight_ptr), tensors)
         ctx.save_for_backward(*tensors)
@@ -69,16 +72,16 @@ class _Aggregate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        feat, _, entity, gate, weight_ptr = tensors[:5]
+        feat, _, entity, gate, weight_ptr, out = tensors[:6]
         grad_gate = torch.empty_like(gate)
         if ctx.needs_input_grad[0]:
             # Queries of one entity add to the same views: they stay on one thread.
             order = torch.argsort(entity, stable=True)
-            grad_feat = torch.zeros_like(feat, dtype=gate.dtype)
+            grad_feat = torch.zeros_like(feat, dtype=out.dtype)
             cuts = _cuts(pointer(weight_ptr.diff()[order]), entity[order])
         else:
             order = torch.arange(len(entity))
-            grad_feat = gate.new_empty(0, gate.shape[1])
+            grad_feat = out.new_empty(0, out.shape[1])
             cuts = _cuts(weight_ptr)
         given = (grad_out.contiguous(), grad_weight.contiguous(), order, grad_gate, grad_feat)
         _kernels.share_out(_kernels.load("views").backward, cuts, (*tensors, *given))
