@@ -42,15 +42,16 @@ def in_process(script: str, row: Row, threads: int) -> Row:
     return {**row, **json.loads(result.stdout.splitlines()[-1])}
 
 
-def start(row: Row) -> Any:
-    """Ready this process for a row: threads, kept memory; gives the device."""
+def start(row: Row, keep: bool = True) -> Any:
+    """Ready this process for a row: threads; memory kept as `fit` keeps it; gives the device."""
     import torch
 
     from imvia_graph.training import keep_freed_memory
 
     torch.set_num_threads(row["threads"])
     torch.manual_seed(0)
-    keep_freed_memory()
+    if keep:
+        keep_freed_memory()
     return torch.device(row["device"])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import mmap
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -117,6 +118,7 @@ class Trainer:
         self.model, self.kg, self.settings = model, kg, settings
         self.callbacks = list(callbacks)
         self.progress = Progress()
+        self._holes = _Holes()
         self.best_state: dict[str, Tensor] | None = None
         self.batches = Batches(kg, settings, model.device)
         self.precision = training_dtype(settings, model.device)
@@ -186,8 +188,7 @@ class Trainer:
                 sums[name] = sums[name] + value if name in sums else value
             count += 1
             self.progress.step += 1
-            if self.progress.step % _STEPS_BETWEEN_TRIMS == 0:
-                give_back_freed_memory()
+            self._holes.look()
             for callback in self.callbacks:
                 callback.on_step(self, losses)
         means = {name: (value / count).item() for name, value in sums.items()}
@@ -435,11 +436,6 @@ def keep_freed_memory() -> bool:
     return libc is not None and bool(libc.mallopt(-4, 0) and libc.mallopt(-1, 2**31 - 1))
 
 
-#: Steps whose tensors differ a little in size leave holes in memory: half a gigabyte in an epoch of
-#: DB15K. Giving them back costs a step's worth of page faults.
-_STEPS_BETWEEN_TRIMS = 8
-
-
 def give_back_freed_memory() -> None:
     """Return to the system what is free now, where that can be done: on Linux with glibc.
 
@@ -448,6 +444,37 @@ def give_back_freed_memory() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+class _Holes:
+    """Gives memory back where steps, whose tensors differ a little in size, leave holes in it.
+
+    That costs the page faults of a step, and so is done only once the process has grown.
+    """
+
+    #: Growth in bytes since the first step after memory was given back.
+    GROWTH = 384 * 2**20
+
+    def __init__(self) -> None:
+        self.before: int | None = None
+
+    def look(self) -> None:
+        """After a step."""
+        now = _resident_size()
+        if self.before is None or now < self.before:
+            self.before = now
+        elif now - self.before > self.GROWTH:
+            give_back_freed_memory()
+            self.before = None
+
+
+def _resident_size() -> int:
+    """Bytes of this process in memory; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 @functools.cache

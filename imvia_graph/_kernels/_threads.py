@@ -37,7 +37,7 @@ def _run_by(team: Any, tasks: Sequence[Callable[[], None]]) -> None:
         try:
             for i in range(team.omp_get_thread_num(), len(tasks), team.omp_get_num_threads()):
                 tasks[i]()
-        except BaseException as error:  # noqa: BLE001 - C has no way to pass it on
+        except BaseException as error:  # C has no way to pass it on
             errors.append(error)
 
     team.GOMP_parallel(_BODY(body), None, len(tasks), 0)
