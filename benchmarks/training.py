@@ -16,14 +16,14 @@ modality, setting B 8 image views of 512 and 4 text views of 384. The rows:
   from the first batch on.
 
 Each row runs in a process of its own; ours keep the memory that they free, as `imvia-graph fit`
-does, the naive form and PyKEEN run as they would in a script of anyone's. Peak memory is the largest resident set less that of the process with its imports; on a GPU
-torch's peak. The floor counts the operations of a step's products and the bytes that it has to move
-- the views read once forward and once backward, the optimizer's tables - at the rates of a product
-(1,024, 256) x (256, entities) and of a copy, measured in the same run. Goals on a CPU: at least 25
-(A) and 20 (B) times the queries a second of the naive form, an epoch of B in half the time of
-PyKEEN's, candidates of each relation at most 1.5 times an epoch of shared ones; on a GPU: 15 times,
-and 0.25 s an epoch on DB15K. Writes benchmarks/results/training-cpu.json, training-DB15K-h100.json,
-….
+does, the naive form and PyKEEN run as they would in a script of anyone's. Peak memory is the
+largest resident set less that of the process with its imports; on a GPU torch's peak. The floor
+counts the operations of a step's products and the bytes that it has to move - the views read once
+forward and once backward, the optimizer's tables - at the rates of a product (1,024, 256) x (256,
+entities) and of a copy, measured in the same run. Goals on a CPU: at least 25 (A) and 20 (B) times
+the queries a second of the naive form, an epoch of B in half the time of PyKEEN's, candidates of
+each relation at most 1.5 times an epoch of shared ones; on a GPU: 15 times, and 0.25 s an epoch on
+DB15K. Writes benchmarks/results/training-cpu.json, training-DB15K-h100.json, ….
 """
 
 from __future__ import annotations

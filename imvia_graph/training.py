@@ -5,8 +5,10 @@ It knows nothing of files or the terminal but through callbacks.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import functools
+import itertools
 import math
 import mmap
 import platform
@@ -315,7 +317,7 @@ class Batches:
 
     A batch never has less than half of ``batch_size`` queries where the epoch has as many: the
     queries are shared out evenly. With ``candidates="relation"`` a batch holds queries of few
-    relations.
+    relations (`pack`).
     """
 
     def __init__(self, kg: MultiViewKG, settings: Settings, device: torch.device) -> None:
@@ -329,19 +331,25 @@ class Batches:
         else:
             self.answers = None
             self.queries = with_inverses(kg.train, kg.num_relations).to(device)
+        self.ranges = None
+        if settings.candidates == "relation" and len(self.queries):
+            counts = self.queries[:, 1].unique(return_counts=True)[1].tolist()
+            self.ranges = pack(counts, settings.batch_size)
         if settings.regime == "sampled":
             self.true = kg.answers(["train"]).to(device)
             self.true_keys = self.true.pair_keys()
 
     def __len__(self) -> int:
+        if self.ranges is not None:
+            return len(self.ranges)
         return math.ceil(len(self.queries) / self.settings.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(len(self.queries), generator=self.generator)
-        if self.settings.candidates == "relation":
+        if self.ranges is not None:
             relation = self.queries[:, 1].cpu()
             order = order[torch.argsort(relation[order], stable=True)]
-            parts = list(order.tensor_split(len(self)))
+            parts = [torch.cat([order[start:stop] for start, stop in part]) for part in self.ranges]
             parts = [parts[i] for i in torch.randperm(len(parts), generator=self.generator)]
         else:
             parts = list(order.tensor_split(len(self)))
@@ -365,6 +373,64 @@ class Batches:
     def _entities(self, *shape: int) -> Tensor:
         drawn = torch.randint(self.num_entities, shape, generator=self.generator)
         return drawn.to(self.queries.device)
+
+
+def pack(counts: Sequence[int], limit: int) -> list[list[tuple[int, int]]]:
+    """Batches of queries sorted by relation, with few relations each and cut between relations.
+
+    Parameters
+    ----------
+    counts : sequence of int
+        How many queries each relation has.
+    limit : int
+        Queries in a batch at most; none has less than half of that where there are as many.
+
+    Returns
+    -------
+    list of list of (int, int)
+        Of each batch the ranges (start, stop) of queries in it.
+    """
+    pieces = []
+    start = 0
+    for count in counts:
+        parts = math.ceil(count / limit)
+        cuts = [start + count * i // parts for i in range(parts + 1)]
+        pieces += list(itertools.pairwise(cuts))
+        start += count
+    # The largest first, each into the batch that it fills best.
+    batches: list[list[tuple[int, int]]] = []
+    free: list[tuple[int, int]] = []  # (room, batch), ascending
+    for piece in sorted(pieces, key=lambda piece: piece[0] - piece[1]):
+        size = piece[1] - piece[0]
+        place = bisect.bisect_left(free, (size, -1))
+        if place < len(free):
+            room, batch = free.pop(place)
+            batches[batch].append(piece)
+        else:
+            room, batch = limit, len(batches)
+            batches.append([piece])
+        bisect.insort(free, (room - size, batch))
+    # At most one is not half full: what fits no other makes a new one. It shares with the fullest.
+    room, small = free[-1]
+    if 2 * room > limit and len(batches) > 1:
+        other = free[0][1]
+        both = batches[other] + batches[small]
+        half = (sum(stop - start for start, stop in both) + 1) // 2
+        batches[other], batches[small] = _cut(both, half)
+    return batches
+
+
+def _cut(
+    ranges: Sequence[tuple[int, int]], size: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Ranges of the first ``size`` positions, and of the others."""
+    first, second = [], []
+    for start, stop in ranges:
+        middle = min(stop, start + size)
+        size -= middle - start
+        first += [(start, middle)] if middle > start else []
+        second += [(middle, stop)] if stop > middle else []
+    return first, second
 
 
 #: How often sampled negatives that are true answers are drawn anew. What is true still after that

@@ -7,12 +7,14 @@ from collections import Counter
 import pytest
 import torch
 from helpers import ring_kg, ring_triples, same_weights, settings
+from hypothesis import given
+from hypothesis import strategies as st
 
 import imvia_graph as ig
 from imvia_graph.answers import with_inverses
 from imvia_graph.evaluation import evaluate, rank, rank_metrics
 from imvia_graph.model import DECISION, IMVIA
-from imvia_graph.training import Batches, Callback, Trainer, resolve_device, training_dtype
+from imvia_graph.training import Batches, Callback, Trainer, pack, resolve_device, training_dtype
 
 CPU = torch.device("cpu")
 
@@ -232,6 +234,23 @@ def test_with_relation_candidates_a_batch_holds_few_relations():
     assert max(relations) <= 2
     shared = Batches(kg, settings(candidates="shared", batch_size=20), CPU)
     assert min(len(batch.relation.unique()) for batch in shared) > 2
+
+
+@given(
+    counts=st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    limit=st.integers(1, 60),
+)
+def test_packed_batches_hold_each_query_once_and_are_cut_between_relations(counts, limit):
+    batches = pack(counts, limit)
+    positions = [n for batch in batches for start, stop in batch for n in range(start, stop)]
+    assert sorted(positions) == list(range(sum(counts)))
+    sizes = [sum(stop - start for start, stop in batch) for batch in batches]
+    assert max(sizes) <= limit
+    assert len(sizes) == 1 or min(sizes) >= limit // 2
+    # A relation is in as many batches as it needs; the last small batch may cut one more.
+    relation = [i for i, count in enumerate(counts) for _ in range(count)]
+    pairs = sum(len({relation[start] for start, _ in batch}) for batch in batches)
+    assert pairs <= sum(-(-count // limit) for count in counts) + 1
 
 
 def test_epochs_are_shuffled_anew_and_the_same_for_the_same_seed():
