@@ -41,6 +41,7 @@ CORE = [
     "pandas",  # DGL imports it and does not say so
     "numpy",  # feature files, and DGL's own arrays
     "numba>=0.60",  # loops over views, scores and labels, compiled on the CPU
+    "llvmlite",  # numba's own; names an instruction that numba has no word for
     "networkx",  # graphs from and to networkx
     "polars>=2",  # edge lists and other tables; 2.0 is the oldest that was tried
     "pydantic>=2",  # the settings, checked

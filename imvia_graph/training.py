@@ -519,7 +519,7 @@ class _Holes:
     """
 
     #: Growth in bytes since the first step after memory was given back.
-    GROWTH = 384 * 2**20
+    GROWTH = 192 * 2**20
 
     def __init__(self) -> None:
         self.before: int | None = None

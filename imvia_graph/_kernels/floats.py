@@ -32,8 +32,7 @@ as_float = _reinterpret(numba.types.float32, numba.types.uint32)
 as_bits = _reinterpret(numba.types.uint32, numba.types.float32)
 
 
-@intrinsic
-def prefetch(typing: Any, address: Any) -> Any:
+def _prefetch(typing: Any, address: Any) -> Any:
     """Ask for the cache line at an address, which need not be there."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -47,6 +46,10 @@ def prefetch(typing: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return numba.types.void(numba.types.intp), generate
+
+
+# To a type checker the decorator loses that the first argument is the compiler's.
+prefetch: Any = intrinsic(_prefetch)
 
 
 def widened(value: Any) -> Any:
