@@ -674,7 +674,7 @@ def test_labels_are_numbered_as_a_loop_would(labels, common, numbering):
 def test_loops_are_compiled_where_nothing_can_be_cached(monkeypatch):
     import numba
 
-    from imvia_graph._kernels import labels
+    from imvia_graph._kernels import _compile, labels
 
     compile_plainly = numba.njit
 
@@ -686,7 +686,7 @@ def test_loops_are_compiled_where_nothing_can_be_cached(monkeypatch):
     monkeypatch.setattr(numba, "njit", refuse)
     counts = np.zeros(2, np.int64)
     cells = np.array([[0], [2**63], [2**63 + 5]], np.uint64)
-    labels._compiled(labels.count.py_func)(0, 3, cells, np.uint64(63), counts)
+    _compile.compiled()(labels.count.py_func)(0, 3, cells, np.uint64(63), counts)
     assert counts.tolist() == [1, 2]
 
 

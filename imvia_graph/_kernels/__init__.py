@@ -7,6 +7,7 @@ lock. It is compiled at its first call and cached on disk.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import pairwise
@@ -26,7 +27,13 @@ def load(name: Literal["dropout", "labels", "scores", "views"]) -> Any:
     """The loops of one kind, None where numba does not load; it takes half a second to import."""
     try:
         return importlib.import_module(f"imvia_graph._kernels.{name}")
-    except ImportError:
+    except ImportError as error:
+        warnings.warn(
+            f"The compiled loops {name!r} do not load ({error}); plain torch is used, which is"
+            " slower. Reinstall numba to have them.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-import torch  # noqa: F401 - loads its OpenMP library
+import torch
 
 
 def run(tasks: Sequence[Callable[[], None]]) -> None:
@@ -40,7 +40,7 @@ def _run_by(team: Any, tasks: Sequence[Callable[[], None]]) -> None:
         except BaseException as error:  # C has no way to pass it on
             errors.append(error)
 
-    team.GOMP_parallel(_BODY(body), None, len(tasks), 0)
+    team.GOMP_parallel(_BODY(body), None, min(len(tasks), torch.get_num_threads()), 0)
     if errors:
         raise errors[0]
 

@@ -10,8 +10,10 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from imvia_graph._kernels import _compile
+
 # Sums may be taken in any order, as vector registers do; NaN and infinity keep their meaning.
-compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
+compiled = _compile.compiled(fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 _TWO_TO_112 = np.float32(2.0**112)
 
@@ -97,7 +99,7 @@ def _narrowed(value: Any, like: Any) -> Any:
 
 
 # Not to be reordered: r below is exact only as it stands.
-@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+@_compile.compiled(fastmath={"contract"})
 def exp(x: Any) -> Any:
     """e^x of a float32 x <= 0, within 2 units in the last place; e^-87 below -87."""
     x = max(x, np.float32(-87.0))

@@ -7,11 +7,11 @@ into parts, in order, each part is numbered on its own, and the numbers are put 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
+
+from imvia_graph._kernels._compile import compiled
 
 #: Slots of a part's table to begin with.
 _SLOTS = 1024
@@ -20,12 +20,7 @@ _NEW = np.uint64(2**63)
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        # There is nowhere to keep what is compiled; then each process compiles anew.
-        return numba.njit(nogil=True)(function)
+_compiled = compiled()
 
 
 @_compiled

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from imvia_graph._dgl import dgl
@@ -229,8 +228,3 @@ def _project(projection: nn.Linear, aggregated: Tensor) -> Tensor:
 def views_present(views: Mapping[str, tuple[Tensor, Tensor]], entity: Tensor) -> dict[str, Tensor]:
     """(B,) bool a modality: whether each entity has a view of it."""
     return {modality: ptr[entity + 1] > ptr[entity] for modality, (_, ptr) in views.items()}
-
-
-def stack(embeddings: Mapping[str, Tensor]) -> Tensor:
-    """(B, M, d) of M tensors (B, d)."""
-    return torch.stack(list(embeddings.values()), dim=1)
