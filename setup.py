@@ -75,6 +75,8 @@ EXTRAS = {
     "report": ["matplotlib>=3.8", "jinja2>=3", "pillow"],
     # The explorer and its JSON service: the framework, what runs it, its pictures.
     "explore": ["fastapi>=0.115", "uvicorn>=0.30", "pillow"],
+    # `imvia-graph tune`: the search, and the lock that its workers share (torch has it, too).
+    "tune": ["optuna>=4", "filelock"],
     # Curves of a training in TensorBoard.
     "tensorboard": ["tensorboard>=2.16"],
     # `imvia-graph pictures`: flags and outlines of `countries`, drawn (with npm).

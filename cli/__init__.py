@@ -17,6 +17,7 @@ from imvia_graph._version import __version__
 COMMANDS = {
     "encode": "Turn pictures and texts of the entities into features: makes a KG folder.",
     "fit": "Train IMVIA on a knowledge graph and rank its test triples.",
+    "tune": "Search for the settings with the best validation MRR.",
     "evaluate": "Rank the triples of a split with a trained run.",
     "predict": "Complete a triple: the best answers to a query.",
     "explain": "Say why: what each modality and each view counts for in a triple.",

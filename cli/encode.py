@@ -16,7 +16,8 @@ from imvia_graph.cli.display import console
 from imvia_graph.cli.options import loading_options
 from imvia_graph.encode import DEFAULT, Report, encode_kg
 from imvia_graph.errors import DataError
-from imvia_graph.io import RawViews, read_literals
+from imvia_graph.io import RawViews, read_literals, read_names, read_texts
+from imvia_graph.io.names import joined
 from imvia_graph.io.tables import form_of
 from imvia_graph.io.views import Column
 from imvia_graph.training import resolve_device
@@ -51,6 +52,11 @@ def _columns(ctx: click.Context, option: click.Parameter, value: str | None) -> 
     type=click.Path(path_type=Path),
     help="Table of entity and text (TSV, CSV, Parquet), any number of rows an entity; or RDF"
     " (N-Triples, Turtle), whose literals are taken.",
+)
+@click.option(
+    "--names",
+    is_flag=True,
+    help="Take the entities' own names as texts, whole and in parts, beside --texts if given.",
 )
 @click.option("--encoder", default=DEFAULT, show_default=True, help="Encoder of both.")
 @click.option("--image-encoder", help="Encoder of pictures.  [default: --encoder]")
@@ -111,6 +117,7 @@ def encode(
     out: Path,
     images: Path | None,
     texts: Path | None,
+    names: bool,
     encoder: str,
     image_encoder: str | None,
     text_encoder: str | None,
@@ -144,13 +151,14 @@ def encode(
       imvia-graph encode facts.tsv --images images/ --image-encoder efficientnet-lite0 --out kg/
       imvia-graph encode DB15K --texts captions.parquet --text-columns entity,caption \\
         --text-encoder minilm --out db15k/
+      imvia-graph encode MKG-Y --names --text-encoder minilm --out mkg-y/
       imvia-graph encode facts.nt --texts dump.ttl.gz --text-language en --encoder minilm --out kg/
       imvia-graph encode my-graph/ --images table.csv --encoder open_clip:ViT-L-14/openai --out kg/
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    if images is None and texts is None:
-        raise click.UsageError("There is nothing to encode: give --images, --texts or both.")
+    if images is None and texts is None and not names:
+        raise click.UsageError("There is nothing to encode: give --images, --texts, --names.")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a folder to write. Name another.")
     # What a run that was stopped left there, even half-written, is no reason to refuse the run that
@@ -168,6 +176,10 @@ def encode(
         raw_texts = read_literals(texts, kg, predicates=predicates or None, language=language)
     elif predicates or language is not None:
         raise click.UsageError("--text-predicate and --text-language are for --texts in RDF.")
+    if names:
+        if isinstance(raw_texts, Path):
+            raw_texts = read_texts(raw_texts, kg, columns=text_columns, skip_unknown=skip_unknown)
+        raw_texts = read_names(kg) if raw_texts is None else joined(raw_texts, read_names(kg))
     bar = _Bar()
     try:
         kg, reports = encode_kg(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         EncoderError,
         IMVIAError,
         SettingsError,
+        TrainingError,
         UnknownLabelError,
     )
     from imvia_graph.evaluation import evaluate, rank
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from imvia_graph.settings import Settings
     from imvia_graph.tracking import TensorBoard
     from imvia_graph.training import Callback, Trainer
+    from imvia_graph.tuning import Tuned, tune
 
 #: Public name -> module that holds it.
 _HOME = {
@@ -47,6 +49,7 @@ _HOME = {
     "EncoderError": "errors",
     "IMVIAError": "errors",
     "SettingsError": "errors",
+    "TrainingError": "errors",
     "UnknownLabelError": "errors",
     "evaluate": "evaluation",
     "rank": "evaluation",
@@ -69,6 +72,8 @@ _HOME = {
     "TensorBoard": "tracking",
     "Callback": "training",
     "Trainer": "training",
+    "Tuned": "tuning",
+    "tune": "tuning",
 }
 _MODULES = ("datasets", "encode", "io", "losses", "nn", "ops")
 
@@ -88,6 +93,8 @@ __all__ = [
     "SettingsError",
     "TensorBoard",
     "Trainer",
+    "TrainingError",
+    "Tuned",
     "UnknownLabelError",
     "Views",
     "__version__",
@@ -106,6 +113,7 @@ __all__ = [
     "nn",
     "ops",
     "rank",
+    "tune",
     "write_report",
 ]
 

@@ -165,6 +165,8 @@ def save_trainer(path: Path, trainer: Trainer) -> None:
     tensors = {f"model/{name}": value for name, value in trainer.model.state_dict().items()}
     for name, value in (trainer.best_state or {}).items():
         tensors[f"best/{name}"] = value
+    if trainer.average is not None:
+        tensors.update({f"average/{name}": v for name, v in trainer.average.state.items()})
     plain: dict[str, Any] = {}
     for label, optimizer in _optimizers(trainer).items():
         state = optimizer.state_dict()
@@ -203,6 +205,9 @@ def load_trainer(path: Path, trainer: Trainer) -> None:
                 index, _, key = name.partition("/")
                 state.setdefault(int(index), {})[key] = value
             optimizer.load_state_dict({"state": state, "param_groups": plain[label]})
+        if trainer.average is not None:
+            for name, value in trainer.average.state.items():
+                value.copy_(groups["average"][name])
         trainer.scaler.load_state_dict(json.loads(metadata["scaler"]))
         trainer.batches.generator.set_state(groups["random"]["data"])
         torch.set_rng_state(groups["random"]["cpu"])

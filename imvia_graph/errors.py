@@ -31,6 +31,10 @@ class UnknownLabelError(IMVIAError, KeyError):
         return str(self.args[0])
 
 
+class TrainingError(IMVIAError):
+    """Training that cannot go on: a loss or a gradient that is no number."""
+
+
 class CheckpointError(IMVIAError):
     """A run folder or checkpoint that cannot be read or does not fit."""
 

@@ -101,6 +101,9 @@ class Settings(BaseModel):
     )
     lambda_alignment: float = Field(0.1, ge=0, description="Weight of L2, alignment (lambda 1).")
     lambda_completion: float = Field(1.0, gt=0, description="Weight of L3, completion (lambda 2).")
+    lambda_regularization: float = Field(
+        0.05, ge=0, description="Weight of DURA, the regularisation of what a score multiplies."
+    )
     alignment: Literal["contrastive", "printed"] = Field(
         "contrastive", description="Form of L2: contrastive, or Eq. 5 as printed."
     )
@@ -115,6 +118,17 @@ class Settings(BaseModel):
     batch_size: int = Field(1024, ge=1, description="Queries a batch.")
     optimizer: Literal["adam", "adamw", "adagrad"] = Field("adam", description="Optimizer.")
     learning_rate: float = Field(1e-3, gt=0, description="Learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="Learning rate over the epochs: as it is, or falling to 0 at the last one.",
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay a step of the exponential moving average of the weights, which is what"
+        " is validated and kept; 0 for the weights as they are.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
     gradient_clip: float | None = Field(
         None, gt=0, description="Largest norm of the gradient; null for none."
@@ -149,6 +163,13 @@ class Settings(BaseModel):
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:
         """A mapping from a YAML or TOML file, checked by `create` together with the rest."""
+        values = cls.read_mapping(path, "settings")
+        cls.create(values)
+        return values
+
+    @staticmethod
+    def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
+        """The mapping in a YAML or TOML file, unchecked; ``what`` it is of, for messages."""
         path = Path(path)
         with _files.open_input(path) as file:
             content = file.read()
@@ -165,8 +186,7 @@ class Settings(BaseModel):
         if values is None:
             return {}
         if not isinstance(values, dict):
-            raise SettingsError(f"{path}: expected a mapping of settings, found {values!r}.")
-        cls.create(values)
+            raise SettingsError(f"{path}: expected a mapping of {what}, found {values!r}.")
         return values
 
     @classmethod
@@ -186,11 +206,7 @@ class Settings(BaseModel):
                 parsed = yaml.safe_load(value)
             except yaml.YAMLError as error:
                 raise SettingsError(f"--set {text}: the value cannot be read: {error}") from None
-            # YAML 1.1 takes 1e-3 for a text; people do not.
-            if isinstance(parsed, str):
-                with contextlib.suppress(ValueError):
-                    parsed = float(parsed)
-            values[key.strip()] = parsed
+            values[key.strip()] = as_number(parsed)
         return values
 
     def replace(self, **changes: Any) -> Settings:
@@ -208,6 +224,14 @@ class Settings(BaseModel):
             if comments:
                 lines.append("")
         return "\n".join(lines).rstrip() + "\n"
+
+
+def as_number(value: Any) -> Any:
+    """A number in a text as a number: YAML 1.1 takes 1e-3 for a text; people do not."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _explain(error: ValidationError) -> str:

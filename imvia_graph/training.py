@@ -13,7 +13,7 @@ import math
 import mmap
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,16 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from imvia_graph.answers import AnswerIndex, with_inverses
-from imvia_graph.errors import IMVIAError, SettingsError
+from imvia_graph.errors import SettingsError, TrainingError
 from imvia_graph.evaluation import rank, rank_metrics
 from imvia_graph.kg import MultiViewKG
-from imvia_graph.losses import Positives, completion, factored_completion, total_loss
+from imvia_graph.losses import (
+    Positives,
+    completion,
+    dura,
+    factored_completion,
+    total_loss,
+)
 from imvia_graph.model import DECISION, IMVIA
 from imvia_graph.settings import Settings
 
@@ -103,6 +109,8 @@ class Trainer:
         How far it has come.
     best_state : dict of str to Tensor or None
         Copy of the model's state at the best validation MRR.
+    average : Average or None
+        The moving average of the weights, with ``ema_decay``.
 
     Notes
     -----
@@ -139,6 +147,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             model.device.type, enabled=self.precision == torch.float16
         )
+        self.average = Average(model, settings.ema_decay) if settings.ema_decay else None
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -175,6 +184,8 @@ class Trainer:
             self.model.load_state_dict(self.best_state)
         else:
             progress.best_epoch = progress.epoch
+            if self.average is not None:
+                self.average.exchange()
         for callback in self.callbacks:
             callback.on_end(self)
         return progress
@@ -185,6 +196,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         count = 0
         for batch in self.batches:
+            self._set_learning_rate(count)
             losses = self.train_step(batch)
             for name, value in losses.items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -195,7 +207,7 @@ class Trainer:
                 callback.on_step(self, losses)
         means = {name: (value / count).item() for name, value in sums.items()}
         if not math.isfinite(means["loss"]):
-            raise IMVIAError(
+            raise TrainingError(
                 f"Epoch {self.progress.epoch + 1}: the loss is {means['loss']} ("
                 + ", ".join(f"{name} {value:.4g}" for name, value in means.items())
                 + "). The last checkpoint is from before it. Try a smaller learning_rate, a"
@@ -224,14 +236,27 @@ class Trainer:
             clip_grad_norm_(self.parameters, self.settings.gradient_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.progress.step)
         return {name: value.detach() for name, value in losses.items()}
+
+    def _set_learning_rate(self, step: int) -> None:
+        """Follow the schedule; ``step`` counts within the epoch."""
+        settings = self.settings
+        if settings.schedule == "constant":
+            return
+        done = (self.progress.epoch + step / len(self.batches)) / max(settings.epochs, 1)
+        left = max(1 - done, 0.0)
+        factor = left if settings.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * factor
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         """The total and its parts (Eq. 4, 5, 7, 8), and the loss of L1's estimators."""
         model, settings = self.model, self.settings
         embedding = model.embed(batch.entity, batch.relation)
         queries = model.decode(embedding, batch.relation)
-        l3 = self._completion(batch, queries)
+        l3, regularization = self._completion(batch, embedding.heads, queries)
         l1 = l2 = l3.new_zeros(())
         estimation = None
         sources = {name: embedding.heads[name] for name in model.heads[: 1 + len(model.modalities)]}
@@ -249,50 +274,80 @@ class Trainer:
             settings.lambda_alignment,
             settings.lambda_completion,
         )
-        parts = {"loss": total, "information": l1, "alignment": l2, "completion": l3}
-        return parts, estimation
+        parts = {"information": l1, "alignment": l2, "completion": l3}
+        if settings.lambda_regularization:
+            total = total + settings.lambda_regularization * regularization
+            parts["regularization"] = regularization
+        return {"loss": total, **parts}, estimation
 
-    def _completion(self, batch: Batch, queries: dict[str, Tensor]) -> Tensor:
-        """L3 of a batch; with ``candidates="relation"`` the tables are made a relation."""
+    def _completion(
+        self, batch: Batch, heads: Mapping[str, Tensor], queries: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """L3 and the regularisation of a batch; ``heads`` are its entities' embeddings.
+
+        With ``candidates="relation"`` the tables are made a relation.
+        """
         if self.settings.candidates == "shared":
-            return self._part(batch, queries)
-        total = torch.zeros((), device=self.model.device)
+            return self._part(batch, heads, queries)
+        total = torch.zeros(2, device=self.model.device)
         for one in batch.relation.unique():
             rows = (batch.relation == one).nonzero().flatten()
-            mine = {head: query[rows] for head, query in queries.items()}
-            part = self._part(batch.of(rows), mine, one)
-            total = total + part * (len(rows) / len(batch.entity))
-        return total
+            entities = {head: part[rows] for head, part in heads.items()}
+            asked = {head: part[rows] for head, part in queries.items()}
+            part = self._part(batch.of(rows), entities, asked, one)
+            total = total + torch.stack(part) * (len(rows) / len(batch.entity))
+        return total[0], total[1]
 
     def _part(
-        self, batch: Batch, queries: dict[str, Tensor], relation: Tensor | None = None
-    ) -> Tensor:
-        """L3 of queries whose candidates are the same, or are sampled for each."""
+        self,
+        batch: Batch,
+        heads: Mapping[str, Tensor],
+        queries: Mapping[str, Tensor],
+        relation: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`_completion` of queries whose candidates are the same, or are sampled for each."""
         model, settings = self.model, self.settings
+        positives = batch.positives
         if batch.candidate is None:
             tables = model.candidates(relation)
             learns = model.learns_decision
-            return factored_completion(
+            loss = factored_completion(
                 [queries[head] for head in model.heads],
                 [tables[head] for head in model.heads],
-                batch.positives,
+                positives,
                 model.decision_weights(batch.relation) if learns else None,
                 settings.loss,
                 settings.label_smoothing,
                 settings.decision == "detached",
             )
-        # Each entity is embedded once, however many queries it is a candidate of.
-        distinct, place = batch.candidate.unique(return_inverse=True)
-        tables = model.candidates(relation, distinct)
-        scores = model.scores(
-            queries, {head: table[place] for head, table in tables.items()}, batch.relation
-        )
-        if not model.learns_decision:
-            del scores[DECISION]
-        return completion(scores, batch.positives, settings.loss, settings.label_smoothing)
+            answers = positives.col
+        else:
+            # Each entity is embedded once, however many queries it is a candidate of.
+            distinct, place = batch.candidate.unique(return_inverse=True)
+            tables = model.candidates(relation, distinct)
+            scores = model.scores(
+                queries, {head: table[place] for head, table in tables.items()}, batch.relation
+            )
+            if not model.learns_decision:
+                del scores[DECISION]
+            loss = completion(scores, positives, settings.loss, settings.label_smoothing)
+            answers = place[positives.row, positives.col]
+        if not settings.lambda_regularization:
+            return loss, torch.zeros_like(loss)
+        terms = [dura(heads[head], queries[head], tables[head][answers]) for head in model.heads]
+        return loss, torch.stack(terms).sum()
 
     def validate(self) -> dict[str, float]:
         """Metrics of both sides on the validation triples; keeps the state if they are the best."""
+        if self.average is None:
+            return self._validate()
+        self.average.exchange()
+        try:
+            return self._validate()
+        finally:
+            self.average.exchange()
+
+    def _validate(self) -> dict[str, float]:
         ranking = rank(
             self.model, self.kg.valid, self.known, self.settings.ranking_batch_size, heads=()
         )
@@ -307,6 +362,45 @@ class Trainer:
         else:
             progress.waited += 1
         return metrics
+
+
+class Average:
+    r"""The exponential moving average of a model's state, running statistics included.
+
+    .. math:: \bar\theta_s = d_s \bar\theta_{s-1} + (1 - d_s) \theta_s, \quad
+        d_s = \min\left(d, \frac{1 + s}{10 + s}\right)
+
+    The decay starts lower, so that the first weights are soon forgotten.
+
+    Parameters
+    ----------
+    model : IMVIA
+    decay : float
+        d.
+    """
+
+    def __init__(self, model: IMVIA, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.state = {name: value.clone() for name, value in self._followed().items()}
+
+    def _followed(self) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        return {name: value for name, value in state.items() if value.is_floating_point()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After step number ``step``, from 0 on."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        now = self._followed()
+        torch._foreach_lerp_(list(self.state.values()), [now[name] for name in self.state], weight)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Put the average into the model and the model's weights here; twice is as before."""
+        for name, value in self._followed().items():
+            kept = value.clone()
+            value.copy_(self.state[name])
+            self.state[name].copy_(kept)
 
 
 # -- batches --------------------------------------------------------------------------------------
@@ -563,6 +657,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 __all__ = [
+    "Average",
     "Batch",
     "Batches",
     "Callback",

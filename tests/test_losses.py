@@ -18,6 +18,7 @@ from imvia_graph.losses import (
     binary_completion,
     completion,
     contrastive_alignment,
+    dura,
     factored_completion,
     printed_alignment,
     softmax_completion,
@@ -380,6 +381,17 @@ def test_factored_completion_in_float32(kernel, blocks, loss, size, decided, det
     for one, other in zip(gradients, right, strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+def test_dura_matches_the_loop():
+    head, query, answer = (
+        torch.randn(rows, 4, dtype=torch.float64, requires_grad=True) for rows in (3, 3, 5)
+    )
+    expected = 0.0
+    for part in (head, query, answer):
+        rows = numbers(part)
+        expected = expected + sum(x * x for row in rows for x in row) / len(rows)
+    assert_agree(dura(head, query, answer), tensor(expected), [head, query, answer])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -403,6 +403,9 @@ RESUMED = {
     "adagrad": ({"step": 2 * STEPS + 1}, {"optimizer": "adagrad"}),
     "bfloat16": ({"step": 2 * STEPS + 1}, {"precision": "bfloat16"}),
     "float16": ({"step": 2 * STEPS + 1}, {"precision": "float16"}),
+    "average": ({"step": 2 * STEPS + 1}, {"ema_decay": 0.9}),
+    "average without validation": ({"epoch": 3}, {"ema_decay": 0.9, "kg": ring_kg(valid=0)}),
+    "falling rate": ({"step": 2 * STEPS + 1}, {"schedule": "cosine"}),
 }
 
 

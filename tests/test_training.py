@@ -117,9 +117,124 @@ def test_alignment_and_information_take_part_where_their_weights_are_not_zero(al
     assert record["alignment"] > 0
     assert record["information"] != 0
     expected = record["completion"] + 0.1 * record["alignment"] + 0.5 * record["information"]
+    expected += 0.05 * record["regularization"]
     assert record["loss"] == pytest.approx(expected, rel=1e-5)
     trained(kg, [none], epochs=1, lambda_alignment=0, lambda_information=0)
     assert none.records[0]["alignment"] == none.records[0]["information"] == 0
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize("regime", ["1vsall", "kvsall", "sampled"])
+def test_regularization_is_dura_of_the_queries_and_their_true_answers(regime, candidates):
+    kg = ring_kg(valid=0)
+    chosen = settings(regime=regime, candidates=candidates, **without_dropout())
+    model = IMVIA.from_kg(kg, chosen).eval()
+    trainer = Trainer(model, kg, chosen)
+    batch = next(iter(trainer.batches))
+    losses, _ = trainer.losses(batch)
+    embedded = model.embed(batch.entity, batch.relation).heads
+    queries = model.queries(batch.entity, batch.relation)
+    expected = 0.0
+    answers = batch.positives.col
+    if batch.candidate is not None:
+        answers = batch.candidate[batch.positives.row, answers]
+    for head in model.heads:
+        for vectors in (embedded[head], queries[head]):
+            expected += sum(x * x for x in vectors.flatten().tolist()) / len(vectors)
+        # The mean over a relation's answers, weighted by its queries.
+        for relation in set(batch.relation.tolist()) if candidates == "relation" else {None}:
+            asked = batch.relation == relation if relation is not None else batch.entity >= 0
+            mine = answers[asked[batch.positives.row]]
+            under = None if relation is None else torch.tensor(relation)
+            rows = model.candidates(under)[head][mine]
+            squares = sum(x * x for x in rows.flatten().tolist())
+            expected += squares / len(mine) * asked.double().mean().item()
+    assert losses["regularization"].item() == pytest.approx(expected, rel=1e-5)
+    total = losses["completion"] + 0.1 * losses["alignment"] + 1e-4 * losses["information"]
+    assert losses["loss"].item() == pytest.approx(total.item() + 0.05 * expected, rel=1e-5)
+
+
+def test_without_regularization_there_is_none():
+    records = Records()
+    trained(ring_kg(), [records], epochs=1, lambda_regularization=0)
+    assert "regularization" not in records.records[0]
+
+
+# -- the schedule and the average -----------------------------------------------------------------
+
+
+class Rates(Callback):
+    """The learning rate of each step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_step(self, trainer, losses):
+        self.rates.append(trainer.optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("constant", lambda done: 1.0),
+        ("linear", lambda done: 1 - done),
+        ("cosine", lambda done: (1 + math.cos(math.pi * done)) / 2),
+    ],
+)
+def test_the_learning_rate_follows_the_schedule(schedule, factor):
+    rates = Rates()
+    trained(ring_kg(), [rates], epochs=4, patience=None, schedule=schedule, learning_rate=0.02)
+    steps = len(rates.rates)
+    expected = [0.02 * factor(step / steps) for step in range(steps)]
+    assert rates.rates == pytest.approx(expected, rel=1e-9)
+
+
+class States(Callback):
+    """The weights after each step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_step(self, trainer, losses):
+        state = trainer.model.state_dict()
+        self.states.append({name: value.clone() for name, value in state.items()})
+
+
+@pytest.mark.parametrize("valid", [3, 0])
+def test_the_average_is_that_of_the_equation_and_is_what_is_kept(valid):
+    kg, decay = ring_kg(valid=valid), 0.8
+    chosen = settings(ema_decay=decay, epochs=3, patience=None)
+    torch.manual_seed(0)
+    model = IMVIA.from_kg(kg, chosen)
+    average = {name: value.double() for name, value in model.state_dict().items()}
+    states, records = States(), Records()
+    trainer = Trainer(model, kg, chosen, [states, records])
+    trainer.fit()
+    averages = []
+    for step, state in enumerate(states.states):
+        now = min(decay, (1 + step) / (10 + step))
+        average = {name: now * average[name] + (1 - now) * state[name] for name in average}
+        averages.append(average)
+    epochs = trainer.progress.best_epoch
+    expected = averages[epochs * len(trainer.batches) - 1]
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-6)
+    if valid:
+        assert rank_valid(model, kg) == trainer.progress.best_mrr
+
+
+def rank_valid(model, kg):
+    ranking = rank(model, kg.valid, kg.answers(), heads=())
+    return rank_metrics(torch.cat([ranking.head[DECISION], ranking.tail[DECISION]]))["mrr"]
+
+
+def test_the_average_changes_nothing_in_what_is_trained():
+    one, other = States(), States()
+    trained(ring_kg(), [one], epochs=2)
+    trained(ring_kg(), [other], epochs=2, ema_decay=0.9)
+    for mine, theirs in zip(one.states, other.states, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -273,7 +388,8 @@ def test_a_callback_hears_of_each_step_and_epoch():
     steps = math.ceil(2 * len(kg.train) / 10)
     assert records.steps == trainer.progress.step == 2 * steps
     assert [record["epoch"] for record in records.records] == [1, 2]
-    keys = {"epoch", "loss", "information", "alignment", "completion", "seconds", "valid"}
+    parts = {"information", "alignment", "completion", "regularization"}
+    keys = {"epoch", "loss", *parts, "seconds", "valid"}
     assert set(records.records[0]) == keys
 
 

@@ -9,7 +9,7 @@ venv=.venv
 log=$venv/setup.log
 unfinished=$venv/.unfinished # there while pip is at work: if a run finds it, the last one was cut off
 sources=(setup.py pyproject.toml constraints.txt tools/setup.sh)
-extras=rdf,clip,encoders,hdf5,report,explore,tensorboard,pictures,countries,browser,test,docs,bench,dev # every extra but scatter, which needs torch to build
+extras=rdf,clip,encoders,hdf5,report,explore,tune,tensorboard,pictures,countries,browser,test,docs,bench,dev # every extra but scatter, which needs torch to build
 
 say() { printf '[setup] %s\n' "$*"; }
 die() {

@@ -4,6 +4,7 @@ from imvia_graph.io.arrays import to_arrays, to_pykeen
 from imvia_graph.io.features import read_features, views_from_array, with_views
 from imvia_graph.io.graphs import to_dgl, to_networkx
 from imvia_graph.io.load import load_kg, with_validation
+from imvia_graph.io.names import read_names
 from imvia_graph.io.openke import read_openke, write_openke
 from imvia_graph.io.rdf import read_literals
 from imvia_graph.io.views import RawViews, read_images, read_texts
@@ -15,6 +16,7 @@ __all__ = [
     "read_features",
     "read_images",
     "read_literals",
+    "read_names",
     "read_openke",
     "read_texts",
     "to_arrays",

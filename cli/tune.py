@@ -1,0 +1,204 @@
+"""``imvia-graph tune``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.status import Status
+from rich.table import Table
+
+from imvia_graph import load_kg
+from imvia_graph.cli.display import console
+from imvia_graph.cli.options import loading_options, views_option
+from imvia_graph.errors import SettingsError
+from imvia_graph.io import with_views
+from imvia_graph.settings import Settings
+from imvia_graph.training import keep_freed_memory
+from imvia_graph.tuning import SPACE, Tuned, read_space, write_best
+from imvia_graph.tuning import tune as search
+
+#: Trials in the table at the end.
+LISTED = 5
+
+
+@click.command()
+@click.argument("source")
+@click.option(
+    "--study",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="SQLite file of the search; it is gone on with where it is there.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Where to write the best settings.  [default: beside the study, as .yaml]",
+)
+@click.option(
+    "--trials", default=50, show_default=True, type=click.IntRange(min=1), help="Trials in all."
+)
+@click.option("--timeout", type=click.FloatRange(min=0), help="Minutes; then no trial is begun.")
+@click.option(
+    "--space",
+    "space_file",
+    type=click.Path(path_type=Path),
+    help="YAML or TOML file: a list of values a setting, or low, high and step or log."
+    "  [default: learning rate, batch size, dropouts and others]",
+)
+@click.option(
+    "--views",
+    "features",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Ready features of a modality, as in image=visual.pth. Any number.",
+)
+@loading_options
+@click.option("--epochs", type=int, help="Epochs of a trial at most.")
+@click.option("--device", help="cpu, cuda, cuda:1, … or auto.")
+@click.option(
+    "--settings",
+    "file",
+    type=click.Path(path_type=Path),
+    help="YAML or TOML file of settings that all trials share.",
+)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One such setting.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the search.")
+@click.option("--prune/--no-prune", default=True, help="Whether to end trials that lag behind.")
+def tune(
+    source: str,
+    study: Path,
+    out: Path | None,
+    trials: int,
+    timeout: float | None,
+    space_file: Path | None,
+    features: tuple[str, ...],
+    loading: dict[str, Any],
+    epochs: int | None,
+    device: str | None,
+    file: Path | None,
+    assignments: tuple[str, ...],
+    seed: int,
+    prune: bool,
+) -> None:
+    """Search for the settings with the best validation MRR on SOURCE.
+
+    The study is a file: stopped or killed, the same command goes on with it; given to the same
+    command in another terminal, both work on it, and no settings are tried twice. Test triples are
+    set aside before it begins.
+
+    \b
+    Examples:
+      imvia-graph tune countries --study studies/countries.db --trials 30 --epochs 40
+      imvia-graph fit countries --settings studies/countries.yaml
+      imvia-graph tune MKG-Y --study y.db --space space.yaml --set dim=128 --timeout 120
+
+    \b
+    space.yaml:
+      learning_rate: {low: 0.0003, high: 0.01, log: true}
+      batch_size: [256, 512, 1024]
+      hidden_dropout: {low: 0.2, high: 0.6, step: 0.1}
+    """
+    logging.basicConfig(format="%(message)s")
+    fixed: dict[str, Any] = Settings.read(file) if file is not None else {}
+    fixed.update(Settings.parse(assignments))
+    named = {"epochs": epochs, "device": device}
+    fixed.update({key: value for key, value in named.items() if value is not None})
+    space = SPACE if space_file is None else read_space(space_file)
+    if space_file is None:  # what is fixed is not searched
+        space = {key: part for key, part in space.items() if key not in fixed}
+    best_file = out or study.with_suffix(".yaml")
+    if best_file.resolve() == study.resolve():
+        raise SettingsError(f"--out and --study are both {study}; give the study another name.")
+    settings = Settings.create(fixed)
+    keep_freed_memory()
+    kg = load_kg(source, "published", settings.split_seed, **loading)
+    if features:
+        kg = with_views(kg, views_option(features))
+    console.print("\n".join([repr(kg), *kg.notes]), markup=False)
+    line = _Line(trials, settings.epochs)
+    try:
+        found = search(
+            kg,
+            study,
+            trials=trials,
+            space=space,
+            settings=fixed,
+            seed=seed,
+            prune=prune,
+            timeout=None if timeout is None else 60 * timeout,
+            progress=line.show,
+        )
+    except KeyboardInterrupt:
+        console.print(f"Stopped. The same command goes on with {study}.", markup=False)
+        raise SystemExit(130) from None
+    finally:
+        line.close()
+    _tell(found)
+    if found.trial is None:
+        click.echo("No trial was finished: there are no best settings yet.")
+        return
+    share = f"validation MRR {100 * (found.mrr or 0):.2f} %, trial {found.trial} of {study.name}"
+    write_best(best_file, found, f"{kg.name}: {share}")
+    click.echo(f"Best settings: {best_file} ({share})")
+
+
+def _tell(found: Tuned) -> None:
+    """The best trials as a table."""
+    complete = [trial for trial in found.trials if trial["mrr"] is not None]
+    counts: dict[str, int] = {}
+    for trial in found.trials:
+        counts[trial["state"]] = counts.get(trial["state"], 0) + 1
+    table = Table(title=", ".join(f"{count} {state}" for state, count in counts.items()))
+    table.add_column("trial", justify="right")
+    table.add_column("validation MRR %", justify="right")
+    table.add_column("epochs", justify="right")
+    table.add_column("settings")
+    best = sorted((t for t in complete if t["state"] == "complete"), key=lambda t: -t["mrr"])
+    for trial in best[:LISTED]:
+        values = ", ".join(f"{key} {_short(value)}" for key, value in trial["settings"].items())
+        table.add_row(
+            str(trial["number"]), f"{100 * trial['mrr']:.2f}", str(trial["epochs"]), values
+        )
+    if best:
+        console.print(table)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class _Line:
+    """One line that says how the search stands; one for each ended trial."""
+
+    def __init__(self, trials: int, epochs: int) -> None:
+        self.trials, self.epochs = trials, epochs
+        self.best: tuple[float, int] | None = None
+        self.status: Status | None = None
+
+    def show(self, trial: int, state: str, mrr: float | None, epoch: int) -> None:
+        """As `imvia_graph.tuning.Progress` has it."""
+        if state == "done" and mrr is not None and (self.best is None or mrr > self.best[0]):
+            self.best = (mrr, trial)
+        value = "-" if mrr is None else f"{100 * mrr:.2f} %"
+        best = "-" if self.best is None else f"{100 * self.best[0]:.2f} % (trial {self.best[1]})"
+        if state != "training":
+            console.print(
+                f"Trial {trial} {state} after {epoch} epochs: validation MRR {value}, best {best}.",
+                markup=False,
+                highlight=False,
+            )
+            return
+        text = f"Trial {trial}, epoch {epoch}/{self.epochs}: {value}; best here {best}"
+        if console.is_terminal:
+            if self.status is None:
+                self.status = console.status(text)
+                self.status.start()
+            self.status.update(text)
+
+    def close(self) -> None:
+        """Take the line off the terminal."""
+        if self.status is not None:
+            self.status.stop()

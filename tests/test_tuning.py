@@ -1,0 +1,331 @@
+"""tune: searches, goes on, shares, repeats nothing, and never sees the test set."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from helpers import TINY, ring_kg, run_python, write_folder
+
+import imvia_graph as ig
+from imvia_graph import DataError, SettingsError, TrainingError
+from imvia_graph.cli import command_line
+from imvia_graph.tuning import SPACE, check_space
+
+optuna = pytest.importorskip("optuna")
+
+SMALL = {**TINY, "epochs": 2}
+
+
+def tune(study, trials=3, space=None, kg=None, fixed=None, **options):
+    fixed = {**SMALL, **(fixed or {})}
+    space = space or {"relation_dim": [2, 3, 4, 5, 6, 7, 8]}
+    fixed = {key: value for key, value in fixed.items() if key not in space}
+    return ig.tune(kg or ring_kg(), study, trials=trials, space=space, settings=fixed, **options)
+
+
+def tried(found, state="complete"):
+    return [tuple(t["settings"].values()) for t in found.trials if t["state"] == state]
+
+
+# -- what is found --------------------------------------------------------------------------------
+
+
+def test_the_best_trial_is_the_one_with_the_best_mrr_and_its_settings_give_it_again(tmp_path):
+    space = {"relation_dim": [2, 5], "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
+    found = tune(tmp_path / "s.db", 4, space)
+    values = [trial["mrr"] for trial in found.trials]
+    assert len(values) == 4
+    assert found.mrr == max(values)
+    assert found.settings["learning_rate"] == pytest.approx(
+        found.trials[found.trial]["settings"]["learning_rate"], abs=0
+    )
+    assert found.settings.items() >= {k: v for k, v in SMALL.items() if k not in space}.items()
+    run = ig.fit(ring_kg(), settings=ig.Settings.create(found.settings))
+    assert run.progress.best_mrr == found.mrr
+
+
+def test_values_come_from_the_space():
+    space = {
+        "relation_dim": {"low": 4, "high": 12, "step": 4},
+        "label_smoothing": {"low": 0.0, "high": 0.3, "step": 0.1},
+        "learning_rate": {"low": 1e-3, "high": 1e-2, "log": True},
+        "modalities": [None, [], ["image"]],
+        "joint": [True, False],
+    }
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = tune(Path(folder) / "s.db", 12, space, prune=False)
+    columns = {key: [trial["settings"][key] for trial in found.trials] for key in space}
+    assert set(columns["relation_dim"]) <= {4, 8, 12}
+    assert set(columns["label_smoothing"]) <= {0.0, 0.1, 0.2, 0.3}
+    assert all(1e-3 <= value <= 1e-2 for value in columns["learning_rate"])
+    assert {str(value) for value in columns["modalities"]} == {"None", "[]", "['image']"}
+    assert set(columns["joint"]) == {True, False}
+
+
+def test_a_space_that_is_small_is_tried_whole_and_then_the_search_ends(tmp_path):
+    space = {"relation_dim": [2, 3], "dim": {"low": 4, "high": 8, "step": 2}}
+    found = tune(tmp_path / "s.db", 50, space, prune=False)
+    assert sorted(tried(found)) == [(r, d) for r in (2, 3) for d in (4, 6, 8)]
+
+
+def test_the_same_seed_searches_the_same_and_another_one_something_else(tmp_path):
+    space = {"learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
+    one, same, other = (
+        tried(tune(tmp_path / f"{i}.db", 3, space, seed=seed)) for i, seed in enumerate((1, 1, 2))
+    )
+    assert one == same != other
+
+
+def test_a_hopeless_trial_is_ended_early_unless_told_otherwise(tmp_path):
+    # Enqueued in this order by the space being tried whole: many good ones, then one without hope.
+    space = {"learning_rate": [1e-2, 1.1e-2, 1.2e-2, 1.3e-2, 1.4e-2, 1.5e-2, 1e-9]}
+    fixed = {"epochs": 12, "patience": None}
+    pruned = tune(tmp_path / "p.db", 7, space, fixed=fixed, seed=3)
+    whole = tune(tmp_path / "w.db", 7, space, fixed=fixed, seed=3, prune=False)
+    assert Counter(t["state"] for t in whole.trials if t["state"] != "fail") == {"complete": 7}
+    ended = [trial for trial in pruned.trials if trial["state"] == "pruned"]
+    assert ended
+    assert all(trial["epochs"] < 12 for trial in ended)
+
+
+def test_a_trial_that_diverges_counts_and_the_search_goes_on(tmp_path, monkeypatch):
+    from imvia_graph import tuning
+
+    def fails(graph, settings, **options):
+        if settings.relation_dim == 3:
+            raise TrainingError("the loss is nan")
+        return ig.fit(graph, settings=settings, **options)
+
+    monkeypatch.setattr(tuning, "fit", fails)
+    found = tune(tmp_path / "s.db", 3, {"relation_dim": [2, 3, 4]})
+    assert tried(found, "pruned") == [(3,)]
+    assert sorted(tried(found)) == [(2,), (4,)]
+
+
+# -- going on and sharing -------------------------------------------------------------------------
+
+
+def test_called_again_it_goes_on(tmp_path):
+    first = tune(tmp_path / "s.db", 2)
+    second = tune(tmp_path / "s.db", 5)
+    assert second.trials[:2] == first.trials
+    assert len(tried(second)) == 5 == len(set(tried(second)))
+    assert tune(tmp_path / "s.db", 5).trials == second.trials
+
+
+def test_a_trial_that_was_interrupted_is_done_by_the_next_call(tmp_path, monkeypatch):
+    from imvia_graph import tuning
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tune(tmp_path / "s.db", 3)
+    found = tune(tmp_path / "s.db", 3)
+    given_up = tried(found, "fail")
+    assert len(given_up) == 1
+    assert given_up[0] in tried(found)
+    assert len(tried(found)) == 3
+
+
+WORKER = """
+import sys, imvia_graph as ig
+ig.tune(sys.argv[1], sys.argv[2], trials=int(sys.argv[3]), space={space!r}, settings={fixed!r})
+"""
+
+
+def script(space, epochs):
+    fixed = {**SMALL, "epochs": epochs, "patience": None, "validation": "published"}
+    fixed = {key: value for key, value in fixed.items() if key not in space}
+    return WORKER.format(space=space, fixed=fixed), fixed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kg") / "ring"
+    ring_kg().save(path)
+    return path
+
+
+def start(code, *arguments):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=env)
+
+
+def test_two_workers_on_one_study_repeat_nothing_and_end_together(tmp_path, folder):
+    space = {"relation_dim": list(range(2, 9)), "dim": [4, 6]}
+    code, fixed = script(space, 3)
+    workers = [start(code, folder, tmp_path / "s.db", 14) for _ in range(2)]
+    assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
+    found = ig.tune(folder, tmp_path / "s.db", trials=1, space=space, settings=fixed)
+    done = tried(found) + tried(found, "pruned")
+    assert sorted(done) == sorted((r, d) for r in range(2, 9) for d in (4, 6))
+
+
+def test_killed_it_goes_on_and_does_again_no_more_than_the_trial_in_hand(tmp_path, folder):
+    space = {"relation_dim": [2, 3, 4]}
+    code, fixed = script(space, 400)
+    worker = start(code, folder, tmp_path / "s.db", 3)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("s.db.trial-*")):
+        assert worker.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    assert start(code, folder, tmp_path / "s.db", 3).wait(timeout=240) == 0
+    found = ig.tune(folder, tmp_path / "s.db", trials=1, space=space, settings=fixed)
+    assert sorted(tried(found) + tried(found, "pruned")) == [(2,), (3,), (4,)]
+    assert len(tried(found, "fail")) == 1
+    assert not list(tmp_path.glob("s.db.trial-*"))
+
+
+# -- the test set ---------------------------------------------------------------------------------
+
+
+def test_nothing_in_a_search_ranks_or_trains_on_a_test_triple(tmp_path, monkeypatch):
+    from imvia_graph import training
+
+    kg = ring_kg()
+    seen = []
+
+    def recorded(model, triples, *args, **options):
+        seen.append(triples.clone())
+        return ig.rank(model, triples, *args, **options)
+
+    monkeypatch.setattr(training, "rank", recorded)
+    graphs = []
+
+    class Recorded(training.Batches):
+        def __init__(self, graph, *args):
+            graphs.append(graph)
+            super().__init__(graph, *args)
+
+    monkeypatch.setattr(training, "Batches", Recorded)
+    tune(tmp_path / "s.db", 2, kg=kg)
+    assert seen
+    assert all(torch.equal(triples, kg.valid) for triples in seen)
+    assert graphs
+    assert all(not len(graph.test) for graph in graphs)
+    test = set(map(tuple, kg.test.tolist()))
+    assert not any(test & set(map(tuple, graph.train.tolist())) for graph in graphs)
+
+
+def test_other_test_triples_that_answer_no_validation_query_change_no_search(tmp_path):
+    kg = ring_kg(size=16, valid=1, test=6)
+    queries = {tuple(t) for h, r, t in kg.valid.tolist() for t in ((h, r), (t, r + 2))}
+    test = [[h, r, t] for h, r, t in kg.test.tolist() if not queries & {(h, r), (t, r + 2)}]
+    assert len(test) > 2
+    results = [
+        tune(tmp_path / f"{i}.db", 3, kg=kg.replace(test=torch.tensor(part)))
+        for i, part in enumerate((test, test[:1]))
+    ]
+    assert results[0] == results[1]
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, "empty"),
+        ({"dims": [1, 2]}, "did you mean 'dim'"),
+        ({"dim": []}, "list of values"),
+        ({"dim": 3}, "list of values"),
+        ({"dim": [8, "many"]}, "dim"),
+        ({"dim": {"low": 8}}, "high"),
+        ({"dim": {"low": 8, "high": 4}}, "above"),
+        ({"dim": {"low": 0, "high": 4}}, "dim"),
+        ({"learning_rate": {"low": 0.1, "high": 0.2, "step": 0}}, "step"),
+        ({"learning_rate": {"low": 0, "high": 0.2, "log": True}}, "log"),
+        ({"learning_rate": {"low": 0.1, "high": 0.2, "width": 3}}, "width"),
+        ({"learning_rate": {"low": float("nan"), "high": 0.2}}, "low"),
+        ({"epochs": [3]}, "both fixed and searched"),
+    ],
+)
+def test_a_space_that_cannot_be_is_refused_with_its_setting(space, message):
+    with pytest.raises(SettingsError, match=message):
+        check_space(space, {"epochs": 2})
+
+
+def test_the_default_space_is_one():
+    assert check_space(SPACE, {}).keys() == SPACE.keys()
+
+
+def test_a_study_of_something_else_is_refused_and_stays_as_it_is(tmp_path):
+    study = tmp_path / "s.db"
+    before = tune(study, 1).trials
+    with pytest.raises(SettingsError, match="space"):
+        tune(study, 2, {"dim": [4, 8]})
+    with pytest.raises(SettingsError, match="settings"):
+        tune(study, 2, fixed={"epochs": 3})
+    with pytest.raises(SettingsError, match="graph"):
+        tune(study, 2, kg=ring_kg(size=14))
+    assert tune(study, 1).trials == before
+
+
+def test_a_file_that_is_no_study_is_refused_and_stays_as_it_is(tmp_path):
+    path = write_folder(tmp_path, {"notes.txt": "mine\n" * 500}) / "notes.txt"
+    with pytest.raises(DataError, match=r"notes\.txt cannot be used as a study"):
+        tune(path)
+    assert path.read_text() == "mine\n" * 500
+    with pytest.raises(SettingsError, match="is a folder"):
+        tune(tmp_path)
+
+
+def test_a_graph_without_validation_triples_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no validation triples"):
+        tune(tmp_path / "s.db", kg=ring_kg(valid=0))
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(command_line, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_command_writes_settings_that_fit_takes(tmp_path, folder):
+    fixed = {key: value for key, value in SMALL.items() if key not in ("dim", "learning_rate")}
+    small = [item for pair in fixed.items() for item in ("--set", "{}={}".format(*pair))]
+    text = "dim: [4, 8]\nlearning_rate: {low: 1e-3, high: 1e-1, log: true}\n"
+    space = write_folder(tmp_path, {"space.yaml": text}) / "space.yaml"
+    study = tmp_path / "studies" / "ring.db"
+    output = invoke("tune", folder, "--study", study, "--trials", 2, "--space", space, *small)
+    best = tmp_path / "studies" / "ring.yaml"
+    assert f"Best settings: {best}" in output
+    assert output.count("done after 2 epochs") == 2
+    values = yaml.safe_load(best.read_text())
+    assert values["dim"] in (4, 8)
+    assert values["epochs"] == 2
+    invoke("fit", folder, "--settings", best, "--out", tmp_path / "run")
+    assert ig.load(tmp_path / "run").settings.dim == values["dim"]
+
+
+def test_the_command_is_stopped_by_time_and_says_when_there_is_nothing_yet(tmp_path, folder):
+    output = invoke("tune", folder, "--study", tmp_path / "s.db", "--timeout", 0)
+    assert "No trial was finished" in output
+    assert not (tmp_path / "s.yaml").exists()
+
+
+def test_without_optuna_the_error_says_what_to_install(tmp_path):
+    code = (
+        "import sys; sys.modules['optuna'] = None; import imvia_graph; imvia_graph.tune('x', 'y')"
+    )
+    result = run_python("-c", code, cwd=tmp_path)
+    assert "imvia-graph[tune]" in result.stderr
