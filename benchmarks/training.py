@@ -232,7 +232,7 @@ def run_ours(row: dict[str, Any]) -> dict[str, Any]:
 
     trainer.callbacks.append(Clock())
     times = measure.seconds(trainer.train_epoch, row["epochs"], device, warm_up=0)
-    queries = len(trainer.batches.queries)
+    queries = trainer.batches.size
     steps = [after - before for before, after in itertools.pairwise(stamps)]
     relations = distinct_relations([batch.relation for batch in trainer.batches])
     return {

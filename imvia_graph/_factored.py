@@ -59,18 +59,25 @@ class Terms(NamedTuple):
 class FactoredCompletion(torch.autograd.Function):
     """Loss of (B, d) queries and (N, d) candidates, a pair a head, and (B, M) weights or None.
 
-    ``row`` and ``col`` are the positives, sorted by row.
+    ``row`` and ``col`` are the positives, sorted by row; ``of_rows`` are (B,) weights of the
+    queries, of mean 1, or None.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, row: Tensor, col: Tensor, weights: Tensor | None, terms: Terms, *inputs: Tensor
+        ctx: Any,
+        row: Tensor,
+        col: Tensor,
+        of_rows: Tensor | None,
+        weights: Tensor | None,
+        terms: Terms,
+        *inputs: Tensor,
     ) -> Tensor:
         heads = len(inputs) // 2
         with torch.autocast(row.device.type, enabled=False):
             queries = [part.detach().to(terms.dtype) for part in inputs[:heads]]
             candidates = [part.detach().to(terms.dtype) for part in inputs[heads:]]
-            work = _Work(queries, candidates, weights, terms)
+            work = _Work(queries, candidates, of_rows, weights, terms)
             for start, stop in work.blocks():
                 work.do(start, stop, row, col)
         ctx.save_for_backward(work.grad_weights, *work.grad_queries, *work.grad_candidates)
@@ -84,8 +91,8 @@ class FactoredCompletion(torch.autograd.Function):
         factor = (grad_out / ctx.scale).reshape(1)
         grad_weights, *gradients = (part * factor for part in ctx.saved_tensors)
         typed = (part.to(dtype) for part, dtype in zip(gradients, ctx.dtypes, strict=True))
-        has_weights = ctx.needs_input_grad[2]
-        return None, None, grad_weights if has_weights else None, None, *typed
+        has_weights = ctx.needs_input_grad[3]
+        return None, None, None, grad_weights if has_weights else None, None, *typed
 
 
 class _Work:
@@ -95,11 +102,14 @@ class _Work:
         self,
         queries: list[Tensor],
         candidates: list[Tensor],
+        of_rows: Tensor | None,
         weights: Tensor | None,
         terms: Terms,
     ) -> None:
         self.queries, self.candidates, self.terms = queries, candidates, terms
         first = queries[0]
+        ones = first.new_ones(len(first), dtype=terms.exact)
+        self.of_rows = ones if of_rows is None else of_rows.detach()
         none = first.new_empty(0, len(queries), dtype=terms.exact)
         self.weights = none if weights is None else weights.detach().to(terms.exact)
         self.loss = first.new_zeros((), dtype=terms.exact)
@@ -136,7 +146,8 @@ class _Work:
             part[start:stop] if len(part) else part for part in (self.weights, self.grad_weights)
         )
         gradients = _compiled_gradients if self.fused else _gradients
-        self.loss += gradients(scores, row, col, weights, grad_weights, self.terms)
+        of_rows = self.of_rows[start:stop]
+        self.loss += gradients(scores, row, col, of_rows, weights, grad_weights, self.terms)
         first = not self.grad_candidates
         for m, (query, candidate, grad) in enumerate(
             zip(queries, self.candidates, scores, strict=True)
@@ -151,7 +162,13 @@ class _Work:
 
 
 def _compiled_gradients(
-    scores: Tensor, row: Tensor, col: Tensor, weights: Tensor, grad_weights: Tensor, terms: Terms
+    scores: Tensor,
+    row: Tensor,
+    col: Tensor,
+    of_rows: Tensor,
+    weights: Tensor,
+    grad_weights: Tensor,
+    terms: Terms,
 ) -> Tensor:
     """`_gradients` in compiled loops over the rows."""
     rows = scores.shape[1]
@@ -159,50 +176,63 @@ def _compiled_gradients(
     loss = scores.new_empty(rows, dtype=torch.float32)
     softmax = terms.loss == "softmax"
     numbers = (softmax, terms.label_smoothing, terms.detached, *terms.of_a_term)
-    given = (scores, weights, ptr, col, torch.tensor(numbers, dtype=torch.float32), loss)
+    numbers = torch.tensor(numbers, dtype=torch.float32)
+    given = (scores, of_rows, weights, ptr, col, numbers, loss)
     kernel = _kernels.load("scores").losses
     _kernels.share_out(kernel, _kernels.even_cuts(rows), (*given, grad_weights))
     return loss.sum()
 
 
 def _gradients(
-    scores: Tensor, row: Tensor, col: Tensor, weights: Tensor, grad_weights: Tensor, terms: Terms
+    scores: Tensor,
+    row: Tensor,
+    col: Tensor,
+    of_rows: Tensor,
+    weights: Tensor,
+    grad_weights: Tensor,
+    terms: Terms,
 ) -> Tensor:
     """Turn (M, B, N) scores into ``terms.scale`` times their gradients; returns the loss so scaled.
 
-    ``weights`` and ``grad_weights`` are (B, M), or (0, M) where there is no decision.
+    ``of_rows`` are (B,) weights of the rows of the softmax; ``weights`` and ``grad_weights`` are
+    (B, M), or (0, M) where there is no decision.
     """
-    one_head = _softmax if terms.loss == "softmax" else _binary
+
+    def one_head(values: Tensor) -> Tensor:
+        if terms.loss == "softmax":
+            return _softmax(values, row, col, of_rows, terms)
+        return _binary(values, row, col, terms)
+
     total = scores.new_zeros((), dtype=terms.exact)
     decided = len(weights) > 0
     if decided:
         decision = torch.zeros_like(scores[0], dtype=terms.exact)
         for m, score in enumerate(scores):
             decision.addcmul_(score.to(terms.exact), weights[:, m, None])
-        total += one_head(decision, row, col, terms)  # and is now its gradient
+        total += one_head(decision)  # and is now its gradient
     for m, score in enumerate(scores):
         values = score.to(terms.exact, copy=True)
         if decided:
             torch.linalg.vecdot(decision, values, out=grad_weights[:, m])
-        total += one_head(values, row, col, terms)
+        total += one_head(values)
         if decided and not terms.detached:
             values.addcmul_(decision, weights[:, m, None])
         score.copy_(values)
     return total
 
 
-def _softmax(scores: Tensor, row: Tensor, col: Tensor, terms: Terms) -> Tensor:
+def _softmax(scores: Tensor, row: Tensor, col: Tensor, of_rows: Tensor, terms: Terms) -> Tensor:
     """`imvia_graph.losses.softmax_completion`, scaled; scores turn into its gradient."""
     smoothing = terms.label_smoothing
     # Not by bincount, which a GPU has to be waited for.
     counts = scores.new_zeros(len(scores)).index_add_(
         0, row, torch.ones_like(row, dtype=scores.dtype)
     )
-    share = (1 - smoothing) / counts[row]
+    share = (1 - smoothing) * (of_rows / counts)[row]
     uniform = smoothing / terms.num_candidates
     log_sum = scores.logsumexp(dim=1)
-    loss = log_sum.sum() - (share * scores[row, col]).sum() - uniform * scores.sum()
-    scores.sub_(log_sum[:, None]).exp_().sub_(uniform)
+    loss = of_rows @ (log_sum - uniform * scores.sum(dim=1)) - share @ scores[row, col]
+    scores.sub_(log_sum[:, None]).exp_().sub_(uniform).mul_(of_rows[:, None])
     scores.index_put_((row, col), -share, accumulate=True)
     return loss
 

@@ -331,10 +331,14 @@ class Positives(NamedTuple):
     ----------
     row, col : Tensor
         (P,) int64: score (row, col) is a positive; pairs are distinct, every row has at least one.
+    weight : Tensor or None
+        (B,) weights of the rows in the mean over them; None for equal ones. With the number of a
+        row's positives the softmax loss is that of rows of one positive each, at the cost of one.
     """
 
     row: Tensor
     col: Tensor
+    weight: Tensor | None = None
 
 
 def binary_completion(scores: Tensor, positives: Positives, label_smoothing: float = 0.0) -> Tensor:
@@ -355,7 +359,13 @@ def binary_completion(scores: Tensor, positives: Positives, label_smoothing: flo
     -------
     Tensor
         A scalar.
+
+    Raises
+    ------
+    SettingsError
+        Rows that are weighted: it is a mean over terms, not over rows.
     """
+    _check_weights("binary", positives)
     scores = _at_least_float32(scores)
     smooth = label_smoothing / scores.shape[1]
     positive = scores[positives.row, positives.col]
@@ -377,15 +387,17 @@ def softmax_completion(
         - \frac{1 - \epsilon}{|T_i|} \sum_{t \in T_i} S_{it} - \frac{\epsilon}{N} \sum_t S_{it}
         \right]
 
-    Parameters are those of `binary_completion`. Not in the paper; it learns far faster.
+    Parameters are those of `binary_completion`; the mean over the queries i is weighted where
+    ``positives`` say so. Not in the paper; it learns far faster.
     """
     scores = _at_least_float32(scores)
-    counts = torch.bincount(positives.row, minlength=len(scores))
-    positive = scores[positives.row, positives.col] / counts[positives.row]
-    loss = scores.logsumexp(dim=1).sum() - (1 - label_smoothing) * positive.sum()
+    counts = torch.bincount(positives.row, minlength=len(scores)).to(scores.dtype)
+    share = (1 - label_smoothing) / counts[positives.row]
+    positive = share * scores[positives.row, positives.col]
+    loss = scores.logsumexp(dim=1).index_add(0, positives.row, -positive)
     if label_smoothing:
-        loss = loss - label_smoothing * scores.mean(dim=1).sum()
-    return loss / len(scores)
+        loss = loss - label_smoothing * scores.mean(dim=1)
+    return weighted_mean(loss, positives.weight)
 
 
 COMPLETIONS = {"softmax": softmax_completion, "binary": binary_completion}
@@ -461,6 +473,7 @@ def factored_completion(
     tensor(1.3863)
     """
     _check_loss(loss)
+    _check_weights(loss, positives)
     tensors = [*queries, *candidates]
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     device = tensors[0].device.type
@@ -471,8 +484,28 @@ def factored_completion(
     terms = Terms(
         loss, label_smoothing, detached, dtype, len(queries[0]), len(candidates[0]), len(row)
     )
-    total: Tensor = FactoredCompletion.apply(row, col, weights, terms, *tensors)
+    # The mean over the rows, each times its weight over the mean weight.
+    of_rows = positives.weight
+    if of_rows is not None:
+        of_rows = of_rows.to(terms.exact) / of_rows.to(terms.exact).mean()
+    total: Tensor = FactoredCompletion.apply(row, col, of_rows, weights, terms, *tensors)
     return total
+
+
+def weighted_mean(rows: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean over (B,) rows with (B,) weights, or equal ones."""
+    if weight is None:
+        return rows.sum() / len(rows)
+    weight = weight.to(rows.dtype)
+    return (rows * weight).sum() / weight.sum()
+
+
+def _check_weights(loss: str, positives: Positives) -> None:
+    if loss != "softmax" and positives.weight is not None:
+        raise SettingsError(
+            f"completion: the loss {loss!r} has no weights of queries; 'softmax' has. Leave"
+            " positives.weight out."
+        )
 
 
 def _check_loss(loss: str) -> None:
@@ -485,7 +518,7 @@ def _check_loss(loss: str) -> None:
 # -- regularisation -------------------------------------------------------------------------------
 
 
-def dura(head: Tensor, query: Tensor, answer: Tensor) -> Tensor:
+def dura(head: Tensor, query: Tensor, answer: Tensor, weight: Tensor | None = None) -> Tensor:
     r"""DURA of one head: the squares of what is multiplied in the scores of true triples.
 
     .. math:: \frac{1}{B} \sum_i \left( \|h_i\|^2 + \|q_i\|^2 + \|t_i\|^2 \right), \qquad
@@ -501,6 +534,8 @@ def dura(head: Tensor, query: Tensor, answer: Tensor) -> Tensor:
         (B, d): entities of the queries, and their query vectors.
     answer : Tensor
         (P, d): the true answers; the mean is over those.
+    weight : Tensor, optional
+        (B,) weights of the queries in their mean. Default: equal ones.
 
     Examples
     --------
@@ -509,8 +544,9 @@ def dura(head: Tensor, query: Tensor, answer: Tensor) -> Tensor:
     >>> dura(torch.ones(2, 3), torch.zeros(2, 3), torch.full((4, 3), 2.0))
     tensor(15.)
     """
-    parts = (_at_least_float32(part).square().sum(1).mean() for part in (head, query, answer))
-    return torch.stack(list(parts)).sum()
+    parts = (_at_least_float32(part).square().sum(1) for part in (head, query, answer))
+    heads, queries, answers = parts
+    return weighted_mean(heads + queries, weight) + answers.mean()
 
 
 # -- Eq. 8 ----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from imvia_graph.answers import AnswerIndex, with_inverses
+from imvia_graph.answers import AnswerIndex, expand
 from imvia_graph.errors import SettingsError, TrainingError
 from imvia_graph.evaluation import rank, rank_metrics
 from imvia_graph.kg import MultiViewKG
@@ -84,8 +84,10 @@ class Batch:
         """The batch of some of the queries."""
         place = torch.full_like(self.entity, -1)
         place[rows] = torch.arange(len(rows), device=rows.device)
-        row = place[self.positives.row]
-        positives = Positives(row[row >= 0], self.positives.col[row >= 0])
+        row, col, weight = self.positives
+        row = place[row]
+        weight = None if weight is None else weight[rows]
+        positives = Positives(row[row >= 0], col[row >= 0], weight)
         candidate = None if self.candidate is None else self.candidate[rows]
         return Batch(self.entity[rows], self.relation[rows], positives, candidate)
 
@@ -290,12 +292,15 @@ class Trainer:
         if self.settings.candidates == "shared":
             return self._part(batch, heads, queries)
         total = torch.zeros(2, device=self.model.device)
+        weight = batch.positives.weight
+        if weight is None:
+            weight = torch.ones(len(batch.entity), device=total.device)
         for one in batch.relation.unique():
             rows = (batch.relation == one).nonzero().flatten()
             entities = {head: part[rows] for head, part in heads.items()}
             asked = {head: part[rows] for head, part in queries.items()}
             part = self._part(batch.of(rows), entities, asked, one)
-            total = total + torch.stack(part) * (len(rows) / len(batch.entity))
+            total = total + torch.stack(part) * (weight[rows].sum() / weight.sum())
         return total[0], total[1]
 
     def _part(
@@ -334,7 +339,10 @@ class Trainer:
             answers = place[positives.row, positives.col]
         if not settings.lambda_regularization:
             return loss, torch.zeros_like(loss)
-        terms = [dura(heads[head], queries[head], tables[head][answers]) for head in model.heads]
+        terms = [
+            dura(heads[head], queries[head], tables[head][answers], positives.weight)
+            for head in model.heads
+        ]
         return loss, torch.stack(terms).sum()
 
     def validate(self) -> dict[str, float]:
@@ -409,64 +417,86 @@ class Average:
 class Batches:
     """The queries of an epoch, in batches, shuffled by a generator of its own.
 
-    A batch never has less than half of ``batch_size`` queries where the epoch has as many: the
-    queries are shared out evenly. With ``candidates="relation"`` a batch holds queries of few
-    relations (`pack`).
+    The queries are shared out evenly, so that no batch is small. With ``candidates="relation"`` a
+    batch holds queries of few relations (`pack`).
+
+    Notes
+    -----
+    In the regime 1vsall each triple is two queries, each with one answer. Queries that differ in
+    nothing but the answer have the same scores, and their softmax losses one sum over the
+    candidates: up to `_ANSWERS_AT_A_TIME` of them are one row of a batch, with their number as its
+    weight. A batch holds as many rows as come of ``batch_size`` queries on average.
     """
 
     def __init__(self, kg: MultiViewKG, settings: Settings, device: torch.device) -> None:
         self.settings = settings
         self.num_entities = kg.num_entities
         self.generator = torch.Generator().manual_seed(settings.seed)
-        if settings.regime == "kvsall":
-            self.answers: AnswerIndex | None = kg.answers(["train"]).to(device)
-            queries = self.answers.queries()
-            self.queries = torch.cat([queries, queries.new_zeros(len(queries), 1)], dim=1)
-        else:
-            self.answers = None
-            self.queries = with_inverses(kg.train, kg.num_relations).to(device)
+        self.answers = kg.answers(["train"])
+        at_a_time = {"kvsall": max(len(self.answers.answer), 1), "sampled": 1}.get(
+            settings.regime, _ANSWERS_AT_A_TIME if settings.loss == "softmax" else 1
+        )
+        #: Rows of batches: (query of the index, first of its answers, how many).
+        self.rows = _rows_of(self.answers, at_a_time).to(device)
+        self.answers = self.answers.to(device)
+        self.queries = self.answers.queries()
+        #: What `batch_size` counts.
+        self.size = len(self.queries if settings.regime == "kvsall" else self.answers.answer)
         self.ranges = None
-        if settings.candidates == "relation" and len(self.queries):
-            counts = self.queries[:, 1].unique(return_counts=True)[1].tolist()
-            self.ranges = pack(counts, settings.batch_size)
+        if settings.candidates == "relation" and self.size:
+            relation = self.queries[self.rows[:, 0], 1]
+            counts = relation.unique(return_counts=True)[1].tolist()
+            limit = max(1, settings.batch_size * len(self.rows) // self.size)
+            self.ranges = pack(counts, limit)
         if settings.regime == "sampled":
-            self.true = kg.answers(["train"]).to(device)
-            self.true_keys = self.true.pair_keys()
+            self.true_keys = self.answers.pair_keys()
 
     def __len__(self) -> int:
         if self.ranges is not None:
             return len(self.ranges)
-        return math.ceil(len(self.queries) / self.settings.batch_size)
+        return math.ceil(self.size / self.settings.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = torch.randperm(len(self.queries), generator=self.generator)
+        order = torch.randperm(len(self.rows), generator=self.generator)
         if self.ranges is not None:
-            relation = self.queries[:, 1].cpu()
+            relation = self.queries[self.rows[:, 0], 1].cpu()
             order = order[torch.argsort(relation[order], stable=True)]
             parts = [torch.cat([order[start:stop] for start, stop in part]) for part in self.ranges]
             parts = [parts[i] for i in torch.randperm(len(parts), generator=self.generator)]
         else:
             parts = list(order.tensor_split(len(self)))
         for part in parts:
-            yield self._batch(self.queries[part.to(self.queries.device)])
+            yield self._batch(self.rows[part.to(self.rows.device)])
 
-    def _batch(self, queries: Tensor) -> Batch:
-        entity, relation, answer = queries.unbind(1)
-        if self.answers is not None:
-            return Batch(entity, relation, Positives(*self.answers.pairs(entity, relation)))
-        row = torch.arange(len(queries), device=queries.device)
-        if self.settings.regime == "1vsall":
+    def _batch(self, rows: Tensor) -> Batch:
+        query, start, count = rows.unbind(1)
+        entity, relation = self.queries[query].unbind(1)
+        row, position = expand(start, count)
+        answer = self.answers.answer[position]
+        if self.settings.regime == "kvsall":
             return Batch(entity, relation, Positives(row, answer))
-        negative = self._entities(len(queries), self.settings.negatives)
+        if self.settings.regime == "1vsall":
+            weight = count.float() if self.settings.loss == "softmax" else None
+            return Batch(entity, relation, Positives(row, answer, weight))
+        negative = self._entities(len(rows), self.settings.negatives)
         for _ in range(_REDRAWS):
-            true = self.true.contains(entity, relation, negative, self.true_keys)
+            true = self.answers.contains(entity, relation, negative, self.true_keys)
             negative = torch.where(true, self._entities(*negative.shape), negative)
         candidate = torch.cat([answer[:, None], negative], dim=1)
         return Batch(entity, relation, Positives(row, torch.zeros_like(row)), candidate)
 
     def _entities(self, *shape: int) -> Tensor:
         drawn = torch.randint(self.num_entities, shape, generator=self.generator)
-        return drawn.to(self.queries.device)
+        return drawn.to(self.rows.device)
+
+
+def _rows_of(answers: AnswerIndex, at_a_time: int) -> Tensor:
+    """(rows, 3) int64: query, first of its answers, their number, ``at_a_time`` at most."""
+    counts = answers.ptr.diff()
+    parts = -(-counts // at_a_time)
+    query, part = expand(torch.zeros_like(parts), parts)
+    start = answers.ptr[query] + at_a_time * part
+    return torch.stack([query, start, (answers.ptr[query + 1] - start).clamp(max=at_a_time)], dim=1)
 
 
 def pack(counts: Sequence[int], limit: int) -> list[list[tuple[int, int]]]:
@@ -526,6 +556,10 @@ def _cut(
         second += [(middle, stop)] if stop > middle else []
     return first, second
 
+
+#: How many queries of the regime 1vsall that differ in nothing but the answer are one row. All of
+#: them would crowd a batch where most entities answer.
+_ANSWERS_AT_A_TIME = 32
 
 #: How often sampled negatives that are true answers are drawn anew. What is true still after that
 #: belongs to a query that most entities answer.

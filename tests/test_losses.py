@@ -10,7 +10,7 @@ from conftest import randomised
 from reference import assert_agree, numbers, tensor
 
 import imvia_graph as ig
-from imvia_graph import _factored
+from imvia_graph import SettingsError, _factored
 from imvia_graph.losses import (
     Alignment,
     MutualInformation,
@@ -235,7 +235,8 @@ def test_temperature_learns_from_wherever_it_starts(temperature):
 
 # Several positives in a row, in no order.
 POSITIVES = Positives(row=torch.tensor([2, 0, 1, 2, 0]), col=torch.tensor([4, 1, 0, 0, 3]))
-PAIRS = set(zip(*(part.tolist() for part in POSITIVES), strict=True))
+PAIRS = set(zip(POSITIVES.row.tolist(), POSITIVES.col.tolist(), strict=True))
+WEIGHTED = POSITIVES._replace(weight=torch.tensor([2.0, 0.5, 2.0]))
 COMPLETION = {
     "binary": (binary_completion, loops.binary_completion),
     "softmax": (softmax_completion, loops.softmax_completion),
@@ -313,7 +314,7 @@ def factored_case(heads, dtype, size=5):
     return queries, candidates, torch.rand(3, heads, dtype=dtype, requires_grad=True)
 
 
-def plainly(queries, candidates, weights, loss, smoothing, detached=False):
+def plainly(queries, candidates, weights, loss, smoothing, detached=False, positives=POSITIVES):
     """The same from `completion`, scores and all."""
     scores = {m: q @ c.T for m, (q, c) in enumerate(zip(queries, candidates, strict=True))}
     if weights is not None:
@@ -321,7 +322,7 @@ def plainly(queries, candidates, weights, loss, smoothing, detached=False):
         scores["decision"] = sum(
             weights[:, m, None].to(part.dtype) * part for m, part in enumerate(parts)
         )
-    return completion(scores, POSITIVES, loss, smoothing)
+    return completion(scores, positives, loss, smoothing)
 
 
 @pytest.fixture(params=["at-once", "in-blocks"])
@@ -383,6 +384,37 @@ def test_factored_completion_in_float32(kernel, blocks, loss, size, decided, det
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_weighted_softmax_completion_is_the_weighted_mean_of_its_rows():
+    scores = double(3, 5)
+    rows = []
+    for i in range(3):
+        pairs = {(0, j) for row, j in PAIRS if row == i}
+        rows.append(loops.softmax_completion(numbers(scores)[i : i + 1], pairs, 0.1))
+    expected = (2 * rows[0] + 0.5 * rows[1] + 2 * rows[2]) / 4.5
+    assert_agree(softmax_completion(scores, WEIGHTED, 0.1), tensor(expected), [scores])
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factored_completion_weighs_the_rows(kernel, blocks, dtype, detached):
+    queries, candidates, weights = factored_case(2, dtype)
+    inputs = [*queries, *candidates, weights]
+    found = factored_completion(queries, candidates, WEIGHTED, weights, "softmax", 0.1, detached)
+    expected = plainly(queries, candidates, weights, "softmax", 0.1, detached, WEIGHTED)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    mine = torch.autograd.grad(found, inputs)
+    theirs = torch.autograd.grad(expected, inputs)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_binary_loss_has_no_weights_of_rows():
+    with pytest.raises(SettingsError, match=r"'binary' has no weights.*softmax"):
+        completion({"structure": torch.zeros(3, 5)}, WEIGHTED, "binary")
+    with pytest.raises(SettingsError, match=r"'binary' has no weights.*softmax"):
+        factored_completion([torch.zeros(3, 4)], [torch.zeros(5, 4)], WEIGHTED, loss="binary")
+
+
 def test_dura_matches_the_loop():
     head, query, answer = (
         torch.randn(rows, 4, dtype=torch.float64, requires_grad=True) for rows in (3, 3, 5)
@@ -392,6 +424,12 @@ def test_dura_matches_the_loop():
         rows = numbers(part)
         expected = expected + sum(x * x for row in rows for x in row) / len(rows)
     assert_agree(dura(head, query, answer), tensor(expected), [head, query, answer])
+    expected = sum(sum(x * x for x in row) for row in numbers(answer)) / 5
+    for part in (head, query):
+        first, *others = (sum(x * x for x in row) for row in numbers(part))
+        expected = expected + (3 * first + sum(others)) / 5
+    weighted = dura(head, query, answer, torch.tensor([3, 1, 1]))
+    assert_agree(weighted, tensor(expected), [head, query, answer])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -25,6 +25,7 @@ REGIME = {
     "relation_dropout": 0,
     "hidden_dropout": 0,
     "lambda_information": 0.5,
+    "lambda_regularization": 0,
 }
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections import Counter
 
 import pytest
 import torch
@@ -13,8 +12,17 @@ from hypothesis import strategies as st
 import imvia_graph as ig
 from imvia_graph.answers import with_inverses
 from imvia_graph.evaluation import evaluate, rank, rank_metrics
+from imvia_graph.losses import Positives
 from imvia_graph.model import DECISION, IMVIA
-from imvia_graph.training import Batches, Callback, Trainer, pack, resolve_device, training_dtype
+from imvia_graph.training import (
+    Batch,
+    Batches,
+    Callback,
+    Trainer,
+    pack,
+    resolve_device,
+    training_dtype,
+)
 
 CPU = torch.device("cpu")
 
@@ -135,12 +143,16 @@ def test_regularization_is_dura_of_the_queries_and_their_true_answers(regime, ca
     embedded = model.embed(batch.entity, batch.relation).heads
     queries = model.queries(batch.entity, batch.relation)
     expected = 0.0
+    weight = batch.positives.weight
+    weight = torch.ones(len(batch.entity)) if weight is None else weight
+    share = (weight / weight.sum()).tolist()
     answers = batch.positives.col
     if batch.candidate is not None:
         answers = batch.candidate[batch.positives.row, answers]
     for head in model.heads:
         for vectors in (embedded[head], queries[head]):
-            expected += sum(x * x for x in vectors.flatten().tolist()) / len(vectors)
+            for one, vector in zip(share, vectors.tolist(), strict=True):
+                expected += one * sum(x * x for x in vector)
         # The mean over a relation's answers, weighted by its queries.
         for relation in set(batch.relation.tolist()) if candidates == "relation" else {None}:
             asked = batch.relation == relation if relation is not None else batch.entity >= 0
@@ -148,7 +160,7 @@ def test_regularization_is_dura_of_the_queries_and_their_true_answers(regime, ca
             under = None if relation is None else torch.tensor(relation)
             rows = model.candidates(under)[head][mine]
             squares = sum(x * x for x in rows.flatten().tolist())
-            expected += squares / len(mine) * asked.double().mean().item()
+            expected += squares / len(mine) * sum(torch.tensor(share)[asked].tolist())
     assert losses["regularization"].item() == pytest.approx(expected, rel=1e-5)
     total = losses["completion"] + 0.1 * losses["alignment"] + 1e-4 * losses["information"]
     assert losses["loss"].item() == pytest.approx(total.item() + 0.05 * expected, rel=1e-5)
@@ -292,33 +304,82 @@ def test_a_loss_that_is_not_finite_stops_training_with_advice():
 
 
 @pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
 @pytest.mark.parametrize("regime", ["1vsall", "sampled"])
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_an_epoch_covers_each_training_triple_once_in_both_directions(
-    regime, candidates, batch_size
+    regime, loss, candidates, batch_size
 ):
-    kg = ring_kg()
-    kg = kg.replace(train=torch.cat([kg.train, kg.train[:2]]))  # repeated triples count twice
-    chosen = settings(regime=regime, candidates=candidates, batch_size=batch_size)
+    kg = star_kg()
+    kg = kg.replace(train=torch.cat([kg.train, kg.train[:2]]))  # repeated triples count once
+    chosen = settings(regime=regime, loss=loss, candidates=candidates, batch_size=batch_size)
     batches = Batches(kg, chosen, CPU)
-    expected = Counter(map(tuple, with_inverses(kg.train, kg.num_relations).tolist()))
+    expected = set(map(tuple, with_inverses(kg.train, kg.num_relations).tolist()))
     for _ in range(2):
-        seen = Counter()
+        seen = []
         sizes = []
         for batch in batches:
-            answer = batch.positives.col
+            row, answer = batch.positives.row, batch.positives.col
             if batch.candidate is not None:
                 assert batch.candidate.shape == (len(batch.entity), 1 + chosen.negatives)
                 assert batch.candidate.max() < kg.num_entities
-                answer = batch.candidate[batch.positives.row, batch.positives.col]
-            assert batch.positives.row.tolist() == list(range(len(batch.entity)))
-            rows = zip(batch.entity.tolist(), batch.relation.tolist(), answer.tolist(), strict=True)
-            seen.update(rows)
+                answer = batch.candidate[row, answer]
+            counts = torch.bincount(row, minlength=len(batch.entity))
+            if regime == "1vsall" and loss == "softmax":
+                assert counts.tolist() == batch.positives.weight.tolist()
+            else:
+                assert batch.positives.weight is None
+                assert counts.tolist() == [1] * len(batch.entity)
+            asked = batch.entity[row].tolist(), batch.relation[row].tolist()
+            seen += zip(*asked, answer.tolist(), strict=True)
             sizes.append(len(batch.entity))
-        assert seen == expected
+        assert len(seen) == len(expected)
+        assert set(seen) == expected
         assert len(sizes) == len(batches)
         assert max(sizes) <= batch_size
-        assert min(sizes) >= min(batch_size / 2, sum(sizes))
+        assert min(sizes) >= min(batch_size / 2, sum(sizes)) // 2
+
+
+def star_kg():
+    """A ring whose entity 0 is the head of 70 further triples of one relation."""
+    kg = ring_kg(80)
+    far = torch.tensor([[0, 1, tail] for tail in range(3, 73)])
+    return kg.replace(train=torch.cat([kg.train, far[(far[:, 2] != 40)]]))
+
+
+def test_queries_that_differ_in_the_answer_alone_are_a_row_of_few_answers():
+    kg = star_kg()
+    batches = Batches(kg, settings(regime="1vsall", batch_size=1000), CPU)
+    (batch,) = batches
+    of_the_star = (batch.entity == 0) & (batch.relation == 1)
+    assert sorted(batch.positives.weight[of_the_star].tolist())[1:] == [32, 32]
+    triples = 2 * len(kg.train)
+    assert batch.positives.weight.sum() == triples
+    assert len(batch.entity) < triples - 60
+    # As many steps as without: batch_size counts queries of one answer.
+    assert len(Batches(kg, settings(regime="1vsall", batch_size=10), CPU)) == -(-triples // 10)
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+def test_rows_of_several_answers_are_the_loss_of_as_many_queries(candidates):
+    kg = star_kg()
+    others = {"lambda_information": 0, "lambda_alignment": 0, **without_dropout()}
+    chosen = settings(candidates=candidates, batch_size=1000, **others)
+    model = IMVIA.from_kg(kg, chosen).double().eval()
+    trainer = Trainer(model, kg, chosen)
+    batch = next(iter(trainer.batches))
+    row, col = batch.positives.row, batch.positives.col
+    apart = Batch(batch.entity[row], batch.relation[row], Positives(torch.arange(len(row)), col))
+    found = []
+    for one in (batch, apart):
+        model.zero_grad()
+        losses, _ = trainer.losses(one)
+        total = losses["completion"] + losses["regularization"]
+        total.backward()
+        gradient = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((total.detach(), *gradient))
+    for merged, single in zip(*found, strict=True):
+        torch.testing.assert_close(merged, single, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("candidates", ["shared", "relation"])

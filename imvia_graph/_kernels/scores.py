@@ -22,11 +22,11 @@ def largest(row: Any) -> Any:
 
 
 @compiled
-def softmax_head(row: Any, positives: Any, smoothing: Any) -> Any:
+def softmax_head(row: Any, positives: Any, weight: Any, smoothing: Any) -> Any:
     """`imvia_graph.losses.softmax_completion` of a row, which turns into its gradient."""
     size = np.float32(row.size)
-    share = (np.float32(1) - smoothing) / np.float32(max(positives.size, 1))
-    uniform = smoothing / size
+    share = weight * (np.float32(1) - smoothing) / np.float32(max(positives.size, 1))
+    uniform = weight * smoothing / size
     loss = np.float32(0)
     for n in positives:
         loss -= share * row[n]
@@ -36,12 +36,12 @@ def softmax_head(row: Any, positives: Any, smoothing: Any) -> Any:
         everything += row[n]
         row[n] = exp(row[n] - top)
         total += row[n]
-    scale = np.float32(1) / total
+    scale = weight / total
     for n in range(row.size):
         row[n] = row[n] * scale - uniform
     for n in positives:
         row[n] -= share
-    return loss - uniform * everything + np.log(total) + top
+    return loss - uniform * everything + weight * (np.log(total) + top)
 
 
 @compiled
@@ -85,6 +85,7 @@ def losses(
     start: int,
     stop: int,
     scores: Any,
+    of_row: Any,
     weight: Any,
     ptr: Any,
     col: Any,
@@ -95,9 +96,10 @@ def losses(
     """Rows start to stop: (heads, rows, candidates) scores turn into the gradient of their loss.
 
     That of a row is summed over the heads and, unless ``weight`` (rows, heads) is empty, their
-    weighted sum. Positives of row i are ``col[ptr[i]:ptr[i + 1]]``. ``terms`` are: 1 for softmax
-    or 0 for binary, the label smoothing, 1 if the heads learn nothing from the weighted sum, and
-    the weights of a positive's and a negative's term.
+    weighted sum. Positives of row i are ``col[ptr[i]:ptr[i + 1]]``, its weight in the softmax loss
+    is ``of_row[i]``. ``terms`` are: 1 for softmax or 0 for binary, the label smoothing, 1 if the
+    heads learn nothing from the weighted sum, and the weights of a positive's and a negative's term
+    in the binary loss.
     """
     heads, _, size = scores.shape
     smoothing = terms[1]
@@ -114,7 +116,7 @@ def losses(
                 for n in range(size):
                     decision[n] += w * widened(head[n])
             if terms[0] == 1:
-                total += softmax_head(decision, positives, smoothing)
+                total += softmax_head(decision, positives, of_row[i], smoothing)
             else:
                 total += binary_head(decision, positives, smoothing, terms[3], terms[4])
         for m in range(heads):
@@ -127,7 +129,7 @@ def losses(
                     along += decision[n] * value[n]
                 grad_weight[i, m] = along
             if terms[0] == 1:
-                total += softmax_head(value, positives, smoothing)
+                total += softmax_head(value, positives, of_row[i], smoothing)
             else:
                 total += binary_head(value, positives, smoothing, terms[3], terms[4])
             if decided and terms[2] == 0:
