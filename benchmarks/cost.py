@@ -139,7 +139,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         **measure.summary(times),
-        "queries_an_epoch": len(trainer.batches.queries),
+        "queries_an_epoch": trainer.batches.size,
         "steps_an_epoch": len(trainer.batches),
         "peak_bytes": peak.bytes() if on_gpu else measure.resident(peak=True) - idle,
     }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from imvia_graph.errors import SettingsError
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import Alignment, MutualInformation
 from imvia_graph.nn import DecisionFusion, JointFusion, MultiViewEncoder, TuckerDecoder
@@ -55,8 +56,15 @@ class IMVIA(nn.Module):
         Views of each modality, as `MultiViewKG.views` gives them. They move with the model but are
         no part of its state: a checkpoint holds what was learned.
     settings : Settings
-        ``dim``, ``relation_dim``, ``joint``, ``residual``, ``candidates``, ``decision``,
-        ``backend``, dropouts, ``alignment`` and ``information_dim`` are the model's.
+        The group *model*, and ``alignment``, ``temperature`` and ``information_dim``.
+
+    Attributes
+    ----------
+    modalities : list of str
+    sources : list of str
+        What is aligned, disentangled and joined: ``structure`` and the modalities.
+    heads : list of str
+        What scores: the sources and, where there is more than one, ``joint``.
 
     Examples
     --------
@@ -94,11 +102,21 @@ class IMVIA(nn.Module):
             nn.Embedding(num_entities, s.dim) for _ in self.modalities if s.residual
         )
         widths = {modality: feat.shape[1] for modality, (feat, _) in views.items()}
-        self.encoder = MultiViewEncoder(widths, s.dim, relation_dim, s.dim, s.backend)
-        sources = [STRUCTURE, *self.modalities]
-        # With nothing to join, the joint head would repeat the structural one.
-        self.joint = JointFusion(s.dim, len(sources)) if s.joint and self.modalities else None
-        self.heads = [*sources, JOINT] if self.joint is not None else sources
+        # With a gate of ones, the cosine is 1 for every view.
+        activation = torch.ones_like if s.gate == "none" else torch.sigmoid
+        self.encoder = MultiViewEncoder(
+            widths, s.dim, relation_dim, s.dim, s.backend, activation=activation
+        )
+        self.sources = [STRUCTURE, *self.modalities] if s.structure else list(self.modalities)
+        sources = self.sources
+        if not sources:
+            raise SettingsError(
+                "Setting structure: false leaves nothing to score by, since there are no views"
+                " (settings: modalities). Leave the structure in, or add a modality."
+            )
+        # With nothing to join, the joint head would repeat the only one.
+        self.joint = JointFusion(s.dim, len(sources)) if s.joint and len(sources) > 1 else None
+        self.heads = [*sources, JOINT] if self.joint is not None else list(sources)
         self.relation = nn.ModuleList(
             nn.Embedding(2 * num_relations, relation_dim) for _ in self.heads
         )
@@ -116,9 +134,10 @@ class IMVIA(nn.Module):
         self.decision = (
             DecisionFusion(relation_dim, len(self.heads)) if len(self.heads) > 1 else None
         )
-        self.alignment = Alignment(s.alignment, s.temperature) if self.modalities else None
+        several = len(sources) > 1
+        self.alignment = Alignment(s.alignment, s.temperature) if several else None
         self.information = (
-            MutualInformation(sources, s.dim, s.information_dim) if self.modalities else None
+            MutualInformation(sources, s.dim, s.information_dim) if several else None
         )
         self.reset_parameters()
 
@@ -142,7 +161,8 @@ class IMVIA(nn.Module):
                 reset()
         for table in (self.entity, *self.relation, *self.residual):
             assert isinstance(table, nn.Embedding)
-            nn.init.xavier_normal_(table.weight)
+            # Of length 1 or so, however many rows: smaller ones take epochs to grow.
+            nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
 
     @property
     def device(self) -> torch.device:
@@ -160,10 +180,12 @@ class IMVIA(nn.Module):
     def embed(self, entity: Tensor | None = None, relation: Tensor | None = None) -> Embedding:
         """Embeddings of (B,) entities, or all, under (B,) relations, or one relation, or none."""
         structure = _rows(self.entity, entity)
+        if self.settings.gate != "relation":
+            relation = None
         rel_feat = None if relation is None else _rows(self.relation[0], None)
         if rel_feat is not None and relation is not None and relation.dim() == 0:
             rel_feat, relation = rel_feat[relation], None
-        heads = {STRUCTURE: structure}
+        heads = {STRUCTURE: structure} if self.settings.structure else {}
         if entity is None:
             entity = torch.arange(self.num_entities, device=self.device)
         heads.update(self.encoder.encode(self.views, entity, structure, rel_feat, relation))

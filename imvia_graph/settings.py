@@ -59,7 +59,17 @@ class Settings(BaseModel):
     # -- model
     dim: int = Field(256, ge=1, description="Width of entity embeddings and of every head.")
     relation_dim: int = Field(64, ge=1, description="Width of relation embeddings.")
+    structure: bool = Field(
+        True,
+        description="Whether the structural embedding is a head and takes part in the joint one;"
+        " the gates see it in any case.",
+    )
     joint: bool = Field(True, description="Whether there is a joint head beside the modalities'.")
+    gate: Literal["relation", "entity", "none"] = Field(
+        "relation",
+        description="What the weights of a query's views depend on: entity and relation (Eq. 1),"
+        " the entity alone, or nothing, for the plain mean of the views.",
+    )
     residual: bool = Field(
         True,
         description="Add a free vector an entity to each projected modality embedding (not in the"

@@ -261,7 +261,7 @@ class Trainer:
         l3, regularization = self._completion(batch, embedding.heads, queries)
         l1 = l2 = l3.new_zeros(())
         estimation = None
-        sources = {name: embedding.heads[name] for name in model.heads[: 1 + len(model.modalities)]}
+        sources = {name: embedding.heads[name] for name in model.sources}
         # Autocast makes the products in them; the sums over what comes of those want float32.
         sources = {name: value.float() for name, value in sources.items()}
         if model.alignment is not None and settings.lambda_alignment:

@@ -44,12 +44,15 @@ def loop_embedding(model, i, relation):
     """Eq. 1 to 3 and the joint representation of entity i under a relation, head by head."""
     entity = numbers(model.entity.weight)[i]
     rel = numbers(model.relation[0].weight)[relation]
-    heads = {"structure": entity}
+    heads = {"structure": entity} if model.settings.structure else {}
     for m, (modality, (feat, ptr)) in enumerate(model.views.items()):
         conv, projection = model.encoder.convs[m], model.encoder.projections[m]
         halves = (numbers(conv.gate_entity.weight), numbers(conv.gate_relation.weight))
         weight = [left + right for left, right in zip(*halves, strict=True)]
-        gate = loops.gate(weight, numbers(conv.gate_entity.bias), entity, rel)
+        told = rel if model.settings.gate == "relation" else [0.0] * len(rel)
+        gate = loops.gate(weight, numbers(conv.gate_entity.bias), entity, told)
+        if model.settings.gate == "none":
+            gate = [1.0] * len(gate)
         out = loops.aggregate(gate, numbers(feat)[ptr[i] : ptr[i + 1]])
         out = numbers(conv.absent) if out is None else out
         out = loops.linear(numbers(projection.weight), numbers(projection.bias), out)
@@ -84,8 +87,16 @@ def loop_scores(model, i, relation, j):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"residual": False}, {"joint": False}, {"decision": "mean"}],
-    ids=lambda changes: ",".join(map(str, changes)) or "all",
+    [
+        {},
+        {"residual": False},
+        {"joint": False},
+        {"decision": "mean"},
+        {"structure": False},
+        {"gate": "entity"},
+        {"gate": "none"},
+    ],
+    ids=lambda changes: ",".join(map(str, changes.items())) or "all",
 )
 @pytest.mark.parametrize("relation", [1, 2])  # one as it stands, one inverse
 def test_exact_scores_match_the_loop_over_triples(odd_kg, backend, changes, relation):
@@ -102,6 +113,27 @@ def test_exact_scores_match_the_loop_over_triples(odd_kg, backend, changes, rela
                     value = pytest.approx(value.item(), rel=tolerance, abs=tolerance)
                     assert found[name][b, j].item() == value
         torch.testing.assert_close(found["decision"][0], found["decision"][2])
+
+
+def test_without_a_gate_views_count_alike(odd_kg):
+    model = model_of(odd_kg, gate="none", residual=False)
+    feat, ptr = model.views["a.b"]
+    several = int((ptr.diff() > 1).nonzero()[0])
+    out = model.embed(torch.tensor([several]), torch.tensor([0])).heads["a.b"]
+    projection = model.encoder.projections[model.modalities.index("a.b")]
+    mean = feat[ptr[several] : ptr[several + 1]].double().mean(0)
+    torch.testing.assert_close(out[0], projection(mean))
+
+
+def test_without_structure_and_views_there_is_nothing_to_score_by(odd_kg):
+    with pytest.raises(ig.SettingsError, match="structure: false leaves nothing to score by"):
+        model_of(odd_kg, structure=False, modalities=[])
+
+
+def test_a_single_source_has_no_joint_head_and_nothing_to_align(odd_kg):
+    model = model_of(odd_kg, structure=False, modalities=["a.b"])
+    assert model.heads == ["a.b"]
+    assert model.joint is model.alignment is model.information is model.decision is None
 
 
 def test_gradients_of_exact_scores_match_the_loop(odd_kg):

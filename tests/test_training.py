@@ -252,11 +252,12 @@ def test_the_average_changes_nothing_in_what_is_trained():
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_every_shape_of_the_model_trains(residual, joint, batch_norm):
-    trainer = trained(
-        ring_kg(), epochs=1, residual=residual, joint=joint, batch_norm=batch_norm, relation_dim=5
-    )
-    assert trainer.model.heads == ["structure", "image", "text"] + ["joint"] * joint
+@pytest.mark.parametrize(("structure", "gate"), [(True, "none"), (False, "entity")])
+def test_every_shape_of_the_model_trains(residual, joint, batch_norm, structure, gate):
+    shape = {"residual": residual, "joint": joint, "batch_norm": batch_norm}
+    trainer = trained(ring_kg(), epochs=1, structure=structure, gate=gate, relation_dim=5, **shape)
+    heads = ["structure"] * structure + ["image", "text"] + ["joint"] * joint
+    assert trainer.model.heads == heads
     assert math.isfinite(trainer.progress.best_mrr)
 
 
@@ -464,7 +465,7 @@ def test_batches_of_one_query_work(regime, candidates, loss):
     records = Records()
     changes = {"regime": regime, "candidates": candidates, "loss": loss}
     trainer = trained(ring_kg(6), [records], epochs=1, batch_size=1, **changes)
-    assert records.steps == len(trainer.batches.queries)
+    assert records.steps == trainer.batches.size
     assert math.isfinite(records.losses()[0])
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from imvia_graph._dgl import dgl
@@ -43,6 +44,8 @@ class MultiViewEncoder(nn.Module):
         ``"max"``, ``"min"``, ``"mean"``, ``"stack"`` (along dimension 1, as `JointFusion` takes
         it), or a callable of a list of tensors and the destination node type. Default: ``None``, a
         dict.
+    activation : callable, optional
+        That of the gates; see `GatedViewConv`. Default: ``torch.sigmoid``.
 
     Examples
     --------
@@ -90,6 +93,7 @@ class MultiViewEncoder(nn.Module):
         out_feats: int,
         backend: Backend = "auto",
         aggregate: str | Callable[[list[Tensor], str], Tensor] | None = None,
+        activation: Callable[[Tensor], Tensor] = torch.sigmoid,
     ) -> None:
         super().__init__()
         #: Modalities in the order of ``convs`` and ``projections``. Lists, since a modality's name
@@ -98,9 +102,7 @@ class MultiViewEncoder(nn.Module):
         self.out_feats = out_feats
         self.aggregate = aggregate
         self.convs = nn.ModuleList(
-            GatedViewConv(
-                width, entity_feats, rel_feats, allow_zero_in_degree=True, backend=backend
-            )
+            GatedViewConv(width, entity_feats, rel_feats, activation, True, backend)
             for width in view_feats.values()
         )
         self.projections = nn.ModuleList(
