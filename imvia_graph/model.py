@@ -136,9 +136,7 @@ class IMVIA(nn.Module):
         )
         several = len(sources) > 1
         self.alignment = Alignment(s.alignment, s.temperature) if several else None
-        self.information = (
-            MutualInformation(sources, s.dim, s.information_dim) if several else None
-        )
+        self.information = MutualInformation(sources, s.dim, s.information_dim) if several else None
         self.reset_parameters()
 
     @classmethod

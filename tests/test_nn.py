@@ -11,12 +11,14 @@ from reference import assert_agree, numbers, tensor
 
 import imvia_graph as ig
 from imvia_graph._dgl import dgl
+from imvia_graph.answers import pointer
 from imvia_graph.nn import (
     DecisionFusion,
     GatedViewConv,
     JointFusion,
     MultiViewEncoder,
     TuckerDecoder,
+    gated_view_conv,
 )
 from imvia_graph.nn.dropout import Dropout
 
@@ -74,7 +76,7 @@ def check_against_loop(conv, graph, feat, rel_feat, pair=None):
     expected, expected_weight = loop_over_edges(conv, graph, view_feat, entity_feat, rel_feat)
     assert_agree(out, expected, inputs)
     assert_agree(weight, expected_weight, inputs)
-    assert torch.equal(conv(graph, feat, rel_feat), out)
+    torch.testing.assert_close(conv(graph, feat, rel_feat), out)
 
 
 def double(*shape):
@@ -196,6 +198,29 @@ def test_relation_changes_which_views_count():
     entity, entity_feat = torch.tensor([0, 0]), double(1, 3).expand(2, 3)
     out = conv.aggregate(feat, ptr, entity, entity_feat, double(2, 2))
     assert not torch.allclose(out[0], out[1])
+
+
+@pytest.mark.parametrize("counts", [[1, 0, 1, 1, 0], [3, 1, 1, 0, 2], [1, 4, 2, 2, 3], [0, 0, 0]])
+@pytest.mark.parametrize("relations", ["none", "one", "each", "table"])
+def test_an_only_view_is_taken_as_it_is_and_changes_nothing_in_the_rest(
+    counts, relations, monkeypatch
+):
+    ptr = pointer(torch.tensor(counts))
+    feat, entity = double(int(ptr[-1]), 4), torch.arange(len(counts)).repeat(2)
+    entity_feat = double(len(entity), 3)
+    table, relation = double(20, 2), torch.arange(len(entity)) % 3
+    given = {
+        "none": {},
+        "one": {"rel_feat": table[0]},
+        "each": {"rel_feat": table[relation]},
+        "table": {"rel_feat": table, "relation": relation},
+    }[relations]
+    conv = GatedViewConv(4, 3, 2, allow_zero_in_degree=True).double()
+    inputs = [feat, entity_feat, table, *conv.parameters()]
+    out = conv.aggregate(feat, ptr, entity, entity_feat, **given)
+    monkeypatch.setattr(gated_view_conv, "_worth_gating", lambda count: None)
+    assert_agree(out, conv.aggregate(feat, ptr, entity, entity_feat, **given), inputs)
+    assert all(grad is not None for grad in torch.autograd.grad(out.sum(), conv.gate_entity.weight))
 
 
 def test_edge_weights_are_in_the_graphs_order_of_edges():

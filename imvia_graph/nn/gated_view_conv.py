@@ -215,12 +215,30 @@ class GatedViewConv(nn.Module):
         ViewWeights, optional
             With ``get_weight``.
         """
-        gate = self.gate(entity_feat, rel_feat, relation)
-        result = gated_view_aggregate(
-            view_feat, ptr, entity, gate, backend=self.backend, get_weight=get_weight
-        )
-        out, weights = result if isinstance(result, tuple) else (result, None)
-        has_view = ptr[entity + 1] > ptr[entity]
+        count = ptr[entity + 1] - ptr[entity]
+        several = None if get_weight or not len(view_feat) else _worth_gating(count)
+        weights = None
+        if several is None:
+            gate = self.gate(entity_feat, rel_feat, relation)
+            result = gated_view_aggregate(
+                view_feat, ptr, entity, gate, backend=self.backend, get_weight=get_weight
+            )
+            out, weights = result if isinstance(result, tuple) else (result, None)
+        else:
+            own_row = relation is None and rel_feat is not None and rel_feat.dim() == 2
+            gate = self.gate(
+                entity_feat[several],
+                rel_feat[several] if own_row and rel_feat is not None else rel_feat,
+                None if relation is None else relation[several],
+            )
+            gated = gated_view_aggregate(
+                view_feat, ptr, entity[several], gate, backend=self.backend
+            )
+            assert isinstance(gated, Tensor)
+            # The weight of an only view is 1, whatever the gate.
+            only = view_feat[ptr[entity].clamp(max=len(view_feat) - 1)]
+            out = only.to(gated.dtype).index_copy(0, several, gated)
+        has_view = count > 0
         # The sums are in float32 at least; a layer in half precision gives half precision.
         out = out.to(torch.promote_types(view_feat.dtype, self.absent.dtype))
         # A GPU would have to be waited for, to know whether any is missing.
@@ -253,6 +271,17 @@ class GatedViewConv(nn.Module):
             f"view_feats={self.view_feats}, entity_feats={self.entity_feats},"
             f" rel_feats={self.rel_feats}, allow_zero_in_degree={self.allow_zero_in_degree}"
         )
+
+
+def _worth_gating(count: Tensor) -> Tensor | None:
+    """Which queries have several views, of (B,) counts; None where all are better gated.
+
+    That is so where most have several, and on a GPU, which would have to be waited for.
+    """
+    if count.is_cuda or torch.compiler.is_compiling() or not len(count):
+        return None
+    several = (count > 1).nonzero().flatten()
+    return several if 4 * len(several) <= 3 * len(count) else None
 
 
 class _Involved(torch.autograd.Function):
