@@ -179,18 +179,19 @@ def search(kg: ig.MultiViewKG, trials: int, storage: str | None = None, **fixed:
         storage=storage,
         load_if_exists=True,
         direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=5),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=5),
     )
+    ended = sum(trial.state.is_finished() for trial in study.trials)
+    # Gone on with, a study does not draw again what it drew before.
+    study.sampler = optuna.samplers.TPESampler(seed=ended, n_startup_trials=5)
     if not study.trials:
         study.enqueue_trial({k: DEFAULTS[k] for k in ("weight", "learning_rate", "batch_size")})
 
     def tell(study: Any, trial: Any) -> None:
-        ended = f"MRR {100 * trial.value:.2f} %" if trial.value else trial.state.name.lower()
-        click.echo(f"trial {trial.number}: {ended} with {trial.params}")
+        result = f"MRR {100 * trial.value:.2f} %" if trial.value else trial.state.name.lower()
+        click.echo(f"trial {trial.number}: {result} with {trial.params}")
 
-    left = trials - sum(trial.state.is_finished() for trial in study.trials)
-    study.optimize(objective, n_trials=max(left, 0), callbacks=[tell])
+    study.optimize(objective, n_trials=max(trials - ended, 0), callbacks=[tell])
     return study
 
 
