@@ -13,6 +13,7 @@ the same for one.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import click
@@ -44,13 +45,13 @@ def held_out(dataset: str) -> bool:
     return dataset == "DB15K"
 
 
-def make(name: str, out: Path, encoder: str = "minilm") -> ig.MultiViewKG:
+def make(name: str, out: Path, encoder: str | ig.encode.Encoder = "minilm") -> ig.MultiViewKG:
     """The graph with text views of names, written to a folder."""
     kg = ig.load_kg(name, validation="published")
-    kg, (report,) = ig.encode.encode_kg(
-        kg, texts=read_names(kg), text_encoder=encoder, cache=out.with_name(f".{out.name}-encoding")
-    )
+    cache = out / ".encode"  # of a run that was stopped
+    kg, (report,) = ig.encode.encode_kg(kg, texts=read_names(kg), text_encoder=encoder, cache=cache)
     kg.save(out)
+    shutil.rmtree(cache, ignore_errors=True)
     click.echo(f"{out}: {report.views} texts by {report.encoder}, {report.seconds:.0f} s")
     return kg
 
