@@ -321,7 +321,36 @@ def test_the_command_says_what_is_missing(command):
     assert "run that row first" in command("row", "DB15K", "full", "--epochs-of", 0, status=2)
 
 
-# -- the baseline's search ------------------------------------------------------------------------
+# -- the baseline -------------------------------------------------------------------------------
+
+
+def test_the_baseline_s_loss_is_softmax_and_n3_of_each_triple_in_both_directions(bench):
+    kg = ring_kg(views=False)
+    kg = kg.replace(train=torch.cat([kg.train, torch.tensor([[0, 0, 5], [0, 0, 7]])]))
+    torch.manual_seed(0)
+    model = bench.complex_n3.ComplEx(kg.num_entities, kg.num_relations, 4)
+    for table in (model.entity, model.relation):
+        torch.nn.init.normal_(table.weight)
+    (batch,) = training.Batches(kg, settings(batch_size=1000), model.device)
+    assert len(batch.entity) < 2 * len(kg.train)  # some rows stand for several triples
+    found = bench.complex_n3.loss(model, batch, weight=0.3)
+    entity = torch.view_as_complex(model.entity.weight.reshape(-1, 2, 4).mT.contiguous())
+    relation = torch.view_as_complex(model.relation.weight.reshape(-1, 2, 4).mT.contiguous())
+    expected = []
+    for h, r, t in both_directions(kg):
+        scores = (entity[h] * relation[r] * entity.conj()).real.sum(1)
+        cubes = sum(factor.abs().pow(3).sum() for factor in (entity[h], relation[r], entity[t]))
+        expected.append(scores.logsumexp(0) - scores[t] + 0.3 * cubes)
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
+def both_directions(kg):
+    for h, r, t in kg.train.tolist():
+        yield h, r, t
+        yield t, r + kg.num_relations, h
+
+
+# -- its search ------------------------------------------------------------------------
 
 
 def test_the_search_of_the_baseline_goes_on_and_never_ranks_a_test_triple(

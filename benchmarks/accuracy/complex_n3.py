@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import imvia_graph as ig
 from imvia_graph.io import with_validation
 from imvia_graph.losses import factored_completion
-from imvia_graph.training import Batches, training_dtype
+from imvia_graph.training import Batch, Batches, training_dtype
 
 HERE = Path(__file__).parent
 #: The settings of `train` and where a search starts, from the authors' and the field's practice.
@@ -136,17 +136,23 @@ def method(
     return train
 
 
-def step(model: ComplEx, optimizer: Any, batch: Any, weight: float, dtype: torch.dtype) -> Tensor:
+def step(model: ComplEx, optimizer: Any, batch: Batch, weight: float, dtype: torch.dtype) -> Tensor:
     """One step; its loss, detached."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        query = model.queries(batch.entity, batch.relation)["structure"]
-        loss = factored_completion([query], [model.entity.weight], batch.positives)
-    head, answer = model.entity(batch.entity), model.entity(batch.positives.col)
-    loss = loss + weight * model.penalty(head, model.relation(batch.relation), answer)
-    loss.backward()
+        value = loss(model, batch, weight)
+    value.backward()
     optimizer.step()
-    return loss.detach()
+    return value.detach()
+
+
+def loss(model: ComplEx, batch: Batch, weight: float) -> Tensor:
+    """The mean over the triples of a batch of the softmax loss and, times ``weight``, of N3."""
+    row, answer, _ = batch.positives  # a row may stand for several triples
+    query = model.queries(batch.entity, batch.relation)["structure"]
+    completion = factored_completion([query], [model.entity.weight], batch.positives)
+    head, relation = model.entity(batch.entity[row]), model.relation(batch.relation[row])
+    return completion + weight * model.penalty(head, relation, model.entity(answer))
 
 
 # -- tuning ---------------------------------------------------------------------------------------
