@@ -86,8 +86,9 @@ def tune(
     """Search for the settings with the best validation MRR on SOURCE.
 
     The study is a file: stopped or killed, the same command goes on with it; given to the same
-    command in another terminal, both work on it, and no settings are tried twice. Test triples are
-    set aside before it begins.
+    command in another terminal, both work on it, each on the --device of its own if told so, and no
+    settings are tried twice. Test triples are set aside before it begins. The best settings are
+    written at the end and when it is stopped; --timeout 0 writes them at once.
 
     \b
     Examples:
@@ -119,8 +120,9 @@ def tune(
         kg = with_views(kg, views_option(features))
     console.print("\n".join([repr(kg), *kg.notes]), markup=False)
     line = _Line(trials, settings.epochs)
-    try:
-        found = search(
+
+    def go_on(minutes: float | None) -> Tuned:
+        return search(
             kg,
             study,
             trials=trials,
@@ -128,26 +130,34 @@ def tune(
             settings=fixed,
             seed=seed,
             prune=prune,
-            timeout=None if timeout is None else 60 * timeout,
+            timeout=None if minutes is None else 60 * minutes,
             progress=line.show,
         )
+
+    stopped = False
+    try:
+        found = go_on(timeout)
     except KeyboardInterrupt:
-        console.print(f"Stopped. The same command goes on with {study}.", markup=False)
-        raise SystemExit(130) from None
+        stopped = True
+        found = go_on(0)  # what there is
     finally:
         line.close()
     _tell(found)
     if found.trial is None:
         click.echo("No trial was finished: there are no best settings yet.")
-        return
-    share = f"validation MRR {100 * (found.mrr or 0):.2f} %, trial {found.trial} of {study.name}"
-    write_best(best_file, found, f"{kg.name}: {share}")
-    click.echo(f"Best settings: {best_file} ({share})")
+    else:
+        share = (
+            f"validation MRR {100 * (found.mrr or 0):.2f} %, trial {found.trial} of {study.name}"
+        )
+        write_best(best_file, found, f"{kg.name}: {share}")
+        click.echo(f"Best settings: {best_file} ({share})")
+    if stopped:
+        console.print(f"Stopped. The same command goes on with {study}.", markup=False)
+        raise SystemExit(130)
 
 
 def _tell(found: Tuned) -> None:
     """The best trials as a table."""
-    complete = [trial for trial in found.trials if trial["mrr"] is not None]
     counts: dict[str, int] = {}
     for trial in found.trials:
         counts[trial["state"]] = counts.get(trial["state"], 0) + 1
@@ -156,7 +166,10 @@ def _tell(found: Tuned) -> None:
     table.add_column("validation MRR %", justify="right")
     table.add_column("epochs", justify="right")
     table.add_column("settings")
-    best = sorted((t for t in complete if t["state"] == "complete"), key=lambda t: -t["mrr"])
+    best = sorted(
+        (trial for trial in found.trials if trial["state"] == "complete"),
+        key=lambda trial: -trial["mrr"],
+    )
     for trial in best[:LISTED]:
         values = ", ".join(f"{key} {_short(value)}" for key, value in trial["settings"].items())
         table.add_row(

@@ -6,6 +6,7 @@ A study is an SQLite file: it can be stopped, killed, gone on with, and shared b
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import random
@@ -43,6 +44,9 @@ SPACE: dict[str, Any] = {
 #: The most combinations of a space that are listed to find one that was not tried.
 _MOST_LISTED = 1_000_000
 
+#: Settings in which the workers of a study may differ: each is on a machine of its own.
+MACHINE = ("device", "backend", "ranking_batch_size")
+
 
 class Range(BaseModel):
     """Numbers to search: from ``low`` to ``high``, both included."""
@@ -75,7 +79,7 @@ class Range(BaseModel):
         if step is None or (self.high - self.low) / step > _MOST_LISTED:
             return None
         count = math.floor((self.high - self.low) / step + 1e-9)
-        return [self.low + i * step for i in range(count + 1)]
+        return [_plain(self.low + i * step) for i in range(count + 1)]
 
 
 #: A setting's values: a range, or a list.
@@ -96,7 +100,8 @@ class Tuned:
         Their trial.
     trials : list of dict
         Each trial with ``number``, ``state``, ``mrr``, ``epochs`` and the ``settings`` searched.
-        The state is ``complete``, ``pruned``, ``running``, or ``fail``: given up and done again.
+        The state is ``complete``; ``pruned``: ended early, or by an error; ``running``; or
+        ``fail``: given up and done again.
     """
 
     settings: dict[str, Any]
@@ -124,9 +129,9 @@ def tune(
     """Search for the settings with the best validation MRR.
 
     Called again with the same study it goes on; several processes that are given one study share
-    the work. The trial of a worker that was killed is done again by another, or by the next. No
-    settings are tried twice. Test triples are taken away before the first trial: they
-    filter validation ranks, as is customary, and nothing ranks them.
+    the work, each on a device of its own if need be. The trial of a worker that was killed is done
+    again by another, or by the next call. No settings are tried twice. Test triples are set aside
+    before the first trial: they filter validation ranks, as is customary, and nothing ranks them.
 
     Parameters
     ----------
@@ -140,7 +145,8 @@ def tune(
         For each setting to search a list of values, or a mapping with ``low``, ``high`` and
         optionally ``step`` or ``log``. Default: `SPACE`. A study keeps its space.
     settings : mapping, optional
-        Settings that all trials share, over the defaults. A study keeps them, too.
+        Settings that all trials share, over the defaults. A study keeps them, too, but for the
+        machine's: ``device``, ``backend``, ``ranking_batch_size``.
     seed : int
         Of the search. Each trial trains with the seed of ``settings``.
     prune : bool
@@ -215,7 +221,8 @@ def check_space(space: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str,
                 f" received {values!r}."
             )
         for value in ends:
-            Settings.create(fixed, {key: value})
+            if Settings.create(fixed, {key: value}).epochs < 1:
+                raise SettingsError("Setting epochs is 0; a trial needs one epoch or more.")
         if key in fixed:
             raise SettingsError(f"Setting {key} is both fixed and searched; leave one of them out.")
     return checked
@@ -254,9 +261,17 @@ def _open(
             key: part.model_dump(exclude_defaults=True) if isinstance(part, Range) else part
             for key, part in space.items()
         },
-        "settings": dict(fixed),
-        "graph": [graph.name, graph.num_entities, graph.num_relations, len(graph.train)],
+        "settings": {key: value for key, value in fixed.items() if key not in MACHINE},
+        "graph": {
+            "name": graph.name,
+            "entities": graph.num_entities,
+            "relations": graph.num_relations,
+            "train": len(graph.train),
+            "valid": len(graph.valid),
+            "views": {name: list(graph.views(name)[0].shape) for name in graph.modalities},
+        },
     }
+    about = json.loads(json.dumps(about))  # as the study gives it back
     if path.is_dir():
         raise SettingsError(f"{path} is a folder; expected the SQLite file of a study.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,9 +291,7 @@ def _open(
             )
             if "about" not in study.user_attrs:
                 study.set_user_attr("about", about)
-    except IMVIAError:
-        raise
-    except Exception as error:  # SQLAlchemy's, sqlite's, alembic's, Optuna's own
+    except _storage_errors(optuna) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{path} cannot be used as a study ({reason}). Name another file."
@@ -293,9 +306,23 @@ def _open(
     return study
 
 
+def _storage_errors(optuna: Any) -> tuple[type[Exception], ...]:
+    """What Optuna raises of a file that is no study of its, or cannot be written."""
+    from alembic.util import CommandError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    # RuntimeError: a study of another version.
+    return (optuna.exceptions.OptunaError, SQLAlchemyError, CommandError, RuntimeError, OSError)
+
+
 def _lock(path: Path, what: str = "") -> FileLock:
     """The lock of a study, or of something in it; the system lets go of it when its holder dies."""
     return FileLock(path.with_name(f"{path.name}{what}.lock"))
+
+
+def _let_go(claim: FileLock) -> None:
+    claim.release()
+    Path(claim.lock_file).unlink(missing_ok=True)
 
 
 class _Worker:
@@ -316,6 +343,7 @@ class _Worker:
         self.optuna, self.study, self.path, self.graph = optuna, study, path, graph
         self.space, self.fixed, self.seed, self.prune = space, fixed, seed, prune
         self.progress = progress
+        self.axes = _axes(space)
 
     def more(self, trials: int) -> bool:
         """Do one trial if one is wanted; False where the study has its trials, or all there are."""
@@ -333,13 +361,13 @@ class _Worker:
                 mine = self._claim(trial.number)
                 mine.acquire(timeout=0)
         if trial is None:
-            time.sleep(0.5)  # the last ones are other workers', who may die
+            if running:
+                time.sleep(0.5)  # the last ones are other workers', who may die
             return running > 0
         try:
             self._try(trial)
         finally:
-            mine.release()
-            Path(mine.lock_file).unlink(missing_ok=True)
+            _let_go(mine)
         return True
 
     def _claim(self, number: int) -> FileLock:
@@ -354,9 +382,10 @@ class _Worker:
                 claim.acquire(timeout=0)
             except Timeout:
                 continue
-            self._leave(trial.number, trial.params)
-            claim.release()
-            Path(claim.lock_file).unlink(missing_ok=True)
+            # A worker ends its trial before it lets go of it, and may have done both just now.
+            if self.study.get_trials(deepcopy=False)[trial.number].state == kinds.RUNNING:
+                self._leave(trial.number, trial.params)
+            _let_go(claim)
 
     def _leave(self, number: int, params: Mapping[str, Any]) -> None:
         """Give a trial up; another one does the same."""
@@ -366,7 +395,7 @@ class _Worker:
 
     def _ask(self) -> Any:
         """A trial whose settings are drawn and are no other's; None where all were tried."""
-        while True:
+        while not self._all_tried():
             trial = self.study.ask()
             # Each trial's draws are its own, whichever worker does it.
             self.study.sampler = self.optuna.samplers.TPESampler(
@@ -379,18 +408,24 @@ class _Worker:
                 return trial
             trial.set_user_attr("repeated", True)
             self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
-            left = _untried(self.space, tried)
-            if left is not None:
-                if not left:
-                    return None
+            if self.axes is not None:
+                every = itertools.product(*self.axes.values())
+                combinations = (dict(zip(self.axes, values, strict=True)) for values in every)
+                left = [params for params in combinations if _key(params) not in tried]
                 self.study.enqueue_trial(random.Random(trial.number).choice(left))
+        return None
 
-    def _tried(self, number: int) -> set[tuple[Any, ...]]:
+    def _all_tried(self) -> bool:
+        if self.axes is None:
+            return False
+        return len(self._tried()) >= math.prod(len(values) for values in self.axes.values())
+
+    def _tried(self, but: int | None = None) -> set[tuple[Any, ...]]:
         """Settings of all trials but one and those that were given up."""
         kinds = self.optuna.trial.TrialState
         states = (kinds.COMPLETE, kinds.PRUNED, kinds.RUNNING)
         others = self.study.get_trials(deepcopy=False, states=states)
-        return {_key(other.params) for other in others if other.number != number}
+        return {_key(other.params) for other in others if other.number != but}
 
     def _try(self, trial: Any) -> None:
         """Train with the trial's settings."""
@@ -404,13 +439,17 @@ class _Worker:
                 validation="published",
                 callbacks=[watcher],
             )
-        except TrainingError as error:
-            trial.set_user_attr("error", str(error))
-            self._tell(trial, "diverged", watcher)
-            self.study.tell(trial, state=kinds.PRUNED)
         except _Pruned:
-            self._tell(trial, "pruned", watcher)
-            self.study.tell(trial, state=kinds.PRUNED)
+            self._end(trial, "pruned", watcher)
+        except TrainingError as error:
+            self._end(trial, "diverged", watcher, error)
+        except torch.cuda.OutOfMemoryError as error:
+            self._end(trial, "out of memory", watcher, error)
+        except IMVIAError as error:
+            # Settings that do not go together; where nothing has gone well, it is more than that.
+            self._end(trial, "refused", watcher, error)
+            if not self.study.get_trials(deepcopy=False, states=(kinds.COMPLETE,)):
+                raise
         except BaseException:
             self._leave(trial.number, trial.params)
             raise
@@ -418,6 +457,15 @@ class _Worker:
             trial.set_user_attr("best_epoch", run.progress.best_epoch)
             self._tell(trial, "done", watcher)
             self.study.tell(trial, run.progress.best_mrr)
+
+    def _end(
+        self, trial: Any, state: str, watcher: _Watcher, error: Exception | None = None
+    ) -> None:
+        """End a trial that is not worth going on with, or cannot be; it counts as tried."""
+        if error is not None:
+            trial.set_user_attr("error", str(error))
+        self._tell(trial, state, watcher)
+        self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
 
     def _tell(self, trial: Any, state: str, watcher: _Watcher) -> None:
         trial.set_user_attr("epochs", watcher.epochs)
@@ -435,29 +483,24 @@ def _suggest(trial: Any, key: str, part: Range | list[Any]) -> None:
         trial.suggest_float(key, part.low, part.high, step=part.step, log=part.log)
 
 
-def _untried(
-    space: Mapping[str, Range | list[Any]], tried: set[tuple[Any, ...]]
-) -> list[dict[str, Any]] | None:
-    """What is left of a space; None where that has too many values to list."""
-    axes = [
-        [_kept(value) for value in part] if isinstance(part, list) else part.values()
-        for part in space.values()
-    ]
-    if any(axis is None for axis in axes):
-        return None
-    lists = [axis for axis in axes if axis is not None]
-    if math.prod(map(len, lists)) > _MOST_LISTED:
-        return None
-    every = (dict(zip(space, values, strict=True)) for values in itertools.product(*lists))
-    return [params for params in every if _key(params) not in tried]
+def _axes(space: Mapping[str, Range | list[Any]]) -> dict[str, list[Any]] | None:
+    """The values of each setting; None where a space has too many combinations to list."""
+    axes = {}
+    for key, part in space.items():
+        values = part.values() if isinstance(part, Range) else [_kept(value) for value in part]
+        if values is None:
+            return None
+        axes[key] = list({_text(value): value for value in values}.values())
+    return axes if math.prod(map(len, axes.values())) <= _MOST_LISTED else None
 
 
 def _key(params: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two trials of the same settings have in common."""
-    return tuple(
-        (key, f"{value:.9g}" if isinstance(value, float) else repr(value))
-        for key, value in sorted(params.items())
-    )
+    return tuple((key, _text(value)) for key, value in sorted(params.items()))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else repr(value)
 
 
 def _kept(value: Any) -> Any:
@@ -507,7 +550,7 @@ def _found(optuna: Any, study: Any, fixed: Mapping[str, Any]) -> Tuned:
             "settings": {key: _plain(value) for key, value in trial.params.items()},
         }
         for trial in study.get_trials(deepcopy=False)
-        if "repeated" not in trial.user_attrs
+        if "repeated" not in trial.user_attrs and trial.state != optuna.trial.TrialState.WAITING
     ]
     complete = [t for t in trials if t["state"] == "complete" and not math.isnan(t["mrr"])]
     if not complete:
@@ -517,9 +560,10 @@ def _found(optuna: Any, study: Any, fixed: Mapping[str, Any]) -> Tuned:
 
 
 def write_best(path: Path, found: Tuned, about: str) -> None:
-    """The best settings as a YAML file that ``fit --settings`` takes."""
-    text = yaml.safe_dump(found.settings, sort_keys=False, allow_unicode=True)
-    _files.write_text(path, f"# {about}\n{text if found.settings else ''}")
+    """The best settings as a YAML file that ``fit --settings`` takes, on any device."""
+    values = {key: value for key, value in found.settings.items() if key != "device"}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    _files.write_text(path, f"# {about}\n{text}")
 
 
 __all__ = ["SPACE", "Range", "Tuned", "check_space", "read_space", "tune", "write_best"]

@@ -4,19 +4,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from filelock import FileLock
 from helpers import TINY, ring_kg, run_python, write_folder
 
 import imvia_graph as ig
 from imvia_graph import DataError, SettingsError, TrainingError
 from imvia_graph.cli import command_line
-from imvia_graph.tuning import SPACE, check_space
+from imvia_graph.tuning import SPACE, Range, check_space
 
 optuna = pytest.importorskip("optuna")
 
@@ -51,7 +51,7 @@ def test_the_best_trial_is_the_one_with_the_best_mrr_and_its_settings_give_it_ag
     assert run.progress.best_mrr == found.mrr
 
 
-def test_values_come_from_the_space():
+def test_values_come_from_the_space(tmp_path):
     space = {
         "relation_dim": {"low": 4, "high": 12, "step": 4},
         "label_smoothing": {"low": 0.0, "high": 0.3, "step": 0.1},
@@ -59,11 +59,7 @@ def test_values_come_from_the_space():
         "modalities": [None, [], ["image"]],
         "joint": [True, False],
     }
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
-        found = tune(Path(folder) / "s.db", 12, space, prune=False)
+    found = tune(tmp_path / "s.db", 12, space, prune=False)
     columns = {key: [trial["settings"][key] for trial in found.trials] for key in space}
     assert set(columns["relation_dim"]) <= {4, 8, 12}
     assert set(columns["label_smoothing"]) <= {0.0, 0.1, 0.2, 0.3}
@@ -141,8 +137,25 @@ def test_a_trial_that_was_interrupted_is_done_by_the_next_call(tmp_path, monkeyp
 
 
 WORKER = """
-import sys, imvia_graph as ig
-ig.tune(sys.argv[1], sys.argv[2], trials=int(sys.argv[3]), space={space!r}, settings={fixed!r})
+import glob, sys, time
+import imvia_graph as ig
+
+source, study, trials, behaviour = sys.argv[1:]
+ended = []
+
+def told(trial, state, mrr, epochs):
+    if state != "training":
+        ended.append(trial)
+        print("ended", trial, flush=True)
+    elif behaviour == f"hangs after {{len(ended)}}":
+        print("hangs", trial, flush=True)
+        time.sleep(600)
+    elif behaviour == "meets another":
+        until = time.monotonic() + 120
+        while not ended and len(glob.glob(study + ".trial-*")) < 2 and time.monotonic() < until:
+            time.sleep(0.02)
+
+ig.tune(source, study, trials=int(trials), space={space!r}, settings={fixed!r}, progress=told)
 """
 
 
@@ -161,35 +174,158 @@ def folder(tmp_path_factory):
 
 def start(code, *arguments):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=env)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
-def test_two_workers_on_one_study_repeat_nothing_and_end_together(tmp_path, folder):
+def done_by(worker):
+    """The trials that a worker ended, by its own word."""
+    output, _ = worker.communicate(timeout=240)
+    return {int(line.split()[1]) for line in output.splitlines() if line.startswith("ended")}
+
+
+def hears(worker, word):
+    """Wait until a worker says something; what it said until then."""
+    lines = []
+    for line in worker.stdout:
+        lines.append(line)
+        if line.startswith(word):
+            break
+    assert lines[-1].startswith(word), lines
+    return lines
+
+
+def kill(worker):
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.communicate()
+
+
+def test_two_workers_on_one_study_share_it_and_repeat_nothing(tmp_path, folder):
     space = {"relation_dim": list(range(2, 9)), "dim": [4, 6]}
     code, fixed = script(space, 3)
-    workers = [start(code, folder, tmp_path / "s.db", 14) for _ in range(2)]
-    assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
+    workers = [start(code, folder, tmp_path / "s.db", 14, "meets another") for _ in range(2)]
+    one, other = map(done_by, workers)
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert one
+    assert other
+    assert not one & other
     found = ig.tune(folder, tmp_path / "s.db", trials=1, space=space, settings=fixed)
     done = tried(found) + tried(found, "pruned")
     assert sorted(done) == sorted((r, d) for r in range(2, 9) for d in (4, 6))
+    assert tried(found, "fail") == []
 
 
 def test_killed_it_goes_on_and_does_again_no_more_than_the_trial_in_hand(tmp_path, folder):
     space = {"relation_dim": [2, 3, 4]}
-    code, fixed = script(space, 400)
-    worker = start(code, folder, tmp_path / "s.db", 3)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("s.db.trial-*")):
-        assert worker.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.wait()
-    assert start(code, folder, tmp_path / "s.db", 3).wait(timeout=240) == 0
+    code, fixed = script(space, 3)
+    worker = start(code, folder, tmp_path / "s.db", 3, "hangs after 1")
+    before, at = (int(line.split()[1]) for line in hears(worker, "hangs"))
+    kill(worker)
+    again = start(code, folder, tmp_path / "s.db", 3, "")
+    assert len(done_by(again)) == 2
+    assert again.returncode == 0
     found = ig.tune(folder, tmp_path / "s.db", trials=1, space=space, settings=fixed)
+    by_number = {trial["number"]: trial for trial in found.trials}
+    assert by_number[before]["state"] == "complete"
+    assert [trial["number"] for trial in found.trials if trial["state"] == "fail"] == [at]
     assert sorted(tried(found) + tried(found, "pruned")) == [(2,), (3,), (4,)]
-    assert len(tried(found, "fail")) == 1
     assert not list(tmp_path.glob("s.db.trial-*"))
+
+
+def test_the_trial_of_a_killed_worker_is_done_by_the_one_that_is_left(tmp_path, folder):
+    space = {"relation_dim": [2, 3]}
+    code, fixed = script(space, 3)
+    first = start(code, folder, tmp_path / "s.db", 2, "hangs after 0")
+    hears(first, "hangs")
+    second = start(code, folder, tmp_path / "s.db", 2, "")
+    hears(second, "ended")
+    kill(first)
+    assert len(done_by(second)) == 1  # beside the one that was heard of
+    found = ig.tune(folder, tmp_path / "s.db", trials=1, space=space, settings=fixed)
+    assert sorted(tried(found) + tried(found, "pruned")) == [(2,), (3,)]
+    assert len(tried(found, "fail")) == 1
+
+
+def test_a_trial_that_ends_while_another_worker_looks_for_the_dead_is_not_given_up(
+    tmp_path, monkeypatch
+):
+    """Its worker has let go of it between being listed and being looked at."""
+    from imvia_graph import tuning
+
+    tune(tmp_path / "s.db", 1)
+    study = optuna.load_study(
+        study_name="imvia-graph", storage=f"sqlite:///{tmp_path / 's.db'}", sampler=None
+    )
+    busy = study.ask()
+    busy.suggest_categorical("relation_dim", [2, 3, 4, 5, 6, 7, 8])
+    acquire = FileLock.acquire
+
+    def ended_just_now(lock, *args, **options):
+        if f"trial-{busy.number}" in lock.lock_file and not study.trials[busy.number].values:
+            study.tell(busy, 0.5)
+        return acquire(lock, *args, **options)
+
+    monkeypatch.setattr(tuning.FileLock, "acquire", ended_just_now)
+    found = tune(tmp_path / "s.db", 3)
+    assert found.trials[busy.number]["state"] == "complete"
+    assert len(tried(found)) == 3
+    assert len(set(tried(found))) == 3
+
+
+def test_a_worker_that_waits_for_the_last_trial_leaves_no_mark_on_the_study(tmp_path, monkeypatch):
+    from imvia_graph import tuning
+
+    space = {"relation_dim": [2, 3]}
+    tune(tmp_path / "s.db", 1, space)
+    study = optuna.load_study(study_name="imvia-graph", storage=f"sqlite:///{tmp_path / 's.db'}")
+    busy = study.ask()
+    left = ({2, 3} - {study.trials[0].params["relation_dim"]}).pop()
+    busy._cached_frozen_trial.system_attrs["fixed_params"] = {"relation_dim": left}
+    assert busy.suggest_categorical("relation_dim", [2, 3]) == left
+    naps = []
+
+    def nap(seconds):
+        naps.append(len(study.trials))
+        if len(naps) == 5:
+            claim.release()
+            study.tell(busy, 0.5)
+
+    monkeypatch.setattr(tuning.time, "sleep", nap)
+    with FileLock(tmp_path / f"s.db.trial-{busy.number}.lock") as claim:
+        found = tune(tmp_path / "s.db", 50, space)
+    assert naps == [2] * 5
+    assert sorted(tried(found)) == [(2,), (3,)]
+
+
+def test_settings_that_do_not_go_together_are_passed_over(tmp_path, monkeypatch):
+    from imvia_graph import tuning
+
+    def refuses(graph, settings, **options):
+        if settings.relation_dim == 3:
+            raise SettingsError("there is no head")
+        return ig.fit(graph, settings=settings, **options)
+
+    monkeypatch.setattr(tuning, "fit", refuses)
+    space = {"relation_dim": [3]}
+    with pytest.raises(SettingsError, match="no head"):
+        tune(tmp_path / "all.db", 1, space)
+    try:
+        found = tune(tmp_path / "s.db", 4, {"relation_dim": [2, 3, 4, 5]})
+    except SettingsError:  # it came first, while nothing had gone well
+        found = tune(tmp_path / "s.db", 4, {"relation_dim": [2, 3, 4, 5]})
+    assert tried(found, "pruned") == [(3,)]
+    assert sorted(tried(found)) == [(2,), (4,), (5,)]
+
+
+def test_workers_of_a_study_may_be_on_different_devices(tmp_path):
+    tune(tmp_path / "s.db", 1, fixed={"device": "cpu", "ranking_batch_size": 512})
+    found = tune(tmp_path / "s.db", 2, fixed={"device": "auto", "ranking_batch_size": 64})
+    assert len(tried(found)) == 2
+
+
+def test_steps_end_where_the_range_ends():
+    """0.3 is 0 + 3 * 0.1, though not in floating point."""
+    assert Range(low=0.0, high=0.3, step=0.1).values() == [0.0, 0.1, 0.2, 0.3]
 
 
 # -- the test set ---------------------------------------------------------------------------------
@@ -254,6 +390,7 @@ def test_other_test_triples_that_answer_no_validation_query_change_no_search(tmp
         ({"learning_rate": {"low": 0.1, "high": 0.2, "width": 3}}, "width"),
         ({"learning_rate": {"low": float("nan"), "high": 0.2}}, "low"),
         ({"epochs": [3]}, "both fixed and searched"),
+        ({"epochs": {"low": 0, "high": 4}}, "one epoch or more"),
     ],
 )
 def test_a_space_that_cannot_be_is_refused_with_its_setting(space, message):
@@ -274,6 +411,8 @@ def test_a_study_of_something_else_is_refused_and_stays_as_it_is(tmp_path):
         tune(study, 2, fixed={"epochs": 3})
     with pytest.raises(SettingsError, match="graph"):
         tune(study, 2, kg=ring_kg(size=14))
+    with pytest.raises(SettingsError, match="views"):
+        tune(study, 2, kg=ring_kg(views=False))
     assert tune(study, 1).trials == before
 
 
@@ -315,6 +454,29 @@ def test_the_command_writes_settings_that_fit_takes(tmp_path, folder):
     assert values["epochs"] == 2
     invoke("fit", folder, "--settings", best, "--out", tmp_path / "run")
     assert ig.load(tmp_path / "run").settings.dim == values["dim"]
+
+
+def test_the_command_that_is_stopped_writes_the_best_so_far(tmp_path, folder, monkeypatch):
+    from imvia_graph import tuning
+
+    calls = []
+
+    def stopped_later(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return ig.fit(*args, **options)
+
+    monkeypatch.setattr(tuning, "fit", stopped_later)
+    command = ["tune", folder, "--study", tmp_path / "s.db", "--trials", 9, "--epochs", 1]
+    command += ["--set", "dim=4", "--device", "cpu"]
+    result = CliRunner().invoke(command_line, list(map(str, command)))
+    assert result.exit_code == 130
+    assert "The same command goes on" in result.output
+    best = yaml.safe_load((tmp_path / "s.yaml").read_text())
+    assert best["dim"] == 4
+    assert "device" not in best
+    assert len(calls) == 3
 
 
 def test_the_command_is_stopped_by_time_and_says_when_there_is_nothing_yet(tmp_path, folder):

@@ -415,6 +415,40 @@ def test_fit_takes_ready_features(tmp_path):
     assert "expected NAME=FILE" in bad.stderr
 
 
+def test_fit_takes_features_of_the_published_shapes_by_two_options(tmp_path):
+    """DB15K as it is published, with one row of features an entity in two .pth files beside."""
+    kg = ring_kg(views=False)
+    ig.io.write_openke(kg, tmp_path / "data" / "DB15K")
+    image = torch.randn(kg.num_entities, 4096)
+    image[3] = 0  # an entity without a picture
+    torch.save(image, tmp_path / "data" / "DB15K" / "visual.pth")
+    torch.save(torch.randn(kg.num_entities, 768), tmp_path / "data" / "DB15K" / "text.pth")
+    fit = [
+        "-m",
+        "imvia_graph",
+        "fit",
+        "DB15K",
+        "--epochs",
+        "1",
+        "--set",
+        "dim=8",
+        "--out",
+        "../run",
+    ]
+    views = ["--views", "image=DB15K/visual.pth", "--views", "text=DB15K/text.pth"]
+    result = run_python(
+        *fit, *views, "--device", "cpu", cwd=tmp_path / "data", IMVIA_DATA=str(tmp_path / "data")
+    )
+    assert result.returncode == 0, result.stderr
+    run = ig.load(tmp_path / "run")
+    assert {m: tuple(run.kg.views(m)[0].shape) for m in run.kg.modalities} == {
+        "image": (11, 4096),
+        "text": (12, 768),
+    }
+    assert run.model.heads == ["structure", "image", "text", "joint"]
+    torch.testing.assert_close(run.kg.views("image")[0][:3], image[:3])
+
+
 def test_the_extra_for_hdf5_is_pinned():
     assert "h5py==" in (ROOT / "constraints.txt").read_text()
     assert json.dumps("hdf5") in (ROOT / "setup.py").read_text()

@@ -3,29 +3,43 @@
 The baseline of the accuracy table: softmax over all entities, reciprocal relations, Adagrad, and
 the cubes of the moduli of what is multiplied in a score as a penalty. It is trained by the
 library's batches and loss and ranked by its ranking; nothing of a picture or a text takes part.
+
+    python benchmarks/accuracy/complex_n3.py tune MKG-Y --trials 12
+
+searches weight, learning rate and batch size on validation MRR and writes the best settings to
+settings/complex-n3/mkg-y.yaml; the study is a file in --studies that the same command goes on with.
+`run.py MKG-Y complex-n3` makes a row with them.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import click
+import protocol
 import torch
+import yaml
+from features import DATA, held_out, load
+from protocol import Trained, epoch_line
 from torch import Tensor, nn
 
 import imvia_graph as ig
-from imvia_graph.evaluation import Ranking, rank
+from imvia_graph.io import with_validation
 from imvia_graph.losses import factored_completion
-from imvia_graph.training import Batches, training_dtype
+from imvia_graph.training import Batch, Batches, training_dtype
 
+HERE = Path(__file__).parent
 #: The settings of `train` and where a search starts, from the authors' and the field's practice.
 DEFAULTS: dict[str, Any] = {
     "rank": 200,
     "learning_rate": 0.1,
     "batch_size": 1000,
     "weight": 0.05,
-    "epochs": 25,
+    "epochs": 60,
+    "patience": 5,
 }
 
 
@@ -75,39 +89,145 @@ class ComplEx(nn.Module):
         return torch.as_tensor(cubes)
 
 
-def train(
-    kg: ig.MultiViewKG,
+def method(
+    settings: dict[str, Any],
     seed: int,
-    on_epoch: Callable[[int, dict[str, float]], bool | None],
-    **settings: Any,
-) -> ComplEx:
-    """Train on ``kg.train``; ``on_epoch(epoch, validation metrics)`` may end it by True."""
+    log: Callable[[str], None] = lambda line: None,
+    on_validation: Callable[[int, float], None] = lambda epoch, mrr: None,
+) -> protocol.Method:
+    """ComplEx with some settings, over `DEFAULTS`.
+
+    ``on_validation(epoch, MRR)`` is told of each validation and may end it by an exception.
+    """
     chosen = {**DEFAULTS, **settings}
-    torch.manual_seed(seed)
-    model = ComplEx(kg.num_entities, kg.num_relations, chosen["rank"])
-    optimizer = torch.optim.Adagrad(model.parameters(), lr=chosen["learning_rate"])
-    basis = ig.Settings.create({"batch_size": chosen["batch_size"], "seed": seed})
-    batches = Batches(kg, basis, model.device)
-    dtype = training_dtype(basis, model.device)
-    for epoch in range(1, chosen["epochs"] + 1):
-        for batch in batches:
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                query = model.queries(batch.entity, batch.relation)["structure"]
-                loss = factored_completion([query], [model.entity.weight], batch.positives)
-            head, answer = model.entity(batch.entity), model.entity(batch.positives.col)
-            loss = loss + chosen["weight"] * model.penalty(
-                head, model.relation(batch.relation), answer
-            )
-            loss.backward()
-            optimizer.step()
-        if on_epoch(epoch, metrics(model, kg, "valid") if len(kg.valid) else {}):
-            break
-    return model
+    if unknown := chosen.keys() - DEFAULTS.keys():
+        raise ig.SettingsError(
+            f"ComplEx has no setting {', '.join(sorted(unknown))}; it has {', '.join(DEFAULTS)}."
+        )
+
+    def train(kg: ig.MultiViewKG, epochs: int | None) -> Trained:
+        torch.manual_seed(seed)
+        model = ComplEx(kg.num_entities, kg.num_relations, chosen["rank"])
+        optimizer = torch.optim.Adagrad(model.parameters(), lr=chosen["learning_rate"])
+        basis = ig.Settings.create({"batch_size": chosen["batch_size"], "seed": seed})
+        batches = Batches(kg, basis, model.device)
+        dtype = training_dtype(basis, model.device)
+        known = kg.answers()
+        curve: list[float | None] = []
+        best, best_epoch, state = -1.0, 0, None
+        for epoch in range(1, (epochs or chosen["epochs"]) + 1):
+            losses = [step(model, optimizer, batch, chosen["weight"], dtype) for batch in batches]
+            mrr = protocol.metrics(model, kg.valid, known)["mrr"] if len(kg.valid) else None
+            curve.append(mrr)
+            log(epoch_line(epoch, float(torch.stack(losses).mean()), mrr))
+            if mrr is None:
+                best_epoch = epoch
+                continue
+            if mrr > best:
+                best, best_epoch = mrr, epoch
+                state = {name: value.clone() for name, value in model.state_dict().items()}
+            on_validation(epoch, mrr)
+            if epoch - best_epoch >= chosen["patience"]:
+                break
+        if state is not None:
+            model.load_state_dict(state)
+        return Trained(model, curve, best_epoch)
+
+    return train
 
 
-def metrics(model: ComplEx, kg: ig.MultiViewKG, split: Any) -> dict[str, float]:
-    """Filtered metrics of both sides."""
-    ranking: Ranking = rank(model, kg.triples(split), kg.answers(), heads=())  # type: ignore[arg-type]
-    found: dict[str, float] = ranking.metrics()["both"]
-    return found
+def step(model: ComplEx, optimizer: Any, batch: Batch, weight: float, dtype: torch.dtype) -> Tensor:
+    """One step; its loss, detached."""
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        value = loss(model, batch, weight)
+    value.backward()
+    optimizer.step()
+    return value.detach()
+
+
+def loss(model: ComplEx, batch: Batch, weight: float) -> Tensor:
+    """The mean over the triples of a batch of the softmax loss and, times ``weight``, of N3."""
+    row, answer, _ = batch.positives  # a row may stand for several triples
+    query = model.queries(batch.entity, batch.relation)["structure"]
+    completion = factored_completion([query], [model.entity.weight], batch.positives)
+    head, relation = model.entity(batch.entity[row]), model.relation(batch.relation[row])
+    return completion + weight * model.penalty(head, relation, model.entity(answer))
+
+
+# -- tuning ---------------------------------------------------------------------------------------
+
+
+def search(kg: ig.MultiViewKG, trials: int, storage: str | None = None, **fixed: Any) -> Any:
+    """An Optuna study of the settings by validation MRR; test triples are set aside before it."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    blind = protocol.set_aside(kg, "test")
+
+    def objective(trial: Any) -> float:
+        settings = {
+            "weight": trial.suggest_float("weight", 2e-3, 0.5, log=True),
+            "learning_rate": trial.suggest_float("learning_rate", 0.02, 0.5, log=True),
+            "batch_size": trial.suggest_categorical("batch_size", [250, 500, 1000]),
+        }
+
+        def report(epoch: int, mrr: float) -> None:
+            trial.report(mrr, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        trained = method({**fixed, **settings}, 0, on_validation=report)(blind, None)
+        return max(mrr for mrr in trained.curve if mrr is not None)
+
+    study = optuna.create_study(
+        study_name="complex-n3",
+        storage=storage,
+        load_if_exists=True,
+        direction="maximize",
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=5),
+    )
+    ended = sum(trial.state.is_finished() for trial in study.trials)
+    # Gone on with, a study does not draw again what it drew before.
+    study.sampler = optuna.samplers.TPESampler(seed=ended, n_startup_trials=5)
+    if not study.trials:
+        study.enqueue_trial({k: DEFAULTS[k] for k in ("weight", "learning_rate", "batch_size")})
+
+    def tell(study: Any, trial: Any) -> None:
+        result = f"MRR {100 * trial.value:.2f} %" if trial.value else trial.state.name.lower()
+        click.echo(f"trial {trial.number}: {result} with {trial.params}")
+
+    study.optimize(objective, n_trials=max(trials - ended, 0), callbacks=[tell])
+    return study
+
+
+@click.group()
+def main() -> None:
+    """The baseline ComplEx-N3."""
+
+
+@main.command(context_settings={"show_default": True})
+@click.argument("dataset")
+@click.option("--trials", default=12, type=click.IntRange(min=1), help="Trials in all.")
+@click.option("--epochs", default=DEFAULTS["epochs"], help="Epochs of a trial at most.")
+@click.option("--data", type=click.Path(path_type=Path), default=DATA)
+@click.option("--studies", type=click.Path(path_type=Path), default=DATA / "studies")
+@click.option("--out", type=click.Path(path_type=Path), default=HERE / "settings" / "complex-n3")
+def tune(dataset: str, trials: int, epochs: int, data: Path, studies: Path, out: Path) -> None:
+    """Search the settings for DATASET by validation MRR and write the best."""
+    torch.set_num_threads(1)
+    kg = with_validation(load(dataset, data), "held-out" if held_out(dataset) else "published")
+    studies.mkdir(parents=True, exist_ok=True)
+    storage = f"sqlite:///{(studies / f'complex-n3-{dataset}.db').resolve()}"
+    study = search(kg, trials, storage, epochs=epochs)
+    best = {"rank": DEFAULTS["rank"], **study.best_params, "epochs": epochs}
+    best["patience"] = DEFAULTS["patience"]
+    about = f"{dataset}: validation MRR {100 * study.best_value:.2f} %, the best of {trials} trials"
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"{dataset.lower()}.yaml"
+    file.write_text(f"# {about}\n{yaml.safe_dump(best, sort_keys=False)}", encoding="utf-8")
+    click.echo(f"{file} ({about})")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ import torch
 from imvia_graph.io.views import RawViews
 from imvia_graph.kg import MultiViewKG
 
-_IRI = re.compile(r"<?[A-Za-z][A-Za-z0-9+.-]*:[^\s<>]*>?")
+_IRI = re.compile(r"<[^\s<>]+>|[A-Za-z][A-Za-z0-9+.-]*://[^\s<>]*")
 _QUALIFIED = re.compile(r"(?P<plain>.*\S)\s*\((?P<qualifier>[^()]+)\)")
 
 
@@ -84,7 +84,7 @@ def forms_of(name: str) -> list[str]:
 
 
 def _readable(name: str) -> str:
-    if _IRI.fullmatch(name) and ("/" in name or "#" in name):
+    if _IRI.fullmatch(name):
         last = re.split(r"[/#]", name.strip("<>").rstrip("/#"))[-1]
         name = unquote(last) or name
     return name.replace("_", " ")

@@ -1,0 +1,242 @@
+"""Gather the rows of run.py: one file, tables for the documentation, a picture of the ablation.
+
+    python benchmarks/accuracy/table.py
+
+Writes benchmarks/results/accuracy.json, a list of rows, and docs/images/ablation.svg, and puts the
+tables between the markers ``<!-- accuracy:NAME -->`` and ``<!-- /accuracy:NAME -->`` of
+docs/accuracy.md and README.md, where these have them. NAME is ``results`` (a table a data set),
+``countries`` or ``ablation``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import click
+import matplotlib
+from features import ALL, DATASETS
+from protocol import METRICS, Row
+from run import BASELINE, DEFAULTS, FULL, RESULTS, variants
+
+from imvia_graph import _files
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+
+ROOT = Path(__file__).resolve().parents[2]
+GATHERED = RESULTS.with_suffix(".json")
+PICTURE = ROOT / "docs" / "images" / "ablation.svg"
+PAGES = (ROOT / "docs" / "accuracy.md", ROOT / "README.md")
+
+#: Table II of the paper, test metrics in %, from pictures, texts and structure.
+PUBLISHED = {
+    "DB15K": {"mrr": 38.29, "hits@1": 30.34, "hits@10": 53.55},
+    "MKG-W": {"mrr": 35.62, "hits@1": 30.22, "hits@10": 46.35},
+    "MKG-Y": {"mrr": 37.97, "hits@1": 35.15, "hits@10": 43.47},
+}
+#: What the rows of a table are called; the ablation's are called as their files.
+NAMES = {
+    FULL: "IMVIA, structure and names",
+    DEFAULTS: "the same, default settings",
+    "structure-alone": "structure alone",
+    "text-alone": "text alone",
+    "image-alone": "pictures alone",
+    BASELINE: "ComplEx-N3, tuned",
+}
+SINGLE = ("structure-alone", "image-alone", "text-alone")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+
+
+def gather(results: Path) -> list[Row]:
+    """All rows in a folder, in the order of data sets, variants and seeds."""
+    rows = [_files.read_json(path) for path in results.glob("*.json")]
+    order = {name: i for i, name in enumerate(variants())}
+    return sorted(
+        rows,
+        key=lambda row: (
+            ALL.index(row["dataset"]),
+            order.get(row["variant"], len(order)),
+            row["variant"],
+            row["seed"],
+        ),
+    )
+
+
+def of(rows: Sequence[Row], dataset: str, variant: str) -> list[Row]:
+    """The rows of a data set and a variant, a seed each."""
+    return [row for row in rows if (row["dataset"], row["variant"]) == (dataset, variant)]
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def results_tables(rows: Sequence[Row]) -> str:
+    """For each published data set: ours beside the baseline and what the paper reports."""
+    parts = []
+    for dataset in DATASETS:
+        lines = []
+        for variant in (FULL, DEFAULTS, "structure-alone", BASELINE):
+            if mine := of(rows, dataset, variant):
+                lines.append([NAMES[variant], *cells(mine)])
+        if not lines:
+            continue
+        figures = PUBLISHED[dataset]
+        published = [f"{figures[name]:.2f}" if name in figures else "" for name in METRICS]
+        lines.append(["IMVIA, as published: with pictures and texts", "", *published, "", ""])
+        parts.append(f"**{dataset}**\n\n" + markdown(HEADER, lines))
+    return "\n\n".join(parts)
+
+
+def countries_table(rows: Sequence[Row]) -> str:
+    """The full model beside each modality alone."""
+    lines = [
+        [name, *cells(mine)]
+        for variant in (FULL, *SINGLE)
+        if (mine := of(rows, "countries", variant))
+        for name in [NAMES[variant] if variant != FULL else "all: structure, pictures, texts"]
+    ]
+    return markdown(HEADER, lines) if lines else ""
+
+
+HEADER = [
+    "",
+    "validation MRR",
+    "test MRR",
+    "Hits@1",
+    "Hits@3",
+    "Hits@10",
+    "seeds",
+    "minutes a seed",
+]
+
+
+def cells(rows: Sequence[Row]) -> list[str]:
+    """Of a variant's rows: validation MRR, test metrics, seeds, minutes."""
+    # A row that took its number of epochs from another has that one's validation.
+    validated = [row["valid"]["mrr"] for row in rows if row["epochs_of"] == row["seed"]]
+    test = [spread([row["test"][name] for row in rows]) for name in METRICS]
+    minutes = f"{mean(row['seconds'] for row in rows) / 60:.1f}"
+    return [spread(validated), *test, str(len(rows)), minutes]
+
+
+def spread(values: Sequence[float], pattern: str = "{:.2f}") -> str:
+    """Fractions in %: mean ± standard deviation; of one value that alone."""
+    if not values:
+        return ""
+    text = pattern.format(100 * mean(values))
+    return text if len(values) == 1 else f"{text} ± {100 * stdev(values):.2f}"
+
+
+def differences(rows: Sequence[Row], dataset: str, variant: str) -> list[float]:
+    """Test MRR of a variant less that of the full model, seed by seed."""
+    full = {row["seed"]: row["test"]["mrr"] for row in of(rows, dataset, FULL)}
+    mine = of(rows, dataset, variant)
+    return [row["test"]["mrr"] - full[row["seed"]] for row in mine if row["seed"] in full]
+
+
+def ablation(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Data sets and variants that the ablation has rows of."""
+    others = [name for name in variants() if name not in (FULL, DEFAULTS, BASELINE)]
+    datasets = [d for d in ALL if any(differences(rows, d, variant) for variant in others)]
+    return datasets, [v for v in others if any(differences(rows, d, v) for d in datasets)]
+
+
+def ablation_table(rows: Sequence[Row]) -> str:
+    """What each part is worth: the difference that leaving it out or changing it makes."""
+    datasets, names = ablation(rows)
+    if not names:
+        return ""
+    lines = [
+        [name, *(spread(differences(rows, dataset, name), "{:+.2f}") for dataset in datasets)]
+        for name in names
+    ]
+    full = [spread([row["test"]["mrr"] for row in of(rows, d, FULL)]) for d in datasets]
+    return markdown(["", *datasets], [["full: test MRR", *full], *lines])
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    every = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in every)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "results": results_tables,
+    "countries": countries_table,
+    "ablation": ablation_table,
+}
+
+
+def fill(page: Path, rows: Sequence[Row], picture: Path) -> None:
+    """Put the tables between a page's markers; what has no rows says so."""
+    text = page.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        table = make(rows) or "Not measured."
+        if name == "ablation" and picture.exists():
+            place = Path(os.path.relpath(picture, page.parent)).as_posix()
+            table += f"\n\n![Test MRR of each variant less that of the full model]({place})"
+        marks = re.compile(rf"(<!-- accuracy:{name} -->\n).*?(<!-- /accuracy:{name} -->)", re.S)
+        text = marks.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+    page.write_text(text, encoding="utf-8")
+
+
+# -- the picture ----------------------------------------------------------------------------------
+
+
+def draw(rows: Sequence[Row], out: Path) -> None:
+    """The ablation as bars: a group a variant, a bar a data set."""
+    datasets, names = ablation(rows)
+    # The same picture of the same figures, byte for byte; letters in the reader's own font.
+    matplotlib.rcParams.update({"svg.hashsalt": "imvia-graph", "svg.fonttype": "none"})
+    matplotlib.rcParams.update({"font.family": "sans-serif", "font.size": 10})
+    figure, axes = pyplot.subplots(figsize=(6.4, 1.2 + 0.45 * len(names)), layout="constrained")
+    height = 0.8 / len(datasets)
+    for i, dataset in enumerate(datasets):
+        drawn: list[tuple[float, float, float]] = []
+        for place, name in enumerate(names):
+            if found := [100 * value for value in differences(rows, dataset, name)]:
+                error = stdev(found) if len(found) > 1 else 0.0
+                drawn.append((place + (i - (len(datasets) - 1) / 2) * height, mean(found), error))
+        places, means, errors = zip(*drawn, strict=True)
+        style: dict[str, Any] = {"color": COLOURS[i], "label": dataset, "ecolor": "#777777"}
+        axes.barh(places, means, height, xerr=errors, error_kw={"linewidth": 1}, **style)
+    axes.axvline(0, color="#444444", linewidth=1)
+    axes.set_yticks(range(len(names)), [name.replace("-", " ") for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("test MRR, points more or less than the full model")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(frameon=False)
+    figure.savefig(out, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
+@click.option("--out", type=click.Path(path_type=Path), default=GATHERED)
+@click.option("--picture", type=click.Path(path_type=Path), default=PICTURE)
+@click.option("--page", "pages", multiple=True, type=click.Path(path_type=Path), default=PAGES)
+def main(results: Path, out: Path, picture: Path, pages: tuple[Path, ...]) -> None:
+    """Gather the rows in RESULTS, fill the tables of the pages, draw the ablation."""
+    rows = gather(results)
+    if not rows:
+        raise click.ClickException(
+            f"{results} has no rows; make some: {RESULTS.parent.name}/run.py"
+        )
+    out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if ablation(rows)[1]:
+        draw(rows, picture)
+    for page in pages:
+        fill(page, rows, picture)
+    for make in TABLES.values():
+        click.echo(f"{make(rows)}\n")
+
+
+if __name__ == "__main__":
+    main()
