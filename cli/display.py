@@ -41,7 +41,7 @@ class ProgressBar(Callback):
         steps = len(trainer.batches)
         self.task = self.progress.add_task(
             "Training",
-            total=trainer.settings.epochs * steps,
+            total=trainer.epochs * steps,
             completed=trainer.progress.epoch * steps,
             status="",
         )
@@ -56,7 +56,7 @@ class ProgressBar(Callback):
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Show loss and validation MRR; without a terminal a line for every tenth of the way."""
         valid = record.get("valid")
-        status = f"epoch {record['epoch']}/{trainer.settings.epochs}  loss {record['loss']:.4g}"
+        status = f"epoch {record['epoch']}/{trainer.epochs}  loss {record['loss']:.4g}"
         if valid:
             status += f"  valid MRR {100 * valid['mrr']:.2f} %"
         if trainer.progress.best_mrr is not None:
@@ -65,7 +65,7 @@ class ProgressBar(Callback):
                 f" {trainer.progress.best_epoch})"
             )
         self.progress.update(self.task, status=status)
-        every = max(1, trainer.settings.epochs // 10)
+        every = max(1, trainer.epochs // 10)
         if not self.live and (record["epoch"] % every == 0 or trainer.progress.ended):
             print(f"{status}  {record['seconds']:.1f} s", file=sys.stderr, flush=True)
 

@@ -186,8 +186,9 @@ def _short(value: Any) -> str:
 class _Line:
     """One line that says how the search stands; one for each ended trial."""
 
-    def __init__(self, trials: int, epochs: int) -> None:
-        self.trials, self.epochs = trials, epochs
+    def __init__(self, trials: int, epochs: int | None) -> None:
+        self.trials = trials
+        self.of = "" if epochs is None else f"/{epochs}"
         self.best: tuple[float, int] | None = None
         self.status: Status | None = None
 
@@ -204,7 +205,7 @@ class _Line:
                 highlight=False,
             )
             return
-        text = f"Trial {trial}, epoch {epoch}/{self.epochs}: {value}; best here {best}"
+        text = f"Trial {trial}, epoch {epoch}{self.of}: {value}; best here {best}"
         if console.is_terminal:
             if self.status is None:
                 self.status = console.status(text)

@@ -253,10 +253,10 @@ def fit(
     torch.manual_seed(chosen.seed)
     trainer = _trainer(graph, chosen, device, callbacks)
     if folder is not None:
-        checkpoint.start_run(folder, graph, chosen)
+        checkpoint.start_run(folder, graph, trainer.settings)
         trainer.callbacks.insert(0, checkpoint.RunFolder(folder))
     progress = trainer.fit()
-    return Run(trainer.model.eval(), graph, chosen, progress, folder)
+    return Run(trainer.model.eval(), graph, trainer.settings, progress, folder)
 
 
 #: Settings that a resumed run may change without becoming another run.

@@ -90,10 +90,10 @@ class Settings(BaseModel):
         description="What aggregates views: plain torch, torch-scatter, one pass on the CPU (numba)"
         " or the GPU (triton), or the fastest there is.",
     )
-    batch_norm: bool = Field(True, description="Batch normalisation in the Tucker decoder.")
-    input_dropout: float = Field(0.3, ge=0, lt=1, description="Dropout on the query's entity.")
-    relation_dropout: float = Field(0.4, ge=0, lt=1, description="Dropout on relation matrices.")
-    hidden_dropout: float = Field(0.5, ge=0, lt=1, description="Dropout on the query vector.")
+    batch_norm: bool = Field(False, description="Batch normalisation in the Tucker decoder.")
+    input_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the query's entity.")
+    relation_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on relation matrices.")
+    hidden_dropout: float = Field(0.3, ge=0, lt=1, description="Dropout on the query vector.")
 
     # -- losses
     regime: Literal["1vsall", "kvsall", "sampled"] = Field(
@@ -124,12 +124,16 @@ class Settings(BaseModel):
     )
 
     # -- training
-    epochs: int = Field(100, ge=0, description="Epochs at most.")
+    epochs: int | None = Field(
+        None,
+        ge=0,
+        description="Epochs at most; null for as many as take 500 steps, and 10 at least.",
+    )
     batch_size: int = Field(1024, ge=1, description="Queries a batch.")
     optimizer: Literal["adam", "adamw", "adagrad"] = Field("adam", description="Optimizer.")
-    learning_rate: float = Field(1e-3, gt=0, description="Learning rate.")
+    learning_rate: float = Field(5e-3, gt=0, description="Learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant",
+        "linear",
         description="Learning rate over the epochs: as it is, or falling to 0 at the last one.",
     )
     ema_decay: float = Field(

@@ -107,6 +107,8 @@ class Trainer:
 
     Attributes
     ----------
+    settings : Settings
+        Those given, with a number of ``epochs`` where they leave it open.
     progress : Progress
         How far it has come.
     best_state : dict of str to Tensor or None
@@ -127,12 +129,16 @@ class Trainer:
         settings: Settings,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.model, self.kg, self.settings = model, kg, settings
+        self.model, self.kg = model, kg
         self.callbacks = list(callbacks)
         self.progress = Progress()
         self._holes = _Holes()
         self.best_state: dict[str, Tensor] | None = None
         self.batches = Batches(kg, settings, model.device)
+        if settings.epochs is None:
+            enough = math.ceil(_STEPS / max(len(self.batches), 1))
+            settings = settings.replace(epochs=max(_EPOCHS, enough))
+        self.settings = settings
         self.precision = training_dtype(settings, model.device)
         self.known = kg.answers()
         estimators = [] if model.information is None else list(model.information.parameters())
@@ -151,19 +157,26 @@ class Trainer:
         )
         self.average = Average(model, settings.ema_decay) if settings.ema_decay else None
 
+    @property
+    def epochs(self) -> int:
+        """How many there are to be at most."""
+        assert self.settings.epochs is not None
+        return self.settings.epochs
+
     # -- the loop -------------------------------------------------------------------------------
 
     def fit(self) -> Progress:
         """Train until the epochs are done or validation has not improved for ``patience`` times."""
         settings, progress = self.settings, self.progress
+        epochs = self.epochs
         more_patience = settings.patience is None or progress.waited < settings.patience
-        if progress.epoch < settings.epochs and more_patience:
+        if progress.epoch < epochs and more_patience:
             progress.ended = ""  # a run that ended, resumed with more epochs or patience
         for callback in self.callbacks:
             callback.on_start(self)
         while not progress.ended:
             give_back_freed_memory()
-            if progress.epoch >= settings.epochs:
+            if progress.epoch >= epochs:
                 progress.ended = "epochs"
                 break
             started = time.perf_counter()
@@ -171,7 +184,7 @@ class Trainer:
             progress.epoch += 1
             record: dict[str, Any] = {"epoch": progress.epoch, **losses}
             record["seconds"] = time.perf_counter() - started
-            last = progress.epoch >= settings.epochs
+            last = progress.epoch >= epochs
             if len(self.kg.valid) and (progress.epoch % settings.validate_every == 0 or last):
                 record["valid"] = self.validate()
             give_back_freed_memory()  # saving is next
@@ -247,7 +260,7 @@ class Trainer:
         settings = self.settings
         if settings.schedule == "constant":
             return
-        done = (self.progress.epoch + step / len(self.batches)) / max(settings.epochs, 1)
+        done = (self.progress.epoch + step / len(self.batches)) / max(self.epochs, 1)
         left = max(1 - done, 0.0)
         factor = left if settings.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
         for group in self.optimizer.param_groups:
@@ -370,6 +383,10 @@ class Trainer:
         else:
             progress.waited += 1
         return metrics
+
+
+#: Where the settings name no number of epochs: as many as take so many steps, but at least …
+_STEPS, _EPOCHS = 500, 10
 
 
 class Average:

@@ -221,7 +221,7 @@ def check_space(space: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str,
                 f" received {values!r}."
             )
         for value in ends:
-            if Settings.create(fixed, {key: value}).epochs < 1:
+            if Settings.create(fixed, {key: value}).epochs == 0:
                 raise SettingsError("Setting epochs is 0; a trial needs one epoch or more.")
         if key in fixed:
             raise SettingsError(f"Setting {key} is both fixed and searched; leave one of them out.")

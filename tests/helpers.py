@@ -22,6 +22,7 @@ TINY = {
     "epochs": 3,
     "negatives": 5,
     "learning_rate": 1e-2,
+    "schedule": "constant",
     "device": "cpu",
     "precision": "float32",
     "backend": "reference",

@@ -22,7 +22,7 @@ OTHER = {
     "candidates": "relation",
     "decision": "detached",
     "backend": "reference",
-    "batch_norm": False,
+    "batch_norm": True,
     "input_dropout": 0.25,
     "relation_dropout": 0.125,
     "hidden_dropout": 0.0,
