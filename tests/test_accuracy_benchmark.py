@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,11 +26,7 @@ def bench():
         import protocol
         import run
 
-        yield type(
-            "Bench",
-            (),
-            {"complex_n3": complex_n3, "features": features, "protocol": protocol, "run": run},
-        )
+        yield SimpleNamespace(complex_n3=complex_n3, features=features, protocol=protocol, run=run)
     finally:
         sys.path.remove(str(FOLDER))
 
