@@ -175,8 +175,9 @@ def _compiled_gradients(
     ptr = pointer(torch.bincount(row, minlength=rows))
     loss = scores.new_empty(rows, dtype=torch.float32)
     softmax = terms.loss == "softmax"
-    numbers = (softmax, terms.label_smoothing, terms.detached, *terms.of_a_term)
-    numbers = torch.tensor(numbers, dtype=torch.float32)
+    numbers = torch.tensor(
+        [softmax, terms.label_smoothing, terms.detached, *terms.of_a_term], dtype=torch.float32
+    )
     given = (scores, of_rows, weights, ptr, col, numbers, loss)
     kernel = _kernels.load("scores").losses
     _kernels.share_out(kernel, _kernels.even_cuts(rows), (*given, grad_weights))
