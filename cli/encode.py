@@ -158,7 +158,7 @@ def encode(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if images is None and texts is None and not names:
-        raise click.UsageError("There is nothing to encode: give --images, --texts, --names.")
+        raise click.UsageError("There is nothing to encode: give --images, --texts or --names.")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a folder to write. Name another.")
     # What a run that was stopped left there, even half-written, is no reason to refuse the run that

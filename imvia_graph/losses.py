@@ -397,7 +397,7 @@ def softmax_completion(
     loss = scores.logsumexp(dim=1).index_add(0, positives.row, -positive)
     if label_smoothing:
         loss = loss - label_smoothing * scores.mean(dim=1)
-    return weighted_mean(loss, positives.weight)
+    return _weighted_mean(loss, positives.weight)
 
 
 COMPLETIONS = {"softmax": softmax_completion, "binary": binary_completion}
@@ -492,7 +492,7 @@ def factored_completion(
     return total
 
 
-def weighted_mean(rows: Tensor, weight: Tensor | None = None) -> Tensor:
+def _weighted_mean(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     """The mean over (B,) rows with (B,) weights, or equal ones."""
     if weight is None:
         return rows.sum() / len(rows)
@@ -546,7 +546,7 @@ def dura(head: Tensor, query: Tensor, answer: Tensor, weight: Tensor | None = No
     """
     parts = (_at_least_float32(part).square().sum(1) for part in (head, query, answer))
     heads, queries, answers = parts
-    return weighted_mean(heads + queries, weight) + answers.mean()
+    return _weighted_mean(heads + queries, weight) + answers.mean()
 
 
 # -- Eq. 8 ----------------------------------------------------------------------------------------

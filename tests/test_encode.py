@@ -529,7 +529,7 @@ def test_the_command_says_what_is_wrong_with_its_options(tmp_path, command):
     ring_kg(views=False).save(tmp_path / "kg")
     code, _, errors = command("encode", "kg", "--out", "o")
     assert code == 2
-    assert "give --images, --texts or both" in errors
+    assert "give --images, --texts or --names" in errors
     code, _, errors = command("encode", "kg", "--out", "o", "--texts", "t", "--text-columns", "a")
     assert code == 2
     assert "expected two columns, as in entity,caption or 0,3" in errors
