@@ -109,7 +109,12 @@ class Settings(BaseModel):
     lambda_information: float = Field(
         1e-4, ge=0, description="Weight of L1, mutual information (Eq. 8; the paper has 1)."
     )
-    lambda_alignment: float = Field(0.1, ge=0, description="Weight of L2, alignment (lambda 1).")
+    lambda_alignment: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of L2, alignment (lambda 1); 0 ranks best on validation (docs:"
+        " accuracy).",
+    )
     lambda_completion: float = Field(1.0, gt=0, description="Weight of L3, completion (lambda 2).")
     lambda_regularization: float = Field(
         0.05, ge=0, description="Weight of DURA, the regularisation of what a score multiplies."
@@ -127,7 +132,7 @@ class Settings(BaseModel):
     epochs: int | None = Field(
         None,
         ge=0,
-        description="Epochs at most; null for as many as take 500 steps, and 10 at least.",
+        description="Epochs at most; null for as many as take 500 steps, and 6 at least.",
     )
     batch_size: int = Field(1024, ge=1, description="Queries a batch.")
     optimizer: Literal["adam", "adamw", "adagrad"] = Field("adam", description="Optimizer.")

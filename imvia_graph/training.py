@@ -386,7 +386,7 @@ class Trainer:
 
 
 #: Where the settings name no number of epochs: as many as take so many steps, but at least …
-_STEPS, _EPOCHS = 500, 10
+_STEPS, _EPOCHS = 500, 6
 
 
 class Average:

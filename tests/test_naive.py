@@ -24,7 +24,9 @@ REGIME = {
     "input_dropout": 0,
     "relation_dropout": 0,
     "hidden_dropout": 0,
+    "batch_norm": True,
     "lambda_information": 0.5,
+    "lambda_alignment": 0.1,
     "lambda_regularization": 0,
 }
 

@@ -31,7 +31,7 @@ OTHER = {
     "label_smoothing": 0.2,
     "negatives": 17,
     "lambda_information": 1e-6,
-    "lambda_alignment": 0.0,
+    "lambda_alignment": 0.25,
     "lambda_completion": 2.5,
     "lambda_regularization": 0.25,
     "alignment": "printed",

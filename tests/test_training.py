@@ -120,7 +120,8 @@ def test_every_optimizer_learns(optimizer):
 def test_alignment_and_information_take_part_where_their_weights_are_not_zero(alignment):
     records, none = Records(), Records()
     kg = ring_kg(valid=0)
-    trained(kg, [records], epochs=1, alignment=alignment, lambda_information=0.5)
+    weights = {"lambda_alignment": 0.1, "lambda_information": 0.5}
+    trained(kg, [records], epochs=1, alignment=alignment, **weights)
     record = records.records[0]
     assert record["alignment"] > 0
     assert record["information"] != 0
@@ -162,7 +163,7 @@ def test_regularization_is_dura_of_the_queries_and_their_true_answers(regime, ca
             squares = sum(x * x for x in rows.flatten().tolist())
             expected += squares / len(mine) * sum(torch.tensor(share)[asked].tolist())
     assert losses["regularization"].item() == pytest.approx(expected, rel=1e-5)
-    total = losses["completion"] + 0.1 * losses["alignment"] + 1e-4 * losses["information"]
+    total = losses["completion"] + 1e-4 * losses["information"]
     assert losses["loss"].item() == pytest.approx(total.item() + 0.05 * expected, rel=1e-5)
 
 
