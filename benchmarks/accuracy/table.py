@@ -47,7 +47,7 @@ NAMES = {
     "structure-alone": "structure alone",
     "text-alone": "text alone",
     "image-alone": "pictures alone",
-    BASELINE: "ComplEx-N3, tuned",
+    BASELINE: "ComplEx-N3",
 }
 SINGLE = ("structure-alone", "image-alone", "text-alone")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
