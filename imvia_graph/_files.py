@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
+import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 import polars as pl
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imvia_graph.errors import DataError
+from imvia_graph.errors import DataError, StorageError
 
 TRIPLE_COLUMNS = ("head", "relation", "tail")
 #: The bytes with which compressed files begin.
@@ -220,23 +225,97 @@ def read_features(path: Path, key: str = "feat") -> Tensor:
         ) from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside ``path``, flush to disk, then rename: a reader sees the old file or the new."""
+def write_atomically(
+    path: Path, write: Callable[[Path], None], previous: Path | None = None
+) -> None:
+    """Write beside ``path``, flush to disk, then rename: a reader sees the old file or the new.
+
+    With ``previous``, the old file is kept under that name.
+
+    Raises
+    ------
+    StorageError
+        The disk is full; ``path`` and ``previous`` are as they were.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes private files; what we write is as readable as any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        with storing(path):
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=_aside(path))
+            os.close(handle)
+            temporary = Path(name)
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            # mkstemp makes private files; what we write is as readable as any other file.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            if previous is not None and path.exists():
+                _keep(path, previous)
+            temporary.replace(path)
+            _flush_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> str:
+    """How the names of files begin that become ``path`` once they are whole."""
+    return f".{path.name}."
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what writers of ``path`` left behind when they were killed; none may be at work."""
+    for left in path.parent.glob(f"{_aside(path)}*"):
+        left.unlink(missing_ok=True)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Have a file under another name, too, so that at any moment one of both is there."""
+    link = path.with_name(f"{_aside(path)}link")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        path.replace(previous)
+    else:
+        link.replace(previous)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have a rename on disk, where the system lets one ask for that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+#: What the system says where a disk, a quota or a file has no room left.
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full; Rust's libraries say so in words only."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+    return number in _FULL
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """A full disk as a StorageError that names the file; other errors as they are."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, StorageError) or not is_full(error):
+            raise
+        raise StorageError(
+            f"{path} cannot be written: the disk is full, or a quota or the limit of a file's size"
+            f" is reached ({error}). What was there is as it was. Free some space and go on."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -263,11 +342,25 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    previous: Path | None = None,
 ) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically; see `write_atomically`."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=metadata))
+    told = None if metadata is None else dict(metadata)
+    write_atomically(path, lambda temporary: save_file(plain, temporary, told), previous)
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of tensors and what is said of them, whatever their order."""
+    found = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        plain = tensor.detach().cpu().contiguous()
+        found.update(json.dumps([name, str(plain.dtype), list(plain.shape)]).encode())
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def write_label_table(

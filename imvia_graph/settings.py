@@ -158,6 +158,16 @@ class Settings(BaseModel):
     )
     checkpoint_every: int = Field(1, ge=1, description="Epochs between checkpoints to resume from.")
     seed: int = Field(0, ge=0, description="Seed of everything random in training.")
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What becomes of training at a step whose loss or gradient is NaN or infinite:"
+        " it stops with the weights from before it, or goes on without it and counts it.",
+    )
+    disk_full: Literal["stop", "continue"] = Field(
+        "stop",
+        description="What becomes of training where a checkpoint does not fit on the disk: it"
+        " stops, or goes on and tries again with the next one.",
+    )
 
     # -- machine
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto for a GPU if there is one.")

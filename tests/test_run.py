@@ -74,6 +74,8 @@ def test_fit_writes_the_run_folder_that_its_layout_names(finished):
         "run.json",
         "settings.yaml",
         "metrics.jsonl",
+        "previous.safetensors",
+        ".lock",
         *FILES,
     }
     assert {"kg/kg.json", "kg/train.tsv", "kg/views/image.safetensors"} <= names
