@@ -50,6 +50,7 @@ CORE = [
     "click",  # the command
     "rich",  # progress bars and tables on the terminal
     "safetensors",  # weights and features on disk
+    'backports.zstd; python_version < "3.14"',  # how much a .zst file holds, before it is read
     "filelock",  # one process a run folder, workers of a study (torch has it, too)
     "rapidfuzz",  # "did you mean ...?"
 ]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
 import io
 import json
 import os
 import re
+import reprlib
+import stat
+import sys
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,12 +33,18 @@ from imvia_graph.errors import DataError, StorageError
 TRIPLE_COLUMNS = ("head", "relation", "tail")
 #: The bytes with which compressed files begin.
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+#: What a compressed file may hold: so many times its own size, or so many bytes if that is more.
+#: Tables shrink to a tenth, padded features to a fiftieth; bombs to a thousandth.
+RATIO, SMALL = 200, 2**26
+#: The most that gzip and zip shrink anything.
+_DEFLATE = 1032
 #: What Windows programs begin UTF-8 text with; it is no part of the text.
 BOM = "\ufeff"
 
 
 def scan_lines(path: Path) -> pl.LazyFrame:
     """The column ``line`` of a plain, gzip or zstd file, vectorised, without a byte order mark."""
+    check_compressed(path)
     lines = pl.scan_lines(path, glob=False)
     first = lines.head(1).collect()
     if not first.height or not first["line"][0].startswith(BOM):
@@ -86,12 +97,77 @@ def _pieces(path: Path, file: IO[bytes]) -> Iterator[bytes]:
 @contextmanager
 def open_input(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading bytes; a DataError says so where that cannot be."""
+    check_compressed(path)
     try:
         file = path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read: {reason}.") from error
     with file:
         yield file
+
+
+def check_compressed(path: Path) -> None:
+    """A DataError where a gzip or zstd file holds far more than its size lets one expect."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return
+        with path.open("rb") as file:
+            mark = file.read(4)
+    except (OSError, ValueError):
+        return  # who reads it says why that cannot be
+    if mark.startswith(GZIP) and found.st_size * _DEFLATE > SMALL:
+        _count(path, "gzip", found.st_size, found.st_mtime_ns)
+    elif mark == ZSTD:
+        _count(path, "zstd", found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _count(path: Path, kind: str, size: int, changed: int) -> None:
+    """Decompress a file up to what it may hold; each version of it once."""
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    limit = max(SMALL, RATIO * size)
+    held = 0
+    try:
+        with gzip.open(path) if kind == "gzip" else zstd.open(path) as file:
+            while piece := file.read(2**20):
+                held += len(piece)
+                if held > limit:
+                    break
+    except (EOFError, OSError, zlib.error, zstd.ZstdError, MemoryError):
+        return  # who reads it says why that cannot be
+    if held > limit:
+        raise DataError(_bomb(path, size, f"more than {limit:,}"))
+
+
+def check_archive(path: Path) -> None:
+    """A DataError where a zip archive, as npz and pth files are, says to hold far too much."""
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            held = sum(member.file_size for member in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
+        return  # no archive, or who reads it says why that cannot be
+    if held > max(SMALL, RATIO * size):
+        raise DataError(_bomb(path, size, f"{held:,}"))
+
+
+def _bomb(path: Path, size: int, held: str) -> str:
+    return (
+        f"{path}: {size:,} bytes that decompress to {held} are taken for a decompression bomb."
+        " Where you trust the file, decompress it yourself."
+    )
+
+
+def bounded(value: Any, length: int = 80) -> str:
+    """What a value is, in a message: of any size and depth."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = length
+    return shorten(short.repr(value), length)
 
 
 @contextmanager
@@ -142,6 +218,7 @@ def read_label_table(path: Path, column: str) -> tuple[list[str], list[str] | No
 
 def _label_table_fast(path: Path, column: str) -> tuple[list[str], list[str] | None] | None:
     """The table, or None where a line needs to be looked at."""
+    check_compressed(path)
     try:
         frame = pl.read_csv(
             path,
@@ -194,6 +271,7 @@ def _label_table_by_line(path: Path, column: str) -> tuple[list[str], list[str] 
 
 def read_view_table(path: Path) -> tuple[list[str], list[str]]:
     """Read ``views/<modality>.csv`` (RFC 4180, header ``entity,source``)."""
+    check_compressed(path)
     try:
         frame = pl.read_csv(path, infer_schema=False, glob=False).fill_null("")
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -337,7 +415,7 @@ def read_json(path: Path) -> Any:
     with open_input(path) as file:
         try:
             return json.loads(file.read().decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: expected JSON in UTF-8: {error}.") from error
 
 

@@ -263,6 +263,43 @@ def load_model(path: Path, model: IMVIA) -> Progress:
     return _progress(path, metadata)
 
 
+def fitting_model(folder: Path, kg: MultiViewKG, settings: Settings) -> IMVIA:
+    """A model for what a run folder holds, made only where its checkpoint is of that size.
+
+    So that settings which somebody altered cannot ask for more memory than the checkpoint takes.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint is of another model.
+    """
+    with torch.device("meta"):
+        expected = IMVIA.from_kg(kg, settings).state_dict()
+    for name, prefix in ((BEST, ""), (LAST, "model/"), (PREVIOUS, "model/")):
+        path = _files.inside(folder, name)
+        shapes = _shapes(path, prefix)
+        if shapes is None:
+            continue
+        for key, value in expected.items():
+            if shapes.get(key) != list(value.shape):
+                raise CheckpointError(
+                    f"{path}: the checkpoint does not fit the model ({key}: expected"
+                    f" {list(value.shape)}, found {shapes.get(key)})."
+                )
+        break
+    return IMVIA.from_kg(kg, settings)
+
+
+def _shapes(path: Path, prefix: str) -> dict[str, list[int]] | None:
+    """Shapes of the tensors under a prefix, from the header; None where that cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name[len(prefix) :]: file.get_slice(name).get_shape() for name in names}
+    except (SafetensorError, OSError):
+        return None
+
+
 def load_best(folder: Path, model: IMVIA) -> Progress:
     """Read the best model of a run folder.
 
@@ -456,6 +493,7 @@ def _load_state(path: Path, model: IMVIA, state: Mapping[str, Tensor]) -> None:
 __all__ = [
     "RunFolder",
     "check_free",
+    "fitting_model",
     "is_run",
     "load_best",
     "load_last",

@@ -261,7 +261,7 @@ def fit(
     )
     _check_modalities(graph, chosen)
     torch.manual_seed(chosen.seed)
-    trainer = _trainer(graph, chosen, device, callbacks)
+    trainer = Trainer(IMVIA.from_kg(graph, chosen).to(device), graph, chosen, callbacks)
     if folder is None:
         progress = trainer.fit()
     else:
@@ -338,7 +338,8 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
             )
     device = resolve_device(changed.device)
     torch.manual_seed(changed.seed)
-    trainer = _trainer(graph, changed, device, callbacks)
+    model = checkpoint.fitting_model(folder, graph, changed).to(device)
+    trainer = Trainer(model, graph, changed, callbacks)
     with checkpoint.locked(folder):
         # A run that was stopped before its first checkpoint starts again, from the same seed.
         checkpoint.load_last(folder, trainer)
@@ -365,16 +366,10 @@ def load(folder: str | os.PathLike[str], device: str = "auto") -> Run:
     """
     path = Path(folder)
     graph, settings = checkpoint.open_run(path)
-    model = IMVIA.from_kg(graph, settings).to(resolve_device(device))
+    place = resolve_device(device)
+    model = checkpoint.fitting_model(path, graph, settings).to(place)
     progress = checkpoint.load_best(path, model)
     return Run(model.eval(), graph, settings, progress, path)
-
-
-def _trainer(
-    kg: MultiViewKG, settings: Settings, device: torch.device, callbacks: Sequence[Callback]
-) -> Trainer:
-    model = IMVIA.from_kg(kg, settings).to(device)
-    return Trainer(model, kg, settings, callbacks)
 
 
 def _check_modalities(kg: MultiViewKG, settings: Settings) -> None:

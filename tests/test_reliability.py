@@ -548,7 +548,7 @@ def test_training_without_enough_memory_is_the_same_in_smaller_parts(
 
 def test_training_where_not_one_row_fits_says_so(monkeypatch):
     Little(monkeypatch, 0)
-    with pytest.raises(ig.OutOfMemoryError, match="one row at a time .*smaller dim") as caught:
+    with pytest.raises(ig.OutOfMemoryError, match=r"one row at a time .*smaller dim") as caught:
         fit()
     assert caught.value.exit_code == 1
 
