@@ -333,6 +333,8 @@ class Trainer:
         elif self._settle():
             self._update()
             self._check_scale()
+        else:
+            before.restore_buffers()
         for name, value in {**losses, "steps": torch.ones_like(health.bad)}.items():
             added = torch.where(health.bad > 0, 0.0, value)
             self.sums[name] = self.sums[name] + added if name in self.sums else added
@@ -400,7 +402,6 @@ class Trainer:
         message = self._described(step, losses, parameters)
         if self.settings.non_finite == "skip":
             self.progress.skipped += 1
-            step.before.restore_buffers(where=step.health.bad)
             if self.progress.skipped == 1:
                 logger.warning("%s The step is left out, and so are others like it.", message)
             return False

@@ -446,7 +446,7 @@ def test_names_are_shown_and_not_obeyed(shouting, tmp_path):
 
 
 def test_a_mistake_quotes_a_name_without_obeying_it(shouting):
-    top, labels, _ = shouting
+    top = shouting[0]
     result = invoke("predict", top / "run", "--head", f"nobody{ESCAPES}", "--relation", "x")
     assert_refused(result, "nobody")
     result = invoke("evaluate", f"nowhere{ESCAPES}")

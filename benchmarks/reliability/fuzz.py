@@ -5,7 +5,7 @@
 
 hypothesis draws a good file of the reader's form and up to six changes to it: bytes put in, taken
 out, overwritten or repeated, bits turned, the rest cut off; what is put in are the words of the
-form and numbers that lie about sizes. Each reader works in a process of its own, whose death would
+form and numbers that lie about sizes. The readers work in a process of their own, whose death would
 be noticed. A failure is an outcome of another kind, an input that takes more than 5 s of the
 processor or a minute of waiting, one that makes the process grow by more than 1 GB, and one for
 which a file is opened for writing outside the folder.
@@ -349,7 +349,7 @@ def readers(top: Path) -> dict[str, Reader]:
     return found
 
 
-# -- one reader, in a process of its own ----------------------------------------------------------
+# -- one reader after the other, in a process of their own ----------------------------------------
 
 
 class TooSlow(BaseException):
@@ -361,11 +361,38 @@ def high_water() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def fuzz(name: str, share: float, number: int, sender: Any) -> None:
+def fuzz_all(names: list[str], share: float, number: int, sender: Any) -> None:
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' own words about broken files
+    with tempfile.TemporaryDirectory() as top:
+        found = readers(Path(top))
+        for name in names or list(found):
+            sender.send(name)
+            began = time.monotonic()
+            row = fuzz(found[name], share, number)
+            sender.send((name, {**row, "seconds": round(time.monotonic() - began)}))
+    sender.send(None)
+
+
+#: What the audit hook below has seen; a hook cannot be taken away, so there is one.
+WATCHED: dict[str, Any] = {"folder": None, "outside": set()}
+
+
+def audit(event: str, arguments: tuple[Any, ...]) -> None:
+    folder = WATCHED["folder"]
+    if folder is None or event != "open" or not isinstance(arguments[0], str | bytes):
+        return
+    writes = (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    path = os.path.abspath(os.fsdecode(arguments[0]))
+    if writes and not path.startswith((folder, "/dev/")):
+        WATCHED["outside"].add(path)
+
+
+sys.addaudithook(audit)
+
+
+def fuzz(reader: Reader, share: float, number: int) -> dict[str, Any]:
     top = Path(tempfile.mkdtemp())
-    reader = readers(top / "made")[name]
     folder = top / "box" / "folder"
     folder.mkdir(parents=True)
     os.chdir(folder)
@@ -374,18 +401,6 @@ def fuzz(name: str, share: float, number: int, sender: Any) -> None:
         (folder / path).write_bytes(content)
     for path in reader.seeds:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-    outside: list[str] = []
-    watching = False
-
-    def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if watching and event == "open" and isinstance(arguments[0], str | bytes):
-            flags = arguments[2] or 0
-            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            path = os.path.abspath(os.fsdecode(arguments[0]))
-            if writes and not path.startswith(str(folder)) and not path.startswith("/dev/"):
-                outside.append(path)
-
-    sys.addaudithook(audit)
 
     def too_slow(number: int, frame: Any) -> None:
         raise TooSlow
@@ -413,7 +428,6 @@ def fuzz(name: str, share: float, number: int, sender: Any) -> None:
     )
     @given(inputs(reader))
     def one(drawn: tuple[str, bytes]) -> None:
-        nonlocal watching
         path, content = drawn
         for other, contents in reader.seeds.items():
             if reader.around:
@@ -423,7 +437,7 @@ def fuzz(name: str, share: float, number: int, sender: Any) -> None:
         (folder / path).write_bytes(content)
         counts["inputs"] += 1
         began = time.process_time()
-        watching = True
+        WATCHED["folder"] = str(folder)
         try:
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             signal.setitimer(signal.ITIMER_REAL, WAITING)
@@ -440,7 +454,7 @@ def fuzz(name: str, share: float, number: int, sender: Any) -> None:
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            watching = False
+            WATCHED["folder"] = None
         seconds = time.process_time() - began
         counts["slowest"] = max(counts["slowest"], seconds)
         if seconds > SECONDS:
@@ -449,17 +463,16 @@ def fuzz(name: str, share: float, number: int, sender: Any) -> None:
             fail("too much memory", content)
 
     one()
-    if outside:
-        fail(f"wrote outside: {sorted(set(outside))[:5]}", b"")
+    if WATCHED["outside"]:
+        fail(f"wrote outside: {sorted(WATCHED['outside'])[:5]}", b"")
+        WATCHED["outside"].clear()
     extra = [path.name for path in (top / "box").iterdir() if path != folder]
     if extra:
         fail(f"made outside: {extra}", b"")
+    os.chdir("/")
     shutil.rmtree(top)
-    grown = round((high_water() - start) / 2**20)
-    sender.send(
-        {**counts, "slowest": round(counts["slowest"], 2), "grown_mib": grown}
-        | {"failures": failures}
-    )
+    counts["slowest"] = round(counts["slowest"], 2)
+    return {**counts, "grown_mib": round((high_water() - start) / 2**20), "failures": failures}
 
 
 def main() -> None:
@@ -469,23 +482,34 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as top:
-        names = list(readers(Path(top)))
     results: dict[str, Any] = {}
-    for name in options.only or names:
-        began = time.monotonic()
+    left, current = list(options.only or []), None
+    while True:
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=fuzz, args=(name, options.share, options.seed, sender))
+        work = (left, options.share, options.seed, sender)
+        process = context.Process(target=fuzz_all, args=work)
         process.start()
         sender.close()
-        try:
-            results[name] = receiver.recv()
-        except EOFError:
-            process.join()
-            results[name] = {"inputs": 0, "failures": {f"died of {process.exitcode}": ""}}
+        with contextlib.suppress(EOFError):
+            while (told := receiver.recv()) is not None:
+                if isinstance(told, str):
+                    current = told
+                else:
+                    results[told[0]] = told[1]
+                    print(told[0], json.dumps(told[1]), flush=True)
         process.join()
-        results[name]["seconds"] = round(time.monotonic() - began)
-        print(name, json.dumps(results[name]), flush=True)
+        if not process.exitcode:
+            break
+        # It died of an input: that is a failure, and the other readers go on without it.
+        died = {f"the process died of {process.exitcode}": ""}
+        results[str(current)] = {"inputs": 0, "failures": died}
+        print(current, results[str(current)], flush=True)
+        if not left:
+            with tempfile.TemporaryDirectory() as top:
+                left = list(readers(Path(top)))
+        left = [name for name in left if name not in results]
+        if not left:
+            break
     total = sum(found["inputs"] for found in results.values())
     failed = sum(len(found["failures"]) for found in results.values())
     write_results(
