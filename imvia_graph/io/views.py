@@ -215,7 +215,7 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower() in LITTER:
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 folders.append(entry.name)
             else:
                 aside += 1
@@ -245,7 +245,7 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
             for entry in entries:
                 if entry.name.startswith(".") or entry.name.lower() in LITTER:
                     continue
-                if entry.is_dir():
+                if _is_folder(entry):
                     aside += 1
                 else:
                     files.append(entry.name)
@@ -260,6 +260,14 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
             aside,
         )
     return _raw("image", torch.tensor(entity, dtype=torch.int64), source, top)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Links that lead in a circle are none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _composed(name: str) -> str:
