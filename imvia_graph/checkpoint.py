@@ -28,7 +28,7 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,13 @@ def open_run(folder: Path) -> tuple[MultiViewKG, Settings]:
     return MultiViewKG.load(_files.inside(folder, "kg")), settings
 
 
+def upgrade(folder: Path) -> None:
+    """Have a run folder of an older version say what it is once it is gone on with."""
+    about = _files.read_json(folder / "run.json")
+    if about["version"] < FORMAT_VERSION:
+        _files.write_json(folder / "run.json", {**about, "version": FORMAT_VERSION})
+
+
 class RunFolder(Callback):
     """Writes metrics and checkpoints of a training into its run folder.
 
@@ -263,10 +270,13 @@ def load_model(path: Path, model: IMVIA) -> Progress:
     return _progress(path, metadata)
 
 
-def fitting_model(folder: Path, kg: MultiViewKG, settings: Settings) -> IMVIA:
+def fitting_model(
+    folder: Path, kg: MultiViewKG, settings: Settings, names: Sequence[str] = (LAST, PREVIOUS)
+) -> IMVIA:
     """A model for what a run folder holds, made only where its checkpoint is of that size.
 
     So that settings which somebody altered cannot ask for more memory than the checkpoint takes.
+    The first of the files that are named and can be read tells.
 
     Raises
     ------
@@ -275,9 +285,9 @@ def fitting_model(folder: Path, kg: MultiViewKG, settings: Settings) -> IMVIA:
     """
     with torch.device("meta"):
         expected = IMVIA.from_kg(kg, settings).state_dict()
-    for name, prefix in ((BEST, ""), (LAST, "model/"), (PREVIOUS, "model/")):
+    for name in names:
         path = _files.inside(folder, name)
-        shapes = _shapes(path, prefix)
+        shapes = _shapes(path, "" if name == BEST else "model/")
         if shapes is None:
             continue
         for key, value in expected.items():
@@ -504,4 +514,5 @@ __all__ = [
     "save_model",
     "save_trainer",
     "start_run",
+    "upgrade",
 ]

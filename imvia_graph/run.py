@@ -343,6 +343,7 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
     with checkpoint.locked(folder):
         # A run that was stopped before its first checkpoint starts again, from the same seed.
         checkpoint.load_last(folder, trainer)
+        checkpoint.upgrade(folder)
         if changed != settings:
             _files.write_text(folder / "settings.yaml", changed.to_yaml())
         progress = _fit_in(folder, trainer)
@@ -367,7 +368,8 @@ def load(folder: str | os.PathLike[str], device: str = "auto") -> Run:
     path = Path(folder)
     graph, settings = checkpoint.open_run(path)
     place = resolve_device(device)
-    model = checkpoint.fitting_model(path, graph, settings).to(place)
+    files = (checkpoint.BEST, checkpoint.LAST, checkpoint.PREVIOUS)
+    model = checkpoint.fitting_model(path, graph, settings, files).to(place)
     progress = checkpoint.load_best(path, model)
     return Run(model.eval(), graph, settings, progress, path)
 

@@ -61,6 +61,14 @@ class Signal(Callback):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """SIGINT as it is in the foreground; where tests run in the background it may be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def terminable():
     """SIGTERM as an exception, as the command line has it."""

@@ -700,6 +700,7 @@ def test_a_run_of_the_first_version_loads_and_goes_on(copied, finished, tmp_path
     assert same_weights(ig.load(old).model, finished.model)
     resumed = ig.fit(out=old, resume=True, epochs=6)
     assert_same_run(fit(tmp_path / "whole", epochs=6).folder, resumed.folder)
+    assert json.loads((old / "run.json").read_text())["version"] == 2
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "other"}', ""])
