@@ -376,7 +376,7 @@ def test_a_loss_that_is_no_number_is_named_in_its_step_and_nothing_is_learned_fr
         r"(, inverse)?\): loss is nan, alignment is nan, .*from before it.*non_finite=skip"
     )
     with pytest.raises(ig.TrainingError, match=message):
-        fit(tmp_path / "run", epochs=4, callbacks=[spoil])
+        fit(tmp_path / "run", epochs=4, callbacks=[spoil], batch_norm=True)
     kept = load_file(tmp_path / "run" / "last.safetensors")
     assert all(value.isfinite().all() for value in kept.values() if value.is_floating_point())
     # Weights are those that the step was made with, running statistics those from before it.
@@ -387,7 +387,7 @@ def test_a_loss_that_is_no_number_is_named_in_its_step_and_nothing_is_learned_fr
     assert torch.equal(kept[f"model/{name}"], spoil.states[STEPS][name])
     # Resumed where the reason is gone, it is the run that never met it.
     monkeypatch.undo()
-    whole = fit(tmp_path / "whole", epochs=4)
+    whole = fit(tmp_path / "whole", epochs=4, batch_norm=True)
     ig.fit(out=tmp_path / "run", resume=True)
     assert_same_run(whole.folder, tmp_path / "run")
 
@@ -417,7 +417,7 @@ def test_bad_steps_are_skipped_and_counted_where_that_is_asked_for(what, monkeyp
 
 def test_a_skipped_step_changes_neither_weights_nor_running_statistics(monkeypatch):
     spoil = Spoil(monkeypatch, {1}, term="completion")
-    fit(epochs=1, non_finite="skip")
+    fit(epochs=1, non_finite="skip", batch_norm=True)
     before, after = spoil.states[1], spoil.states[2]
     # States are taken after the forward pass, which moves the running statistics.
     same = [name for name in before if torch.equal(before[name], after[name])]
@@ -543,6 +543,7 @@ def test_training_without_enough_memory_is_the_same_in_smaller_parts(
     losses = []
     keep = type("Keep", (Callback,), {"on_epoch": lambda self, _, r: losses.append(r["loss"])})
     options = {"regime": regime, "epochs": 2, "patience": None, "callbacks": [keep()]}
+    options["batch_norm"] = True
     whole = fit(**options)
     little = Little(monkeypatch, 5, error)
     with caplog.at_level("WARNING"):
