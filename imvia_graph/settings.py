@@ -265,7 +265,7 @@ class Settings(BaseModel):
 MOST_BYTES = 2**18
 #: What PyYAML and tomllib raise at what is no YAML or TOML, or is a date that is none, or is nested
 #: too deeply.
-UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, TypeError)
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError)
 
 
 class _Loader(yaml.SafeLoader):

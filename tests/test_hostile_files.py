@@ -231,6 +231,11 @@ def fake_npy(path):
     path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode())
 
 
+def unended_npy(path):
+    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (12, 3,\n"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode())
+
+
 def external_hdf5(path):
     h5py = pytest.importorskip("h5py")
     secret = path.parent / "secret.bin"
@@ -266,6 +271,7 @@ FEATURES = {
     "lists in lists": ("f.pth", nested, "expected a tensor, or a dict of tensors"),
     "an npz bomb": ("f.npz", squeezed, "decompression bomb"),
     "an npy of a header alone": ("f.npy", fake_npy, "cannot be read"),
+    "an npy whose header does not end": ("f.npy", unended_npy, "cannot be read"),
     "HDF5 that reads another file": ("f.h5", external_hdf5, "the data is in another file"),
     "HDF5 that is hollow": ("f.h5", hollow_hdf5, "decompression bomb"),
 }
@@ -469,6 +475,7 @@ SETTINGS = {
     "lists without end": ("s.yaml", "[" * 5000, "cannot be read"),
     "TOML without end": ("s.toml", f"a = {'[' * 5000}", "cannot be read"),
     "a date that is none": ("s.yaml", "dim: 2024-13-45", "cannot be read"),
+    "a float that is none": ("s.yaml", "dim: !!float", "cannot be read"),
     "a number of 5,000 digits": ("s.yaml", f"dim: {'9' * 5000}", "cannot be read|Setting dim"),
     "a file that is too large": ("s.yaml", "#" * 2**19, "larger than 256 KiB"),
     "bytes that are no text": ("s.yaml", b"dim: \xff", "cannot be read"),

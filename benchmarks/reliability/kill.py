@@ -137,10 +137,14 @@ def broken(
     seconds: float,
     steps: int,
     draw: random.Random,
+    made: Sequence[Path],
     watch: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """A run killed up to so many times and gone on with to its end: how it was killed."""
-    kills = []
+    """A run killed once or more and gone on with to its end: how it was killed.
+
+    One that came to its end before it was killed is begun again.
+    """
+    kills: list[str] = []
     for _ in range(draw.randint(1, MOST_KILLS)):
         if draw.random() < 0.5:
             killed, *_ = once(work, after=draw.uniform(0, seconds), watch=watch)
@@ -148,9 +152,15 @@ def broken(
         else:
             killed, *_ = once(work, fatal=draw.randint(1, steps), watch=watch)
             how = "while a file was written"
-        if not killed:
+        if killed:
+            kills.append(how)
+        elif kills:
             break
-        kills.append(how)
+        else:
+            for folder in made:
+                shutil.rmtree(folder, ignore_errors=True)
+    if not kills:
+        return broken(work, seconds, steps, draw, made, watch)
     killed, *_ = once(work, watch=watch)
     assert not killed
     return kills
@@ -229,7 +239,7 @@ def fit(runs: int, top: Path, draw: random.Random) -> dict[str, Any]:
     for number in range(runs):
         folder = top / f"run-{number}"
         reader = FolderReader(folder)
-        kills.update(broken(partial(fit_work, folder), seconds, steps, draw, reader))
+        kills.update(broken(partial(fit_work, folder), seconds, steps, draw, [folder], reader))
         same += left_by_fit(folder) == expected
         reads += reader.reads
         unreadable += reader.unreadable
@@ -325,7 +335,7 @@ def encode(runs: int, top: Path, draw: random.Random) -> dict[str, Any]:
     same, once_each, in_hand, kills = 0, 0, 0, Counter()
     for number in range(runs):
         out, cache = top / f"out-{number}", top / f"cache-{number}"
-        found = broken(partial(encode_work, top, out, cache), seconds, steps, draw)
+        found = broken(partial(encode_work, top, out, cache), seconds, steps, draw, [out, cache])
         kills.update(found)
         same += left_by_encode(out) == expected
         kept, distinct, begun = inputs_in(cache)
@@ -381,7 +391,10 @@ def tune(runs: int, top: Path, draw: random.Random) -> dict[str, Any]:
     for number in range(runs):
         study = top / f"study-{number}.db"
         killed = 0
-        for _ in range(draw.randint(1, MOST_KILLS)):
+        wanted = draw.randint(1, MOST_KILLS)
+        for attempt in range(20):
+            if killed == wanted or (killed and attempt >= MOST_KILLS):
+                break
             killed += once(partial(tune_work, study), after=draw.uniform(0, seconds))[0]
             if study.exists():
                 with contextlib.closing(sqlite3.connect(study)) as connection:

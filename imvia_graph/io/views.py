@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tokenize
 import unicodedata
 import zipfile
 import zlib
@@ -442,6 +443,7 @@ READERS = (
     SyntaxError,
     TypeError,
     ValueError,
+    tokenize.TokenError,  # NumPy's reader of headers that an old Python wrote
     zipfile.BadZipFile,
     zlib.error,
 )
