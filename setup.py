@@ -50,6 +50,8 @@ CORE = [
     "click",  # the command
     "rich",  # progress bars and tables on the terminal
     "safetensors",  # weights and features on disk
+    'backports.zstd; python_version < "3.14"',  # how much a .zst file holds, before it is read
+    "filelock",  # one process a run folder, workers of a study (torch has it, too)
     "rapidfuzz",  # "did you mean ...?"
 ]
 
@@ -75,8 +77,8 @@ EXTRAS = {
     "report": ["matplotlib>=3.8", "jinja2>=3", "pillow"],
     # The explorer and its JSON service: the framework, what runs it, its pictures.
     "explore": ["fastapi>=0.115", "uvicorn>=0.30", "pillow"],
-    # `imvia-graph tune`: the search, and the lock that its workers share (torch has it, too).
-    "tune": ["optuna>=4", "filelock"],
+    # `imvia-graph tune`: the search.
+    "tune": ["optuna>=4"],
     # Curves of a training in TensorBoard.
     "tensorboard": ["tensorboard>=2.16"],
     # `imvia-graph pictures`: flags and outlines of `countries`, drawn (with npm).

@@ -5,12 +5,17 @@ Commands are imported when they are called, so that ``--help`` does not wait for
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
+from imvia_graph._display import printable
 from imvia_graph._version import __version__
 
 #: Command, module, and what ``imvia-graph --help`` says of it.
@@ -30,6 +35,19 @@ COMMANDS = {
     "datasets": "List the data sets: built in, and published ones.",
     "settings": "Print every setting with its default and what it is for.",
 }
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, dealt with as Ctrl-C is: work in hand is kept, and what goes on with it is said."""
+
+
+def stopped(error: BaseException | None, message: str = "Stopped.") -> SystemExit:
+    """What ends a command that was stopped, after a word about it: 130 for Ctrl-C, 143 for SIGTERM.
+
+    As a shell has it: 128 and the number of the signal.
+    """
+    click.echo(message, err=True)
+    return SystemExit(143 if isinstance(error, Terminated) else 130)
 
 
 class LazyGroup(click.Group):
@@ -74,19 +92,47 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; an `IMVIAError` becomes one paragraph and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = command_line.main(args=arguments, prog_name="imvia-graph", standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("Stopped.", err=True)
-        sys.exit(130)
+        with _terminable():
+            code = command_line.main(args=arguments, prog_name="imvia-graph", standalone_mode=False)
+    except click.exceptions.Abort as error:
+        raise stopped(error.__cause__) from None
     except click.ClickException as error:
-        error.show()
+        click.echo(printable(_shown(error)), err=True)
         sys.exit(error.exit_code)
     except Exception as error:
+        from imvia_graph._files import is_full
         from imvia_graph.errors import IMVIAError
 
         if not isinstance(error, IMVIAError | OSError) or "--debug" in arguments:
             raise
-        click.echo(f"Error: {error}", err=True)
+        click.echo(printable(f"Error: {error}"), err=True)
+        if isinstance(error, IMVIAError):
+            sys.exit(error.exit_code)
         # What the system refuses (a folder that cannot be written, say) is for the user to mend.
-        sys.exit(error.exit_code if isinstance(error, IMVIAError) else 2)
+        sys.exit(1 if is_full(error) else 2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _shown(error: click.ClickException) -> str:
+    """What click prints of an error."""
+    lines = []
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        lines = [error.ctx.get_usage(), f"Try '{error.ctx.command_path} --help' for help.", ""]
+    return "\n".join([*lines, f"Error: {error.format_message()}"])
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM end a command as Ctrl-C does, so that nothing half-done stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from imvia_graph._display import printable
 from imvia_graph.cli.options import loading_options
 from imvia_graph.io.load import Validation, load_kg
 from imvia_graph.io.write import WRITTEN, write_kg
@@ -63,8 +64,8 @@ def convert(
     """
     kg = load_kg(source, validation, seed, **loading)
     for note in kg.notes:
-        click.echo(note)
+        click.echo(printable(note))
     lost = write_kg(kg, target, form, compression=compression, overwrite=overwrite)
-    click.echo(f"Wrote {target}: {repr(kg)[1:-1]}.")
+    click.echo(printable(f"Wrote {target}: {repr(kg)[1:-1]}."))
     for sentence in lost:
-        click.echo(f"Note: {sentence}", err=True)
+        click.echo(printable(f"Note: {sentence}"), err=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +15,46 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from imvia_graph._display import printable, shown
 from imvia_graph.training import Callback, Trainer
 
 #: What goes on, on standard error; and what comes out of it, on standard output.
 console = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
+
+
+def say(*lines: str) -> None:
+    """Print lines to standard error as they are, but for what a terminal would obey."""
+    console.print(printable("\n".join(lines)), markup=False, soft_wrap=True)
+
+
+def cell(text: str) -> str:
+    """A label or another text of the data as it goes into a table."""
+    return escape(shown(text))
+
+
+def json_text(value: Any) -> str:
+    """One line of JSON; what a terminal would obey is escaped, all other text is as it is."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub(
+        "[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
+        lambda found: f"\\u{ord(found[0]):04x}",
+        text,
+    )
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def log_to_terminal() -> None:
+    """Have warnings of the library on standard error, as plain lines."""
+    logging.basicConfig(format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(_Printable("%(message)s"))
+
 
 COLUMNS = ("mrr", "mr", "hits@1", "hits@3", "hits@10", "hits@100")
 
@@ -42,7 +80,7 @@ class ProgressBar(Callback):
         self.task = self.progress.add_task(
             "Training",
             total=trainer.epochs * steps,
-            completed=trainer.progress.epoch * steps,
+            completed=trainer.progress.epoch * steps + trainer.progress.batch,
             status="",
         )
         if self.live:
@@ -69,6 +107,10 @@ class ProgressBar(Callback):
         if not self.live and (record["epoch"] % every == 0 or trainer.progress.ended):
             print(f"{status}  {record['seconds']:.1f} s", file=sys.stderr, flush=True)
 
+    def on_stop(self, trainer: Trainer) -> None:
+        """Take the bar away: a word about the stop follows."""
+        self.close()
+
     def on_end(self, trainer: Trainer) -> None:
         """Say why training ended."""
         self.close()
@@ -82,8 +124,10 @@ class ProgressBar(Callback):
             if progress.best_mrr is not None
             else "nothing was validated, the last epoch is kept"
         )
+        left = f" {progress.skipped} steps were left out." if progress.skipped else ""
         console.print(
             f"Trained {progress.epoch} epochs in {progress.seconds:.0f} s: {reason}; {chosen}."
+            f"{left}"
         )
 
     def close(self) -> None:
@@ -94,7 +138,7 @@ class ProgressBar(Callback):
 
 def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
     """Both sides, each side, and each head of the model, in per cent."""
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=cell(title), title_justify="left")
     table.add_column("", no_wrap=True)
     for column in COLUMNS:
         name = {"mrr": "MRR %", "mr": "MR"}.get(column, f"{column.replace('hits', 'H')} %")
@@ -103,7 +147,7 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
     if len(metrics["modalities"]) > 1:
         rows.update({f"{name} head": m for name, m in metrics["modalities"].items()})
     for name, row in rows.items():
-        table.add_row(escape(name), *(_cell(column, row[column]) for column in COLUMNS))
+        table.add_row(cell(name), *(_cell(column, row[column]) for column in COLUMNS))
     return table
 
 
@@ -118,7 +162,7 @@ def relations_table(metrics: Mapping[str, Any]) -> Table:
     rows = sorted(metrics["relations"].items(), key=lambda item: -item[1]["triples"])
     for label, row in rows:
         cells = (_cell(column, row[column]) for column in COLUMNS[:1] + COLUMNS[2:5])
-        table.add_row(escape(label), str(row["triples"]), *cells)
+        table.add_row(cell(label), str(row["triples"]), *cells)
     return table
 
 

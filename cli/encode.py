@@ -12,7 +12,9 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from imvia_graph import _files, load_kg
-from imvia_graph.cli.display import console
+from imvia_graph._display import shown
+from imvia_graph.cli import stopped
+from imvia_graph.cli.display import console, log_to_terminal, say
 from imvia_graph.cli.options import loading_options
 from imvia_graph.encode import DEFAULT, Report, encode_kg
 from imvia_graph.errors import DataError
@@ -155,7 +157,7 @@ def encode(
       imvia-graph encode facts.nt --texts dump.ttl.gz --text-language en --encoder minilm --out kg/
       imvia-graph encode my-graph/ --images table.csv --encoder open_clip:ViT-L-14/openai --out kg/
     """
-    logging.basicConfig(format="%(message)s")
+    log_to_terminal()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if images is None and texts is None and not names:
         raise click.UsageError("There is nothing to encode: give --images, --texts or --names.")
@@ -163,11 +165,11 @@ def encode(
         raise DataError(f"{out} is a file; expected a folder to write. Name another.")
     # What a run that was stopped left there, even half-written, is no reason to refuse the run that
     # goes on: it has .encode and, since that is written last, no kg.json.
-    stopped = (out / ".encode").is_dir() and not (out / "kg.json").exists()
-    if out.exists() and not overwrite and not stopped and any(out.iterdir()):
+    unfinished = (out / ".encode").is_dir() and not (out / "kg.json").exists()
+    if out.exists() and not overwrite and not unfinished and any(out.iterdir()):
         raise DataError(f"{out} is not empty. Name another folder, or give --overwrite.")
     kg = load_kg(graph, "published", **loading)
-    console.print(repr(kg), markup=False)
+    say(repr(kg))
     folder = out / ".encode" if cache is None else cache
     raw_texts: Path | RawViews | None = texts
     if texts is not None and form_of(texts) in ("ntriples", "turtle"):
@@ -198,10 +200,9 @@ def encode(
             skip_unknown=skip_unknown,
             progress=bar.show,
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         bar.close()
-        console.print("Stopped. The same command goes on from here.")
-        raise SystemExit(130) from None
+        raise stopped(error, "Stopped. The same command goes on from here.") from None
     finally:
         bar.close()
     kg.save(out)
@@ -219,20 +220,17 @@ def _tell(report: Report) -> int:
     reused = f", {report.reused} were done before" if report.reused else ""
     equal = f", {report.equal} equal to another entity's" if report.equal else ""
     repeated = f"; {report.repeated} repeated ones left out" if report.repeated else ""
-    console.print(
+    say(
         f"{report.modality}: {report.views} views by {report.encoder} ({report.encoded} encoded"
-        f"{reused}{equal}{repeated}) in {report.seconds:.1f} s.",
-        markup=False,
-        soft_wrap=True,
+        f"{reused}{equal}{repeated}) in {report.seconds:.1f} s."
     )
     for source, reason in report.broken[:LISTED]:
-        console.print(f"  broken: {source}: {reason}", markup=False, soft_wrap=True)
+        say(f"  broken: {shown(source)}: {reason}")
     if report.broken:
         more = len(report.broken) - LISTED
-        console.print(
+        say(
             f"{_counted(len(report.broken), report.modality)} left out"
-            + (f"; {more} more of them are listed in encode.json." if more > 0 else "."),
-            markup=False,
+            + (f"; {more} more of them are listed in encode.json." if more > 0 else ".")
         )
     return len(report.broken)
 

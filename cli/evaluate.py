@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from imvia_graph.cli.display import metrics_table, relations_table, results
+from imvia_graph.cli.display import json_text, metrics_table, relations_table, results
 from imvia_graph.cli.options import device_option, run_argument
 from imvia_graph.run import load
 
@@ -38,7 +37,7 @@ def evaluate(run: Path, split: str, as_json: bool, relations: bool, device: str)
     trained = load(run, device)
     metrics = trained.evaluate(split)
     if as_json:
-        click.echo(json.dumps(metrics, ensure_ascii=False))
+        click.echo(json_text(metrics))
         return
     results.print(metrics_table(f"{trained.kg.name}: {split}, filtered", metrics))
     if relations:

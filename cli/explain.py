@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -10,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from imvia_graph._display import shown
-from imvia_graph.cli.display import results
+from imvia_graph.cli.display import cell, json_text, results
 from imvia_graph.cli.options import device_option, run_argument
 from imvia_graph.inference import End, Explanation, Side
 from imvia_graph.run import load
@@ -38,7 +37,7 @@ def explain(run: Path, head: str, relation: str, tail: str, as_json: bool, devic
     """
     found = load(run, device).explain(head=head, relation=relation, tail=tail)
     if as_json:
-        click.echo(json.dumps(found.as_dict(), ensure_ascii=False))
+        click.echo(json_text(found.as_dict()))
         return
     where = f"in {found.known}" if found.known else "not in the graph"
     triple = f"({shown(found.head.name)}, {shown(found.relation_name)}, {shown(found.tail.name)})"
@@ -60,7 +59,7 @@ def _judgements(found: Explanation) -> Table:
         for side in sides:
             rank, score, weight = found.judgements[side][name]
             cells += [f"{rank:g}", f"{score:.3f}", f"{100 * weight:.1f} %"]
-        table.add_row(escape(name), *cells)
+        table.add_row(cell(name), *cells)
     return table
 
 
@@ -74,12 +73,12 @@ def _views(end: End, relation: str) -> Table:
     for modality, views in end.views.items():
         for place, view in enumerate(views, 1):
             table.add_row(
-                escape(shown(modality)) if place == 1 else "",
-                escape(shown(view.source) or f"number {place}"),
+                cell(modality) if place == 1 else "",
+                cell(view.source) or f"number {place}",
                 f"{100 * view.weight:.1f} %",
                 f"{100 * view.plain_weight:.1f} %",
                 f"{100 * (view.weight - view.plain_weight):+.1f} %",
             )
         if not views:
-            table.add_row(escape(shown(modality)), "(none)", "", "", "")
+            table.add_row(cell(modality), "(none)", "", "", "")
     return table

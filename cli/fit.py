@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from imvia_graph import _files, load_kg
-from imvia_graph.cli.display import ProgressBar, console, metrics_table
+from imvia_graph.checkpoint import is_run
+from imvia_graph.cli import stopped
+from imvia_graph.cli.display import ProgressBar, console, log_to_terminal, metrics_table, say
 from imvia_graph.cli.options import loading_options, views_option
 from imvia_graph.errors import SettingsError
 from imvia_graph.io import with_views
@@ -83,7 +85,7 @@ def fit(
       imvia-graph fit my-graph/ --settings my-settings.yaml --device cuda
       imvia-graph fit --resume --out runs/c --epochs 60
     """
-    logging.basicConfig(format="%(message)s")
+    log_to_terminal()
     named = {"epochs": epochs, "seed": seed, "device": device, "validation": validation}
     changes: dict[str, Any] = Settings.read(file) if file is not None else {}
     changes.update(Settings.parse(assignments))
@@ -113,16 +115,17 @@ def fit(
             kg = load_kg(source, "published", settings.split_seed, **loading)
             if features:
                 kg = with_views(kg, views_option(features))
-            console.print("\n".join([repr(kg), *kg.notes]), markup=False)
+            say(repr(kg), *kg.notes)
             out = out or _free_folder(kg.name)
             run = fit_model(
                 kg, out=out, settings=settings, callbacks=_callbacks(bar, tensorboard, out)
             )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         bar.close()
-        resumable = f" Go on with: imvia-graph fit --resume --out {out}" if out else ""
-        console.print(f"Stopped.{resumable}", markup=False)
-        raise SystemExit(130) from None
+        more = ""
+        if out is not None and is_run(out):
+            more = f" Go on with: imvia-graph fit --resume --out {shlex.quote(str(out))}"
+        raise stopped(error, f"Stopped.{more}") from None
     finally:
         bar.close()
     assert run.folder is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -10,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from imvia_graph._display import printable
+from imvia_graph.cli.display import cell, json_text
 from imvia_graph.cli.options import loading_options, views_option
 from imvia_graph.inspection import inspect_kg
 from imvia_graph.io import load_kg, with_views
@@ -87,16 +88,12 @@ def inspect(
         kg = with_views(kg, views_option(features))
     found = inspect_kg(kg)
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False))
+        click.echo(json_text(found))
         return
     console = Console(highlight=False)
-    console.print(
-        f"{found['name'] or source}: {found['entities']:,} entities, {found['relations']:,}"
-        " relations",
-        markup=False,
-    )
-    for note in found["notes"]:
-        console.print(note, markup=False)
+    first = f"{found['name'] or source}: {found['entities']:,} entities, {found['relations']:,}"
+    for line in (f"{first} relations", *found["notes"]):
+        console.print(printable(line), markup=False)
     console.print(_triples_table(found))
     console.print(f"Validation: {_validation(found['validation'])}", markup=False)
     console.print(_degree_table(found))
@@ -149,7 +146,7 @@ def _degree_table(found: dict[str, Any]) -> Table:
 
 
 def _views_table(views: dict[str, Any]) -> Table:
-    table = _table("Views", "", *map(escape, views))
+    table = _table("Views", "", *map(cell, views))
     for key, what in VIEW_ROWS.items():
         table.add_row(what, *(_cell(values[key]) for values in views.values()))
     return table
@@ -173,7 +170,7 @@ def _patterns_table(patterns: dict[str, Any], names: dict[str, str], shown: int)
         left=2,
     )
     for entry in entries[:shown]:
-        both = [escape(names[entry[key]]) for key in ("relation", "other") if key in entry]
+        both = [cell(names[entry[key]]) for key in ("relation", "other") if key in entry]
         shares = [f"{entry[key]:.0%}" for key in ("share", "other_share") if key in entry]
         table.add_row(
             entry["kind"],
@@ -192,7 +189,7 @@ def _print_warnings(console: Console, warnings: list[dict[str, str]]) -> None:
     console.print(f"{len(warnings)} to look at:")
     table = Table.grid(padding=(0, 1))
     for warning in warnings:
-        table.add_row("-", escape(warning["text"]))
+        table.add_row("-", escape(printable(warning["text"])))
     console.print(table)
 
 

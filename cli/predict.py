@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from imvia_graph.cli.display import cell, json_text, results
 from imvia_graph.cli.options import device_option, run_argument
 from imvia_graph.run import load
 
@@ -63,22 +62,22 @@ def predict(
         include_self=itself or None,
     )
     if as_json:
-        click.echo(json.dumps([answer._asdict() for answer in answers], ensure_ascii=False))
+        click.echo(json_text([answer._asdict() for answer in answers]))
         return
     query = f"({head}, {relation}, ?)" if head is not None else f"(?, {relation}, {tail})"
-    table = Table(title=escape(query), title_justify="left")
+    table = Table(title=cell(query), title_justify="left")
     table.add_column("", justify="right")
     table.add_column("answer")
     table.add_column("score", justify="right")
     heads = trained.model.heads if len(trained.model.heads) > 1 else []
     for name in heads:
-        table.add_column(escape(name), justify="right")
+        table.add_column(cell(name), justify="right")
     for place, answer in enumerate(answers, 1):
-        shown = answer.name if answer.name == answer.entity else f"{answer.name} ({answer.entity})"
+        name = answer.name if answer.name == answer.entity else f"{answer.name} ({answer.entity})"
         table.add_row(
             str(place),
-            escape(shown + (" [known]" if answer.known else "")),
+            cell(name) + escape(" [known]" if answer.known else ""),
             f"{answer.score:.3f}",
-            *(f"{answer.modalities[name]:.3f}" for name in heads),
+            *(f"{answer.modalities[head]:.3f}" for head in heads),
         )
-    Console(highlight=False).print(table)
+    results.print(table)

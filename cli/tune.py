@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from rich.status import Status
 from rich.table import Table
 
 from imvia_graph import load_kg
-from imvia_graph.cli.display import console
+from imvia_graph.cli import stopped
+from imvia_graph.cli.display import cell, console, log_to_terminal, say
 from imvia_graph.cli.options import loading_options, views_option
 from imvia_graph.errors import SettingsError
 from imvia_graph.io import with_views
@@ -102,7 +102,7 @@ def tune(
       batch_size: [256, 512, 1024]
       hidden_dropout: {low: 0.2, high: 0.6, step: 0.1}
     """
-    logging.basicConfig(format="%(message)s")
+    log_to_terminal()
     fixed: dict[str, Any] = Settings.read(file) if file is not None else {}
     fixed.update(Settings.parse(assignments))
     named = {"epochs": epochs, "device": device}
@@ -118,7 +118,7 @@ def tune(
     kg = load_kg(source, "published", settings.split_seed, **loading)
     if features:
         kg = with_views(kg, views_option(features))
-    console.print("\n".join([repr(kg), *kg.notes]), markup=False)
+    say(repr(kg), *kg.notes)
     line = _Line(trials, settings.epochs)
 
     def go_on(minutes: float | None) -> Tuned:
@@ -134,11 +134,11 @@ def tune(
             progress=line.show,
         )
 
-    stopped = False
+    stop: KeyboardInterrupt | None = None
     try:
         found = go_on(timeout)
-    except KeyboardInterrupt:
-        stopped = True
+    except KeyboardInterrupt as error:
+        stop = error
         found = go_on(0)  # what there is
     finally:
         line.close()
@@ -151,9 +151,8 @@ def tune(
         )
         write_best(best_file, found, f"{kg.name}: {share}")
         click.echo(f"Best settings: {best_file} ({share})")
-    if stopped:
-        console.print(f"Stopped. The same command goes on with {study}.", markup=False)
-        raise SystemExit(130)
+    if stop is not None:
+        raise stopped(stop, f"Stopped. The same command goes on with {study}.")
 
 
 def _tell(found: Tuned) -> None:
@@ -173,7 +172,7 @@ def _tell(found: Tuned) -> None:
     for trial in best[:LISTED]:
         values = ", ".join(f"{key} {_short(value)}" for key, value in trial["settings"].items())
         table.add_row(
-            str(trial["number"]), f"{100 * trial['mrr']:.2f}", str(trial["epochs"]), values
+            str(trial["number"]), f"{100 * trial['mrr']:.2f}", str(trial["epochs"]), cell(values)
         )
     if best:
         console.print(table)

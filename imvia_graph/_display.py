@@ -29,6 +29,18 @@ def shown(label: str, longest: int = LONGEST) -> str:
     return "".join(map(_letter, " ".join(label.split()))) or ("␠" if label else "")
 
 
+def printable(text: str) -> str:
+    r"""A text of any length that a terminal shows and does not obey; line ends and tabs stay.
+
+    >>> from imvia_graph._display import printable
+    >>> printable("\x1b[2Jgone\x9b1m")
+    '␛[2Jgone�1m'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(letter if letter in "\n\t" else _letter(letter) for letter in text)
+
+
 def _letter(letter: str) -> str:
     if letter.isprintable() or letter == "\u200d":  # that joins the parts of an emoji
         return letter

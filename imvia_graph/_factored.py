@@ -32,6 +32,8 @@ class Terms(NamedTuple):
     num_queries: int
     num_candidates: int
     num_positives: int
+    #: Of the queries that could be at work at a time, only one in so many are.
+    parts: int = 1
 
     @property
     def exact(self) -> torch.dtype:
@@ -128,7 +130,8 @@ class _Work:
         a_row = len(self.queries) * size * self.queries[0].element_size()
         if not self.fused:
             a_row += 4 * size * self.terms.exact.itemsize  # what `_gradients` makes
-        rows = max(1, SCORES_AT_A_TIME // max(a_row, 1))
+        most = min(SCORES_AT_A_TIME // max(a_row, 1), self.terms.num_queries)
+        rows = max(1, -(-most // self.terms.parts))
         starts = range(0, self.terms.num_queries, rows)
         return [(start, min(start + rows, self.terms.num_queries)) for start in starts]
 

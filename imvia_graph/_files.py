@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import gzip
+import hashlib
 import io
 import json
 import os
+import re
+import reprlib
+import stat
+import sys
 import tempfile
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 import polars as pl
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imvia_graph.errors import DataError
+from imvia_graph.errors import DataError, StorageError
 
 TRIPLE_COLUMNS = ("head", "relation", "tail")
 #: The bytes with which compressed files begin.
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+#: What a compressed file may hold: so many times its own size, or so many bytes if that is more.
+#: Tables shrink to a tenth, padded features to a fiftieth; bombs to a thousandth.
+RATIO, SMALL = 200, 2**26
+#: The most that gzip and zip shrink anything.
+_DEFLATE = 1032
 #: What Windows programs begin UTF-8 text with; it is no part of the text.
 BOM = "\ufeff"
 
 
 def scan_lines(path: Path) -> pl.LazyFrame:
     """The column ``line`` of a plain, gzip or zstd file, vectorised, without a byte order mark."""
+    check_compressed(path)
     lines = pl.scan_lines(path, glob=False)
     first = lines.head(1).collect()
     if not first.height or not first["line"][0].startswith(BOM):
@@ -81,12 +97,77 @@ def _pieces(path: Path, file: IO[bytes]) -> Iterator[bytes]:
 @contextmanager
 def open_input(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading bytes; a DataError says so where that cannot be."""
+    check_compressed(path)
     try:
         file = path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read: {reason}.") from error
     with file:
         yield file
+
+
+def check_compressed(path: Path) -> None:
+    """A DataError where a gzip or zstd file holds far more than its size lets one expect."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return
+        with path.open("rb") as file:
+            mark = file.read(4)
+    except (OSError, ValueError):
+        return  # who reads it says why that cannot be
+    if mark.startswith(GZIP) and found.st_size * _DEFLATE > SMALL:
+        _count(path, "gzip", found.st_size, found.st_mtime_ns)
+    elif mark == ZSTD:
+        _count(path, "zstd", found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _count(path: Path, kind: str, size: int, changed: int) -> None:
+    """Decompress a file up to what it may hold; each version of it once."""
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    limit = max(SMALL, RATIO * size)
+    held = 0
+    try:
+        with gzip.open(path) if kind == "gzip" else zstd.open(path) as file:
+            while piece := file.read(2**20):
+                held += len(piece)
+                if held > limit:
+                    break
+    except (EOFError, OSError, zlib.error, zstd.ZstdError, MemoryError):
+        return  # who reads it says why that cannot be
+    if held > limit:
+        raise DataError(_bomb(path, size, f"more than {limit:,}"))
+
+
+def check_archive(path: Path) -> None:
+    """A DataError where a zip archive, as npz and pth files are, says to hold far too much."""
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            held = sum(member.file_size for member in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
+        return  # no archive, or who reads it says why that cannot be
+    if held > max(SMALL, RATIO * size):
+        raise DataError(_bomb(path, size, f"{held:,}"))
+
+
+def _bomb(path: Path, size: int, held: str) -> str:
+    return (
+        f"{path}: {size:,} bytes that decompress to {held} are taken for a decompression bomb."
+        " Where you trust the file, decompress it yourself."
+    )
+
+
+def bounded(value: Any, length: int = 80) -> str:
+    """What a value is, in a message: of any size and depth."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = length
+    return shorten(short.repr(value), length)
 
 
 @contextmanager
@@ -137,6 +218,7 @@ def read_label_table(path: Path, column: str) -> tuple[list[str], list[str] | No
 
 def _label_table_fast(path: Path, column: str) -> tuple[list[str], list[str] | None] | None:
     """The table, or None where a line needs to be looked at."""
+    check_compressed(path)
     try:
         frame = pl.read_csv(
             path,
@@ -189,6 +271,7 @@ def _label_table_by_line(path: Path, column: str) -> tuple[list[str], list[str] 
 
 def read_view_table(path: Path) -> tuple[list[str], list[str]]:
     """Read ``views/<modality>.csv`` (RFC 4180, header ``entity,source``)."""
+    check_compressed(path)
     try:
         frame = pl.read_csv(path, infer_schema=False, glob=False).fill_null("")
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -220,23 +303,97 @@ def read_features(path: Path, key: str = "feat") -> Tensor:
         ) from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside ``path``, flush to disk, then rename: a reader sees the old file or the new."""
+def write_atomically(
+    path: Path, write: Callable[[Path], None], previous: Path | None = None
+) -> None:
+    """Write beside ``path``, flush to disk, then rename: a reader sees the old file or the new.
+
+    With ``previous``, the old file is kept under that name.
+
+    Raises
+    ------
+    StorageError
+        The disk is full; ``path`` and ``previous`` are as they were.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes private files; what we write is as readable as any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        with storing(path):
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=_aside(path))
+            os.close(handle)
+            temporary = Path(name)
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            # mkstemp makes private files; what we write is as readable as any other file.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            if previous is not None and path.exists():
+                _keep(path, previous)
+            temporary.replace(path)
+            _flush_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> str:
+    """How the names of files begin that become ``path`` once they are whole."""
+    return f".{path.name}."
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what writers of ``path`` left behind when they were killed; none may be at work."""
+    for left in path.parent.glob(f"{_aside(path)}*"):
+        left.unlink(missing_ok=True)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Have a file under another name, too, so that at any moment one of both is there."""
+    link = path.with_name(f"{_aside(path)}link")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        path.replace(previous)
+    else:
+        link.replace(previous)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have a rename on disk, where the system lets one ask for that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+#: What the system says where a disk, a quota or a file has no room left.
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full; Rust's libraries say so in words only."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+    return number in _FULL
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """A full disk as a StorageError that names the file; other errors as they are."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, StorageError) or not is_full(error):
+            raise
+        raise StorageError(
+            f"{path} cannot be written: the disk is full, or a quota or the limit of a file's size"
+            f" is reached ({error}). What was there is as it was. Free some space and go on."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -258,16 +415,30 @@ def read_json(path: Path) -> Any:
     with open_input(path) as file:
         try:
             return json.loads(file.read().decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: expected JSON in UTF-8: {error}.") from error
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    previous: Path | None = None,
 ) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically; see `write_atomically`."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=metadata))
+    told = None if metadata is None else dict(metadata)
+    write_atomically(path, lambda temporary: save_file(plain, temporary, told), previous)
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of tensors and what is said of them, whatever their order."""
+    found = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        plain = tensor.detach().cpu().contiguous()
+        found.update(json.dumps([name, str(plain.dtype), list(plain.shape)]).encode())
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def write_label_table(

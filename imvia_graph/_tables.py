@@ -41,6 +41,9 @@ _SEPARATED = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", SPACE
 
 Columns = Sequence[int] | Sequence[str]
 
+#: Rows of a Parquet file that are read whatever its size, and rows a byte beyond that.
+_ROWS, _ROWS_A_BYTE = 1_000_000, 100
+
 
 def read_triples(
     path: Path,
@@ -316,13 +319,25 @@ def read_parquet_triples(path: Path, columns: Columns | None = None) -> pl.DataF
         No Parquet file, columns that are not there or hold no labels, an empty label.
     """
     try:
+        check_parquet(path)
         return frame_of_triples(pl.scan_parquet(path, glob=False), str(path), columns)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        detail = shorten((str(error).splitlines() or [type(error).__name__])[0], 200)
         raise DataError(
             f"{path}: expected a Parquet file; it cannot be read ({detail}). It may be cut short:"
             " fetch or make it again."
         ) from error
+
+
+def check_parquet(path: Path) -> None:
+    """A DataError where a Parquet file announces far more rows than its size lets one expect."""
+    size = path.stat().st_size
+    rows = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
+    if rows > max(_ROWS, _ROWS_A_BYTE * size):
+        raise DataError(
+            f"{path}: {size:,} bytes that announce {rows:,} rows are taken for a decompression"
+            " bomb. Where you trust the file, write it anew as another form."
+        )
 
 
 def frame_of_triples(table: pl.LazyFrame, where: str, columns: Columns | None) -> pl.DataFrame:
@@ -374,7 +389,7 @@ def _numbered_fast(path: Path, announced: bool | None) -> list[str] | None:
         lines = _files.scan_lines(path).collect()["line"]
         lines = lines.filter(lines.str.contains(r"\S"))
         count = None
-        if announced is not False and len(lines) and re.fullmatch(r"[0-9]+\s*", lines[0]):
+        if announced is not False and len(lines) and re.fullmatch(r"[0-9]{1,18}\s*", lines[0]):
             count, lines = int(lines[0]), lines.slice(1)
         groups = lines.str.extract_groups(r"^\s*(.*\S)\s+([0-9]{1,18})\s*$").struct
         labels, ids = groups.field("1"), groups.field("2").cast(pl.Int64)
@@ -399,11 +414,11 @@ def _numbered_by_line(path: Path, announced: bool | None) -> list[str]:
             continue
         if first:
             first = False
-            if announced or (announced is None and line.strip().isdecimal()):
+            if announced or (announced is None and is_number(line.strip())):
                 count = announced_count(path, number, line)
                 continue
         fields = line.rsplit(None, 1)
-        if len(fields) != 2 or not fields[1].isdecimal():
+        if len(fields) != 2 or not is_number(fields[1]):
             raise DataError(
                 f"{path}, line {number}: expected a label and its id, found {shorten(line)!r}."
             )
@@ -426,12 +441,17 @@ def _numbered_by_line(path: Path, announced: bool | None) -> list[str]:
 
 def announced_count(path: Path, number: int, line: str) -> int:
     """The number of lines that a first line announces."""
-    if not line.strip().isdecimal():
+    if not is_number(line.strip()):
         raise DataError(
             f"{path}, line {number}: expected the number of lines that follow, found"
             f" {shorten(line)!r}."
         )
     return int(line)
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a count or an id: digits, and not more than 64 bits hold."""
+    return text.isdecimal() and len(text) <= 18
 
 
 def check_count(path: Path, count: int | None, found: int) -> None:

@@ -1,56 +1,118 @@
 """Run folders and checkpoints: save, load, resume.
 
-A run folder, format version 1:
+A run folder, format version 2:
 
 - ``run.json``: format, version, the graph's name, versions of what ran it;
 - ``settings.yaml``: every setting;
 - ``kg/``: the graph as it was trained on, splits included (see `MultiViewKG.save`);
 - ``metrics.jsonl``: a line an epoch;
 - ``best.safetensors``: the model of the best validation MRR; without validation, the last one;
-- ``last.safetensors``: all that resuming needs - model, best model, optimizers, random states;
+- ``last.safetensors``: all that resuming needs - model, best model, optimizers, random states, and
+  of an epoch that is not over its place, order and sums of losses;
+- ``previous.safetensors``: the ``last.safetensors`` from before it;
+- ``.lock``: locked while a process trains here;
 - ``test.json``: the final test metrics, where the command line trained.
+
+Every file is written beside its place, flushed to disk and renamed: whoever reads, and whoever goes
+on after a crash, finds the old one or the new one. The metadata of the safetensors files hold a
+SHA-256 of all that is in them. Where ``last.safetensors`` is damaged, ``previous.safetensors`` is
+gone on with; where ``best.safetensors`` is, the best model is taken from the checkpoint.
+
+Version 1 had no checksums, no ``previous.safetensors``, and no place within an epoch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from imvia_graph import _files
 from imvia_graph._version import __version__
-from imvia_graph.errors import CheckpointError
+from imvia_graph.errors import CheckpointError, StorageError
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.model import IMVIA
 from imvia_graph.settings import Settings
 from imvia_graph.training import Callback, Progress, Trainer
 
-FORMAT, FORMAT_VERSION = "imvia-graph/run", 1
+logger = logging.getLogger(__name__)
+
+FORMAT, FORMAT_VERSION = "imvia-graph/run", 2
 BEST, LAST, METRICS = "best.safetensors", "last.safetensors", "metrics.jsonl"
+#: The checkpoint before the last one, and the lock of who trains.
+PREVIOUS, LOCK = "previous.safetensors", ".lock"
+#: What the checksum is called among the metadata of a file.
+CHECKSUM = "sha256"
 
 
 # -- the run folder -------------------------------------------------------------------------------
 
 
-def start_run(folder: Path, kg: MultiViewKG, settings: Settings) -> None:
-    """Make a run folder.
+def check_free(folder: Path) -> None:
+    """Refuse a folder that a new run cannot have.
+
+    A folder that a process was killed in while it made a run there holds a lock and no ``run.json``
+    yet, and may be had.
 
     Raises
     ------
     CheckpointError
         The folder holds something already; nothing in it is touched.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / LOCK).is_file() or is_run(folder):
         hint = "; --resume (resume=True) goes on with it" if is_run(folder) else ""
         raise CheckpointError(f"{folder} exists and is not empty{hint}. Choose another folder.")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have a run folder to oneself; made where it is not there.
+
+    The system lets go of the lock when the process that holds it ends, however it ends.
+
+    Raises
+    ------
+    CheckpointError
+        Another process trains there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"{folder}: another process is training there. Wait for it to end, or choose another"
+            " folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def start_run(folder: Path, kg: MultiViewKG, settings: Settings) -> None:
+    """Make a run folder; to be called with it `locked`.
+
+    Raises
+    ------
+    CheckpointError
+        The folder holds something already; nothing in it is touched.
+    """
+    check_free(folder)
+    shutil.rmtree(folder / "kg", ignore_errors=True)  # of a process that was killed making it
     kg.save(folder / "kg")
     _files.write_text(folder / "settings.yaml", settings.to_yaml())
     versions = {
@@ -74,16 +136,28 @@ def open_run(folder: Path) -> tuple[MultiViewKG, Settings]:
     if not is_run(folder):
         what = "holds no run (no run.json)" if folder.is_dir() else "does not exist"
         raise CheckpointError(f"{folder} {what}; expected a folder that `fit` wrote.")
-    about = _files.read_json(folder / "run.json")
+    about = _files.read_json(_files.inside(folder, "run.json"))
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise CheckpointError(f"{folder / 'run.json'}: not the description of a run.")
-    if not isinstance(about.get("version"), int) or about["version"] > FORMAT_VERSION:
+    version = about.get("version")
+    if type(version) is not int or version < 1:
         raise CheckpointError(
-            f"{folder}: format version {about.get('version')!r} is newer than this library reads"
+            f"{folder / 'run.json'}: expected a format version, 1 or more, found {version!r}."
+        )
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder}: format version {version} is newer than this library reads"
             f" ({FORMAT_VERSION}). Update imvia-graph."
         )
-    settings = Settings.create(Settings.read(folder / "settings.yaml"))
-    return MultiViewKG.load(folder / "kg"), settings
+    settings = Settings.create(Settings.read(_files.inside(folder, "settings.yaml")))
+    return MultiViewKG.load(_files.inside(folder, "kg")), settings
+
+
+def upgrade(folder: Path) -> None:
+    """Have a run folder of an older version say what it is once it is gone on with."""
+    about = _files.read_json(folder / "run.json")
+    if about["version"] < FORMAT_VERSION:
+        _files.write_json(folder / "run.json", {**about, "version": FORMAT_VERSION})
 
 
 class RunFolder(Callback):
@@ -98,59 +172,95 @@ class RunFolder(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._best_epoch: int | None = None
+        self._lines: list[str] = []
 
     def on_start(self, trainer: Trainer) -> None:
-        """Drop the metrics of epochs that the checkpoint does not hold."""
-        path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if _epoch_of(line) <= trainer.progress.epoch]
-        _files.write_text(path, "".join(f"{line}\n" for line in kept))
+        """Remove what a killed process left, and metrics of epochs that the checkpoint lacks."""
+        for name in (BEST, LAST, METRICS, "run.json", "settings.yaml", "test.json"):
+            _files.remove_unfinished(self.folder / name)
+        lines = read_metrics(self.folder)
+        self._lines = [line for line in lines if _epoch_of(line) <= trainer.progress.epoch]
+        self._write(trainer, self._write_metrics)
         self._best_epoch = trainer.progress.best_epoch
         # The best model may have been found after the checkpoint that is gone on from.
         path = self.folder / BEST
         if trainer.best_state is not None and _best_epoch_of(path) != self._best_epoch:
-            save_model(path, trainer.best_state, trainer.progress)
+            self._write_best(trainer)
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Append the metrics; write the best model where it is new, and what resuming needs."""
         progress, settings = trainer.progress, trainer.settings
         if trainer.best_state is not None and progress.best_epoch != self._best_epoch:
-            save_model(self.folder / BEST, trainer.best_state, progress)
-            self._best_epoch = progress.best_epoch
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._write_best(trainer)
+        self._lines.append(json.dumps(record, ensure_ascii=False))
+        self._write(trainer, self._write_metrics)
         if progress.ended or progress.epoch % settings.checkpoint_every == 0:
-            save_trainer(self.folder / LAST, trainer)
+            self._write(trainer, lambda: save_trainer(self.folder / LAST, trainer))
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Keep the place within the epoch."""
+        self._write(trainer, lambda: save_trainer(self.folder / LAST, trainer))
 
     def on_end(self, trainer: Trainer) -> None:
         """Without validation, the last epoch is the best there is."""
         if trainer.best_state is None:
-            save_model(self.folder / BEST, trainer.model.state_dict(), trainer.progress)
+            self._write_best(trainer)
+
+    def _write_best(self, trainer: Trainer) -> None:
+        state = trainer.best_state or trainer.model.state_dict()
+        path = self.folder / BEST
+        if self._write(trainer, lambda: save_model(path, state, trainer.progress)):
+            self._best_epoch = trainer.progress.best_epoch
+
+    def _write_metrics(self) -> None:
+        _files.write_text(self.folder / METRICS, "".join(f"{line}\n" for line in self._lines))
+
+    def _write(self, trainer: Trainer, write: Callable[[], None]) -> bool:
+        """Whether it was written; where the disk is full, stop or go on, as set."""
+        try:
+            write()
+        except StorageError as error:
+            if trainer.settings.disk_full == "stop":
+                raise
+            logger.warning("%s Training goes on, and the next checkpoint is tried.", error)
+            return False
+        return True
+
+
+def read_metrics(folder: Path) -> list[str]:
+    """The lines of ``metrics.jsonl``."""
+    path = _files.inside(folder, METRICS)
+    if not path.is_file():
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _epoch_of(line: str) -> float:
     """The epoch of a line of metrics; of a line cut short, one that no checkpoint holds."""
     try:
         return int(json.loads(line)["epoch"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return float("inf")
 
 
 def _best_epoch_of(path: Path) -> int | None:
-    """The epoch of a saved model; None where there is none, or none that can be read."""
+    """The epoch of a saved model; None where there is none, or none that is whole."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return _progress(path, file.metadata() or {}).best_epoch
-    except (SafetensorError, OSError, CheckpointError):
+        return _progress(path, _read(path)[1]).best_epoch
+    except CheckpointError:
         return None
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is cut short, altered, or not there."""
+
+
 def save_model(path: Path, state: Mapping[str, Tensor], progress: Progress) -> None:
     """Write a model's state as safetensors; the metadata says of which epoch."""
-    _files.write_tensors(path, dict(state), {"progress": json.dumps(asdict(progress))})
+    _write(path, state, {"progress": json.dumps(asdict(progress))})
 
 
 def load_model(path: Path, model: IMVIA) -> Progress:
@@ -160,8 +270,76 @@ def load_model(path: Path, model: IMVIA) -> Progress:
     return _progress(path, metadata)
 
 
+def fitting_model(
+    folder: Path, kg: MultiViewKG, settings: Settings, names: Sequence[str] = (LAST, PREVIOUS)
+) -> IMVIA:
+    """A model for what a run folder holds, made only where its checkpoint is of that size.
+
+    So that settings which somebody altered cannot ask for more memory than the checkpoint takes.
+    The first of the files that are named and can be read tells.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint is of another model.
+    """
+    with torch.device("meta"):
+        expected = IMVIA.from_kg(kg, settings).state_dict()
+    for name in names:
+        path = _files.inside(folder, name)
+        shapes = _shapes(path, "" if name == BEST else "model/")
+        if shapes is None:
+            continue
+        for key, value in expected.items():
+            if shapes.get(key) != list(value.shape):
+                raise CheckpointError(
+                    f"{path}: the checkpoint does not fit the model ({key}: expected"
+                    f" {list(value.shape)}, found {shapes.get(key)})."
+                )
+        break
+    return IMVIA.from_kg(kg, settings)
+
+
+def _shapes(path: Path, prefix: str) -> dict[str, list[int]] | None:
+    """Shapes of the tensors under a prefix, from the header; None where that cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name[len(prefix) :]: file.get_slice(name).get_shape() for name in names}
+    except (SafetensorError, OSError):
+        return None
+
+
+def load_best(folder: Path, model: IMVIA) -> Progress:
+    """Read the best model of a run folder.
+
+    Where its file is damaged, or not there yet, it is the one that the last checkpoint knows.
+    """
+    path = _files.inside(folder, BEST)
+    try:
+        return load_model(path, model)
+    except DamagedError as error:
+        damage = error
+    for name in (LAST, PREVIOUS):
+        checkpoint = _files.inside(folder, name)
+        try:
+            tensors, metadata = _read(checkpoint)
+        except DamagedError:
+            continue
+        groups = _grouped(tensors)
+        state = groups.get("best") or {**groups.get("model", {}), **groups.get("average", {})}
+        _load_state(checkpoint, model, state)
+        if path.exists():
+            logger.warning("%s The best model that %s knows is used.", damage, checkpoint)
+        return _progress(checkpoint, metadata)
+    raise damage
+
+
 def save_trainer(path: Path, trainer: Trainer) -> None:
-    """Write all that resuming needs: the run goes on bit by bit as if it had not stopped."""
+    """Write all that resuming needs: the run goes on bit by bit as if it had not stopped.
+
+    The checkpoint that is there is kept as ``previous.safetensors``.
+    """
     tensors = {f"model/{name}": value for name, value in trainer.model.state_dict().items()}
     for name, value in (trainer.best_state or {}).items():
         tensors[f"best/{name}"] = value
@@ -175,6 +353,9 @@ def save_trainer(path: Path, trainer: Trainer) -> None:
             for name, value in entries.items():
                 tensors[f"{label}/{index}/{name}"] = torch.as_tensor(value)
     tensors["random/data"] = trainer.batches.generator.get_state()
+    if trainer.progress.batch:
+        tensors["random/order"] = trainer.batches.order_state
+        tensors.update({f"sums/{name}": value for name, value in trainer.sums.items()})
     tensors["random/cpu"] = torch.get_rng_state()
     if trainer.model.device.type == "cuda":
         tensors["random/cuda"] = torch.cuda.get_rng_state(trainer.model.device)
@@ -183,16 +364,42 @@ def save_trainer(path: Path, trainer: Trainer) -> None:
         "optimizers": json.dumps(plain),
         "scaler": json.dumps(trainer.scaler.state_dict()),
     }
-    _files.write_tensors(path, tensors, metadata)
+    _write(path, tensors, metadata, path.with_name(PREVIOUS))
+
+
+def load_last(folder: Path, trainer: Trainer) -> None:
+    """Read the last checkpoint of a run folder into a trainer; to be called with it `locked`.
+
+    Where it is damaged, it is the one before; where there is none yet, the run starts again.
+
+    Raises
+    ------
+    CheckpointError
+        There are checkpoints, but none that is whole; or one that does not fit the trainer.
+    """
+    last, previous = (_files.inside(folder, name) for name in (LAST, PREVIOUS))
+    if not last.is_file() and not previous.is_file():
+        return
+    try:
+        load_trainer(last, trainer)
+    except DamagedError as error:
+        if not previous.is_file():
+            raise
+        load_trainer(previous, trainer)
+        logger.warning(
+            "%s The checkpoint before it is gone on with, from epoch %d.",
+            error,
+            trainer.progress.epoch,
+        )
+        # So that the next checkpoint does not push the good one out for the damaged one.
+        previous.replace(last)
 
 
 def load_trainer(path: Path, trainer: Trainer) -> None:
     """Read what `save_trainer` wrote into a trainer of the same graph and settings."""
     tensors, metadata = _read(path)
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        group, _, rest = name.partition("/")
-        groups.setdefault(group, {})[rest] = value
+    groups = _grouped(tensors)
+    progress = _progress(path, metadata)
     _load_state(path, trainer.model, groups.get("model", {}))
     if "best" in groups:
         device = trainer.model.device
@@ -210,15 +417,19 @@ def load_trainer(path: Path, trainer: Trainer) -> None:
                 value.copy_(groups["average"][name])
         trainer.scaler.load_state_dict(json.loads(metadata["scaler"]))
         trainer.batches.generator.set_state(groups["random"]["data"])
+        if progress.batch:
+            trainer.batches.order_state = groups["random"]["order"]
+            device = trainer.model.device
+            trainer.sums = {name: value.to(device) for name, value in groups["sums"].items()}
         torch.set_rng_state(groups["random"]["cpu"])
         if "cuda" in groups["random"] and trainer.model.device.type == "cuda":
             torch.cuda.set_rng_state(groups["random"]["cuda"], trainer.model.device)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: the checkpoint does not fit this run ({error}). Was it made with other"
             " settings or another version?"
         ) from error
-    trainer.progress = _progress(path, metadata)
+    trainer.progress = progress
 
 
 def _optimizers(trainer: Trainer) -> dict[str, torch.optim.Optimizer]:
@@ -228,30 +439,62 @@ def _optimizers(trainer: Trainer) -> dict[str, torch.optim.Optimizer]:
     return found
 
 
+def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by what stands before the first slash of their names."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        group, _, rest = name.partition("/")
+        groups.setdefault(group, {})[rest] = value
+    return groups
+
+
+def _write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    previous: Path | None = None,
+) -> None:
+    """Write tensors with a checksum."""
+    told = {**metadata, CHECKSUM: _files.digest(tensors, metadata)}
+    _files.write_tensors(path, tensors, told, previous)
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise CheckpointError(
-            f"{path} does not exist: the run has not come to its first checkpoint."
-        )
+        raise DamagedError(f"{path} does not exist: the run has not come to its first checkpoint.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); it may be cut short.") from error
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise DamagedError(f"{path} cannot be read ({error}); it may be cut short.") from error
+    # Files of the first format version have no checksum.
+    expected = metadata.pop(CHECKSUM, None)
+    if expected is not None and expected != _files.digest(tensors, metadata):
+        raise DamagedError(
+            f"{path} is damaged: what it holds is not what its checksum was made of."
+        )
+    return tensors, metadata
 
 
 def _progress(path: Path, metadata: Mapping[str, str]) -> Progress:
     try:
-        return Progress(**json.loads(metadata["progress"]))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        progress = Progress(**json.loads(metadata["progress"]))
+        plain = asdict(progress)
+        for name, default in asdict(Progress(best_mrr=0.0)).items():
+            kind = (int, float) if isinstance(default, float) else type(default)
+            if not isinstance(plain[name], kind) and (name, plain[name]) != ("best_mrr", None):
+                raise ValueError(f"{name} is {plain[name]!r}")
+        return progress
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of imvia-graph ({error}).") from error
 
 
 def _load_state(path: Path, model: IMVIA, state: Mapping[str, Tensor]) -> None:
     try:
         model.load_state_dict(dict(state))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [""])[-1].strip()
         raise CheckpointError(
             f"{path}: the checkpoint does not fit the model ({reason})."
         ) from error
@@ -259,11 +502,17 @@ def _load_state(path: Path, model: IMVIA, state: Mapping[str, Tensor]) -> None:
 
 __all__ = [
     "RunFolder",
+    "check_free",
+    "fitting_model",
     "is_run",
+    "load_best",
+    "load_last",
     "load_model",
     "load_trainer",
+    "locked",
     "open_run",
     "save_model",
     "save_trainer",
     "start_run",
+    "upgrade",
 ]

@@ -35,6 +35,14 @@ class TrainingError(IMVIAError):
     """Training that cannot go on: a loss or a gradient that is no number."""
 
 
+class OutOfMemoryError(IMVIAError, MemoryError):
+    """A step that does not fit into memory, however few rows are taken at a time."""
+
+
+class StorageError(IMVIAError, OSError):
+    """What a disk did not take: it is full, a quota or the limit of a file's size is reached."""
+
+
 class CheckpointError(IMVIAError):
     """A run folder or checkpoint that cannot be read or does not fit."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from imvia_graph import _kernels
+from imvia_graph._guards import MEMORY_ERRORS, Parts
 from imvia_graph.answers import AnswerIndex, pointer, with_inverses
 from imvia_graph.errors import DataError
 from imvia_graph.kg import MultiViewKG, Split
@@ -166,16 +167,24 @@ def rank(
     ranks = {name: torch.empty(len(queries), dtype=torch.float64, device=device) for name in wanted}
     training = model.training
     model.eval()
+    parts = Parts("ranking a batch of queries")
     done = 0
     try:
-        for positions, tables in _groups(model, queries[:, 1], batch_size):
-            entity, relation, answer = queries[positions].unbind(1)
-            found = _ranks(model, entity, relation, answer, tables, known, wanted)
-            for name in wanted:
-                ranks[name][positions] = found[name]
-            done += len(positions)
-            if on_batch:
-                on_batch(done, len(queries))
+        for group, tables in _groups(model, queries[:, 1], batch_size):
+            while len(group):
+                positions = group[: parts.rows(batch_size)]
+                entity, relation, answer = queries[positions].unbind(1)
+                try:
+                    found = _ranks(model, entity, relation, answer, tables, known, wanted)
+                except MEMORY_ERRORS as error:
+                    parts.halve(error, batch_size)
+                    continue
+                for name in wanted:
+                    ranks[name][positions] = found[name]
+                group = group[len(positions) :]
+                done += len(positions)
+                if on_batch:
+                    on_batch(done, len(queries))
     finally:
         model.train(training)
     # Queries come as all tails, then all heads.

@@ -698,14 +698,26 @@ def _read_about(folder: Path) -> dict[str, Any]:
     for key in ("modalities", "notes"):
         listed = about.get(key, [])
         if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-            raise DataError(f"{path}: expected a list of texts for {key!r}, found {listed!r}.")
+            raise DataError(
+                f"{path}: expected a list of texts for {key!r}, found {_files.bounded(listed)}."
+            )
     roots = about.get("roots", {})
     if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):
-        raise DataError(f"{path}: expected a folder a modality for 'roots', found {roots!r}.")
-    version = about.get("version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise DataError(
-            f"{path}: format version {version!r} is newer than this library reads"
+            f"{path}: expected a folder a modality for 'roots', found {_files.bounded(roots)}."
+        )
+    if not isinstance(about.get("name") or "", str):
+        raise DataError(
+            f"{path}: expected a text for 'name', found {_files.bounded(about['name'])}."
+        )
+    version = about.get("version", FORMAT_VERSION)
+    if type(version) is not int or version < 1:
+        raise DataError(
+            f"{path}: expected a format version, 1 or more, found {_files.bounded(version)}."
+        )
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format version {version} is newer than this library reads"
             f" ({FORMAT_VERSION}). Update imvia-graph."
         )
     return about

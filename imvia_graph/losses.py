@@ -434,6 +434,7 @@ def factored_completion(
     loss: str = "softmax",
     label_smoothing: float = 0.0,
     detached: bool = False,
+    parts: int = 1,
 ) -> Tensor:
     r"""L3 of heads whose scores are inner products, and of their decision.
 
@@ -452,6 +453,8 @@ def factored_completion(
     label_smoothing : float, optional
     detached : bool, optional
         Whether the heads learn nothing from the decision.
+    parts : int, optional
+        Of the queries whose scores would be held at a time, only one in so many are.
 
     Returns
     -------
@@ -482,7 +485,14 @@ def factored_completion(
     order = torch.argsort(positives.row, stable=True)
     row, col = positives.row[order], positives.col[order]
     terms = Terms(
-        loss, label_smoothing, detached, dtype, len(queries[0]), len(candidates[0]), len(row)
+        loss,
+        label_smoothing,
+        detached,
+        dtype,
+        len(queries[0]),
+        len(candidates[0]),
+        len(row),
+        parts,
     )
     # The mean over the rows, each times its weight over the mean weight.
     of_rows = positives.weight

@@ -93,7 +93,9 @@ class IMVIA(nn.Module):
         self.num_entities, self.num_relations = num_entities, num_relations
         relation_dim = s.relation_dim
         self.modalities = list(views)
-        for i, (feat, ptr) in enumerate(views.values()):
+        self.view_scale = {modality: moderate(feat) for modality, (feat, _) in views.items()}
+        for i, (modality, (feat, ptr)) in enumerate(views.items()):
+            feat = self.scaled(modality, feat)
             self.register_buffer(f"view_feat_{i}", feat, persistent=False)
             self.register_buffer(f"view_ptr_{i}", ptr, persistent=False)
 
@@ -147,7 +149,7 @@ class IMVIA(nn.Module):
         views = {}
         for modality in wanted:
             feat, ptr = kg.views(modality)
-            views[modality] = (feat.float(), ptr)
+            views[modality] = (feat if feat.dtype == torch.float64 else feat.float(), ptr)
         return cls(kg.num_entities, kg.num_relations, views, settings)
 
     def reset_parameters(self) -> None:
@@ -174,6 +176,13 @@ class IMVIA(nn.Module):
             modality: (self.get_buffer(f"view_feat_{i}"), self.get_buffer(f"view_ptr_{i}"))
             for i, modality in enumerate(self.modalities)
         }
+
+    def scaled(self, modality: str, feat: Tensor) -> Tensor:
+        """(V, d_m) features as the model sees them: see `moderate`; double precision as single."""
+        scale = self.view_scale[modality]
+        if scale is not None:
+            return (feat.double() * scale.to(feat.device)).float()
+        return feat.float() if feat.dtype == torch.float64 else feat
 
     def embed(self, entity: Tensor | None = None, relation: Tensor | None = None) -> Embedding:
         """Embeddings of (B,) entities, or all, under (B,) relations, or one relation, or none."""
@@ -264,6 +273,46 @@ class IMVIA(nn.Module):
     def learns_decision(self) -> bool:
         """Whether the decision has weights to learn; one head, or the mean of all, has not."""
         return self.decision is not None and self.settings.decision != "mean"
+
+
+#: Largest magnitude of a column of features that is left as it is, and the smallest of them all.
+LARGEST, SMALLEST = 2.0**10, 2.0**-10
+
+
+def moderate(feat: Tensor) -> Tensor | None:
+    """Powers of two that bring features to a size that float32 can square; None for most.
+
+    A column of magnitudes above `LARGEST` is brought below it. Where all columns are below
+    `SMALLEST`, all are multiplied by one number.
+
+    Parameters
+    ----------
+    feat : Tensor
+        (V, d), finite.
+
+    Returns
+    -------
+    Tensor or None
+        (d,) float64 to multiply columns by, or None where nothing is to be done.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.model import moderate
+    >>> moderate(torch.tensor([[1.0, 2.0**20]])).tolist()
+    [1.0, 0.00048828125]
+    """
+    if not feat.numel():
+        return None
+    size = torch.maximum(feat.amax(0), -feat.amin(0)).double()
+    largest = float(size.max())
+    if SMALLEST <= largest <= LARGEST or not largest:
+        return None
+    # 2 to the exponent is above the size, by a factor of two at most.
+    exponent = torch.frexp(size if largest > LARGEST else size.max())[1].double()
+    if largest > LARGEST:
+        exponent = (exponent - 10).clamp(min=0)
+    return torch.ones_like(size).cpu() * (2.0 ** -exponent.cpu())
 
 
 def _rows(table: nn.Module, entity: Tensor | None) -> Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -206,7 +209,7 @@ def fit(
     resume : bool
         Whether to go on with the run in ``out``, with its graph and its settings; of the
         settings given, only `RESUMABLE` may differ: ``epochs``, ``patience``, ``device``,
-        ``validate_every``, ``checkpoint_every``.
+        ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``.
         A run that ended is taken as it is, unless there are more epochs to go.
     callbacks : sequence of Callback
         See `imvia_graph.training.Callback`.
@@ -222,6 +225,13 @@ def fit(
     Raises
     ------
     DataError, SettingsError, CheckpointError
+    TrainingError
+        A loss or a gradient that is not finite (see the setting ``non_finite``).
+    StorageError
+        A checkpoint does not fit on the disk (see the setting ``disk_full``).
+    KeyboardInterrupt
+        Ctrl-C. With ``out``, the step in hand is finished and its place kept first, for SIGTERM,
+        too, so that ``resume`` goes on there; a second signal does not wait.
 
     Examples
     --------
@@ -251,16 +261,70 @@ def fit(
     )
     _check_modalities(graph, chosen)
     torch.manual_seed(chosen.seed)
-    trainer = _trainer(graph, chosen, device, callbacks)
-    if folder is not None:
-        checkpoint.start_run(folder, graph, trainer.settings)
-        trainer.callbacks.insert(0, checkpoint.RunFolder(folder))
-    progress = trainer.fit()
+    trainer = Trainer(IMVIA.from_kg(graph, chosen).to(device), graph, chosen, callbacks)
+    if folder is None:
+        progress = trainer.fit()
+    else:
+        checkpoint.check_free(folder)
+        with checkpoint.locked(folder):
+            checkpoint.start_run(folder, graph, trainer.settings)
+            progress = _fit_in(folder, trainer)
     return Run(trainer.model.eval(), graph, trainer.settings, progress, folder)
 
 
+def _fit_in(folder: Path, trainer: Trainer) -> Progress:
+    """Train with a run folder; a signal ends it after the step in hand."""
+    trainer.callbacks.insert(0, checkpoint.RunFolder(folder))
+    with _stopping_on_signals(trainer):
+        return trainer.fit()
+
+
+@contextmanager
+def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
+    """Have SIGINT and SIGTERM stop a trainer; they do what they would have done when it has.
+
+    A second one does so at once. In another thread than the main one signals are left alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {}
+    received: list[int] = []
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: Any) -> None:
+        if received:
+            put_back()
+            signal.raise_signal(number)
+        received.append(number)
+        trainer.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if handler is not None and handler is not signal.SIG_IGN:  # None: not Python's own
+            before[number] = handler
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        put_back()
+        if received:
+            signal.raise_signal(received[0])
+
+
 #: Settings that a resumed run may change without becoming another run.
-RESUMABLE = ("epochs", "patience", "device", "validate_every", "checkpoint_every")
+RESUMABLE = (
+    "epochs",
+    "patience",
+    "device",
+    "validate_every",
+    "checkpoint_every",
+    "non_finite",
+    "disk_full",
+)
 
 
 def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, Any]) -> Run:
@@ -274,14 +338,15 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
             )
     device = resolve_device(changed.device)
     torch.manual_seed(changed.seed)
-    trainer = _trainer(graph, changed, device, callbacks)
-    # A run that was stopped before its first checkpoint starts again, from the same seed.
-    if (folder / checkpoint.LAST).is_file():
-        checkpoint.load_trainer(folder / checkpoint.LAST, trainer)
-    if changed != settings:
-        _files.write_text(folder / "settings.yaml", changed.to_yaml())
-    trainer.callbacks.insert(0, checkpoint.RunFolder(folder))
-    progress = trainer.fit()
+    model = checkpoint.fitting_model(folder, graph, changed).to(device)
+    trainer = Trainer(model, graph, changed, callbacks)
+    with checkpoint.locked(folder):
+        # A run that was stopped before its first checkpoint starts again, from the same seed.
+        checkpoint.load_last(folder, trainer)
+        checkpoint.upgrade(folder)
+        if changed != settings:
+            _files.write_text(folder / "settings.yaml", changed.to_yaml())
+        progress = _fit_in(folder, trainer)
     return Run(trainer.model.eval(), graph, changed, progress, folder)
 
 
@@ -302,16 +367,11 @@ def load(folder: str | os.PathLike[str], device: str = "auto") -> Run:
     """
     path = Path(folder)
     graph, settings = checkpoint.open_run(path)
-    model = IMVIA.from_kg(graph, settings).to(resolve_device(device))
-    progress = checkpoint.load_model(path / checkpoint.BEST, model)
+    place = resolve_device(device)
+    files = (checkpoint.BEST, checkpoint.LAST, checkpoint.PREVIOUS)
+    model = checkpoint.fitting_model(path, graph, settings, files).to(place)
+    progress = checkpoint.load_best(path, model)
     return Run(model.eval(), graph, settings, progress, path)
-
-
-def _trainer(
-    kg: MultiViewKG, settings: Settings, device: torch.device, callbacks: Sequence[Callback]
-) -> Trainer:
-    model = IMVIA.from_kg(kg, settings).to(device)
-    return Trainer(model, kg, settings, callbacks)
 
 
 def _check_modalities(kg: MultiViewKG, settings: Settings) -> None:

@@ -158,6 +158,16 @@ class Settings(BaseModel):
     )
     checkpoint_every: int = Field(1, ge=1, description="Epochs between checkpoints to resume from.")
     seed: int = Field(0, ge=0, description="Seed of everything random in training.")
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What becomes of training at a step whose loss or gradient is NaN or infinite:"
+        " it stops with the weights from before it, or goes on without it and counts it.",
+    )
+    disk_full: Literal["stop", "continue"] = Field(
+        "stop",
+        description="What becomes of training where a checkpoint does not fit on the disk: it"
+        " stops, or goes on and tries again with the next one.",
+    )
 
     # -- machine
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto for a GPU if there is one.")
@@ -191,21 +201,27 @@ class Settings(BaseModel):
         """The mapping in a YAML or TOML file, unchecked; ``what`` it is of, for messages."""
         path = Path(path)
         with _files.open_input(path) as file:
-            content = file.read()
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise SettingsError(
+                f"{path} is larger than {MOST_BYTES // 1024} KiB: expected a file of {what}."
+            )
         try:
             suffix = path.suffix.lower()
             if suffix == ".toml":
                 values = tomllib.loads(content.decode("utf-8"))
             elif suffix in (".yaml", ".yml"):
-                values = yaml.safe_load(content.decode("utf-8"))
+                values = _yaml(content.decode("utf-8"))
             else:
                 raise SettingsError(f"{path}: expected a .yaml, .yml or .toml file.")
-        except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise SettingsError(f"{path} cannot be read: {error}") from error
         if values is None:
             return {}
         if not isinstance(values, dict):
-            raise SettingsError(f"{path}: expected a mapping of {what}, found {values!r}.")
+            raise SettingsError(
+                f"{path}: expected a mapping of {what}, found {_files.bounded(values)}."
+            )
         return values
 
     @classmethod
@@ -222,8 +238,8 @@ class Settings(BaseModel):
             if not equals:
                 raise SettingsError(f"--set {text}: expected key=value, for example dim=128.")
             try:
-                parsed = yaml.safe_load(value)
-            except yaml.YAMLError as error:
+                parsed = _yaml(value)
+            except UNREADABLE as error:
                 raise SettingsError(f"--set {text}: the value cannot be read: {error}") from None
             values[key.strip()] = as_number(parsed)
         return values
@@ -243,6 +259,29 @@ class Settings(BaseModel):
             if comments:
                 lines.append("")
         return "\n".join(lines).rstrip() + "\n"
+
+
+#: Bytes that a file of settings has at most: PyYAML reads some 100 KiB a second.
+MOST_BYTES = 2**18
+#: What PyYAML and tomllib raise at what is no YAML or TOML, or is a date that is none, or is nested
+#: too deeply.
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, without aliases: a few of them can stand for billions of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, "aliases are not allowed", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
 
 
 def as_number(value: Any) -> Any:
@@ -265,5 +304,5 @@ def _explain(error: ValidationError) -> str:
             )
         else:
             message = item["msg"][0].lower() + item["msg"][1:]
-            problems.append(f"Setting {key}: {message}; received {item['input']!r}.")
+            problems.append(f"Setting {key}: {message}; received {_files.bounded(item['input'])}.")
     return " ".join(problems)

@@ -9,18 +9,21 @@ import bisect
 import ctypes
 import functools
 import itertools
+import logging
 import math
 import mmap
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
 
+from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Parts, listed
 from imvia_graph.answers import AnswerIndex, expand
 from imvia_graph.errors import SettingsError, TrainingError
 from imvia_graph.evaluation import rank, rank_metrics
@@ -35,6 +38,8 @@ from imvia_graph.losses import (
 from imvia_graph.model import DECISION, IMVIA
 from imvia_graph.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 
 class Callback:
     """What training tells whoever wants to know; override what is of interest."""
@@ -48,13 +53,23 @@ class Callback:
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """After an epoch and its validation, with what ``metrics.jsonl`` holds of it."""
 
+    def on_stop(self, trainer: Trainer) -> None:
+        """Where training ends before its time, on request or for a `TrainingError`: after a step.
+
+        What is kept of the trainer now is gone on with at the next step, to the bit.
+        """
+
     def on_end(self, trainer: Trainer) -> None:
         """After the last epoch."""
 
 
+class _Stopped(Exception):  # noqa: N818 - it was asked for
+    """Training was asked to stop."""
+
+
 @dataclass
 class Progress:
-    """How far training has come; with the tensors of `Trainer.state`, all that resuming needs."""
+    """How far training has come; with the tensors of a `Trainer`, all that resuming needs."""
 
     epoch: int = 0
     step: int = 0
@@ -65,6 +80,11 @@ class Progress:
     seconds: float = 0.0
     #: Why training ended; empty while it has not.
     ended: str = ""
+    #: Of the epoch that is not over: batches done, and seconds.
+    batch: int = 0
+    elapsed: float = 0.0
+    #: Steps that were left out because their loss or gradient was not finite.
+    skipped: int = 0
 
 
 @dataclass
@@ -92,6 +112,18 @@ class Batch:
         return Batch(self.entity[rows], self.relation[rows], positives, candidate)
 
 
+class _Step(NamedTuple):
+    """A step whose health is not known yet, and what taking it back needs."""
+
+    health: Health
+    before: Before
+    batch: Batch
+    #: Its place in the epoch and in all, and the state that its batch was drawn in.
+    place: int
+    number: int
+    drawn: Tensor
+
+
 class Trainer:
     """Trains a model on the training triples of a graph.
 
@@ -115,6 +147,8 @@ class Trainer:
         Copy of the model's state at the best validation MRR.
     average : Average or None
         The moving average of the weights, with ``ema_decay``.
+    sums : dict of str to Tensor
+        The losses of the epoch so far, added up, and the number of ``steps``.
 
     Notes
     -----
@@ -132,7 +166,12 @@ class Trainer:
         self.model, self.kg = model, kg
         self.callbacks = list(callbacks)
         self.progress = Progress()
+        self.sums: dict[str, Tensor] = {}
+        self.parts = Parts("training on a batch of queries")
         self._holes = _Holes()
+        self._stopping = False
+        self._started = time.perf_counter()
+        self._unsettled: _Step | None = None
         self.best_state: dict[str, Tensor] | None = None
         self.batches = Batches(kg, settings, model.device)
         if settings.epochs is None:
@@ -146,9 +185,16 @@ class Trainer:
         theirs = {id(parameter) for parameter in estimators}
         ours = [p for p in model.parameters() if id(p) not in theirs]
         self.parameters = ours
+        self.named = dict(model.named_parameters())
+        # Persistent ones: the views are buffers, too, but nothing changes them.
+        self.buffers = [model.get_buffer(name) for name in model.state_dict().keys() - self.named]
         self.optimizer = make_optimizer(settings, ours)
         self.estimator_optimizer = (
-            torch.optim.Adam(estimators, lr=settings.information_learning_rate)
+            torch.optim.Adam(
+                estimators,
+                lr=settings.information_learning_rate,
+                fused=True if model.device.type == "cuda" else None,
+            )
             if estimators and settings.lambda_information
             else None
         )
@@ -174,27 +220,19 @@ class Trainer:
             progress.ended = ""  # a run that ended, resumed with more epochs or patience
         for callback in self.callbacks:
             callback.on_start(self)
-        while not progress.ended:
-            give_back_freed_memory()
-            if progress.epoch >= epochs:
-                progress.ended = "epochs"
-                break
-            started = time.perf_counter()
-            losses = self.train_epoch()
-            progress.epoch += 1
-            record: dict[str, Any] = {"epoch": progress.epoch, **losses}
-            record["seconds"] = time.perf_counter() - started
-            last = progress.epoch >= epochs
-            if len(self.kg.valid) and (progress.epoch % settings.validate_every == 0 or last):
-                record["valid"] = self.validate()
-            give_back_freed_memory()  # saving is next
-            progress.seconds += time.perf_counter() - started
-            if settings.patience is not None and progress.waited >= settings.patience:
-                progress.ended = "patience"
-            elif last:
-                progress.ended = "epochs"
+        try:
+            while not progress.ended:
+                give_back_freed_memory()
+                if progress.epoch < epochs:
+                    self._epoch()
+                else:
+                    progress.ended = "epochs"
+        except (_Stopped, TrainingError) as error:
             for callback in self.callbacks:
-                callback.on_epoch(self, record)
+                callback.on_stop(self)
+            if isinstance(error, TrainingError):
+                raise
+            return progress
         if self.best_state is not None:
             self.model.load_state_dict(self.best_state)
         else:
@@ -205,55 +243,197 @@ class Trainer:
             callback.on_end(self)
         return progress
 
+    def stop(self) -> None:
+        """Have `fit` return once the step in hand is done, with ``progress.ended`` empty.
+
+        May be called from a callback, another thread or a signal handler.
+        """
+        self._stopping = True
+
+    def _stop_if_asked(self, done: int = 0, total: int = 0) -> None:
+        if self._stopping:
+            self.progress.elapsed = time.perf_counter() - self._started
+            raise _Stopped
+
+    def _epoch(self) -> None:
+        """An epoch, or what is left of it, and its validation."""
+        settings, progress = self.settings, self.progress
+        self._started = time.perf_counter() - progress.elapsed
+        skipped = progress.skipped
+        sums = self.sums
+        losses = self.train_epoch()
+        progress.epoch += 1
+        record: dict[str, Any] = {"epoch": progress.epoch, **losses}
+        if progress.skipped > skipped:
+            record["skipped"] = progress.skipped - skipped
+        record["seconds"] = time.perf_counter() - self._started
+        last = progress.epoch >= self.epochs
+        if len(self.kg.valid) and (progress.epoch % settings.validate_every == 0 or last):
+            try:
+                record["valid"] = self.validate()
+            except _Stopped:  # without its validation it is not over
+                progress.epoch -= 1
+                progress.batch, self.sums = len(self.batches), sums
+                raise
+        give_back_freed_memory()  # saving is next
+        progress.seconds += time.perf_counter() - self._started
+        progress.elapsed = 0.0
+        if settings.patience is not None and progress.waited >= settings.patience:
+            progress.ended = "patience"
+        elif last:
+            progress.ended = "epochs"
+        for callback in self.callbacks:
+            callback.on_epoch(self, record)
+
     def train_epoch(self) -> dict[str, float]:
-        """One pass over the queries: the mean of each loss."""
+        """One pass over the queries, or what is left of it: the mean of each loss."""
         self.model.train()
-        sums: dict[str, Tensor] = {}
-        count = 0
-        for batch in self.batches:
-            self._set_learning_rate(count)
+        progress, sums = self.progress, self.sums
+        for batch in self.batches.epoch(progress.batch):
+            self._set_learning_rate(progress.batch)
             losses = self.train_step(batch)
-            for name, value in losses.items():
-                sums[name] = sums[name] + value if name in sums else value
-            count += 1
-            self.progress.step += 1
+            progress.batch += 1
+            progress.step += 1
             self._holes.look()
             for callback in self.callbacks:
                 callback.on_step(self, losses)
-        means = {name: (value / count).item() for name, value in sums.items()}
-        if not math.isfinite(means["loss"]):
+            if self._stopping:
+                self._settle()
+                self._stop_if_asked()
+        self._settle()
+        self._check_scale()
+        if not sums["steps"]:
             raise TrainingError(
-                f"Epoch {self.progress.epoch + 1}: the loss is {means['loss']} ("
-                + ", ".join(f"{name} {value:.4g}" for name, value in means.items())
-                + "). The last checkpoint is from before it. Try a smaller learning_rate, a"
-                " gradient_clip, or precision=float32."
+                f"Epoch {progress.epoch + 1}: not one of its steps was finite. {_ADVICE}"
             )
-        return means
+        progress.batch, self.sums = 0, {}
+        return {
+            name: (value / sums["steps"]).item() for name, value in sums.items() if name != "steps"
+        }
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: losses of Eq. 8, backward, optimizers. Returns detached losses."""
+        before = Before(self.buffers, self.model.device)
+        losses, estimation = self._gradients(batch, before)
+        health = Health(
+            losses if estimation is None else {**losses, "estimation": estimation},
+            # In float16 the scaler sees to the gradients: some overflow until it has found a scale.
+            {} if self.scaler.is_enabled() else self.named,
+        )
+        # A GPU is not waited for: it leaves a bad step out itself, and the host learns of it while
+        # the next one is under way, before that changes anything.
+        self._settle()
+        progress = self.progress
+        self._unsettled = _Step(
+            health, before, batch, progress.batch, progress.step, self.batches.drawn
+        )
+        if self.model.device.type == "cuda":
+            before.restore_buffers(where=health.bad)
+            self._update(health.bad)
+        elif self._settle():
+            self._update()
+            self._check_scale()
+        else:
+            before.restore_buffers()
+        for name, value in {**losses, "steps": torch.ones_like(health.bad)}.items():
+            added = torch.where(health.bad > 0, 0.0, value)
+            self.sums[name] = self.sums[name] + added if name in self.sums else added
+        return losses
+
+    def _gradients(self, batch: Batch, before: Before) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Detached losses of a batch, whose gradients are in the parameters; fit into memory."""
+        while True:
+            try:
+                return self._backward(batch)
+            except MEMORY_ERRORS as error:
+                self.parts.halve(error, len(batch.entity))
+            # Only here are the tensors of the step that failed let go of.
+            self._zero_grad()
+            before.restore_random_states()
+            before.restore_buffers()
+            give_back_freed_memory()
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _zero_grad(self) -> None:
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def _backward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         # Before the forward pass: the last step's gradients need not be held beside it.
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         with torch.autocast(
             self.model.device.type, self.precision, enabled=self.precision != torch.float32
         ):
             losses, estimation = self.losses(batch)
         # The estimators of L1 learn from their own loss alone, and the model not from that. It
         # comes first: the graph is kept for the model's, which lets go of it as it passes.
-        estimators = self.estimator_optimizer
-        if estimators is not None and estimation is not None and estimation.requires_grad:
-            estimators.zero_grad(set_to_none=True)
+        if self.estimator_optimizer is None or estimation is None or not estimation.requires_grad:
+            estimation = None
+        else:
             estimation.backward(inputs=self.estimators, retain_graph=True)
-            estimators.step()
+            estimation = estimation.detach()
         self.scaler.scale(losses["loss"]).backward(inputs=self.parameters)
+        return {name: value.detach() for name, value in losses.items()}, estimation
+
+    def _update(self, bad: Tensor | None = None) -> None:
+        """Step the optimizers; on a GPU they leave it out where ``bad`` is 1."""
+        if self.estimator_optimizer is not None:
+            self.estimator_optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.estimator_optimizer.step()
         if self.settings.gradient_clip is not None:
             self.scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.parameters, self.settings.gradient_clip)
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.progress.step)
-        return {name: value.detach() for name, value in losses.items()}
+
+    def _settle(self) -> bool:
+        """Whether the last step was finite; where it was not, stop or count, as set."""
+        step, self._unsettled = self._unsettled, None
+        if step is None:
+            return True
+        losses, parameters = step.health.problems()
+        if not losses and not parameters:
+            return True
+        message = self._described(step, losses, parameters)
+        if self.settings.non_finite == "skip":
+            self.progress.skipped += 1
+            if self.progress.skipped == 1:
+                logger.warning("%s The step is left out, and so are others like it.", message)
+            return False
+        # As if the step had not been begun.
+        step.before.restore_buffers()
+        step.before.restore_random_states()
+        self.batches.generator.set_state(step.drawn)
+        self.progress.batch, self.progress.step = step.place, step.number
+        self.progress.elapsed = time.perf_counter() - self._started
+        raise TrainingError(f"{message} The weights are those from before it. {_ADVICE}")
+
+    def _described(self, step: _Step, losses: list[str], parameters: list[str]) -> str:
+        told = list(losses)
+        if parameters:
+            told.append(f"the gradient of {listed(parameters)} is not finite")
+        kg, batch = self.kg, step.batch
+        relation = int(batch.relation[0])
+        inverse = ", inverse" if relation >= kg.num_relations else ""
+        return (
+            f"Epoch {self.progress.epoch + 1}, batch {step.place + 1} of {len(self.batches)}"
+            f" ({len(batch.entity)} queries, the first of {kg.entities[int(batch.entity[0])]!r}"
+            f" under {kg.relations[relation % kg.num_relations]!r}{inverse}):"
+            f" {', '.join(told)}."
+        )
+
+    def _check_scale(self) -> None:
+        """In float16: gradients that overflow although they are not scaled up any more."""
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise TrainingError(
+                f"Epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}: gradients"
+                f" overflow float16 at any scale. {_ADVICE}"
+            )
 
     def _set_learning_rate(self, step: int) -> None:
         """Follow the schedule; ``step`` counts within the epoch."""
@@ -337,15 +517,14 @@ class Trainer:
                 settings.loss,
                 settings.label_smoothing,
                 settings.decision == "detached",
+                self.parts.count,
             )
             answers = positives.col
         else:
             # Each entity is embedded once, however many queries it is a candidate of.
             distinct, place = batch.candidate.unique(return_inverse=True)
             tables = model.candidates(relation, distinct)
-            scores = model.scores(
-                queries, {head: table[place] for head, table in tables.items()}, batch.relation
-            )
+            scores = self._sampled_scores(queries, tables, place, batch.relation)
             if not model.learns_decision:
                 del scores[DECISION]
             loss = completion(scores, positives, settings.loss, settings.label_smoothing)
@@ -357,6 +536,28 @@ class Trainer:
             for head in model.heads
         ]
         return loss, torch.stack(terms).sum()
+
+    def _sampled_scores(
+        self,
+        queries: Mapping[str, Tensor],
+        tables: Mapping[str, Tensor],
+        place: Tensor,
+        relation: Tensor,
+    ) -> dict[str, Tensor]:
+        """Scores of candidates of each query's own, which stand at ``place`` in the tables."""
+
+        def of(rows: slice) -> dict[str, Tensor]:
+            asked = {head: query[rows] for head, query in queries.items()}
+            answers = {head: table[place[rows]] for head, table in tables.items()}
+            return self.model.scores(asked, answers, relation[rows])
+
+        size = self.parts.rows(len(place))
+        if size >= len(place):
+            return of(slice(None))
+        # Candidates of one part are held at a time, and gathered again for the gradient.
+        starts = range(0, len(place), size)
+        found = [checkpoint(of, slice(i, i + size), use_reentrant=False) for i in starts]
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
     def validate(self) -> dict[str, float]:
         """Metrics of both sides on the validation triples; keeps the state if they are the best."""
@@ -370,7 +571,12 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         ranking = rank(
-            self.model, self.kg.valid, self.known, self.settings.ranking_batch_size, heads=()
+            self.model,
+            self.kg.valid,
+            self.known,
+            self.settings.ranking_batch_size,
+            heads=(),
+            on_batch=self._stop_if_asked,
         )
         metrics = rank_metrics(torch.cat([ranking.head[DECISION], ranking.tail[DECISION]]))
         progress = self.progress
@@ -387,6 +593,12 @@ class Trainer:
 
 #: Where the settings name no number of epochs: as many as take so many steps, but at least …
 _STEPS, _EPOCHS = 500, 6
+
+#: What to try where numbers are none.
+_ADVICE = (
+    "Try a smaller learning_rate, a gradient_clip, or precision=float32, or leave such steps out"
+    " with non_finite=skip, which a resumed run takes, too."
+)
 
 
 class Average:
@@ -449,6 +661,7 @@ class Batches:
         self.settings = settings
         self.num_entities = kg.num_entities
         self.generator = torch.Generator().manual_seed(settings.seed)
+        self.order_state = self.drawn = self.generator.get_state()
         self.answers = kg.answers(["train"])
         at_a_time = {"kvsall": max(len(self.answers.answer), 1), "sampled": 1}.get(
             settings.regime, _ANSWERS_AT_A_TIME if settings.loss == "softmax" else 1
@@ -474,16 +687,35 @@ class Batches:
         return math.ceil(self.size / self.settings.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.epoch()
+
+    def epoch(self, done: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, but for the first so many: of one that was begun before.
+
+        ``order_state`` is the generator's state that the epoch's order was drawn in, ``drawn`` the
+        one that the last batch was.
+        """
+        if done:
+            now = self.generator.get_state()
+            self.generator.set_state(self.order_state)
+            parts = self._parts()
+            self.generator.set_state(now)
+        else:
+            self.order_state = self.generator.get_state()
+            parts = self._parts()
+        for part in parts[done:]:
+            self.drawn = self.generator.get_state()
+            yield self._batch(self.rows[part.to(self.rows.device)])
+
+    def _parts(self) -> list[Tensor]:
+        """Places of the queries of each batch, in an order that is drawn."""
         order = torch.randperm(len(self.rows), generator=self.generator)
         if self.ranges is not None:
             relation = self.queries[self.rows[:, 0], 1].cpu()
             order = order[torch.argsort(relation[order], stable=True)]
             parts = [torch.cat([order[start:stop] for start, stop in part]) for part in self.ranges]
-            parts = [parts[i] for i in torch.randperm(len(parts), generator=self.generator)]
-        else:
-            parts = list(order.tensor_split(len(self)))
-        for part in parts:
-            yield self._batch(self.rows[part.to(self.rows.device)])
+            return [parts[i] for i in torch.randperm(len(parts), generator=self.generator)]
+        return list(order.tensor_split(len(self)))
 
     def _batch(self, rows: Tensor) -> Batch:
         query, start, count = rows.unbind(1)

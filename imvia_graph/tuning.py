@@ -11,7 +11,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from imvia_graph import _files
-from imvia_graph.errors import DataError, IMVIAError, SettingsError, TrainingError
+from imvia_graph.errors import (
+    DataError,
+    IMVIAError,
+    SettingsError,
+    StorageError,
+    TrainingError,
+)
 from imvia_graph.io import load_kg, with_validation
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.run import fit
@@ -193,9 +200,29 @@ def tune(
     shared = _open(optuna, path, chosen, fixed, graph)
     work = _Worker(optuna, shared, path, graph, chosen, fixed, seed, prune, progress)
     stop = None if timeout is None else time.monotonic() + timeout
-    while (stop is None or time.monotonic() < stop) and work.more(trials):
-        pass
-    return _found(optuna, shared, fixed)
+    with _storing(optuna, path):
+        while (stop is None or time.monotonic() < stop) and work.more(trials):
+            pass
+        return _found(optuna, shared, fixed)
+
+
+@contextmanager
+def _storing(optuna: Any, path: Path) -> Iterator[None]:
+    """What the study's file does not take or give, as an error of ours."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        if "disk is full" in reason or "disk I/O error" in reason:
+            raise StorageError(
+                f"{path} cannot be written ({reason}). The trials that ended are in it; free some"
+                " space and give the same command again."
+            ) from error
+        raise DataError(
+            f"{path}: the study cannot be read or written ({reason}). Name another file."
+        ) from error
 
 
 def read_space(path: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from helpers import (
     settings,
     write_folder,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import imvia_graph as ig
-from imvia_graph import CheckpointError, DataError, SettingsError, UnknownLabelError
+from imvia_graph import CheckpointError, DataError, SettingsError, UnknownLabelError, checkpoint
 from imvia_graph.training import Callback
 
 FILES = ("best.safetensors", "last.safetensors")
@@ -74,6 +77,8 @@ def test_fit_writes_the_run_folder_that_its_layout_names(finished):
         "run.json",
         "settings.yaml",
         "metrics.jsonl",
+        "previous.safetensors",
+        ".lock",
         *FILES,
     }
     assert {"kg/kg.json", "kg/train.tsv", "kg/views/image.safetensors"} <= names
@@ -561,22 +566,65 @@ def copied(finished, tmp_path):
     return write_folder(tmp_path / "copy", contents(finished.folder))
 
 
-@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, -1])
-def test_a_truncated_model_is_a_checkpoint_error(keep, copied):
-    path = copied / "best.safetensors"
+def damage(path, keep):
+    """Cut a file short, to a part or by so many bytes; "flip": alter a bit of its last tensor."""
     data = path.read_bytes()
-    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    with pytest.raises(CheckpointError, match=r"best\.safetensors cannot be read .*cut short"):
+    if keep == "flip":
+        path.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+    else:
+        path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+
+
+DAMAGES = [0, 5, 100, 0.5, -1, "flip"]
+SAID = r"(cannot be read .*cut short|is damaged: .* checksum)"
+
+
+@pytest.mark.parametrize("keep", DAMAGES)
+def test_a_damaged_model_is_named_and_taken_from_the_checkpoint(keep, copied, finished, caplog):
+    damage(copied / "best.safetensors", keep)
+    with caplog.at_level("WARNING"):
+        run = ig.load(copied)
+    assert re.search(rf"best\.safetensors {SAID}.*last\.safetensors knows is used", caplog.text)
+    assert same_weights(run.model, finished.model)
+    assert run.progress.best_epoch == finished.progress.best_epoch
+
+
+@pytest.mark.parametrize("keep", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_with(
+    keep, copied, tmp_path, caplog
+):
+    damage(copied / "last.safetensors", keep)
+    with caplog.at_level("WARNING"):
+        resumed = ig.fit(out=copied, resume=True, epochs=6)
+    assert re.search(rf"last\.safetensors {SAID}.*before it is gone on with", caplog.text)
+    whole = fit(tmp_path / "whole", epochs=6)
+    assert_same_run(whole.folder, resumed.folder)
+
+
+def test_the_next_checkpoint_does_not_push_out_the_good_one_for_the_damaged_one(copied):
+    damage(copied / "last.safetensors", "flip")
+    ig.fit(out=copied, resume=True, epochs=5)
+    damage(copied / "last.safetensors", "flip")
+    assert ig.fit(out=copied, resume=True, epochs=5).progress.epoch == 5
+
+
+@pytest.mark.parametrize("keep", DAMAGES)
+def test_where_no_checkpoint_is_whole_that_is_an_error_that_names_one(keep, copied):
+    for name in (*FILES, "previous.safetensors"):
+        damage(copied / name, keep)
+    with pytest.raises(CheckpointError, match=rf"previous\.safetensors {SAID}"):
+        ig.fit(out=copied, resume=True, epochs=9)
+    with pytest.raises(CheckpointError, match=rf"best\.safetensors {SAID}"):
         ig.load(copied)
 
 
-@pytest.mark.parametrize("keep", [0, 100, 0.5, -1])
-def test_a_truncated_checkpoint_is_a_checkpoint_error(keep, copied):
+def test_a_metadata_that_was_altered_is_damage(copied):
     path = copied / "last.safetensors"
     data = path.read_bytes()
-    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    with pytest.raises(CheckpointError, match=r"last\.safetensors cannot be read .*cut short"):
-        ig.fit(out=copied, resume=True, epochs=9)
+    assert data.count(b'\\"epoch\\": 4,') == 1
+    path.write_bytes(data.replace(b'\\"epoch\\": 4,', b'\\"epoch\\": 9,'))
+    with pytest.raises(CheckpointError, match=r"last\.safetensors is damaged"):
+        checkpoint._read(path)
 
 
 def test_a_checkpoint_of_another_model_is_a_checkpoint_error(copied, tmp_path):
@@ -603,7 +651,8 @@ def test_a_safetensors_file_that_is_no_checkpoint_is_a_checkpoint_error(copied):
 
 
 def test_a_run_without_a_checkpoint_says_so(copied):
-    (copied / "best.safetensors").unlink()
+    for name in (*FILES, "previous.safetensors"):
+        (copied / name).unlink()
     with pytest.raises(CheckpointError, match=r"best\.safetensors does not exist"):
         ig.load(copied)
 
@@ -612,8 +661,46 @@ def test_a_run_without_a_checkpoint_says_so(copied):
 def test_a_run_of_a_newer_version_is_refused(use, copied):
     about = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps({**about, "version": about["version"] + 1}))
-    with pytest.raises(CheckpointError, match=r"version 2 is newer .*Update imvia-graph"):
+    with pytest.raises(CheckpointError, match=r"version 3 is newer .*Update imvia-graph"):
         ig.load(copied) if use == "load" else ig.fit(out=copied, resume=True)
+
+
+@pytest.mark.parametrize("version", [0, -1, True, "1", None, 1.5])
+def test_a_version_that_is_none_is_refused(version, copied):
+    about = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**about, "version": version}))
+    with pytest.raises(CheckpointError, match=r"run\.json: expected a format version"):
+        ig.load(copied)
+
+
+def as_version_1(folder):
+    """A run folder as the first format version had it."""
+    about = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**about, "version": 1}))
+    for name in ("previous.safetensors", ".lock"):
+        (folder / name).unlink()
+    for name in FILES:
+        with safe_open(folder / name, framework="pt") as file:
+            metadata = file.metadata()
+        del metadata["sha256"]
+        progress = json.loads(metadata["progress"])
+        for key in ("batch", "elapsed", "skipped"):
+            del progress[key]
+        metadata["progress"] = json.dumps(progress)
+        save_file(load_file(folder / name), folder / name, metadata)
+    settings = (folder / "settings.yaml").read_text().splitlines()
+    new = ("non_finite:", "disk_full:")
+    kept = [line for line in settings if not line.startswith(new)]
+    (folder / "settings.yaml").write_text("\n".join(kept))
+    return folder
+
+
+def test_a_run_of_the_first_version_loads_and_goes_on(copied, finished, tmp_path):
+    old = as_version_1(copied)
+    assert same_weights(ig.load(old).model, finished.model)
+    resumed = ig.fit(out=old, resume=True, epochs=6)
+    assert_same_run(fit(tmp_path / "whole", epochs=6).folder, resumed.folder)
+    assert json.loads((old / "run.json").read_text())["version"] == 2
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "other"}', ""])

@@ -50,6 +50,8 @@ OTHER = {
     "patience": 3,
     "checkpoint_every": 2,
     "seed": 11,
+    "non_finite": "skip",
+    "disk_full": "continue",
     "device": "cpu",
     "precision": "float16",
     "ranking_batch_size": 99,

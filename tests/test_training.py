@@ -298,7 +298,9 @@ def test_a_loss_that_is_not_finite_stops_training_with_advice():
     model = IMVIA.from_kg(kg, chosen)
     with torch.no_grad():
         model.entity.weight[3] = torch.nan
-    with pytest.raises(ig.IMVIAError, match=r"Epoch 1: the loss is nan .*learning_rate"):
+    with pytest.raises(
+        ig.IMVIAError, match=r"Epoch 1, batch 1 of 3 .*: loss is nan, .*learning_rate"
+    ):
         Trainer(model, kg, chosen).fit()
 
 

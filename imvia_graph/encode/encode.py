@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import time
 import warnings
 from collections import deque
@@ -314,6 +315,8 @@ def _encode_distinct(
     batch: dict[bytes, tuple[str, Any]] = {}
     broken: dict[bytes, str] = {}
 
+    within = Path(raw.within or raw.root or "").resolve()
+
     def finish() -> None:
         if batch or broken:
             report.encoded += len(batch)
@@ -323,7 +326,7 @@ def _encode_distinct(
 
     def load(source: str) -> tuple[bytes | None, Any, str]:
         if raw.modality == "image":
-            return _load_picture(Path(raw.root or "", source), encoder, done, seen)
+            return _load_picture(Path(raw.root or "", source), within, encoder, done, seen)
         digest = hashlib.sha256(source.encode()).digest()
         return digest, None if digest in done or digest in seen else encoder.prepare(source), ""
 
@@ -351,15 +354,20 @@ def _encode_distinct(
 
 
 def _load_picture(
-    path: Path, encoder: Encoder, done: _Done, seen: set[bytes]
+    path: Path, within: Path, encoder: Encoder, done: _Done, seen: set[bytes]
 ) -> tuple[bytes | None, Any, str]:
     """Digest of a file, the picture made ready, and why it is broken; None where not needed."""
     try:
-        if path.stat().st_size > MOST_BYTES:
+        if not path.resolve().is_relative_to(within):
+            return None, None, f"it is a link that leads out of {within}"
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return None, None, "it is no file"
+        if found.st_size > MOST_BYTES:
             return None, None, f"the file is larger than {MOST_BYTES // 1024**2} MiB"
         content = path.read_bytes()
-    except OSError as error:
-        return None, None, error.strerror or type(error).__name__
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+        return None, None, getattr(error, "strerror", None) or type(error).__name__
     digest = hashlib.sha256(content).digest()
     if digest in done or digest in seen:
         return digest, None, ""

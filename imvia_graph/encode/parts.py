@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: Bytes of a digest (SHA-256).
 DIGEST = 32
+#: What a part's checksum is called among its metadata.
+CHECKSUM = "sha256"
 
 
 class Parts:
@@ -48,30 +50,57 @@ class Parts:
         broken: dict[bytes, str] = {}
         for path in sorted(self.folder.glob("part-*.safetensors")):
             try:
-                with safe_open(path, framework="pt") as file:
-                    keys = file.get_tensor("digest").numpy().tobytes()
-                    feat = file.get_tensor("feat")
-                    reasons = json.loads((file.metadata() or {}).get("broken", "{}"))
-            except (SafetensorError, OSError, ValueError) as error:
+                keys, feat, reasons = _read(path)
+                if feats and feat.shape[1:] != feats[0].shape[1:]:
+                    raise ValueError(f"features of shape {tuple(feat.shape)}")
+            except (SafetensorError, OSError, ValueError, RecursionError) as error:
                 logger.warning("%s cannot be read (%s); it is made again.", path, error)
                 continue
-            digests += [keys[start : start + DIGEST] for start in range(0, len(keys), DIGEST)]
+            digests += keys
             feats.append(feat)
-            broken.update((bytes.fromhex(digest), reason) for digest, reason in reasons.items())
+            broken.update(reasons)
         return digests, torch.cat(feats) if feats else None, broken
 
     def write(self, digests: Sequence[bytes], feat: Tensor, broken: dict[bytes, str]) -> None:
         """Keep a finished batch."""
         name = hashlib.sha256(b"".join([*digests, *sorted(broken)])).hexdigest()[:32]
         keys = torch.tensor(list(b"".join(digests)), dtype=torch.uint8).reshape(-1, DIGEST)
-        _files.write_tensors(
-            self.folder / f"part-{name}.safetensors",
-            {"digest": keys, "feat": feat},
-            {"broken": json.dumps({digest.hex(): reason for digest, reason in broken.items()})},
-        )
+        tensors = {"digest": keys, "feat": feat}
+        told = {"broken": json.dumps({digest.hex(): reason for digest, reason in broken.items()})}
+        told[CHECKSUM] = _files.digest(tensors, told)
+        _files.write_tensors(self.folder / f"part-{name}.safetensors", tensors, told)
 
     def log(self, **event: object) -> None:
         """Add a line to the log."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        path = self.folder / "log.jsonl"
+        with _files.storing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+
+
+def _read(path: Path) -> tuple[list[bytes], Tensor, dict[bytes, str]]:
+    """Digests, features and broken inputs of a part; a ValueError where it is none of ours."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if not {"digest", "feat"} <= set(file.keys()):
+            raise ValueError(f"it holds {sorted(file.keys())[:5]}")
+        keys, feat = file.get_tensor("digest"), file.get_tensor("feat")
+    expected = metadata.pop(CHECKSUM, None)  # parts of older versions have none
+    if expected not in (None, _files.digest({"digest": keys, "feat": feat}, metadata)):
+        raise ValueError("its checksum is that of something else")
+    digests = keys.numpy().tobytes()
+    reasons = json.loads(metadata.get("broken", "{}"))
+    if (
+        keys.shape != (len(feat), DIGEST)
+        or keys.dtype != torch.uint8
+        or feat.dim() != 2
+        or feat.dtype != torch.float32
+        or not isinstance(reasons, dict)
+    ):
+        raise ValueError("it is no part of an encoding")
+    return (
+        [digests[start : start + DIGEST] for start in range(0, len(digests), DIGEST)],
+        feat,
+        {bytes.fromhex(digest): str(reason) for digest, reason in reasons.items()},
+    )

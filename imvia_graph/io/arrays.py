@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from imvia_graph import _files
 from imvia_graph.errors import DataError, IMVIAError
 from imvia_graph.io.source import Source, from_frames, numbered
 from imvia_graph.io.tables import NAMES
+from imvia_graph.io.views import unreadable
 from imvia_graph.kg import SPLITS, MultiViewKG, Split
 
 #: The file in a folder that an npz is written to.
@@ -90,17 +90,14 @@ def _checked_array(split: Split, value: Any) -> npt.NDArray[Any]:
 def read_npz(path: Path, **options: Any) -> Source:
     """Read an ``.npz`` file of (n, 3) arrays by split, or an ``.npy`` file of one."""
     entities, relations = options.pop("entities", None), options.pop("relations", None)
-    try:
+    _files.check_archive(path)
+    with unreadable(path, "an npz or npy file of integers or text"):
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.ndarray):
             content = {"train": found}
         else:
             with found as file:
                 content = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path}: expected an npz or npy file of integers or text; it cannot be read ({error})."
-        ) from error
     if path.suffix == ".npz" and "train" not in content:
         raise DataError(
             f"{path}: expected an array called train (and valid, test, entities, relations), found"

@@ -11,8 +11,6 @@ import math
 import os
 import pickle
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -408,16 +406,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _open_numpy(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        with unreadable(path, "a NumPy file without Python objects"):
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
-            if isinstance(found, np.ndarray):
-                yield {"": found}
-                return
-            with found:
-                yield found
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: expected an npz file; it cannot be read ({error}).") from error
+    _files.check_archive(path)
+    with unreadable(path, "a NumPy file without Python objects"):
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            yield {"": found}
+            return
+        with found:
+            yield found
 
 
 @contextmanager
@@ -432,6 +428,7 @@ def _open_hdf5(path: Path) -> Iterator[Mapping[str, Any]]:
 
     def collect(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
+            _refuse_foreign(path, name, item)
             text = h5py.check_string_dtype(item.dtype) is not None
             arrays[name] = np.asarray(item.asstr()[...]) if text else item
 
@@ -440,7 +437,22 @@ def _open_hdf5(path: Path) -> Iterator[Mapping[str, Any]]:
         yield arrays
 
 
+def _refuse_foreign(path: Path, name: str, item: Any) -> None:
+    """A DataError where a dataset is in another file, or says to be far larger than its own."""
+    if item.external or item.is_virtual:
+        raise DataError(
+            f"{path}, {name!r}: the data is in another file; what is read is in this one. Copy it."
+        )
+    size = path.stat().st_size
+    if item.nbytes > max(_files.SMALL, _files.RATIO * size):
+        raise DataError(
+            f"{path}, {name!r}: {size:,} bytes that announce {item.nbytes:,} are taken for a"
+            " decompression bomb."
+        )
+
+
 def _read_torch(path: Path) -> dict[str, Any]:
+    _files.check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what is wrong is said below
@@ -454,18 +466,36 @@ def _read_torch(path: Path) -> dict[str, Any]:
             f" ({_files.shorten(detail, 200)})."
         ) from error
     if isinstance(content, Tensor):
-        return {"": content}
+        return {"": _whole_tensor(path, content)}
     if isinstance(content, Mapping):
         arrays = {
-            str(name): value if isinstance(value, Tensor) else np.asarray(value)
+            str(name): _whole_tensor(path, value)
+            if isinstance(value, Tensor)
+            else np.asarray(value)
             for name, value in content.items()
-            if isinstance(value, Tensor | list | tuple)
+            if isinstance(value, Tensor) or _is_flat(value)
         }
         if arrays:
             return arrays
     raise DataError(
         f"{path}: expected a tensor, or a dict of tensors, found {type(content).__name__}."
     )
+
+
+def _whole_tensor(path: Path, value: Tensor) -> Tensor:
+    """A tensor all of whose numbers are in the file, each in one place."""
+    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise DataError(
+            f"{path}: expected plain tensors, found one of shape {tuple(value.shape)} that is"
+            " sparse, quantised, without data, or expanded from less. Save a dense copy of it."
+        )
+    return value.detach()
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether a value is a list of labels or ids."""
+    return isinstance(value, list | tuple) and all(isinstance(item, str | int) for item in value)
 
 
 def _is_a_pickle(path: Path, what: str) -> DataError:

@@ -23,6 +23,7 @@ from imvia_graph._tables import (
     announced_count,
     check_count,
     check_no_outer_spaces,
+    is_number,
     read_numbered_labels,
     write_table,
 )
@@ -111,7 +112,7 @@ def _read_triples_by_line(path: Path, num_entities: int, num_relations: int) -> 
         if count is None:
             count = announced_count(path, number, line)
             continue
-        if len(fields) != 3 or not all(field.isdecimal() for field in fields):
+        if len(fields) != 3 or not all(map(is_number, fields)):
             raise DataError(
                 f"{path}, line {number}: expected three ids (head, tail, relation), found"
                 f" {shorten(line)!r}."
@@ -150,7 +151,7 @@ def _read_names(path: Path, count: int) -> list[str] | None:
             continue
         row = dict(zip(header, fields, strict=False))
         place = row.get("id", "")
-        if len(fields) != len(header) or not place.isdecimal() or int(place) >= count:
+        if len(fields) != len(header) or not is_number(place) or int(place) >= count:
             raise DataError(
                 f"{path}, line {number}: expected an id below {count} and a name, found"
                 f" {shorten(line)!r}."

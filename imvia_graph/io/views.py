@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import tokenize
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +25,8 @@ from rapidfuzz import fuzz, process
 from torch import Tensor
 
 from imvia_graph import _files
-from imvia_graph._tables import read_rows
-from imvia_graph.errors import DataError
+from imvia_graph._tables import check_parquet, read_rows
+from imvia_graph.errors import DataError, IMVIAError
 from imvia_graph.kg import MultiViewKG
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,8 @@ class RawViews(NamedTuple):
     repeated : int
         Views left out because the entity has the same one already. For pictures that is the same
         path; the same bytes under another path are found when they are encoded.
+    within : Path or None
+        The folder that links among the pictures must not lead out of; ``root`` where None.
     """
 
     modality: str
@@ -63,6 +68,7 @@ class RawViews(NamedTuple):
     source: list[str]
     root: Path | None = None
     repeated: int = 0
+    within: Path | None = None
 
 
 # -- raw views ------------------------------------------------------------------------------------
@@ -88,8 +94,9 @@ def read_images(
     of : MultiViewKG or sequence of str
         The graph, or the labels of its entities in id order.
     root : path, optional
-        Where the paths of a table start, and what they must not leave. Default: the table's folder.
-        Links in this folder are followed.
+        Where the paths of a table start, and what they must not leave, by links neither. Default:
+        the table's folder. For a folder of folders, what links in it must not lead out of; by
+        default that folder itself. What does is no picture that can be read.
     columns : pair of str or int, optional
         The table's columns of entity and path, by name or by position from 0. Default: ``entity``
         and the first of ``path``, ``image``, ``picture``, ``file``, ``source``; where there is no
@@ -121,7 +128,8 @@ def read_images(
     """
     source = Path(source).expanduser()
     if source.is_dir():
-        return _image_folders(source, of, skip_unknown)
+        within = None if root is None else Path(root).expanduser()
+        return _image_folders(source, of, skip_unknown)._replace(within=within)
     frame, where = _read_table(source, columns, PATH_COLUMNS, "path")
     top = source.parent if root is None else Path(root).expanduser()
     _refuse_blank(frame["value"], where, "path")
@@ -208,7 +216,7 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower() in LITTER:
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 folders.append(entry.name)
             else:
                 aside += 1
@@ -238,7 +246,7 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
             for entry in entries:
                 if entry.name.startswith(".") or entry.name.lower() in LITTER:
                     continue
-                if entry.is_dir():
+                if _is_folder(entry):
                     aside += 1
                 else:
                     files.append(entry.name)
@@ -253,6 +261,14 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
             aside,
         )
     return _raw("image", torch.tensor(entity, dtype=torch.int64), source, top)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Links that lead in a circle are none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _composed(name: str) -> str:
@@ -285,6 +301,7 @@ def _read_table(
     kind = _kind(path)
     if kind == ".parquet":
         with unreadable(path, "a Parquet file"):
+            check_parquet(path)
             frame = pl.read_parquet(path, glob=False)
         where = str(path)
     elif kind in (".tsv", ".txt", ".tab", ".csv"):
@@ -321,6 +338,7 @@ def _read_text_table(
     path: Path, separator: str, columns: tuple[Column, Column] | None
 ) -> pl.DataFrame:
     """All columns as text; the header, if there is one, as the names of the columns."""
+    _files.check_compressed(path)
     try:
         frame = pl.read_csv(
             path,
@@ -412,13 +430,32 @@ def _refuse_blank(column: pl.Series, where: str, what: str) -> None:
         )
 
 
+#: What readers raise at a file that is not what it should be, or lies about its size.
+READERS = (
+    pl.exceptions.PolarsError,
+    pl.exceptions.PanicException,
+    OSError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    tokenize.TokenError,  # NumPy's reader of headers that an old Python wrote
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
 @contextmanager
 def unreadable(path: Path, expected: str) -> Iterator[None]:
     """What a reader says of a bad file, as a DataError."""
     try:
         yield
-    except (pl.exceptions.PolarsError, OSError, EOFError, ValueError) as error:
-        if isinstance(error, DataError):
+    except READERS as error:
+        if isinstance(error, IMVIAError):
             raise
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from imvia_graph import _files
 from imvia_graph._version import __version__
-from imvia_graph.checkpoint import METRICS
+from imvia_graph.checkpoint import read_metrics
 from imvia_graph.errors import DataError
 from imvia_graph.evaluation import Ranking, rank, rank_metrics
 from imvia_graph.inference import Predictor, Side, decision_weights, explain, view_weights
@@ -117,16 +118,25 @@ def gather(run: Run, name: str, pictures: Pictures) -> Numbers:
 
 def _epochs(folder: Path | None) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; a line that was cut short is left out."""
-    path = None if folder is None else folder / METRICS
-    if path is None or not path.is_file():
-        return []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in [] if folder is None else read_metrics(folder):
         try:
             found.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-    return [record for record in found if isinstance(record, dict) and "epoch" in record]
+    return [record for record in found if _is_record(record)]
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line of metrics is one of ours: numbers, and numbers of the validation."""
+    if not isinstance(record, dict) or "epoch" not in record:
+        return False
+    valid = record.get("valid", {})
+    numbers = [value for key, value in record.items() if key != "valid"]
+    return isinstance(valid, dict) and all(
+        isinstance(value, int | float) and abs(value) < 1e300
+        for value in (*numbers, *valid.values())
+    )
 
 
 def _relations(kg: MultiViewKG, ranking: Ranking) -> list[RelationRow]:
@@ -311,11 +321,14 @@ def _data(picture: bytes | None) -> str | None:
 
 def _versions(folder: Path | None) -> dict[str, str]:
     """Versions of what trained the run, from ``run.json``."""
-    path = None if folder is None else folder / "run.json"
+    path = None if folder is None else _files.inside(folder, "run.json")
     if path is None or not path.is_file():
         return {}
-    about = json.loads(path.read_text(encoding="utf-8"))
-    return {str(name): str(version) for name, version in about.get("versions", {}).items()}
+    about = _files.read_json(path)
+    versions = about.get("versions") if isinstance(about, dict) else None
+    if not isinstance(versions, dict):
+        return {}
+    return {str(name): _files.shorten(str(value)) for name, value in versions.items()}
 
 
 def environment() -> dict[str, str]:

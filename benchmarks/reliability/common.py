@@ -1,0 +1,47 @@
+"""What these scripts share: where results go, and what is told of the machine."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import imvia_graph
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def about() -> dict[str, Any]:
+    """The machine and the versions."""
+    return {
+        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "imvia-graph": imvia_graph.__version__,
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def write_results(name: str, values: dict[str, Any]) -> None:
+    """Write ``results/reliability-NAME.json`` and say so."""
+    path = RESULTS / f"reliability-{name}.json"
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    shown = {key: value for key, value in values.items() if not isinstance(value, list | dict)}
+    print(json.dumps(shown, indent=1))
+    print(f"Written: {path}")
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line as another process."""
+    return [sys.executable, "-m", "imvia_graph", *arguments]
+
+
+def quiet_run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command line, to its end."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, check=False, **options
+    )

@@ -1,0 +1,165 @@
+"""What training and ranking watch for: memory that runs out, and numbers that are none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from imvia_graph.errors import OutOfMemoryError
+
+logger = logging.getLogger(__name__)
+
+# -- memory that runs out -------------------------------------------------------------------------
+
+#: What a lack of memory is raised as: by Python and NumPy, and by torch.
+MEMORY_ERRORS = (MemoryError, RuntimeError)
+#: How torch says that a CPU has no memory left, where it has no class of its own for it.
+_SAID = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the CPU or on a GPU."""
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in _SAID)
+
+
+class Parts:
+    """Into how many parts rows are cut so that the work on them fits into memory.
+
+    Parameters
+    ----------
+    what : str
+        What is being done, for messages.
+
+    Attributes
+    ----------
+    count : int
+        1 until memory runs out; then a power of two that only grows.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.count = 1
+
+    def rows(self, whole: int) -> int:
+        """Rows at a time, of so many; at least 1."""
+        return max(1, -(-whole // self.count))
+
+    def halve(self, error: BaseException, whole: int) -> None:
+        """After an error: half the rows from now on; called where the error is handled.
+
+        Raises
+        ------
+        OutOfMemoryError
+            It was one row at a time already.
+        Exception
+            The error itself, where it is not of memory.
+        """
+        if not is_out_of_memory(error):
+            raise error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if self.rows(whole) == 1:
+            raise OutOfMemoryError(
+                f"Out of memory while {self.what}, one row at a time ({reason}). Close other"
+                " programs, use a larger machine, or a smaller dim, relation_dim or batch_size."
+            ) from error
+        if self.count == 1:
+            logger.warning(
+                "Out of memory while %s (%s). From now on fewer rows are taken at a time, with the"
+                " same result.",
+                self.what,
+                reason,
+            )
+        self.count *= 2
+
+
+# -- numbers that are none ------------------------------------------------------------------------
+
+
+class Before:
+    """What a step changes before its gradients are known to be good: to take the step back.
+
+    That is the random states, and buffers of the model: running statistics.
+    """
+
+    def __init__(self, buffers: Sequence[Tensor], device: torch.device) -> None:
+        self.device, self.buffers = device, buffers
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.kept = [value.clone() for value in buffers]
+
+    def restore_random_states(self) -> None:
+        """Have the step draw again what it drew."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+    @torch.no_grad()
+    def restore_buffers(self, where: Tensor | None = None) -> None:
+        """Have the buffers as they were; with ``where``, a scalar on the device, if it is not 0."""
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            buffer.copy_(kept if where is None else torch.where(where > 0, kept, buffer))
+
+
+class Health:
+    """Whether the losses and the gradients of a step are finite.
+
+    Parameters
+    ----------
+    losses : mapping of str to Tensor
+        Scalars.
+    parameters : mapping of str to Parameter
+        Those whose gradients are looked at.
+
+    Attributes
+    ----------
+    bad : Tensor
+        float32 scalar on the device: 1 where one of them is not finite, else 0. Optimizers take it
+        as ``found_inf`` and leave their step out without the host having to wait for it.
+    """
+
+    def __init__(self, losses: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]):
+        gradients = {
+            name: p.grad for name, p in parameters.items() if p.grad is not None and p.grad.numel()
+        }
+        self.names = [*losses, *gradients]
+        self.num_losses = len(losses)
+        # The largest magnitude of a gradient is finite if all of it is.
+        sizes = torch._foreach_norm(list(gradients.values()), torch.inf) if gradients else []
+        numbers = torch.stack([*(value.detach().float() for value in losses.values()), *sizes])
+        self.bad = (~numbers.isfinite().all()).float()
+        self._numbers = numbers
+        self._event = None
+        if numbers.device.type == "cuda":
+            # Copied while the host goes on; read when the step is over.
+            self._numbers = torch.empty(numbers.shape, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def problems(self) -> tuple[list[str], list[str]]:
+        """What is not finite: losses with their values, and names of parameters."""
+        if self._event is not None:
+            self._event.synchronize()
+        told = list(zip(self.names, self._numbers.tolist(), strict=True))
+        finite = self._numbers.isfinite().tolist()
+        losses = [
+            f"{name} is {value}"
+            for (name, value), good in zip(told[: self.num_losses], finite, strict=False)
+            if not good
+        ]
+        rest = zip(self.names[self.num_losses :], finite[self.num_losses :], strict=True)
+        return losses, [name for name, good in rest if not good]
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Some of the names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+__all__ = ["MEMORY_ERRORS", "Before", "Health", "Parts", "is_out_of_memory", "listed"]
