@@ -27,6 +27,11 @@ def mount(folder: Path, size: int, how: str = "") -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
 
 
+def unmount(folder: Path) -> None:
+    # Lazily: what was read of a run may still be mapped.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return (done.stderr.strip().splitlines() or [""])[-1]
 
@@ -58,7 +63,7 @@ def fit(top: Path, disk: Path, size: int, disk_full: str) -> dict[str, Any]:
         lines = (out / "metrics.jsonl").read_text().splitlines()
         epochs = [json.loads(line)["epoch"] for line in lines]
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        unmount(disk)
     return {
         "size_kib": size,
         "disk_full": disk_full,
@@ -89,7 +94,7 @@ def encode(top: Path, disk: Path, size: int) -> dict[str, Any]:
         reports = json.loads((disk / "kg" / "encode.json").read_text())
         views = sum(report["views"] for report in reports)
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        unmount(disk)
     return {
         "size_kib": size,
         "exit_code": first.returncode,
