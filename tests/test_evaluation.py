@@ -239,7 +239,7 @@ def test_only_what_the_index_knows_is_left_out():
 
 def test_ranking_leaves_the_model_in_its_mode():
     kg = random_kg()
-    model = model_of(kg)
+    model = model_of(kg, batch_norm=True)
     for training in (True, False):
         model.train(training)
         statistics = model.decoder[0].input_norm.running_mean.clone()

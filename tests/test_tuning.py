@@ -278,9 +278,9 @@ def test_a_worker_that_waits_for_the_last_trial_leaves_no_mark_on_the_study(tmp_
     space = {"relation_dim": [2, 3]}
     tune(tmp_path / "s.db", 1, space)
     study = optuna.load_study(study_name="imvia-graph", storage=f"sqlite:///{tmp_path / 's.db'}")
-    busy = study.ask()
     left = ({2, 3} - {study.trials[0].params["relation_dim"]}).pop()
-    busy._cached_frozen_trial.system_attrs["fixed_params"] = {"relation_dim": left}
+    study.enqueue_trial({"relation_dim": left})
+    busy = study.ask()
     assert busy.suggest_categorical("relation_dim", [2, 3]) == left
     naps = []
 
