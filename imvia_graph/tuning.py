@@ -45,6 +45,7 @@ SPACE: dict[str, Any] = {
     "relation_dropout": {"low": 0.0, "high": 0.6, "step": 0.1},
     "hidden_dropout": {"low": 0.0, "high": 0.7, "step": 0.1},
     "relation_dim": [32, 64, 128, 256],
+    "lambda_regularization": {"low": 0.01, "high": 0.3, "log": True},
     "lambda_alignment": [0.0, 0.01, 0.1, 1.0],
 }
 
