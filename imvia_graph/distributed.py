@@ -1,0 +1,229 @@
+"""Many processes: queries split by position, entity tables and scores split by rows.
+
+Every process asks for the same batch. It embeds and decodes its part of the queries, all gather the
+query vectors, and each scores all queries against the entities that it owns. What is summed over
+processes are gradients of what all hold (relations, decoders, projections), a row's sums in the
+softmax, and counts in ranks. The collectives are torch.distributed's: NCCL on GPUs, gloo on CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+
+class Shards:
+    """Entities in ranges of ids, one a process, and what processes tell each other.
+
+    Parameters
+    ----------
+    num_entities : int
+    rank, size : int, optional
+        This process and how many there are. Default: the only one, which talks to nobody.
+
+    Attributes
+    ----------
+    start, stop : int
+        The entities of this process: ids from start to stop, stop not counted.
+
+    Examples
+    --------
+    >>> from imvia_graph.distributed import Shards
+    >>> Shards(10).start, Shards(10).stop
+    (0, 10)
+    >>> Shards(10, rank=1, size=3).start, Shards(10, rank=1, size=3).stop
+    (4, 7)
+    """
+
+    def __init__(self, num_entities: int, rank: int = 0, size: int = 1) -> None:
+        self.num_entities, self.rank, self.size = num_entities, rank, size
+        self.bounds = [_cut(num_entities, i, size) for i in range(size + 1)]
+        self.start, self.stop = self.bounds[rank : rank + 2]
+
+    @classmethod
+    def of_world(cls, num_entities: int) -> Shards:
+        """Those of the process group, where there is one."""
+        if not dist.is_initialized():
+            return cls(num_entities)
+        return cls(num_entities, dist.get_rank(), dist.get_world_size())
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is the only process."""
+        return self.size == 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and talks to people."""
+        return self.rank == 0
+
+    def part(self, rows: int) -> slice:
+        """Which of so many rows of a batch are this process's."""
+        return slice(_cut(rows, self.rank, self.size), _cut(rows, self.rank + 1, self.size))
+
+    def owned(self, entity: Tensor) -> Tensor:
+        """(n,) bool: whether entities are this process's."""
+        return (entity >= self.start) & (entity < self.stop)
+
+    # -- what is differentiated through -----------------------------------------------------------
+
+    def gather(self, part: Tensor, rows: int) -> Tensor:
+        """All (rows, …) of which each process has its `part`; gradients are summed."""
+        if self.alone:
+            return part
+        out: Tensor = _Gather.apply(part, self, rows)
+        return out
+
+    def rows_of(self, table: Callable[[Tensor], Tensor], entity: Tensor) -> Tensor:
+        """Rows of a table that is split by entities.
+
+        Parameters
+        ----------
+        table : callable
+            Rows (k, d) of (k,) positions in this process's range.
+        entity : Tensor
+            (n,) int64, the same on every process.
+
+        Returns
+        -------
+        Tensor
+            (len(part), d): those of this process's `part` of the n.
+        """
+        if self.alone:
+            return table(entity)
+        owner = torch.bucketize(entity, entity.new_tensor(self.bounds[1:-1]), right=True)
+        mine = (owner == self.rank).nonzero().flatten()
+        cuts = mine.new_tensor([_cut(len(entity), i, self.size) for i in range(1, self.size)])
+        sent = torch.bincount(torch.bucketize(mine, cuts, right=True), minlength=self.size)
+        asked = owner[self.part(len(entity))]
+        received = torch.bincount(asked, minlength=self.size)
+        picked = table(entity[mine] - self.start)
+        rows = _Exchange.apply(picked, sent.tolist(), received.tolist())
+        order = torch.argsort(asked, stable=True)
+        return torch.empty_like(rows).index_copy(0, order, rows)
+
+    # -- what is not ------------------------------------------------------------------------------
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes, in place."""
+        if not self.alone:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """The largest over the processes, in place."""
+        if not self.alone:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Sum the gradients of what all processes hold; one that has none counts as 0."""
+        if self.alone or not parameters:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in parameters]
+        flat = _flatten_dense_tensors(grads)
+        dist.all_reduce(flat)
+        for grad, total in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
+            grad.copy_(total)
+
+    def first_tells(self, value: Any) -> Any:
+        """What the first process has, on every process: anything that JSON could carry."""
+        if self.alone:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if not self.alone:
+            dist.barrier()
+
+
+def _cut(rows: int, part: int, parts: int) -> int:
+    """Where a part begins of rows that are shared out evenly, larger parts first."""
+    return part * (rows // parts) + min(part, rows % parts)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, shards: Shards, rows: int) -> Tensor:
+        ctx.shards, ctx.rows = shards, rows
+        most = -(-rows // shards.size)
+        mine = part.new_zeros(most, *part.shape[1:])
+        mine[: len(part)] = part
+        out = mine.new_empty(shards.size * most, *part.shape[1:])
+        dist.all_gather_into_tensor(out, mine)
+        sizes = [
+            _cut(rows, i + 1, shards.size) - _cut(rows, i, shards.size) for i in range(shards.size)
+        ]
+        pieces = [piece[:size] for piece, size in zip(out.split(most), sizes, strict=True)]
+        return torch.cat(pieces) if rows else out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total[ctx.shards.part(ctx.rows)], None, None
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to the processes that asked for them; gradients the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        ctx.sent, ctx.received = sent, received
+        return _exchanged(rows, sent, received)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _exchanged(grad, ctx.received, ctx.sent), None, None
+
+
+def _exchanged(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), received, sent)
+    return out
+
+
+# -- starting -------------------------------------------------------------------------------------
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+def local_device(name: str) -> str:
+    """The setting ``device`` of this process: a GPU each, where torchrun started several."""
+    if not is_launched() or name not in ("auto", "cuda"):
+        return name
+    if name == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def join(device: torch.device) -> None:
+    """Join the process group that torchrun describes; once."""
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+__all__ = ["Shards", "is_launched", "join", "local_device"]
