@@ -27,7 +27,7 @@ HOUSE = [
     {"inspection"},
     {"datasets", "splits", "kg"},
     {"_dgl", "_labels", "_tables", "answers"},
-    {"_files", "_guards", "_kernels"},
+    {"_files", "_guards", "_kernels", "_owner"},
     {"errors", "_display", "_graphbolt", "_version"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(HOUSE) for name in names}

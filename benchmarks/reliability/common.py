@@ -26,6 +26,15 @@ def about() -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """The commit that the library is at, with a mark if files differ from it."""
+    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    said = subprocess.run(
+        asked, capture_output=True, text=True, check=False, cwd=Path(imvia_graph.__file__).parent
+    )
+    return said.stdout.strip() or "unknown"
+
+
 def write_results(name: str, values: dict[str, Any]) -> None:
     """Write ``results/reliability-NAME.json`` and say so."""
     path = RESULTS / f"reliability-{name}.json"
