@@ -7,6 +7,7 @@ is signed, and what is signed by another key, or not at all, is not followed out
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -74,10 +75,8 @@ def _make() -> bytes:
         if path.exists():  # damaged: what it signed is lost either way
             aside.replace(path)
         else:
-            try:
+            with contextlib.suppress(FileExistsError):  # another process was first
                 os.link(aside, path)
-            except FileExistsError:  # another process was first
-                pass
     finally:
         aside.unlink(missing_ok=True)
     key = _read()
