@@ -27,6 +27,7 @@ HOUSE = [
     {"inspection"},
     {"datasets", "splits", "kg"},
     {"_dgl", "_labels", "_tables", "answers"},
+    {"_parquet"},
     {"_files", "_guards", "_kernels", "_owner"},
     {"errors", "_display", "_graphbolt", "_version"},
 ]
