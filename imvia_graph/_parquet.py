@@ -24,7 +24,7 @@ _DEEPEST = 40
 _Struct = dict[int, Any]
 
 
-class _Damaged(Exception):
+class _DamagedError(Exception):
     pass
 
 
@@ -38,7 +38,7 @@ def check_parquet(path: Path) -> None:
         try:
             for what, count in _announced(content):
                 if count < 0:
-                    raise _Damaged(f"a count is {count}")
+                    raise _DamagedError(f"a count is {count}")
                 if what == "rows" and count > most:
                     raise DataError(
                         f"{path}: {size:,} bytes that announce {count:,} rows are taken for a"
@@ -51,7 +51,7 @@ def check_parquet(path: Path) -> None:
                         " a decompression bomb. Where you trust the file, write it anew as another"
                         " form."
                     )
-        except (_Damaged, struct.error, IndexError, OverflowError) as error:
+        except (_DamagedError, struct.error, IndexError, OverflowError) as error:
             raise _unreadable(path, str(error)) from error
 
 
@@ -65,11 +65,11 @@ def _unreadable(path: Path, detail: str) -> DataError:
 def _announced(content: mmap.mmap) -> Iterator[tuple[str, int]]:
     """Counts of rows or values, and of bytes of pages, that a file claims to have."""
     if content[:4] != b"PAR1" or content[-4:] != b"PAR1":
-        raise _Damaged("it does not begin and end as one")
+        raise _DamagedError("it does not begin and end as one")
     length = int.from_bytes(content[-8:-4], "little")
     start = len(content) - 8 - length
     if start < 4:
-        raise _Damaged("its footer is longer than the file")
+        raise _DamagedError("its footer is longer than the file")
     footer = _Thrift(content, start, len(content) - 8).struct()
     yield "rows", _number(footer, 3)
     total = 0
@@ -79,10 +79,10 @@ def _announced(content: mmap.mmap) -> Iterator[tuple[str, int]]:
         yield "rows", total
         for chunk in _structs(group, 1):
             if chunk.get(1):
-                raise _Damaged("its columns are in other files")
+                raise _DamagedError("its columns are in other files")
             column = chunk.get(3)
             if not isinstance(column, dict):
-                raise _Damaged("a column is not described")
+                raise _DamagedError("a column is not described")
             yield from _pages(content, column, start)
 
 
@@ -96,7 +96,7 @@ def _pages(content: mmap.mmap, column: _Struct, end: int) -> Iterator[tuple[str,
     at = min([place for place in starts if place > 0], default=0)
     stop = at + _number(column, 7)
     if not 4 <= at <= stop <= end:
-        raise _Damaged("a column is not where its footer says")
+        raise _DamagedError("a column is not where its footer says")
     while at < stop and seen < expected:
         thrift = _Thrift(content, at, stop)
         header = thrift.struct()
@@ -108,21 +108,21 @@ def _pages(content: mmap.mmap, column: _Struct, end: int) -> Iterator[tuple[str,
         yield "rows", seen
         length = _number(header, 3)
         if length < 0:
-            raise _Damaged("a page ends before it begins")
+            raise _DamagedError("a page ends before it begins")
         at = thrift.at + length
 
 
 def _number(found: _Struct, key: int) -> int:
     value = found.get(key)
     if type(value) is not int:
-        raise _Damaged("a size is missing")
+        raise _DamagedError("a size is missing")
     return value
 
 
 def _structs(found: _Struct, key: int) -> list[_Struct]:
     value = found.get(key, [])
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        raise _Damaged("its footer is none")
+        raise _DamagedError("its footer is none")
     return value
 
 
@@ -134,13 +134,13 @@ class _Thrift:
 
     def byte(self) -> int:
         if self.at >= self.end:
-            raise _Damaged("it is cut short")
+            raise _DamagedError("it is cut short")
         self.at += 1
         return self.content[self.at - 1]
 
     def skip(self, count: int) -> None:
         if count > self.end - self.at:
-            raise _Damaged("it is cut short")
+            raise _DamagedError("it is cut short")
         self.at += count
 
     def unsigned(self) -> int:
@@ -150,7 +150,7 @@ class _Thrift:
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-        raise _Damaged("a number has no end")
+        raise _DamagedError("a number has no end")
 
     def signed(self) -> int:
         value = self.unsigned()
@@ -158,7 +158,7 @@ class _Thrift:
 
     def struct(self, depth: int = 0) -> _Struct:
         if depth > _DEEPEST:
-            raise _Damaged("it is nested too deep")
+            raise _DamagedError("it is nested too deep")
         found: _Struct = {}
         key = 0
         while head := self.byte():
@@ -194,11 +194,11 @@ class _Thrift:
             return None
         if kind == 12:
             return self.struct(depth + 1)
-        raise _Damaged(f"there is no type {kind}")
+        raise _DamagedError(f"there is no type {kind}")
 
     def expect(self, count: int, depth: int) -> None:
         if count > self.end - self.at or depth > _DEEPEST:
-            raise _Damaged("a list is longer than the file")
+            raise _DamagedError("a list is longer than the file")
 
 
 __all__ = ["check_parquet"]

@@ -7,9 +7,9 @@
 Each run is a process of its own that is killed up to three times: by another process at a random
 moment, or, every second time, by itself at a random place in the writing of a file - before or
 after a flush, a link, or a rename, or with half of the file written - or, where there is a
-database, after one of its statements or before what they did is committed. Then the same is asked for
-again until it ends by itself, and what it leaves is compared with what an unbroken run left. While
-a training runs, and after each kill, its folder is read as `ig.load` reads it.
+database, after one of its statements or before what they did is committed. Then the same is asked
+for again until it ends by itself, and what it leaves is compared with what an unbroken run left.
+While a training runs, and after each kill, its folder is read as `ig.load` reads it.
 """
 
 import argparse
