@@ -472,7 +472,7 @@ def test_texts_of_hdf5_however_they_are_kept(tmp_path, kept, read):
         file["feat"] = torch.randn(4, 2).numpy()
         file.create_dataset("entity", data=labels, dtype=h5py.string_dtype(), **kept)
         file.create_dataset("none", (0,), dtype=h5py.string_dtype())
-        file["lists"] = np.array([np.arange(2), np.arange(3)], dtype=object)
+        file.create_dataset("lists", (2,), dtype=h5py.vlen_dtype(np.int64))[0] = [1, 2]
     if not read:
         with pytest.raises(ig.DataError, match="'entity': texts that are kept in this way are not"):
             io.read_features(tmp_path / "x.h5", PLACES)

@@ -528,15 +528,17 @@ def main() -> None:
         left = [name for name in left if name not in results]
         if not left:
             break
+    told = about()
     if options.update:
         before = json.loads((RESULTS / "reliability-fuzz.json").read_text(encoding="utf-8"))
         results = {**before["readers"], **results}
+        told["command"] = f"{before['command']}; {told['command']}"
     total = sum(found["inputs"] for found in results.values())
     failed = sum(len(found["failures"]) for found in results.values())
     write_results(
         "fuzz",
         {
-            **about(),
+            **told,
             "seed": options.seed,
             "inputs": total,
             "failures": failed,
