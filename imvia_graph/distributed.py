@@ -111,6 +111,38 @@ class Shards:
         order = torch.argsort(asked, stable=True)
         return torch.empty_like(rows).index_copy(0, order, rows)
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes; each passes the gradient on as it is to its own term.
+
+        So every process knows the loss of all, and its backward pass makes the gradients of what is
+        its own.
+        """
+        if self.alone:
+            return tensor
+        out: Tensor = _Total.apply(tensor)
+        return out
+
+    def repeated(self, tensor: Tensor) -> Tensor:
+        """What every process computes alike from gathered rows, as it is; gradients are shared out.
+
+        They are summed over the processes elsewhere, as if each had made a part.
+        """
+        if self.alone:
+            return tensor
+        return tensor / self.size + (tensor * (1 - 1 / self.size)).detach()
+
+    def logsumexp(self, tensor: Tensor) -> Tensor:
+        """Log-sum-exp over the last dimension, which is split over the processes; see `total`."""
+        if self.alone:
+            return tensor.logsumexp(-1)
+        detached = tensor.detach()
+        if tensor.shape[-1]:
+            top = self.max_(detached.amax(-1))
+        else:
+            top = self.max_(detached.new_full(tensor.shape[:-1], -torch.inf))
+        top = torch.where(top.isinf(), 0.0, top)
+        return top + self.total((tensor - top[..., None]).exp().sum(-1)).log()
+
     # -- what is not ------------------------------------------------------------------------------
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -178,6 +210,18 @@ class _Gather(torch.autograd.Function):
         total = grad.contiguous().clone()
         dist.all_reduce(total)
         return total[ctx.shards.part(ctx.rows)], None, None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class _Exchange(torch.autograd.Function):

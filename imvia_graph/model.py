@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from imvia_graph.distributed import Shards
 from imvia_graph.errors import SettingsError
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import Alignment, MutualInformation
 from imvia_graph.nn import DecisionFusion, JointFusion, MultiViewEncoder, TuckerDecoder
+from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.nn.multi_view_encoder import views_present
 from imvia_graph.nn.tucker_decoder import group_by_relation
 from imvia_graph.settings import Settings
@@ -57,6 +59,9 @@ class IMVIA(nn.Module):
         no part of its state: a checkpoint holds what was learned.
     settings : Settings
         The group *model*, and ``alignment``, ``temperature`` and ``information_dim``.
+    shards : Shards, optional
+        Which entities are this process's, where there are several (`imvia_graph.distributed`).
+        Default: all.
 
     Attributes
     ----------
@@ -65,6 +70,12 @@ class IMVIA(nn.Module):
         What is aligned, disentangled and joined: ``structure`` and the modalities.
     heads : list of str
         What scores: the sources and, where there is more than one, ``joint``.
+
+    Notes
+    -----
+    Of several processes each holds the rows of its own entities. All ask the same: `embed` and
+    `decode` then answer for a process's part of the queries (`Shards.part`), `queries` for all of
+    them, and `candidates` for entities that are the process's own.
 
     Examples
     --------
@@ -87,8 +98,10 @@ class IMVIA(nn.Module):
         num_relations: int,
         views: Mapping[str, tuple[Tensor, Tensor]],
         settings: Settings | None = None,
+        shards: Shards | None = None,
     ) -> None:
         super().__init__()
+        self.shards = shards or Shards(num_entities)
         s = self.settings = settings or Settings()
         self.num_entities, self.num_relations = num_entities, num_relations
         relation_dim = s.relation_dim
@@ -99,9 +112,9 @@ class IMVIA(nn.Module):
             self.register_buffer(f"view_feat_{i}", feat, persistent=False)
             self.register_buffer(f"view_ptr_{i}", ptr, persistent=False)
 
-        self.entity = nn.Embedding(num_entities, s.dim)
+        self.entity = EntityTable(self.shards, s.dim)
         self.residual = nn.ModuleList(
-            nn.Embedding(num_entities, s.dim) for _ in self.modalities if s.residual
+            EntityTable(self.shards, s.dim) for _ in self.modalities if s.residual
         )
         widths = {modality: feat.shape[1] for modality, (feat, _) in views.items()}
         # With a gate of ones, the cosine is 1 for every view.
@@ -142,7 +155,9 @@ class IMVIA(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def from_kg(cls, kg: MultiViewKG, settings: Settings | None = None) -> IMVIA:
+    def from_kg(
+        cls, kg: MultiViewKG, settings: Settings | None = None, shards: Shards | None = None
+    ) -> IMVIA:
         """A model for a graph, with the modalities that the settings name (default: all)."""
         settings = settings or Settings()
         wanted = kg.modalities if settings.modalities is None else settings.modalities
@@ -150,7 +165,7 @@ class IMVIA(nn.Module):
         for modality in wanted:
             feat, ptr = kg.views(modality)
             views[modality] = (feat if feat.dtype == torch.float64 else feat.float(), ptr)
-        return cls(kg.num_entities, kg.num_relations, views, settings)
+        return cls(kg.num_entities, kg.num_relations, views, settings, shards)
 
     def reset_parameters(self) -> None:
         """Initialise the tables and the layers anew."""
@@ -160,14 +175,21 @@ class IMVIA(nn.Module):
             if callable(reset):
                 reset()
         for table in (self.entity, *self.relation, *self.residual):
-            assert isinstance(table, nn.Embedding)
-            # Of length 1 or so, however many rows: smaller ones take epochs to grow.
-            nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
+            if isinstance(table, EntityTable):
+                table.reset_parameters()
+            else:
+                assert isinstance(table, nn.Embedding)
+                nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.entity.weight.device
+
+    @property
+    def entity_tables(self) -> list[EntityTable]:
+        """The tables of which each process holds its own entities' rows."""
+        return [table for table in (self.entity, *self.residual) if isinstance(table, EntityTable)]
 
     @property
     def views(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -186,25 +208,40 @@ class IMVIA(nn.Module):
 
     def embed(self, entity: Tensor | None = None, relation: Tensor | None = None) -> Embedding:
         """Embeddings of (B,) entities, or all, under (B,) relations, or one relation, or none."""
-        structure = _rows(self.entity, entity)
+        if entity is None:
+            own = torch.arange(self.shards.start, self.shards.stop, device=self.device)
+            return self._embed(own, lambda table: table.weight, relation)
+        part = self.shards.part(len(entity))
+        if relation is not None and relation.dim():
+            relation = relation[part]
+        return self._embed(entity[part], lambda table: self.shards.rows_of(table, entity), relation)
+
+    def _embed(
+        self, entity: Tensor, rows: Callable[[EntityTable], Tensor], relation: Tensor | None
+    ) -> Embedding:
+        """`embed` of (n,) entities with the rows of theirs in each table."""
+        structure = rows(self.entity)
         if self.settings.gate != "relation":
             relation = None
-        rel_feat = None if relation is None else _rows(self.relation[0], None)
-        if rel_feat is not None and relation is not None and relation.dim() == 0:
-            rel_feat, relation = rel_feat[relation], None
+        rel_feat = None
+        if relation is not None:
+            table = self.relation[0]
+            assert isinstance(table, nn.Embedding)
+            rel_feat = table.weight
+            if relation.dim() == 0:
+                rel_feat, relation = rel_feat[relation], None
         heads = {STRUCTURE: structure} if self.settings.structure else {}
-        if entity is None:
-            entity = torch.arange(self.num_entities, device=self.device)
         heads.update(self.encoder.encode(self.views, entity, structure, rel_feat, relation))
         for modality, table in zip(self.modalities, self.residual, strict=False):
-            heads[modality] = heads[modality] + _rows(table, entity)
+            assert isinstance(table, EntityTable)
+            heads[modality] = heads[modality] + rows(table)
         if self.joint is not None:
             heads[JOINT] = self.joint(list(heads.values()))
         return Embedding(heads, views_present(self.views, entity))
 
     def decode(self, embedding: Embedding, relation: Tensor) -> dict[str, Tensor]:
         """Query vectors (B, dim) of embedded entities and (B,) relations, head by head."""
-        groups = group_by_relation(relation)
+        groups = group_by_relation(relation, self.shards)
         return {
             head: decoder(embedding.heads[head], table.weight, groups)
             for head, decoder, table in zip(self.heads, self.decoder, self.relation, strict=True)
@@ -212,7 +249,8 @@ class IMVIA(nn.Module):
 
     def queries(self, entity: Tensor, relation: Tensor) -> dict[str, Tensor]:
         """Query vectors (B, dim) of (B,) entities and (B,) relations, head by head."""
-        return self.decode(self.embed(entity, relation), relation)
+        found = self.decode(self.embed(entity, relation), relation)
+        return {head: self.shards.gather(query, len(entity)) for head, query in found.items()}
 
     def candidates(
         self, relation: Tensor | None = None, entity: Tensor | None = None
@@ -225,9 +263,13 @@ class IMVIA(nn.Module):
             A scalar: the relation that all queries share, for ``candidates="relation"``, the exact
             form of Eq. 1. None for relation-free tables.
         entity : Tensor, optional
-            (N,) int64 candidates; None for all entities.
+            (N,) int64 candidates; None for all entities. Of several processes, each is asked for
+            its own.
         """
-        return self.embed(entity, relation).heads
+        if entity is None:
+            return self.embed(None, relation).heads
+        own = entity - self.shards.start
+        return self._embed(entity, lambda table: table(own), relation).heads
 
     def scores(
         self, queries: Mapping[str, Tensor], candidates: Mapping[str, Tensor], relation: Tensor
@@ -313,13 +355,6 @@ def moderate(feat: Tensor) -> Tensor | None:
     if largest > LARGEST:
         exponent = (exponent - 10).clamp(min=0)
     return torch.ones_like(size).cpu() * (2.0 ** -exponent.cpu())
-
-
-def _rows(table: nn.Module, entity: Tensor | None) -> Tensor:
-    """Rows of an embedding table, or the table."""
-    assert isinstance(table, nn.Embedding)
-    rows: Tensor = table.weight if entity is None else table(entity)
-    return rows
 
 
 def inner(query: Tensor, candidate: Tensor) -> Tensor:

@@ -11,18 +11,11 @@ from hypothesis import strategies as st
 
 import imvia_graph as ig
 from imvia_graph.answers import with_inverses
+from imvia_graph.batches import Batch, Batches, pack
 from imvia_graph.evaluation import evaluate, rank, rank_metrics
 from imvia_graph.losses import Positives
 from imvia_graph.model import DECISION, IMVIA
-from imvia_graph.training import (
-    Batch,
-    Batches,
-    Callback,
-    Trainer,
-    pack,
-    resolve_device,
-    training_dtype,
-)
+from imvia_graph.training import Callback, Trainer, resolve_device, training_dtype
 
 CPU = torch.device("cpu")
 
@@ -341,11 +334,11 @@ def test_an_epoch_covers_each_training_triple_once_in_both_directions(
         assert set(seen) == expected
         assert len(sizes) == len(batches)
         assert max(sizes) <= batch_size
-        assert sum(sizes) == len(batches.rows)
+        assert sum(sizes) == batches.num_rows
         if candidates == "shared":  # the rows are shared out evenly
             assert max(sizes) - min(sizes) <= 1
         else:
-            limit = max(1, batch_size * len(batches.rows) // batches.size)
+            limit = max(1, batch_size * batches.num_rows // batches.size)
             assert max(sizes) <= limit
             assert len(sizes) == 1 or min(sizes) >= limit // 2
 

@@ -27,9 +27,10 @@ from protocol import Trained, epoch_line
 from torch import Tensor, nn
 
 import imvia_graph as ig
+from imvia_graph.batches import Batch, Batches
 from imvia_graph.io import with_validation
 from imvia_graph.losses import factored_completion
-from imvia_graph.training import Batch, Batches, training_dtype
+from imvia_graph.training import training_dtype
 
 HERE = Path(__file__).parent
 #: The settings of `train` and where a search starts, from the authors' and the field's practice.
