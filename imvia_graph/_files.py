@@ -9,10 +9,12 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import reprlib
 import stat
+import struct
 import sys
 import tempfile
 import zipfile
@@ -429,6 +431,82 @@ def write_tensors(
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     told = None if metadata is None else dict(metadata)
     write_atomically(path, lambda temporary: save_file(plain, temporary, told), previous)
+
+
+#: How safetensors calls the dtypes, and in which order of sizes it lays tensors out.
+_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_tensor_parts(
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    parts: Callable[[str], Iterator[Tensor]],
+    metadata: Mapping[str, str],
+    checksum: str,
+    previous: Path | None = None,
+) -> None:
+    """Write a safetensors file whose tensors come in parts, and need not fit into memory.
+
+    What is written is what `write_tensors` would write of the whole tensors, with their `digest`
+    under ``checksum`` among the metadata.
+
+    Parameters
+    ----------
+    path : Path
+    shapes : mapping of str to (dtype, shape)
+    parts : callable
+        The parts of a tensor, one after the other along the first dimension; called once for each.
+    metadata : mapping of str to str
+    checksum : str
+    previous : Path, optional
+        See `write_atomically`.
+    """
+    order = sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
+    unknown = "0" * hashlib.sha256().digest_size * 2
+    header: dict[str, Any] = {"__metadata__": {**metadata, checksum: unknown}}
+    place = 0
+    for name in order:
+        dtype, shape = shapes[name]
+        size = dtype.itemsize * math.prod(shape)
+        told = {
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [place, place + size],
+        }
+        header[name] = told
+        place += size
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in order:
+                written = 0
+                for part in parts(name):
+                    plain = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                    written += file.write(plain.numpy().data)
+                dtype, shape = shapes[name]
+                if written != dtype.itemsize * math.prod(shape):
+                    raise ValueError(f"{path}: {name} has {written} bytes, not those of {shape}")
+        # Of what is there now, mapped from the file.
+        with safe_open(temporary, framework="pt") as whole:
+            found = digest({name: whole.get_tensor(name) for name in order}, metadata)
+        at = text.index(unknown.encode(), text.index(f'"{checksum}"'.encode()))
+        with temporary.open("rb+") as file:
+            file.seek(8 + at)
+            file.write(found.encode())
+
+    write_atomically(path, write, previous)
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ import math
 import mmap
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -581,7 +581,11 @@ class Trainer:
             # Each entity is embedded once, however many queries it is a candidate of.
             distinct, place = batch.candidate.unique(return_inverse=True)
             tables = model.candidates(relation, distinct)
-            scores = self._sampled_scores(asked, tables, place, batch.relation)
+            scores = self._scores(
+                asked,
+                batch.relation,
+                lambda rows: {head: table[place[rows]] for head, table in tables.items()},
+            )
             if not learns:
                 del scores[DECISION]
             loss = completion(scores, positives, settings.loss, settings.label_smoothing)
@@ -589,7 +593,7 @@ class Trainer:
         elif batch.sampled is not None:
             sampled, first = batch.sampled.of_process(shards)
             tables = model.candidates(relation, sampled.entity)
-            scores = model.scores(asked, tables, batch.relation)
+            scores = self._scores(asked, batch.relation, lambda rows: tables)
             if not learns:
                 del scores[DECISION]
             own = (positives.col >= first) & (positives.col < first + len(sampled.entity))
@@ -640,25 +644,23 @@ class Trainer:
     def _looked_up(self) -> list[Tensor]:
         return [rows for table in self.tables.values() for rows in table.looked_up()]
 
-    def _sampled_scores(
+    def _scores(
         self,
         queries: Mapping[str, Tensor],
-        tables: Mapping[str, Tensor],
-        place: Tensor,
         relation: Tensor,
+        candidates: Callable[[slice], Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """Scores of candidates of each query's own, which stand at ``place`` in the tables."""
+        """Scores of queries, some at a time where memory is short; ``candidates`` are of rows."""
 
         def of(rows: slice) -> dict[str, Tensor]:
             asked = {head: query[rows] for head, query in queries.items()}
-            answers = {head: table[place[rows]] for head, table in tables.items()}
-            return self.model.scores(asked, answers, relation[rows])
+            return self.model.scores(asked, candidates(rows), relation[rows])
 
-        size = self.parts.rows(len(place))
-        if size >= len(place):
+        size = self.parts.rows(len(relation))
+        if size >= len(relation):
             return of(slice(None))
         # Candidates of one part are held at a time, and gathered again for the gradient.
-        starts = range(0, len(place), size)
+        starts = range(0, len(relation), size)
         found = [checkpoint(of, slice(i, i + size), use_reentrant=False) for i in starts]
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 

@@ -521,9 +521,9 @@ class Little:
                 self.failed += 1
                 raise error or shortage()
 
-        def limited_do(work, start, stop, row, col):
+        def limited_do(work, start, stop, *positives):
             fits(stop - start)
-            return do(work, start, stop, row, col)
+            return do(work, start, stop, *positives)
 
         def limited_scores(model, queries, candidates, relation):
             if model.training:

@@ -321,6 +321,8 @@ def test_an_epoch_covers_each_training_triple_once_in_both_directions(
                 assert batch.candidate.shape == (len(batch.entity), 1 + chosen.negatives)
                 assert batch.candidate.max() < kg.num_entities
                 answer = batch.candidate[row, answer]
+            if batch.sampled is not None:
+                answer = batch.sampled.entity[answer]
             counts = torch.bincount(row, minlength=len(batch.entity))
             if regime == "1vsall" and loss == "softmax":
                 assert counts.tolist() == batch.positives.weight.tolist()
@@ -678,7 +680,8 @@ def test_sampled_negatives_are_no_true_answers_of_their_queries():
     )
     names = [f"e{i}" for i in range(size)]
     kg = ig.MultiViewKG(names, ["r"], triples)
-    batches = Batches(kg, settings(regime="sampled", negatives=50), torch.device("cpu"))
+    chosen = settings(regime="sampled", negatives=50, negative_sampling="query")
+    batches = Batches(kg, chosen, torch.device("cpu"))
     true = {tuple(row) for row in with_inverses(triples, 1).tolist()}
     count = sum(
         (h, r, t) in true
