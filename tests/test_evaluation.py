@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import imvia_graph as ig
-from imvia_graph import evaluation
-from imvia_graph.answers import AnswerIndex
+from imvia_graph import _tiles
+from imvia_graph.answers import AnswerIndex, with_inverses
 from imvia_graph.evaluation import Ranking, evaluate, filtered_ranks, rank, rank_metrics, score_all
 
 NAN, INF = float("nan"), float("inf")
@@ -109,6 +109,44 @@ def random_kg(views=True):
     )
 
 
+def larger_kg(views=True, entities=83):
+    """More entities than a tile has; few relations, so that known answers are many."""
+    triples = torch.stack(
+        [torch.randint(entities, (400,)), torch.randint(2, (400,)), torch.randint(entities, (400,))]
+    ).T
+    features = {
+        "image": ig.Views(torch.randn(120, 3), torch.randint(entities - 20, (120,))),
+        "text": ig.Views(torch.randn(40, 2), torch.randint(entities, (40,))),
+    }
+    return ig.MultiViewKG(
+        entities=[f"e{i}" for i in range(entities)],
+        relations=["r0", "r1"],
+        train=triples[:200],
+        valid=triples[200:300],
+        test=triples[300:],
+        views=features if views else None,
+    )
+
+
+def by_filtered_ranks(model, kg, triples):
+    """Ranks by whole rows of scores, one relation after the other."""
+    queries = with_inverses(triples, kg.num_relations)
+    names = [*model.heads, "decision"]
+    ranks = {name: torch.empty(len(queries), dtype=torch.float64) for name in names}
+    with torch.no_grad():
+        for positions, scores in score_all(model, queries[:, 0], queries[:, 1], 10_000):
+            entity, relation, answer = queries[positions].unbind(1)
+            pairs = kg.answers().pairs(entity, relation)
+            for name in names:
+                ranks[name][positions] = filtered_ranks(scores[name], answer, *pairs)
+    sides = [{name: part[side] for name, part in ranks.items()} for side in halves(len(triples))]
+    return Ranking(triples, *sides)
+
+
+def halves(size):
+    return slice(size), slice(size, None)
+
+
 def model_of(kg, **changes):
     settings = ig.Settings(dim=4, information_dim=4).replace(**changes)
     return randomised(ig.IMVIA.from_kg(kg, settings)).double()
@@ -152,9 +190,20 @@ def as_lists(side):
     return {name: ranks.tolist() for name, ranks in side.items()}
 
 
+def little_tiles(monkeypatch, keeps=True):
+    """Tiles of 16 candidates, two made at a time; tables are kept, or made for 32 queries."""
+    monkeypatch.setattr(_tiles, "_SIDE", 16)
+    monkeypatch.setattr(_tiles, "_MADE", 2)
+    if not keeps:
+        monkeypatch.setattr(_tiles, "_KEPT", 0)
+        monkeypatch.setattr(_tiles, "_QUERIES", 32 * 4 * 4 * 4)
+
+
 @pytest.mark.parametrize("candidates", ["shared", "relation"])
 @pytest.mark.parametrize("batch_size", [1, 4, 1000])
-def test_ranks_match_a_loop_over_all_triples(candidates, batch_size):
+@pytest.mark.parametrize("keeps", [True, False])
+def test_ranks_match_a_loop_over_all_triples(monkeypatch, candidates, batch_size, keeps):
+    little_tiles(monkeypatch, keeps)
     kg = random_kg()
     model = model_of(kg, candidates=candidates).eval()
     found = rank(model, kg.test, kg.answers(), batch_size)
@@ -166,21 +215,23 @@ def test_ranks_match_a_loop_over_all_triples(candidates, batch_size):
 
 
 @pytest.mark.parametrize("views", [True, False])
-@pytest.mark.parametrize("few_queries", [True, False])
-def test_compiled_ranks_are_those_of_the_scores(monkeypatch, views, few_queries):
-    kg = random_kg(views=views)
+@pytest.mark.parametrize("keeps", [True, False, None])
+def test_compiled_ranks_are_those_of_the_scores(monkeypatch, views, keeps):
+    kg = larger_kg(views=views)
     model = model_of(kg, batch_norm=False).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.sign() * (parameter.abs() > 0.4))  # many ties
         model.entity.weight[3] = torch.nan
-    if few_queries:
-        monkeypatch.setattr(evaluation, "_CACHE", 1)
+    expected = by_filtered_ranks(model, kg, kg.train)
+    if keeps is not None:
+        little_tiles(monkeypatch, keeps)
     compiled = rank(model, kg.train, kg.answers())
-    monkeypatch.setattr(evaluation._kernels, "load", lambda name: None)
+    monkeypatch.setattr(_tiles._kernels, "load", lambda name: None)
     plain = rank(model, kg.train, kg.answers())
-    assert as_lists(compiled.tail) == as_lists(plain.tail)
-    assert as_lists(compiled.head) == as_lists(plain.head)
+    for found in (compiled, plain):
+        assert as_lists(found.tail) == as_lists(expected.tail)
+        assert as_lists(found.head) == as_lists(expected.head)
     assert any(value % 1 for value in compiled.tail["structure"].tolist())
 
 

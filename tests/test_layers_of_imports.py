@@ -16,6 +16,7 @@ HOUSE = [
     {"checkpoint", "tracking"},
     {"training", "inference"},
     {"evaluation"},
+    {"_tiles"},
     {"model"},
     {"nn"},
     {"losses", "ops"},
@@ -27,7 +28,7 @@ HOUSE = [
     {"inspection"},
     {"datasets", "splits", "kg"},
     {"_dgl", "_labels", "_tables", "answers"},
-    {"_files", "_guards", "_kernels"},
+    {"_files", "_guards", "_kernels", "distributed"},
     {"errors", "_display", "_graphbolt", "_version"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(HOUSE) for name in names}
