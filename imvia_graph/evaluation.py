@@ -201,8 +201,9 @@ def rank(
                 block = group[: max(1, counter.queries // parts.count // size) * size]
                 # Several processes must all call the same number of times.
                 on_part = partial(told.of_part, len(block)) if shards.alone else None
+                entity, under, answer = queries[block].unbind(1)
                 try:
-                    counts = counter.count(*queries[block].unbind(1), size, on_part)
+                    counts = counter.count(entity, under, answer, size, on_part)
                 except MEMORY_ERRORS as error:
                     if not shards.alone and is_out_of_memory(error):
                         raise OutOfMemoryError(

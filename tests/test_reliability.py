@@ -16,7 +16,7 @@ from helpers import TINY, contents, differing_tensors, ring_kg, same_weights, se
 from safetensors.torch import load_file
 
 import imvia_graph as ig
-from imvia_graph import _factored, evaluation, training
+from imvia_graph import _factored, _tiles, evaluation, training
 from imvia_graph._guards import Parts, is_out_of_memory
 from imvia_graph.checkpoint import locked, start_run
 from imvia_graph.model import DECISION, IMVIA
@@ -569,13 +569,13 @@ def test_ranking_without_enough_memory_gives_the_same_ranks(candidates, monkeypa
     whole = evaluation.rank(model, kg.train, kg.answers(), 16)
     done, sizes = [], []
 
-    def little(model, entity, *rest, _ranks=evaluation._ranks):
+    def little(self, entity, *rest, _batch=_tiles.Counter.batch):
         sizes.append(len(entity))
         if len(entity) > 3:
             raise shortage()
-        return _ranks(model, entity, *rest)
+        return _batch(self, entity, *rest)
 
-    monkeypatch.setattr(evaluation, "_ranks", little)
+    monkeypatch.setattr(_tiles.Counter, "batch", little)
     with caplog.at_level("WARNING"):
         found = evaluation.rank(
             model, kg.train, kg.answers(), 16, on_batch=lambda n, of: done.append((n, of))
@@ -594,6 +594,6 @@ def test_ranking_where_not_one_query_fits_says_so(monkeypatch):
     def never(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(evaluation, "_ranks", never)
+    monkeypatch.setattr(_tiles.Counter, "batch", never)
     with pytest.raises(ig.OutOfMemoryError, match="while ranking"):
         run.evaluate()

@@ -210,12 +210,13 @@ def outranked(
         while behind < end[i] and left_out[behind] < first + high:
             behind += 1
         cursor[i] = behind
-        if wanted[heads]:
+        if wanted[heads] and heads > 1:
             decide(scores, weight, i, decision)
         for m in range(heads + 1):
             if not wanted[m]:
                 continue
-            row = scores[m, i] if m < heads else decision
+            # One head alone is the decision.
+            row = scores[min(m, heads - 1), i] if m < heads or heads == 1 else decision
             t = truth[i, m]
             better = tied = np.int32(0)
             for n in range(low, high):
