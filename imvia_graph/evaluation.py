@@ -327,22 +327,58 @@ def evaluate(
     split: Split = "test",
     batch_size: int = 1024,
     on_batch: Callable[[int, int], None] | None = None,
+    candidates: int | Tensor | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Filtered metrics of a split, as `Ranking.metrics` gives them.
+
+    Parameters
+    ----------
+    model : IMVIA
+    kg : MultiViewKG
+    split : {"train", "valid", "test"}
+    batch_size, on_batch
+        As for `rank`.
+    candidates : int or Tensor, optional
+        What competes with the answer: so many entities, drawn once with the seed by
+        `draw_candidates`, or (C,) int64 ids. Ranks among few are better than among all, and compare
+        with none but those among the same. Default: all entities.
+    seed : int
+
+    Returns
+    -------
+    dict
+        That of `Ranking.metrics`, and ``candidates``: a text that says what competed.
+
+    Raises
+    ------
+    DataError
+        A split without triples, or candidates that are no entities of the graph.
 
     Examples
     --------
     >>> import imvia_graph as ig
     >>> kg = ig.load_kg("countries")
-    >>> metrics = ig.evaluate(ig.IMVIA.from_kg(kg, ig.Settings(dim=8)), kg, "valid")
+    >>> model = ig.IMVIA.from_kg(kg, ig.Settings(dim=8))
+    >>> metrics = ig.evaluate(model, kg, "valid")
     >>> sorted(metrics)
-    ['both', 'head', 'modalities', 'relations', 'tail']
+    ['both', 'candidates', 'head', 'modalities', 'relations', 'tail']
+    >>> metrics["candidates"]
+    'all 1,475 entities'
+    >>> ig.evaluate(model, kg, "valid", candidates=100)["candidates"]
+    '100 entities drawn with seed 0'
     """
     triples = kg.triples(split)
     if not len(triples):
         raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
-    ranking = rank(model, triples, kg.answers(), batch_size, on_batch=on_batch)
-    return ranking.metrics(kg.relations)
+    chosen, how = candidates, "given"
+    if isinstance(chosen, int):
+        chosen, how = draw_candidates(kg.num_entities, chosen, seed), f"drawn with seed {seed}"
+    ranking = rank(model, triples, kg.answers(), batch_size, on_batch=on_batch, candidates=chosen)
+    among = f"all {kg.num_entities:,} entities"
+    if chosen is not None:
+        among = f"{len(chosen.unique()):,} entities {how}"
+    return {**ranking.metrics(kg.relations), "candidates": among}
 
 
 __all__ = [

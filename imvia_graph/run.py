@@ -62,8 +62,12 @@ class Run:
         self.progress, self.folder = progress, folder
 
     def evaluate(self, split: Split = "test", **options: Any) -> dict[str, Any]:
-        """Filtered ranking metrics of a split; see `imvia_graph.evaluate`."""
+        """Filtered ranking metrics of a split; see `imvia_graph.evaluate`.
+
+        The batch size and the seed are those of the settings, unless others are given.
+        """
         options.setdefault("batch_size", self.settings.ranking_batch_size)
+        options.setdefault("seed", self.settings.seed)
         return evaluate(self.model, self.kg, split, **options)
 
     def predict(

@@ -170,6 +170,12 @@ class Settings(BaseModel):
         None, gt=0, description="Largest norm of the gradient; null for none."
     )
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
+    ranking_candidates: int | None = Field(
+        None,
+        ge=1,
+        description="Entities that validation ranks against, drawn once with the seed; null for"
+        " all.",
+    )
     patience: int | None = Field(
         10, ge=1, description="Validations without a better MRR before stopping; null for never."
     )

@@ -49,6 +49,7 @@ OTHER = {
     "weight_decay": 1e-7,
     "gradient_clip": 1.5,
     "validate_every": 4,
+    "ranking_candidates": 500,
     "patience": 3,
     "checkpoint_every": 2,
     "seed": 11,
