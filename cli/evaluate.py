@@ -28,8 +28,8 @@ from imvia_graph.run import load
 @click.option(
     "--candidates",
     metavar="NUMBER|FILE",
-    help="What competes with the answer: so many entities, drawn with the run's seed, or those whose"
-    " labels a file has, a line each.  [default: all entities]",
+    help="What competes with the answer: so many entities, drawn with the run's seed, or those"
+    " whose labels a file has, a line each.  [default: all entities]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (fractions).")
 @click.option("--relations", is_flag=True, help="Show the metrics of each relation, too.")
