@@ -26,7 +26,7 @@ HOUSE = [
     {"io"},
     {"inspection"},
     {"datasets", "splits", "kg"},
-    {"_dgl", "_labels", "_tables", "answers"},
+    {"_dgl", "_labels", "_linked", "_tables", "answers"},
     {"_files", "_guards", "_kernels"},
     {"errors", "_display", "_graphbolt", "_version"},
 ]
