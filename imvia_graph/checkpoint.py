@@ -114,7 +114,7 @@ def start_run(folder: Path, kg: MultiViewKG, settings: Settings) -> None:
     """
     check_free(folder)
     shutil.rmtree(folder / "kg", ignore_errors=True)  # of a process that was killed making it
-    kg.save(folder / "kg")
+    kg.save(folder / "kg", may_link=True)
     _files.write_text(folder / "settings.yaml", settings.to_yaml())
     versions = {
         "imvia-graph": __version__,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from imvia_graph import _files
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import SettingsError
 from imvia_graph.kg import MultiViewKG
@@ -55,8 +56,11 @@ class IMVIA(nn.Module):
     num_entities, num_relations : int
         Sizes of the vocabularies, inverse relations not counted.
     views : mapping of str to (feat, ptr)
-        Views of each modality, as `MultiViewKG.views` gives them. They move with the model but are
-        no part of its state: a checkpoint holds what was learned.
+        Views of each modality, as `MultiViewKG.views` gives them. They are no part of the model's
+        state: a checkpoint holds what was learned. Features stay in their dtype and, where they are
+        mapped, in their file; only double precision and what `moderate` has to scale are copied.
+        They move with the model to another device unless they are too large for it (the setting
+        ``views_on``); then those that are asked for go there.
     settings : Settings
         The group *model*, and ``alignment``, ``temperature`` and ``information_dim``.
     shards : Shards, optional
@@ -163,8 +167,7 @@ class IMVIA(nn.Module):
         wanted = kg.modalities if settings.modalities is None else settings.modalities
         views = {}
         for modality in wanted:
-            feat, ptr = kg.views(modality)
-            views[modality] = (feat if feat.dtype == torch.float64 else feat.float(), ptr)
+            views[modality] = kg.views(modality)
         return cls(kg.num_entities, kg.num_relations, views, settings, shards)
 
     def reset_parameters(self) -> None:
@@ -202,9 +205,25 @@ class IMVIA(nn.Module):
     def scaled(self, modality: str, feat: Tensor) -> Tensor:
         """(V, d_m) features as the model sees them: see `moderate`; double precision as single."""
         scale = self.view_scale[modality]
-        if scale is not None:
-            return (feat.double() * scale.to(feat.device)).float()
-        return feat.float() if feat.dtype == torch.float64 else feat
+        if scale is None:
+            return feat.float() if feat.dtype == torch.float64 else feat
+        scaled = torch.empty_like(feat, dtype=torch.float32)
+        for part, out in zip(_files.portions(feat), _files.portions(scaled), strict=True):
+            out.copy_(part.double() * scale.to(feat.device))
+        return scaled
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IMVIA:
+        """Move or convert the model; features move where they fit, and are never converted."""
+        names = [f"view_feat_{i}" for i in range(len(self.modalities))]
+        features = [self._buffers.pop(name) for name in names]
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self.device)).device
+        sizes = [feat.nbytes for feat in features if feat is not None and feat.device != device]
+        moves = _belong_on(device, sum(sizes), self.settings.views_on)
+        for name, feat in zip(names, features, strict=True):
+            assert feat is not None
+            self.register_buffer(name, feat.to(device) if moves else feat, persistent=False)
+        return self
 
     def embed(self, entity: Tensor | None = None, relation: Tensor | None = None) -> Embedding:
         """Embeddings of (B,) entities, or all, under (B,) relations, or one relation, or none."""
@@ -346,7 +365,7 @@ def moderate(feat: Tensor) -> Tensor | None:
     """
     if not feat.numel():
         return None
-    size = torch.maximum(feat.amax(0), -feat.amin(0)).double()
+    size = torch.stack([part.abs().amax(0) for part in _files.portions(feat)]).amax(0).double()
     largest = float(size.max())
     if SMALLEST <= largest <= LARGEST or not largest:
         return None
@@ -355,6 +374,17 @@ def moderate(feat: Tensor) -> Tensor | None:
     if largest > LARGEST:
         exponent = (exponent - 10).clamp(min=0)
     return torch.ones_like(size).cpu() * (2.0 ** -exponent.cpu())
+
+
+#: Share of a device's free memory that features may take; the rest is for training.
+_SHARE = 0.5
+
+
+def _belong_on(device: torch.device, size: int, views_on: str) -> bool:
+    """Whether features of so many bytes are to be on the device of a model."""
+    if views_on != "auto" or device.type != "cuda":
+        return views_on != "host" or device.type in ("cpu", "meta")
+    return size <= _SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def inner(query: Tensor, candidate: Tensor) -> Tensor:

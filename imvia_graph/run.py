@@ -214,7 +214,7 @@ def fit(
     resume : bool
         Whether to go on with the run in ``out``, with its graph and its settings; of the
         settings given, only `RESUMABLE` may differ: ``epochs``, ``patience``, ``device``,
-        ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``.
+        ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``, ``views_on``.
         A run that ended is taken as it is, unless there are more epochs to go.
     callbacks : sequence of Callback
         See `imvia_graph.training.Callback`.
@@ -361,6 +361,7 @@ RESUMABLE = (
     "checkpoint_every",
     "non_finite",
     "disk_full",
+    "views_on",
 )
 
 

@@ -199,6 +199,12 @@ class Settings(BaseModel):
         description="Precision of matrix products in training; auto for bfloat16 where the device"
         " has it. Ranking is always in float32.",
     )
+    views_on: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description="Where the views are: on the device, on the host, mapped from their file, so"
+        " that only those of a batch go to the device, or on the device if they take no more than"
+        " half of its free memory (auto).",
+    )
     ranking_batch_size: int = Field(1024, ge=1, description="Queries ranked at a time.")
 
     @classmethod

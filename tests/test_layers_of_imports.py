@@ -15,6 +15,7 @@ HOUSE = [
     {"run"},
     {"checkpoint", "tracking"},
     {"training", "inference"},
+    {"batches", "optimizers"},
     {"evaluation"},
     {"_tiles"},
     {"model"},
@@ -27,8 +28,9 @@ HOUSE = [
     {"io"},
     {"inspection"},
     {"datasets", "splits", "kg"},
-    {"_dgl", "_labels", "_tables", "answers"},
-    {"_files", "_guards", "_kernels", "distributed"},
+    {"_dgl", "_labels", "_linked", "_tables", "answers"},
+    {"_files", "_guards", "_kernels"},
+    {"distributed"},
     {"errors", "_display", "_graphbolt", "_version"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(HOUSE) for name in names}

@@ -57,6 +57,7 @@ OTHER = {
     "disk_full": "continue",
     "device": "cpu",
     "precision": "float16",
+    "views_on": "host",
     "ranking_batch_size": 99,
 }
 KEYS = list(Settings.model_fields)
