@@ -16,7 +16,8 @@ from imvia_graph._display import shown
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import console, log_to_terminal, say
 from imvia_graph.cli.options import loading_options
-from imvia_graph.encode import DEFAULT, Report, encode_kg
+from imvia_graph.encode import Report, encode_kg
+from imvia_graph.encode.encoder import named_encoder
 from imvia_graph.errors import DataError
 from imvia_graph.io import RawViews, read_literals, read_names, read_texts
 from imvia_graph.io.names import joined
@@ -60,7 +61,7 @@ def _columns(ctx: click.Context, option: click.Parameter, value: str | None) -> 
     is_flag=True,
     help="Take the entities' own names as texts, whole and in parts, beside --texts if given.",
 )
-@click.option("--encoder", default=DEFAULT, show_default=True, help="Encoder of both.")
+@click.option("--encoder", help="Encoder of both; one is to be named.")
 @click.option("--image-encoder", help="Encoder of pictures.  [default: --encoder]")
 @click.option("--text-encoder", help="Encoder of texts.  [default: --encoder]")
 @click.option(
@@ -120,7 +121,7 @@ def encode(
     images: Path | None,
     texts: Path | None,
     names: bool,
-    encoder: str,
+    encoder: str | None,
     image_encoder: str | None,
     text_encoder: str | None,
     images_root: Path | None,
@@ -139,17 +140,18 @@ def encode(
 ) -> None:
     """Encode pictures and texts of the entities of GRAPH; write triples and features as a KG.
 
-    GRAPH is anything that `imvia-graph fit` takes. An encoder is open_clip:ARCHITECTURE/TAG (any
-    that open_clip knows), open_clip:ARCHITECTURE/path/to/checkpoint, or one whose weights come as
-    packages, without a download: efficientnet-lite0 for pictures, minilm for texts. Nothing is
-    fetched but the default, or what you name.
+    GRAPH is anything that `imvia-graph fit` takes. An encoder is one whose weights come as
+    packages, without a download: efficientnet-lite0 for pictures, minilm for texts; or clip, a
+    small and strong one of both that is fetched from the network once; or any that open_clip knows,
+    open_clip:ARCHITECTURE/TAG or open_clip:ARCHITECTURE/path/to/checkpoint. Nothing is fetched that
+    you do not name.
 
     Killed or stopped, the same command goes on where it was. A picture that cannot be read is
     reported and left out.
 
     \b
     Examples:
-      imvia-graph encode my-graph/ --images images/ --texts texts.tsv --out with-views/
+      imvia-graph encode my-graph/ --images images/ --texts texts.tsv --encoder clip --out kg/
       imvia-graph encode facts.tsv --images images/ --image-encoder efficientnet-lite0 --out kg/
       imvia-graph encode DB15K --texts captions.parquet --text-columns entity,caption \\
         --text-encoder minilm --out db15k/
@@ -161,6 +163,10 @@ def encode(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if images is None and texts is None and not names:
         raise click.UsageError("There is nothing to encode: give --images, --texts or --names.")
+    if images is not None:
+        image_encoder = named_encoder(image_encoder or encoder, "image")
+    if texts is not None or names:
+        text_encoder = named_encoder(text_encoder or encoder, "text")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a folder to write. Name another.")
     # What a run that was stopped left there, even half-written, is no reason to refuse the run that
@@ -188,8 +194,8 @@ def encode(
             kg,
             images=images,
             texts=raw_texts,
-            image_encoder=image_encoder or encoder,
-            text_encoder=text_encoder or encoder,
+            image_encoder=image_encoder,
+            text_encoder=text_encoder,
             device=resolve_device(device),
             batch_size=batch_size,
             precision=precision,

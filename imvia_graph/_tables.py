@@ -16,6 +16,7 @@ import polars as pl
 
 from imvia_graph import _files
 from imvia_graph._files import TRIPLE_COLUMNS, shorten
+from imvia_graph._parquet import check_parquet
 from imvia_graph.errors import DataError
 
 #: Separator that stands for any run of spaces and tabs.
@@ -40,9 +41,6 @@ _SPACED_TRIPLE = r"^[ \t]*([^ \t\r]+)[ \t]+([^ \t\r]+)[ \t]+([^ \t\r]+)(?:[ \t]+
 _SEPARATED = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", SPACES: "spaces"}
 
 Columns = Sequence[int] | Sequence[str]
-
-#: Rows of a Parquet file that are read whatever its size, and rows a byte beyond that.
-_ROWS, _ROWS_A_BYTE = 1_000_000, 100
 
 
 def read_triples(
@@ -327,17 +325,6 @@ def read_parquet_triples(path: Path, columns: Columns | None = None) -> pl.DataF
             f"{path}: expected a Parquet file; it cannot be read ({detail}). It may be cut short:"
             " fetch or make it again."
         ) from error
-
-
-def check_parquet(path: Path) -> None:
-    """A DataError where a Parquet file announces far more rows than its size lets one expect."""
-    size = path.stat().st_size
-    rows = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
-    if rows > max(_ROWS, _ROWS_A_BYTE * size):
-        raise DataError(
-            f"{path}: {size:,} bytes that announce {rows:,} rows are taken for a decompression"
-            " bomb. Where you trust the file, write it anew as another form."
-        )
 
 
 def frame_of_triples(table: pl.LazyFrame, where: str, columns: Columns | None) -> pl.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +15,9 @@ import torch
 from rapidfuzz import fuzz, process
 from torch import Tensor
 
-from imvia_graph import _files, _linked, _tables
+from imvia_graph import _files, _linked, _owner, _tables
 from imvia_graph._dgl import dgl
+from imvia_graph._display import shown
 from imvia_graph._labels import (
     Vocabulary,
     are_distinct,
@@ -27,6 +29,8 @@ from imvia_graph._labels import (
 )
 from imvia_graph.answers import AnswerIndex, pointer
 from imvia_graph.errors import DataError, UnknownLabelError
+
+logger = logging.getLogger(__name__)
 
 #: What ``kg.json`` says of the folder's format.
 FORMAT, FORMAT_VERSION = "imvia-graph/kg", 1
@@ -520,7 +524,8 @@ class MultiViewKG:
         The layout, format version 1:
 
         - ``kg.json``: format, version, name, notes, and the folders that relative paths among the
-          views' sources start from;
+          views' sources start from, signed: outside the KG folder, `load` follows only what the
+          same user wrote;
         - ``entities.tsv``, ``relations.tsv``: labels in id order under the header ``entity`` (or
           ``relation``) and ``name``;
         - ``train.tsv``, ``valid.tsv``, ``test.tsv``: ``head<TAB>relation<TAB>tail`` labels, no
@@ -582,9 +587,13 @@ class MultiViewKG:
             "notes": self.notes,
             "modalities": self.modalities,
         }
-        roots = {name: str(held.root) for name, held in self._held.items() if held.root}
+        roots = {
+            name: _root_in(folder, held.root) for name, held in self._held.items() if held.root
+        }
         if roots:
             about["roots"] = roots
+            if (signature := _owner.sign(roots)) is not None:
+                about["roots_signature"] = signature
         if links:
             about["links"] = links
         # Last, so that a folder with a kg.json is whole.
@@ -628,8 +637,7 @@ class MultiViewKG:
         files = {path.stem: path for path in sorted((folder / "views").glob("*.safetensors"))}
         listed = [name for name in about.get("modalities", []) if name in files]
         names = listed + [name for name in files if name not in listed]
-        # A root that is not absolute starts from the folder itself.
-        roots = {name: folder / root for name, root in about.get("roots", {}).items()}
+        roots = _followed_roots(folder, about)
         read = {name: _read_views(files[name], entities) for name in names}
         links = about.get("links", {})
         for name, (views, _) in read.items():
@@ -752,6 +760,39 @@ def _texts(items: Sequence[Any] | pl.Series) -> pl.Series:
 
 
 # -- the folder's files ---------------------------------------------------------------------------
+
+
+def _root_in(folder: Path, root: Path) -> str:
+    """How a KG folder names a folder of pictures: from itself on, where it holds it."""
+    try:
+        return str(root.resolve().relative_to(folder.resolve()))
+    except (ValueError, OSError, RuntimeError):
+        return str(root)
+
+
+def _followed_roots(folder: Path, about: Mapping[str, Any]) -> dict[str, Path]:
+    """The folders of pictures that a KG folder names, less those outside that we did not sign."""
+    named: dict[str, str] = about.get("roots", {})
+    own = bool(named) and _owner.is_own(named, about.get("roots_signature"))
+    followed = {}
+    for modality, root in named.items():
+        path = folder / root  # absolute, or from the folder on
+        try:
+            within = path.resolve().is_relative_to(folder.resolve())
+        except (ValueError, OSError, RuntimeError):  # a NUL; links that lead in a circle
+            continue
+        if own or within:
+            followed[modality] = path
+        else:
+            logger.warning(
+                "%s: the folder of the views %r, %s, lies outside of the KG folder and was not"
+                " written there by you on this machine; it is not looked into. --images FOLDER of"
+                " `report` and `explore` names one.",
+                shown(str(folder / "kg.json")),
+                modality,
+                shown(_files.shorten(root)),
+            )
+    return followed
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

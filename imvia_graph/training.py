@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Parts, listed
 from imvia_graph.batches import Batch, Batches
 from imvia_graph.errors import SettingsError, TrainingError
-from imvia_graph.evaluation import rank, rank_metrics
+from imvia_graph.evaluation import draw_candidates, rank, rank_metrics
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import (
     Positives,
@@ -155,6 +155,10 @@ class Trainer:
         self.settings = settings
         self.precision = training_dtype(settings, model.device)
         self.known = kg.answers()
+        several = settings.ranking_candidates
+        self._ranked_against = (
+            None if several is None else draw_candidates(kg.num_entities, several, settings.seed)
+        )
         estimators = [] if model.information is None else list(model.information.parameters())
         self.estimators = estimators
         tables = {id(table.weight): table for table in model.entity_tables}
@@ -682,6 +686,7 @@ class Trainer:
             self.settings.ranking_batch_size,
             heads=(),
             on_batch=self._stop_if_asked,
+            candidates=self._ranked_against,
         )
         metrics = rank_metrics(torch.cat([ranking.head[DECISION], ranking.tail[DECISION]]))
         progress = self.progress

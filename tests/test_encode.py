@@ -275,7 +275,8 @@ def test_no_network_is_said_at_once_with_the_way_out(tmp_path, command, monkeypa
         monkeypatch.delenv(name.upper(), raising=False)
     (tmp_path / "texts.tsv").write_text("e0\ta\n")
     ring_kg(views=False).save(tmp_path / "kg")
-    code, _, errors = command("encode", "kg", "--texts", "texts.tsv", "--out", "out")
+    words = ["encode", "kg", "--texts", "texts.tsv", "--out", "out", "--encoder", "clip"]
+    code, _, errors = command(*words)
     assert code == 2
     # What is fetched is also said, in a line before it.
     assert "open_clip:ViT-B-32-256/datacomp_s34b_b86k cannot be fetched" in errors
@@ -294,8 +295,65 @@ def test_what_is_fetched_is_said_before(caplog, monkeypatch):
     assert "Fetching open_clip:hf-hub:nobody/nothing from the network." in caplog.messages
 
 
-def test_the_default_is_one_that_open_clip_knows():
-    architecture, tag = ig.encode.DEFAULT.removeprefix("open_clip:").split("/")
+@pytest.mark.parametrize(
+    ("given", "modality"),
+    [
+        (["--texts", "texts.tsv"], "text"),
+        (["--names"], "text"),
+        (["--images", "images"], "image"),
+        (["--images", "images", "--texts", "texts.tsv", "--text-encoder", "minilm"], "image"),
+        (["--images", "images", "--names", "--image-encoder", "efficientnet-lite0"], "text"),
+    ],
+)
+def test_no_encoder_is_taken_that_is_not_named(tmp_path, command, monkeypatch, given, modality):
+    def never(*arguments):
+        raise AssertionError("an encoder was made")
+
+    monkeypatch.setattr("imvia_graph.encode.encode.get_encoder", never)
+    (tmp_path / "texts.tsv").write_text("e0\ta\n")
+    make_pictures(tmp_path / "images", ["e0"], 1)
+    kg = ring_kg(views=False)
+    kg.save(tmp_path / "kg")
+    code, _, errors = command("encode", "kg", *given, "--out", "out")
+    assert code == 2
+    assert "none is fetched from a network unless it is" in errors
+    offline = {"text": "minilm", "image": "efficientnet-lite0"}[modality]
+    assert f"--{modality}-encoder {offline} needs no network" in errors
+    assert f"--{modality}-encoder clip fetches open_clip:ViT-B-32-256" in errors
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ig.EncoderError, match="No encoder of texts is named"):
+        encode_kg(kg, texts=tmp_path / "texts.tsv")
+    with pytest.raises(ig.EncoderError, match="No encoder of pictures is named"):
+        encode_kg(kg, images=tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    "lure",
+    [
+        {"text_cfg": {"hf_model_name": "nobody/nothing", "hf_tokenizer_name": "nobody/nothing"}},
+        {"vision_cfg": {"timm_model_name": "hf-hub:nobody/nothing", "image_size": 32}},
+    ],
+)
+def test_a_folder_of_weights_that_names_others_has_nothing_fetched(
+    clip_folder, tmp_path, monkeypatch, lure
+):
+    def never(*arguments, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.getaddrinfo", never)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**TINY, **lure}}))
+    weights = clip_folder / "open_clip_model.safetensors"
+    (tmp_path / weights.name).write_bytes(weights.read_bytes())
+    with pytest.raises(ig.EncoderError, match="cannot be loaded") as error:
+        get_encoder(f"open_clip:local-dir:{tmp_path}", "text")
+    assert "the network was asked" not in str(error.value)
+
+
+def test_clip_is_one_that_open_clip_knows():
+    architecture, tag = ig.encode.CLIP.removeprefix("open_clip:").split("/")
     assert (architecture, tag) in open_clip.list_pretrained()
 
 

@@ -250,6 +250,18 @@ def hollow_hdf5(path):
         file.create_dataset("feat", (12, 10**6, 10**6), "f4", chunks=(1, 1, 1024))
 
 
+def endless_hdf5(path, size=b"\xff" * 7 + b"\x7f", index=b"\1\0"):
+    """A heap with an object of such a size, through which the HDF5 library walks for ever."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        file["feat"] = np.arange(18, dtype=np.float32).reshape(6, 3)
+        file["entity"] = [f"e{i}" for i in range(6)]
+    content = path.read_bytes()
+    assert ig.io.read_features(path, [f"e{i}" for i in range(6)]).feat.shape == (6, 3)
+    at = content.index(b"GCOL") + 16
+    path.write_bytes(content[:at] + index + content[at + 2 : at + 8] + size + content[at + 16 :])
+
+
 FEATURES = {
     "a pickle named .pth": (
         "f.pth",
@@ -273,6 +285,12 @@ FEATURES = {
     "an npy of a header alone": ("f.npy", fake_npy, "cannot be read"),
     "an npy whose header does not end": ("f.npy", unended_npy, "cannot be read"),
     "HDF5 that reads another file": ("f.h5", external_hdf5, "the data is in another file"),
+    "HDF5 that has no end": ("f.h5", endless_hdf5, "does not fit into it"),
+    "HDF5 whose end is where it begins": (
+        "f.h5",
+        lambda path: endless_hdf5(path, bytes(8), bytes(2)),
+        "does not fit into it",
+    ),
     "HDF5 that is hollow": ("f.h5", hollow_hdf5, "decompression bomb"),
 }
 

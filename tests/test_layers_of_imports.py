@@ -29,7 +29,8 @@ HOUSE = [
     {"inspection"},
     {"datasets", "splits", "kg"},
     {"_dgl", "_labels", "_linked", "_tables", "answers"},
-    {"_files", "_guards", "_kernels"},
+    {"_parquet"},
+    {"_files", "_guards", "_kernels", "_owner"},
     {"distributed"},
     {"errors", "_display", "_graphbolt", "_version"},
 ]

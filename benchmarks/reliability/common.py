@@ -26,6 +26,20 @@ def about() -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """The commit that the library is at, and whether its files differ from it."""
+
+    def asked(*words: str) -> str:
+        folder = Path(imvia_graph.__file__).parents[1]
+        said = subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=False, cwd=folder
+        )
+        return said.stdout.strip()
+
+    changed = asked("status", "--porcelain", "--", "imvia_graph", "cli", "datasets")
+    return (asked("rev-parse", "--short", "HEAD") or "unknown") + (" and changes" * bool(changed))
+
+
 def write_results(name: str, values: dict[str, Any]) -> None:
     """Write ``results/reliability-NAME.json`` and say so."""
     path = RESULTS / f"reliability-{name}.json"

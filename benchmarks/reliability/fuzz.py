@@ -2,17 +2,21 @@
 
     python benchmarks/reliability/fuzz.py            # some 200,000 inputs
     python benchmarks/reliability/fuzz.py --share 0.01 --only kg-folder turtle
+    python benchmarks/reliability/fuzz.py --only turtle --update     # the other rows are kept
 
 hypothesis draws a good file of the reader's form and up to six changes to it: bytes put in, taken
 out, overwritten or repeated, bits turned, the rest cut off; what is put in are the words of the
 form and numbers that lie about sizes. The readers work in a process of their own, whose death would
 be noticed. A failure is an outcome of another kind, an input that takes more than 5 s of the
 processor or a minute of waiting, one that makes the process grow by more than 1 GB, and one for
-which a file is opened for writing outside the folder.
+which a file is opened for writing outside the folder. An input that holds up compiled code, so that
+no signal comes through, ends the process after two minutes. Each row says at which commit it was
+run.
 """
 
 import argparse
 import contextlib
+import faulthandler
 import gzip
 import io
 import json
@@ -35,7 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 import torch
-from common import about, write_results
+from common import RESULTS, about, commit, write_results
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as tensor_bytes
@@ -48,7 +52,7 @@ from imvia_graph.export import read_queries
 from imvia_graph.io.views import read_images, read_texts
 from imvia_graph.tuning import check_space, read_space
 
-SECONDS, WAITING, MEMORY = 5, 60, 2**30
+SECONDS, WAITING, HUNG, MEMORY = 5, 60, 120, 2**30
 ENTITIES = [f"e{i}" for i in range(6)]
 #: Put into any file: sizes that are none, ends, escapes, paths, letters of several bytes.
 WORDS = [
@@ -127,7 +131,9 @@ def small_kg() -> ig.MultiViewKG:
     triples = torch.tensor([[i, i % 2, (i + 1) % 6] for i in range(6)])
     generator = torch.Generator().manual_seed(0)
     views = {
-        "image": ig.Views(torch.randn(5, 3, generator=generator), torch.tensor([0, 0, 1, 3, 4])),
+        "image": ig.Views(
+            torch.randn(5, 3, generator=generator), torch.tensor([0, 0, 1, 3, 4]), root="/tmp"
+        ),
         "text": ig.Views(torch.randn(6, 2, generator=generator), torch.arange(6)),
     }
     return ig.MultiViewKG(
@@ -257,7 +263,7 @@ def readers(top: Path) -> dict[str, Reader]:
             10_000,
             {name: [content] for name, content in layouts["kg"].items()},
             lambda f: ig.load_kg(f, "published"),
-            [b"entity,source", b'"version": 2', b'"roots": {"image": "/"}', b"e5"],
+            [b"entity,source", b'"version": 2', b'"roots": {"image": "/"}', b"\\ud800", b"e5"],
             layouts["kg"],
         ),
         "openke": Reader(
@@ -365,6 +371,7 @@ def fuzz_all(names: list[str], share: float, number: int, sender: Any) -> None:
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' own words about broken files
     with tempfile.TemporaryDirectory() as top:
+        os.environ["XDG_STATE_HOME"] = top  # where the key is kept that signs a KG's folders
         found = readers(Path(top))
         for name in names or list(found):
             sender.send(name)
@@ -439,6 +446,7 @@ def fuzz(reader: Reader, share: float, number: int) -> dict[str, Any]:
         began = time.process_time()
         WATCHED["folder"] = str(folder)
         try:
+            faulthandler.dump_traceback_later(HUNG, exit=True)
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             signal.setitimer(signal.ITIMER_REAL, WAITING)
             reader.read(folder)
@@ -454,6 +462,7 @@ def fuzz(reader: Reader, share: float, number: int) -> dict[str, Any]:
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.cancel_dump_traceback_later()
             WATCHED["folder"] = None
         seconds = time.process_time() - began
         counts["slowest"] = max(counts["slowest"], seconds)
@@ -480,9 +489,11 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the inputs")
     parser.add_argument("--only", nargs="*", help="readers")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--update", action="store_true", help="keep the other rows of the results")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     results: dict[str, Any] = {}
+    at = commit()
     left, current = list(options.only or []), None
     while True:
         receiver, sender = context.Pipe(duplex=False)
@@ -495,14 +506,14 @@ def main() -> None:
                 if isinstance(told, str):
                     current = told
                 else:
-                    results[told[0]] = told[1]
+                    results[told[0]] = {"commit": at, **told[1]}
                     print(told[0], json.dumps(told[1]), flush=True)
         process.join()
         if not process.exitcode:
             break
         # It died of an input: that is a failure, and the other readers go on without it.
         died = {f"the process died of {process.exitcode}": ""}
-        results[str(current)] = {"inputs": 0, "failures": died}
+        results[str(current)] = {"commit": at, "inputs": 0, "failures": died}
         print(current, results[str(current)], flush=True)
         if not left:
             with tempfile.TemporaryDirectory() as top:
@@ -510,6 +521,9 @@ def main() -> None:
         left = [name for name in left if name not in results]
         if not left:
             break
+    if options.update:
+        before = json.loads((RESULTS / "reliability-fuzz.json").read_text(encoding="utf-8"))
+        results = {**before["readers"], **results}
     total = sum(found["inputs"] for found in results.values())
     failed = sum(len(found["failures"]) for found in results.values())
     write_results(

@@ -5,10 +5,10 @@ finds an encoder by its name, and `Encoder` is what a user's own has to offer.
 """
 
 from imvia_graph.encode.encode import Encoded, Report, encode_kg, encode_views
-from imvia_graph.encode.encoder import DEFAULT, GROUP, OFFLINE, Encoder, get_encoder
+from imvia_graph.encode.encoder import CLIP, GROUP, OFFLINE, Encoder, get_encoder
 
 __all__ = [
-    "DEFAULT",
+    "CLIP",
     "GROUP",
     "OFFLINE",
     "Encoded",

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from imvia_graph.encode.encoder import DEFAULT, Encoder, get_encoder
+from imvia_graph.encode.encoder import Encoder, get_encoder, named_encoder
 from imvia_graph.encode.parts import Parts
 from imvia_graph.encode.pictures import MOST_BYTES, BrokenPicture, open_picture
 from imvia_graph.errors import DataError, EncoderError
@@ -81,8 +81,8 @@ def encode_kg(
     *,
     images: str | os.PathLike[str] | RawViews | None = None,
     texts: str | os.PathLike[str] | RawViews | None = None,
-    image_encoder: str | Encoder = DEFAULT,
-    text_encoder: str | Encoder = DEFAULT,
+    image_encoder: str | Encoder | None = None,
+    text_encoder: str | Encoder | None = None,
     device: str | torch.device = "cpu",
     batch_size: int | None = None,
     precision: Precision = "auto",
@@ -102,8 +102,8 @@ def encode_kg(
     images, texts : path or RawViews, optional
         See `imvia_graph.io.read_images` and `imvia_graph.io.read_texts`.
     image_encoder, text_encoder : str or Encoder
-        See `get_encoder`. The default is fetched from the network; ``efficientnet-lite0`` and
-        ``minilm`` need none.
+        See `get_encoder`; needed where there are pictures or texts. ``efficientnet-lite0`` and
+        ``minilm`` need no network; ``clip`` is fetched once. Nothing is fetched that is not named.
     device, batch_size, precision, cache, progress
         See `encode_views` and `get_encoder`.
     images_root, image_columns, text_columns, skip_unknown
@@ -121,7 +121,7 @@ def encode_kg(
     DataError
         Raw views that do not fit the graph; not one of them readable.
     EncoderError
-        See `get_encoder`.
+        No encoder is named; see `get_encoder`.
 
     Examples
     --------
@@ -135,12 +135,14 @@ def encode_kg(
     """
     raw: list[tuple[RawViews, str | Encoder]] = []
     if images is not None:
+        image_encoder = image_encoder or named_encoder(None, "image")
         if not isinstance(images, RawViews):
             images = read_images(
                 images, kg, root=images_root, columns=image_columns, skip_unknown=skip_unknown
             )
         raw.append((images, image_encoder))
     if texts is not None:
+        text_encoder = text_encoder or named_encoder(None, "text")
         if not isinstance(texts, RawViews):
             texts = read_texts(texts, kg, columns=text_columns, skip_unknown=skip_unknown)
         raw.append((texts, text_encoder))

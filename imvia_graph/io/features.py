@@ -8,6 +8,7 @@ of which only the views stay in memory; of an npz or HDF5 file only the arrays t
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import pickle
 import warnings
@@ -34,6 +35,8 @@ PRESENT_NAMES = ("present", "mask")
 
 #: Bytes of features that are read at a time.
 _PORTION = 2**26
+#: What a heap of an HDF5 file begins with: a name and the version.
+_HEAP = b"GCOL\x01"
 
 #: Entities by label or id: what says whose a row is, or who has a feature.
 Owners = Sequence[str] | Sequence[int] | Tensor | np.ndarray
@@ -428,8 +431,34 @@ def _open_hdf5(path: Path) -> Iterator[Mapping[str, Any]]:
             arrays[name] = np.asarray(item.asstr()[...]) if text else item
 
     with unreadable(path, "an HDF5 file"), h5py.File(path, "r") as file:
+        if file.id.get_create_plist().get_sizes()[1] != 8:
+            raise OSError("its sizes do not have the eight bytes that they have elsewhere")
+        _check_heaps(path)
         file.visititems(collect)
         yield arrays
+
+
+def _check_heaps(path: Path) -> None:
+    """An OSError where a heap, in which HDF5 keeps texts, has an object that does not fit into it.
+
+    The HDF5 library would walk through such a heap for ever. Section III.E of the format's
+    specification has the layout.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.find(_HEAP)
+        while start >= 0:
+            end = start + int.from_bytes(content[start + 8 : start + 16], "little")
+            at = start + 16
+            # One that is longer than the file is no heap, and would not be read as one.
+            while at + 16 <= end <= len(content):
+                size = int.from_bytes(content[at + 8 : at + 16], "little")
+                free = content[at : at + 2] == b"\0\0"
+                # The size of free space counts its own 16 bytes; others fill up to eight bytes.
+                length = size if free else 16 + -(-size // 8) * 8
+                if length < 16 or length > end - at:
+                    raise OSError(f"an object of the heap at byte {start} does not fit into it")
+                at += length
+            start = content.find(_HEAP, start + 16)
 
 
 def _refuse_foreign(path: Path, name: str, item: Any) -> None:

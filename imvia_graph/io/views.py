@@ -25,7 +25,8 @@ from rapidfuzz import fuzz, process
 from torch import Tensor
 
 from imvia_graph import _files
-from imvia_graph._tables import check_parquet, read_rows
+from imvia_graph._parquet import check_parquet
+from imvia_graph._tables import read_rows
 from imvia_graph.errors import DataError, IMVIAError
 from imvia_graph.kg import MultiViewKG
 
