@@ -257,7 +257,8 @@ def test_an_error_is_told_once_and_ends_all(folder, tmp_path):
 def test_a_process_alone_needs_no_group():
     shards = Shards(5)
     rows = torch.rand(4, 3)
-    assert shards.alone and shards.is_first
+    assert shards.alone
+    assert shards.is_first
     assert shards.gather(rows, 4) is rows
     assert shards.total(rows) is rows
     assert shards.first_tells("x") == "x"

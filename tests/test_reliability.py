@@ -131,14 +131,14 @@ def test_a_stop_while_validating_does_not_train_the_epoch_again(tmp_path, monkey
     whole = fit(tmp_path / "whole", epochs=3)
     calls = []
 
-    def ranks(*arguments, _ranks=evaluation._ranks):
+    def counts(*arguments, _count=_tiles.Counter.count):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return _ranks(*arguments)
+        return _count(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "_ranks", ranks)
+        patch.setattr(_tiles.Counter, "count", counts)
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "stopped", epochs=3)
     assert len(metrics_of(tmp_path / "stopped")) == 1

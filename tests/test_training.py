@@ -143,6 +143,8 @@ def test_regularization_is_dura_of_the_queries_and_their_true_answers(regime, ca
     answers = batch.positives.col
     if batch.candidate is not None:
         answers = batch.candidate[batch.positives.row, answers]
+    if batch.sampled is not None:
+        answers = batch.sampled.entity[answers]
     for head in model.heads:
         for vectors in (embedded[head], queries[head]):
             for one, vector in zip(share, vectors.tolist(), strict=True):
