@@ -137,8 +137,8 @@ class ProgressBar(Callback):
 
 
 def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
-    """Both sides, each side, and each head of the model, in per cent."""
-    table = Table(title=cell(title), title_justify="left")
+    """Both sides, each side, and each head of the model, in per cent; of what, says the title."""
+    table = Table(title=cell(f"{title}, against {metrics['candidates']}"), title_justify="left")
     table.add_column("", no_wrap=True)
     for column in COLUMNS:
         name = {"mrr": "MRR %", "mr": "MR"}.get(column, f"{column.replace('hits', 'H')} %")

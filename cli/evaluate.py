@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import torch
+from torch import Tensor
 
+from imvia_graph._files import read_lines
 from imvia_graph.cli.display import json_text, metrics_table, relations_table, results
 from imvia_graph.cli.options import device_option, run_argument
+from imvia_graph.errors import UnknownLabelError
+from imvia_graph.kg import MultiViewKG
 from imvia_graph.run import load
 
 
@@ -20,10 +25,18 @@ from imvia_graph.run import load
     show_default=True,
     help="Which triples to rank.",
 )
+@click.option(
+    "--candidates",
+    metavar="NUMBER|FILE",
+    help="What competes with the answer: so many entities, drawn with the run's seed, or those"
+    " whose labels a file has, a line each.  [default: all entities]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (fractions).")
 @click.option("--relations", is_flag=True, help="Show the metrics of each relation, too.")
 @device_option
-def evaluate(run: Path, split: str, as_json: bool, relations: bool, device: str) -> None:
+def evaluate(
+    run: Path, split: str, candidates: str | None, as_json: bool, relations: bool, device: str
+) -> None:
     """Rank the triples of a split with the trained run in the folder RUN.
 
     Filtered by all known triples, heads and tails, ties at their mean rank.
@@ -33,12 +46,28 @@ def evaluate(run: Path, split: str, as_json: bool, relations: bool, device: str)
       imvia-graph evaluate runs/countries-1
       imvia-graph evaluate runs/countries-1 --split valid --relations
       imvia-graph evaluate runs/countries-1 --json | jq .both.mrr
+      imvia-graph evaluate runs/large-1 --candidates 10000
     """
     trained = load(run, device)
-    metrics = trained.evaluate(split)
+    metrics = trained.evaluate(split, candidates=_candidates(candidates, trained.kg))
     if as_json:
         click.echo(json_text(metrics))
         return
     results.print(metrics_table(f"{trained.kg.name}: {split}, filtered", metrics))
     if relations:
         results.print(relations_table(metrics))
+
+
+def _candidates(value: str | None, kg: MultiViewKG) -> int | Tensor | None:
+    """A number, or the entities that a file lists."""
+    if value is None or value.isdecimal():
+        return None if value is None else int(value)
+    ids = []
+    for number, line in read_lines(Path(value)):
+        if not line.strip():
+            continue
+        try:
+            ids.append(kg.id_of(line.strip()))
+        except UnknownLabelError as error:
+            raise UnknownLabelError(f"{value}, line {number}: {error}") from None
+    return torch.tensor(ids, dtype=torch.int64)

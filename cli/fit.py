@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from imvia_graph.checkpoint import is_run
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import ProgressBar, console, log_to_terminal, metrics_table, say
 from imvia_graph.cli.options import loading_options, views_option
+from imvia_graph.distributed import RESTARTED, has_restarted, is_first, is_launched
 from imvia_graph.errors import SettingsError
 from imvia_graph.io import with_views
 from imvia_graph.run import fit as fit_model
@@ -55,6 +59,12 @@ from imvia_graph.training import Callback, keep_freed_memory
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
 @click.option("--tensorboard", is_flag=True, help="Write the curves to OUT/tensorboard, too.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    help="Train in so many processes of this machine, which share out queries and entities; for"
+    " several machines start this command with torchrun.  [default: 1]",
+)
 def fit(
     source: str | None,
     out: Path | None,
@@ -68,6 +78,7 @@ def fit(
     assignments: tuple[str, ...],
     tensorboard: bool,
     resume: bool,
+    processes: int | None,
 ) -> None:
     """Train IMVIA on SOURCE and rank its test triples.
 
@@ -84,15 +95,30 @@ def fit(
       imvia-graph fit export.csv --columns subject,predicate,object --split 0.9,0.05,0.05
       imvia-graph fit my-graph/ --settings my-settings.yaml --device cuda
       imvia-graph fit --resume --out runs/c --epochs 60
+      imvia-graph fit my-graph/ --processes 2
+      torchrun --nproc-per-node 8 --max-restarts 3 -m imvia_graph fit my-graph/ --out runs/g
     """
-    log_to_terminal()
+    if processes is not None and processes > 1 and not is_launched():
+        _launch(processes, source, out)
+        return
+    if is_first():
+        log_to_terminal()
+    else:
+        console.quiet = True
+    if is_launched() and out is None:
+        raise SettingsError(
+            "Under torchrun, name the run folder with --out: processes that are started again go on"
+            " with what they find there."
+        )
+    if has_restarted() and out is not None and is_run(out):
+        resume, source, features, loading = True, None, (), {}
     named = {"epochs": epochs, "seed": seed, "device": device, "validation": validation}
     changes: dict[str, Any] = Settings.read(file) if file is not None else {}
     changes.update(Settings.parse(assignments))
     changes.update({key: value for key, value in named.items() if value is not None})
     settings = Settings.create(changes)
     keep_freed_memory()
-    bar = ProgressBar()
+    bar = ProgressBar() if is_first() else Callback()
     try:
         if resume:
             if out is None:
@@ -115,32 +141,79 @@ def fit(
             kg = load_kg(source, "published", settings.split_seed, **loading)
             if features:
                 kg = with_views(kg, views_option(features))
-            say(repr(kg), *kg.notes)
+            if is_first():
+                say(repr(kg), *kg.notes)
             out = out or _free_folder(kg.name)
             run = fit_model(
                 kg, out=out, settings=settings, callbacks=_callbacks(bar, tensorboard, out)
             )
     except KeyboardInterrupt as error:
-        bar.close()
+        _close(bar)
         more = ""
         if out is not None and is_run(out):
             more = f" Go on with: imvia-graph fit --resume --out {shlex.quote(str(out))}"
         raise stopped(error, f"Stopped.{more}") from None
     finally:
-        bar.close()
+        _close(bar)
     assert run.folder is not None
     for split in ("test", "valid"):
         if len(run.kg.triples(split)):
             metrics = run.evaluate(split)
-            if split == "test":
+            if split == "test" and is_first():
                 _files.write_json(run.folder / "test.json", metrics)
             console.print(metrics_table(f"{run.kg.name}: {split}, filtered", metrics))
             break
-    click.echo(f"Run folder: {run.folder}")
+    if is_first():
+        click.echo(f"Run folder: {run.folder}")
 
 
-def _callbacks(bar: ProgressBar, tensorboard: bool, out: Path) -> list[Callback]:
-    if not tensorboard:
+#: How often processes of which one was killed are started again.
+_RESTARTS = 10
+
+
+def _launch(processes: int, source: str | None, out: Path | None) -> None:
+    """Run this command in several processes; where one is killed, all go on from the checkpoint."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    arguments = sys.argv[1:]
+    if out is None:
+        if source is None:
+            raise click.UsageError("SOURCE is missing: a data set's name or a folder.")
+        out = _free_folder(Path(source).name)
+        arguments += ["--out", str(out)]
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=uuid.uuid4().hex,
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    for attempt in range(_RESTARTS + 1):
+        try:
+            elastic_launch(config, sys.executable)("-m", "imvia_graph", *arguments)
+            return
+        except ChildFailedError as error:
+            codes = {failure.exitcode for failure in error.failures.values()}
+            told = [code for code in codes if code > 0]
+            if told:  # they have said why
+                raise SystemExit(told[0]) from None
+            if attempt == _RESTARTS or not is_run(out):
+                raise
+            click.echo("A process was killed; all go on from the last checkpoint.", err=True)
+            os.environ[RESTARTED] = "1"
+
+
+def _close(bar: Callback) -> None:
+    if isinstance(bar, ProgressBar):
+        bar.close()
+
+
+def _callbacks(bar: Callback, tensorboard: bool, out: Path) -> list[Callback]:
+    if not tensorboard or not is_first():
         return [bar]
     from imvia_graph.tracking import TensorBoard
 

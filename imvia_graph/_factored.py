@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from imvia_graph import _kernels
 from imvia_graph.answers import pointer
+from imvia_graph.distributed import Shards
 
 #: Bytes of scores that are held at a time.
 SCORES_AT_A_TIME = 2**27
@@ -34,6 +35,8 @@ class Terms(NamedTuple):
     num_positives: int
     #: Of the queries that could be at work at a time, only one in so many are.
     parts: int = 1
+    #: Over which the candidates are split, where there are several processes.
+    shards: Shards | None = None
 
     @property
     def exact(self) -> torch.dtype:
@@ -61,8 +64,9 @@ class Terms(NamedTuple):
 class FactoredCompletion(torch.autograd.Function):
     """Loss of (B, d) queries and (N, d) candidates, a pair a head, and (B, M) weights or None.
 
-    ``row`` and ``col`` are the positives, sorted by row; ``of_rows`` are (B,) weights of the
-    queries, of mean 1, or None.
+    ``row`` and ``col`` are the positives, sorted by row, and ``share`` what each is of its row's;
+    ``of_rows`` are (B,) weights of the queries, of mean 1, or None. With several processes
+    candidates and positives are this one's, and so are the gradients; the loss is that of all.
     """
 
     @staticmethod
@@ -70,6 +74,7 @@ class FactoredCompletion(torch.autograd.Function):
         ctx: Any,
         row: Tensor,
         col: Tensor,
+        share: Tensor,
         of_rows: Tensor | None,
         weights: Tensor | None,
         terms: Terms,
@@ -81,7 +86,9 @@ class FactoredCompletion(torch.autograd.Function):
             candidates = [part.detach().to(terms.dtype) for part in inputs[heads:]]
             work = _Work(queries, candidates, of_rows, weights, terms)
             for start, stop in work.blocks():
-                work.do(start, stop, row, col)
+                work.do(start, stop, row, col, share)
+            if terms.shards is not None:
+                terms.shards.sum_(work.loss)
         ctx.save_for_backward(work.grad_weights, *work.grad_queries, *work.grad_candidates)
         ctx.dtypes = [part.dtype for part in inputs]
         ctx.scale = terms.scale
@@ -93,8 +100,8 @@ class FactoredCompletion(torch.autograd.Function):
         factor = (grad_out / ctx.scale).reshape(1)
         grad_weights, *gradients = (part * factor for part in ctx.saved_tensors)
         typed = (part.to(dtype) for part, dtype in zip(gradients, ctx.dtypes, strict=True))
-        has_weights = ctx.needs_input_grad[3]
-        return None, None, None, grad_weights if has_weights else None, None, *typed
+        has_weights = ctx.needs_input_grad[4]
+        return None, None, None, None, grad_weights if has_weights else None, None, *typed
 
 
 class _Work:
@@ -121,12 +128,15 @@ class _Work:
         self.fused = (
             first.device.type == "cpu"
             and terms.dtype in (torch.float32, torch.bfloat16)
+            and terms.shards is None
             and _kernels.load("scores") is not None
         )
 
     def blocks(self) -> list[tuple[int, int]]:
         """Ranges of queries, as many at a time as memory allows."""
-        size = self.terms.num_candidates
+        # With several processes, of the one that has the most: all take the same steps.
+        shards = self.terms.shards
+        size = self.terms.num_candidates if shards is None else shards.bounds[1]
         a_row = len(self.queries) * size * self.queries[0].element_size()
         if not self.fused:
             a_row += 4 * size * self.terms.exact.itemsize  # what `_gradients` makes
@@ -135,22 +145,25 @@ class _Work:
         starts = range(0, self.terms.num_queries, rows)
         return [(start, min(start + rows, self.terms.num_queries)) for start in starts]
 
-    def do(self, start: int, stop: int, row: Tensor, col: Tensor) -> None:
+    def do(self, start: int, stop: int, row: Tensor, col: Tensor, share: Tensor) -> None:
         """Loss and gradients of the queries from start to stop."""
         if stop - start < self.terms.num_queries:
             mine = (row >= start) & (row < stop)
-            row, col = row[mine] - start, col[mine]
+            row, col, share = row[mine] - start, col[mine], share[mine]
         queries = [part[start:stop] for part in self.queries]
-        shape = (len(queries), stop - start, self.terms.num_candidates)
+        shape = (len(queries), stop - start, len(self.candidates[0]))
         scores = queries[0].new_empty(shape)
         for query, candidate, score in zip(queries, self.candidates, scores, strict=True):
             torch.mm(query, candidate.T, out=score)
         weights, grad_weights = (
             part[start:stop] if len(part) else part for part in (self.weights, self.grad_weights)
         )
-        gradients = _compiled_gradients if self.fused else _gradients
         of_rows = self.of_rows[start:stop]
-        self.loss += gradients(scores, row, col, of_rows, weights, grad_weights, self.terms)
+        if self.fused:
+            loss = _compiled_gradients(scores, row, col, of_rows, weights, grad_weights, self.terms)
+        else:
+            loss = _gradients(scores, row, col, share, of_rows, weights, grad_weights, self.terms)
+        self.loss += loss
         first = not self.grad_candidates
         for m, (query, candidate, grad) in enumerate(
             zip(queries, self.candidates, scores, strict=True)
@@ -191,6 +204,7 @@ def _gradients(
     scores: Tensor,
     row: Tensor,
     col: Tensor,
+    share: Tensor,
     of_rows: Tensor,
     weights: Tensor,
     grad_weights: Tensor,
@@ -204,7 +218,7 @@ def _gradients(
 
     def one_head(values: Tensor) -> Tensor:
         if terms.loss == "softmax":
-            return _softmax(values, row, col, of_rows, terms)
+            return _softmax(values, row, col, share, of_rows, terms)
         return _binary(values, row, col, terms)
 
     total = scores.new_zeros((), dtype=terms.exact)
@@ -225,17 +239,18 @@ def _gradients(
     return total
 
 
-def _softmax(scores: Tensor, row: Tensor, col: Tensor, of_rows: Tensor, terms: Terms) -> Tensor:
+def _softmax(
+    scores: Tensor, row: Tensor, col: Tensor, share: Tensor, of_rows: Tensor, terms: Terms
+) -> Tensor:
     """`imvia_graph.losses.softmax_completion`, scaled; scores turn into its gradient."""
     smoothing = terms.label_smoothing
-    # Not by bincount, which a GPU has to be waited for.
-    counts = scores.new_zeros(len(scores)).index_add_(
-        0, row, torch.ones_like(row, dtype=scores.dtype)
-    )
-    share = (1 - smoothing) * (of_rows / counts)[row]
+    share = (1 - smoothing) * share * of_rows[row]
     uniform = smoothing / terms.num_candidates
-    log_sum = scores.logsumexp(dim=1)
-    loss = of_rows @ (log_sum - uniform * scores.sum(dim=1)) - share @ scores[row, col]
+    if terms.shards is None:
+        log_sum, counted = scores.logsumexp(dim=1), 1.0
+    else:  # the sum is all processes', and each counts a part of it
+        log_sum, counted = terms.shards.logsumexp(scores), 1 / terms.shards.size
+    loss = of_rows @ (counted * log_sum - uniform * scores.sum(dim=1)) - share @ scores[row, col]
     scores.sub_(log_sum[:, None]).exp_().sub_(uniform).mul_(of_rows[:, None])
     scores.index_put_((row, col), -share, accumulate=True)
     return loss

@@ -9,10 +9,12 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import reprlib
 import stat
+import struct
 import sys
 import tempfile
 import zipfile
@@ -207,7 +209,7 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_label_table(path: Path, column: str) -> tuple[list[str], list[str] | None]:
+def read_label_table(path: Path, column: str) -> tuple[pl.Series, pl.Series | None]:
     """Read ``entities.tsv`` or ``relations.tsv``: labels in id order, and display names if given.
 
     The header names the columns: ``entity`` (or ``relation``) and, optionally, ``name``. Further
@@ -216,7 +218,7 @@ def read_label_table(path: Path, column: str) -> tuple[list[str], list[str] | No
     return _label_table_fast(path, column) or _label_table_by_line(path, column)
 
 
-def _label_table_fast(path: Path, column: str) -> tuple[list[str], list[str] | None] | None:
+def _label_table_fast(path: Path, column: str) -> tuple[pl.Series, pl.Series | None] | None:
     """The table, or None where a line needs to be looked at."""
     check_compressed(path)
     try:
@@ -236,11 +238,11 @@ def _label_table_fast(path: Path, column: str) -> tuple[list[str], list[str] | N
         return None
     if frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any())).item():
         return None
-    names = frame["name"].fill_null("").to_list() if "name" in frame.columns else None
-    return frame[column].to_list(), names
+    names = frame["name"].fill_null("") if "name" in frame.columns else None
+    return frame[column], names
 
 
-def _label_table_by_line(path: Path, column: str) -> tuple[list[str], list[str] | None]:
+def _label_table_by_line(path: Path, column: str) -> tuple[pl.Series, pl.Series | None]:
     labels: list[str] = []
     names: list[str] = []
     header: list[str] | None = None
@@ -266,14 +268,18 @@ def _label_table_by_line(path: Path, column: str) -> tuple[list[str], list[str] 
         names.append(row.get("name", ""))
     if header is None:
         raise DataError(f"{path} is empty: expected a header line with the column {column!r}.")
-    return labels, names if "name" in header else None
+    told = pl.Series("name", names, dtype=pl.String) if "name" in header else None
+    return pl.Series(column, labels, dtype=pl.String), told
 
 
-def read_view_table(path: Path) -> tuple[list[str], list[str]]:
-    """Read ``views/<modality>.csv`` (RFC 4180, header ``entity,source``)."""
+def read_view_table(path: Path) -> tuple[pl.Series, pl.Series | None]:
+    """Read ``views/<modality>.csv`` (RFC 4180, header ``entity,source``).
+
+    The entities' labels, and the sources, "" where one is not known; None where none is.
+    """
     check_compressed(path)
     try:
-        frame = pl.read_csv(path, infer_schema=False, glob=False).fill_null("")
+        frame = pl.read_csv(path, infer_schema=False, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -284,12 +290,20 @@ def read_view_table(path: Path) -> tuple[list[str], list[str]]:
             f"{path}, line 1: expected a header with the column 'entity' (and 'source'), found"
             f" {frame.columns}."
         )
-    source = frame["source"].to_list() if "source" in frame.columns else [""] * frame.height
-    return frame["entity"].to_list(), source
+    source = known_texts(frame["source"]) if "source" in frame.columns else None
+    return frame["entity"].fill_null(""), source
+
+
+def known_texts(texts: pl.Series) -> pl.Series | None:
+    """Texts, "" for those that are null; None where all are empty."""
+    if texts.null_count() == len(texts):
+        return None
+    texts = texts.fill_null("")
+    return texts if (texts != "").any() else None
 
 
 def read_features(path: Path, key: str = "feat") -> Tensor:
-    """Read the tensor ``feat`` of a safetensors file."""
+    """The tensor ``feat`` of a safetensors file, mapped: its bytes stay in the file until read."""
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
@@ -301,6 +315,11 @@ def read_features(path: Path, key: str = "feat") -> Tensor:
         raise DataError(
             f"{path}: expected a safetensors file; it cannot be read ({error})."
         ) from error
+
+
+def portions(feat: Tensor) -> Iterator[Tensor]:
+    """Features (V, d), some rows at a time: they may be mapped, and larger than memory."""
+    yield from feat.split(max(1, 2**21 // max(1, feat[:1].nbytes)))
 
 
 def write_atomically(
@@ -359,6 +378,20 @@ def _keep(path: Path, previous: Path) -> None:
         path.replace(previous)
     else:
         link.replace(previous)
+
+
+def link_atomically(source: Path, path: Path) -> bool:
+    """Have a file under another name, too; False where that cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    link = path.with_name(f"{_aside(path)}link")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(source, link)
+    except OSError:  # another file system, or one without hard links, or not one's own file
+        return False
+    link.replace(path)
+    _flush_folder(path.parent)
+    return True
 
 
 def _flush_folder(folder: Path) -> None:
@@ -431,6 +464,82 @@ def write_tensors(
     write_atomically(path, lambda temporary: save_file(plain, temporary, told), previous)
 
 
+#: How safetensors calls the dtypes, and in which order of sizes it lays tensors out.
+_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_tensor_parts(
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    parts: Callable[[str], Iterator[Tensor]],
+    metadata: Mapping[str, str],
+    checksum: str,
+    previous: Path | None = None,
+) -> None:
+    """Write a safetensors file whose tensors come in parts, and need not fit into memory.
+
+    What is written is what `write_tensors` would write of the whole tensors, with their `digest`
+    under ``checksum`` among the metadata.
+
+    Parameters
+    ----------
+    path : Path
+    shapes : mapping of str to (dtype, shape)
+    parts : callable
+        The parts of a tensor, one after the other along the first dimension; called once for each.
+    metadata : mapping of str to str
+    checksum : str
+    previous : Path, optional
+        See `write_atomically`.
+    """
+    order = sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
+    unknown = "0" * hashlib.sha256().digest_size * 2
+    header: dict[str, Any] = {"__metadata__": {**metadata, checksum: unknown}}
+    place = 0
+    for name in order:
+        dtype, shape = shapes[name]
+        size = dtype.itemsize * math.prod(shape)
+        told = {
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [place, place + size],
+        }
+        header[name] = told
+        place += size
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in order:
+                written = 0
+                for part in parts(name):
+                    plain = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                    written += file.write(plain.numpy().data)
+                dtype, shape = shapes[name]
+                if written != dtype.itemsize * math.prod(shape):
+                    raise ValueError(f"{path}: {name} has {written} bytes, not those of {shape}")
+        # Of what is there now, mapped from the file.
+        with safe_open(temporary, framework="pt") as whole:
+            found = digest({name: whole.get_tensor(name) for name in order}, metadata)
+        at = text.index(unknown.encode(), text.index(f'"{checksum}"'.encode()))
+        with temporary.open("rb+") as file:
+            file.seek(8 + at)
+            file.write(found.encode())
+
+    write_atomically(path, write, previous)
+
+
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 of tensors and what is said of them, whatever their order."""
     found = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
@@ -441,21 +550,20 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return found.hexdigest()
 
 
-def write_label_table(
-    path: Path, column: str, labels: Sequence[str], names: Sequence[str] | None
-) -> None:
+def write_label_table(path: Path, column: str, labels: pl.Series, names: pl.Series | None) -> None:
     """Write ``entities.tsv`` or ``relations.tsv``."""
     check_tsv_labels(path, labels)
-    lines = [column] if names is None else [f"{column}\tname"]
-    if names is None:
-        lines += labels
-    else:
+    frame = labels.alias(column).to_frame()
+    if names is not None:
         check_tsv_labels(path, names)
-        lines += [f"{label}\t{name}" for label, name in zip(labels, names, strict=True)]
-    write_text(path, "\n".join(lines) + "\n")
+        frame = frame.with_columns(names.alias("name"))
+    write_atomically(
+        path,
+        lambda temporary: frame.write_csv(temporary, separator="\t", quote_style="never"),
+    )
 
 
-def check_tsv_labels(path: Path, labels: Sequence[str]) -> None:
+def check_tsv_labels(path: Path, labels: Sequence[str] | pl.Series) -> None:
     """A label that a TSV file cannot carry, such as one with a tab: say so, do not break it."""
     column = pl.Series(labels, dtype=pl.String)
     bad = column.filter(column.str.contains("[\t\n\r\0]"))
@@ -472,12 +580,10 @@ def check_tsv_labels(path: Path, labels: Sequence[str]) -> None:
         )
 
 
-def write_view_table(path: Path, entities: Sequence[str], sources: Sequence[str]) -> None:
-    """Write ``views/<modality>.csv``."""
-    frame = pl.DataFrame(
-        {"entity": entities, "source": sources},
-        schema={"entity": pl.String, "source": pl.String},
-    )
+def write_view_table(path: Path, entities: pl.Series, sources: pl.Series | None) -> None:
+    """Write ``views/<modality>.csv``; sources are None where none is known."""
+    known = pl.lit(None, dtype=pl.String) if sources is None else sources
+    frame = entities.alias("entity").to_frame().with_columns(known.alias("source"))
     write_atomically(path, lambda temporary: frame.write_csv(temporary, quote_style="necessary"))
 
 

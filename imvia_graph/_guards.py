@@ -6,8 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from imvia_graph.distributed import Shards
 from imvia_graph.errors import OutOfMemoryError
 
 logger = logging.getLogger(__name__)
@@ -112,8 +113,10 @@ class Health:
     ----------
     losses : mapping of str to Tensor
         Scalars.
-    parameters : mapping of str to Parameter
-        Those whose gradients are looked at.
+    gradients : mapping of str to Tensor
+        Those of parameters, by their names.
+    shards : Shards, optional
+        With several processes a step is bad for all where it is for one.
 
     Attributes
     ----------
@@ -122,16 +125,23 @@ class Health:
         as ``found_inf`` and leave their step out without the host having to wait for it.
     """
 
-    def __init__(self, losses: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]):
-        gradients = {
-            name: p.grad for name, p in parameters.items() if p.grad is not None and p.grad.numel()
-        }
+    def __init__(
+        self,
+        losses: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        shards: Shards | None = None,
+    ) -> None:
+        gradients = {name: grad for name, grad in gradients.items() if grad.numel()}
         self.names = [*losses, *gradients]
         self.num_losses = len(losses)
         # The largest magnitude of a gradient is finite if all of it is.
         sizes = torch._foreach_norm(list(gradients.values()), torch.inf) if gradients else []
         numbers = torch.stack([*(value.detach().float() for value in losses.values()), *sizes])
         self.bad = (~numbers.isfinite().all()).float()
+        self._elsewhere = False
+        if shards is not None and not shards.alone:
+            mine = self.bad.clone()
+            self._elsewhere = bool(shards.max_(self.bad) > mine)
         self._numbers = numbers
         self._event = None
         if numbers.device.type == "cuda":
@@ -143,6 +153,8 @@ class Health:
 
     def problems(self) -> tuple[list[str], list[str]]:
         """What is not finite: losses with their values, and names of parameters."""
+        if self._elsewhere:
+            return ["another process has a gradient that is not finite"], []
         if self._event is not None:
             self._event.synchronize()
         told = list(zip(self.names, self._numbers.tolist(), strict=True))

@@ -76,12 +76,22 @@ def are_distinct(labels: pl.Series) -> bool:
     return not (hashes[1:] == hashes[:-1]).any() or labels.n_unique() == len(labels)
 
 
+class Vocabulary:
+    """Distinct labels in id order, hashed once for all that is looked up among them."""
+
+    def __init__(self, labels: Sequence[str] | pl.Series) -> None:
+        self.labels = pl.Series("label", labels, dtype=pl.String)
+        self.index = pd.Index(self.labels.hash().to_numpy())
+
+
 def encode_labels(
-    labels: Sequence[str] | pl.Series, vocabulary: Sequence[str] | pl.Series, where: str
+    labels: Sequence[str] | pl.Series,
+    vocabulary: Sequence[str] | pl.Series | Vocabulary,
+    where: str,
 ) -> Tensor:
     """Labels to ids: (n,) int64. Unknown labels are a `DataError` that says how many and which."""
     series = pl.Series("label", labels, dtype=pl.String)
-    known = pl.Series("label", vocabulary, dtype=pl.String)
+    known = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
     ids = _look_up(series, known)
     missing = ids < 0
     if missing.any():
@@ -94,15 +104,29 @@ def encode_labels(
     return torch.from_numpy(ids)
 
 
+def encode_runs(
+    labels: pl.Series, vocabulary: Sequence[str] | pl.Series | Vocabulary, where: str
+) -> Tensor:
+    """What `encode_labels` does, of labels that mostly stand in runs: each is looked up once."""
+    starts = labels.ne_missing(labels.shift()).to_numpy(writable=True)
+    starts[:1] = True
+    first = np.flatnonzero(starts)
+    try:
+        ids = encode_labels(labels.gather(pl.Series(first)), vocabulary, where)
+    except DataError:
+        return encode_labels(labels, vocabulary, where)  # an error that counts all rows
+    return ids.repeat_interleave(torch.from_numpy(np.diff(first, append=len(labels))))
+
+
 def encode_triples(
     frame: pl.DataFrame,
-    entities: Sequence[str] | pl.Series,
-    relations: Sequence[str] | pl.Series,
+    entities: Sequence[str] | pl.Series | Vocabulary,
+    relations: Sequence[str] | pl.Series | Vocabulary,
     where: str = "triples",
 ) -> Tensor:
     """A frame of label triples to (n, 3) int64 ids."""
-    ends = pl.Series("label", entities, dtype=pl.String)
-    kinds = pl.Series("label", relations, dtype=pl.String)
+    ends = entities if isinstance(entities, Vocabulary) else Vocabulary(entities)
+    kinds = relations if isinstance(relations, Vocabulary) else Vocabulary(relations)
     triples = torch.empty(frame.height, 3, dtype=torch.int64)
     for place, (column, labels) in enumerate((("head", ends), ("relation", kinds), ("tail", ends))):
         triples[:, place] = encode_labels(frame[column], labels, f"{where}, column {column}")
@@ -226,14 +250,13 @@ def _number_exactly(columns: Sequence[pl.Series], out: Codes) -> pl.Series:
     return labels
 
 
-def _look_up(series: pl.Series, known: pl.Series) -> Codes:
+def _look_up(series: pl.Series, known: Vocabulary) -> Codes:
     """The place of each label among distinct known ones; -1 where it is not known."""
-    index = pd.Index(known.hash().to_numpy())
-    if not index.is_unique:
-        return _look_up_exactly(series, known)
-    codes: Codes = index.get_indexer(series.hash().to_numpy()).astype(np.int64, copy=False)
-    if not _same(series, known, codes):
-        return _look_up_exactly(series, known)
+    if not known.index.is_unique:
+        return _look_up_exactly(series, known.labels)
+    codes: Codes = known.index.get_indexer(series.hash().to_numpy()).astype(np.int64, copy=False)
+    if not _same(series, known.labels, codes):
+        return _look_up_exactly(series, known.labels)
     return codes
 
 

@@ -48,13 +48,30 @@ class AnswerIndex(NamedTuple):
         cls, triples: Sequence[Tensor], num_entities: int, num_relations: int
     ) -> AnswerIndex:
         """Index (n, 3) int64 triple tensors, in both directions."""
-        both = torch.cat([with_inverses(part, num_relations) for part in triples])
-        return cls.from_queries(both, num_entities)
+        if 2 * num_relations * num_entities**2 >= 2**63:
+            both = torch.cat([with_inverses(part, num_relations) for part in triples])
+            return cls.from_queries(both, num_entities)
+        # Without tensors of three columns: there may be hundreds of millions of rows.
+        packed = triples[0].new_empty(2 * sum(len(part) for part in triples))
+        at = 0
+        for part in triples:
+            head, relation, tail = part.unbind(dim=1)
+            for query, under, answer in (
+                (head, relation, tail),
+                (tail, relation + num_relations, head),
+            ):
+                out = packed[at : at + len(part)]
+                torch.mul(under, num_entities, out=out)
+                out.add_(query).mul_(num_entities).add_(answer)
+                at += len(part)
+        return cls._from_packed(packed, num_entities)
 
     @classmethod
     def from_queries(cls, queries: Tensor, num_entities: int) -> AnswerIndex:
         """Index (n, 3) int64 rows of (entity, relation, answer), one direction as they stand."""
         key = queries[:, 1] * num_entities + queries[:, 0]
+        if len(key) and (int(key.max()) + 1) * num_entities < 2**63:
+            return cls._from_packed(key * num_entities + queries[:, 2], num_entities)
         # Two stable sorts order by (key, answer) without a product that could overflow int64.
         order = torch.argsort(queries[:, 2], stable=True)
         order = order[torch.argsort(key[order], stable=True)]
@@ -62,6 +79,22 @@ class AnswerIndex(NamedTuple):
         first = torch.ones_like(key, dtype=torch.bool)
         first[1:] = (key[1:] != key[:-1]) | (answer[1:] != answer[:-1])
         key, answer = key[first], answer[first]
+        unique, counts = torch.unique_consecutive(key, return_counts=True)
+        return cls(unique, pointer(counts), answer, num_entities)
+
+    @classmethod
+    def _from_packed(cls, packed: Tensor, num_entities: int) -> AnswerIndex:
+        """Index (n,) values of ``key * num_entities + answer``, which are overwritten."""
+        if packed.device.type == "cpu":
+            packed.numpy().sort()  # in place, and by vector registers
+        else:
+            packed = packed.sort().values
+        first = torch.ones_like(packed, dtype=torch.bool)
+        torch.ne(packed[1:], packed[:-1], out=first[1:])
+        if not first.all():
+            packed = packed[first]
+        answer = packed % num_entities
+        key = packed.div_(num_entities, rounding_mode="floor")
         unique, counts = torch.unique_consecutive(key, return_counts=True)
         return cls(unique, pointer(counts), answer, num_entities)
 

@@ -28,7 +28,7 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from torch import Tensor
 
 from imvia_graph import _files
 from imvia_graph._version import __version__
+from imvia_graph.distributed import Shards
 from imvia_graph.errors import CheckpointError, StorageError
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.model import IMVIA
@@ -113,7 +114,7 @@ def start_run(folder: Path, kg: MultiViewKG, settings: Settings) -> None:
     """
     check_free(folder)
     shutil.rmtree(folder / "kg", ignore_errors=True)  # of a process that was killed making it
-    kg.save(folder / "kg")
+    kg.save(folder / "kg", may_link=True)
     _files.write_text(folder / "settings.yaml", settings.to_yaml())
     versions = {
         "imvia-graph": __version__,
@@ -167,25 +168,31 @@ class RunFolder(Callback):
     ----------
     folder : Path
         Made by `start_run`.
+    shards : Shards, optional
+        With several processes all of them have one of these, and the first one writes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shards: Shards | None = None) -> None:
         self.folder = folder
+        self.shards = shards or Shards(0)
         self._best_epoch: int | None = None
         self._lines: list[str] = []
 
     def on_start(self, trainer: Trainer) -> None:
         """Remove what a killed process left, and metrics of epochs that the checkpoint lacks."""
-        for name in (BEST, LAST, METRICS, "run.json", "settings.yaml", "test.json"):
-            _files.remove_unfinished(self.folder / name)
+        if self.shards.is_first:
+            for name in (BEST, LAST, METRICS, "run.json", "settings.yaml", "test.json"):
+                _files.remove_unfinished(self.folder / name)
         lines = read_metrics(self.folder)
         self._lines = [line for line in lines if _epoch_of(line) <= trainer.progress.epoch]
         self._write(trainer, self._write_metrics)
         self._best_epoch = trainer.progress.best_epoch
         # The best model may have been found after the checkpoint that is gone on from.
         path = self.folder / BEST
-        if trainer.best_state is not None and _best_epoch_of(path) != self._best_epoch:
-            self._write_best(trainer)
+        if trainer.best_state is not None:
+            there = _best_epoch_of(path) if self.shards.is_first else None
+            if self.shards.first_tells(there) != self._best_epoch:
+                self._write_best(trainer)
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Append the metrics; write the best model where it is new, and what resuming needs."""
@@ -209,22 +216,32 @@ class RunFolder(Callback):
     def _write_best(self, trainer: Trainer) -> None:
         state = trainer.best_state or trainer.model.state_dict()
         path = self.folder / BEST
-        if self._write(trainer, lambda: save_model(path, state, trainer.progress)):
+        split = split_names(trainer.model)
+        if self._write(
+            trainer, lambda: save_model(path, state, trainer.progress, self.shards, split)
+        ):
             self._best_epoch = trainer.progress.best_epoch
 
     def _write_metrics(self) -> None:
-        _files.write_text(self.folder / METRICS, "".join(f"{line}\n" for line in self._lines))
+        if self.shards.is_first:
+            _files.write_text(self.folder / METRICS, "".join(f"{line}\n" for line in self._lines))
 
     def _write(self, trainer: Trainer, write: Callable[[], None]) -> bool:
         """Whether it was written; where the disk is full, stop or go on, as set."""
+        problem = None
         try:
             write()
         except StorageError as error:
-            if trainer.settings.disk_full == "stop":
-                raise
-            logger.warning("%s Training goes on, and the next checkpoint is tried.", error)
-            return False
-        return True
+            problem = error
+        # What the first process meets is met by all.
+        told = self.shards.first_tells(None if problem is None else str(problem))
+        if told is None:
+            return True
+        if trainer.settings.disk_full == "stop":
+            raise problem or StorageError(told)
+        if self.shards.is_first:
+            logger.warning("%s Training goes on, and the next checkpoint is tried.", told)
+        return False
 
 
 def read_metrics(folder: Path) -> list[str]:
@@ -258,20 +275,39 @@ class DamagedError(CheckpointError):
     """A checkpoint that is cut short, altered, or not there."""
 
 
-def save_model(path: Path, state: Mapping[str, Tensor], progress: Progress) -> None:
-    """Write a model's state as safetensors; the metadata says of which epoch."""
-    _write(path, state, {"progress": json.dumps(asdict(progress))})
+def split_names(model: IMVIA) -> set[str]:
+    """Names in a model's state of what is split over processes."""
+    tables = {id(table.weight) for table in model.entity_tables}
+    return {name for name, value in model.named_parameters() if id(value) in tables}
+
+
+def save_model(
+    path: Path,
+    state: Mapping[str, Tensor],
+    progress: Progress,
+    shards: Shards | None = None,
+    split: Set[str] = frozenset(),
+) -> None:
+    """Write a model's state as safetensors; the metadata says of which epoch.
+
+    With several processes all call this, each with its rows of what is named in ``split``.
+    """
+    _write(path, state, {"progress": json.dumps(asdict(progress))}, None, shards, split)
 
 
 def load_model(path: Path, model: IMVIA) -> Progress:
     """Read a model's state into a model of the same settings."""
     tensors, metadata = _read(path)
-    _load_state(path, model, tensors)
+    _load_state(path, model, _own_rows(tensors, split_names(model), model.shards))
     return _progress(path, metadata)
 
 
 def fitting_model(
-    folder: Path, kg: MultiViewKG, settings: Settings, names: Sequence[str] = (LAST, PREVIOUS)
+    folder: Path,
+    kg: MultiViewKG,
+    settings: Settings,
+    names: Sequence[str] = (LAST, PREVIOUS),
+    shards: Shards | None = None,
 ) -> IMVIA:
     """A model for what a run folder holds, made only where its checkpoint is of that size.
 
@@ -297,7 +333,7 @@ def fitting_model(
                     f" {list(value.shape)}, found {shapes.get(key)})."
                 )
         break
-    return IMVIA.from_kg(kg, settings)
+    return IMVIA.from_kg(kg, settings, shards)
 
 
 def _shapes(path: Path, prefix: str) -> dict[str, list[int]] | None:
@@ -328,7 +364,7 @@ def load_best(folder: Path, model: IMVIA) -> Progress:
             continue
         groups = _grouped(tensors)
         state = groups.get("best") or {**groups.get("model", {}), **groups.get("average", {})}
-        _load_state(checkpoint, model, state)
+        _load_state(checkpoint, model, _own_rows(state, split_names(model), model.shards))
         if path.exists():
             logger.warning("%s The best model that %s knows is used.", damage, checkpoint)
         return _progress(checkpoint, metadata)
@@ -338,8 +374,12 @@ def load_best(folder: Path, model: IMVIA) -> Progress:
 def save_trainer(path: Path, trainer: Trainer) -> None:
     """Write all that resuming needs: the run goes on bit by bit as if it had not stopped.
 
-    The checkpoint that is there is kept as ``previous.safetensors``.
+    The checkpoint that is there is kept as ``previous.safetensors``. Of several processes all call
+    this; what is written does not depend on their number.
     """
+    split = split_names(trainer.model)
+    split = {f"{group}/{name}" for group in ("model", "best", "average") for name in split}
+    tables = {id(table.weight) for table in trainer.model.entity_tables}
     tensors = {f"model/{name}": value for name, value in trainer.model.state_dict().items()}
     for name, value in (trainer.best_state or {}).items():
         tensors[f"best/{name}"] = value
@@ -349,9 +389,12 @@ def save_trainer(path: Path, trainer: Trainer) -> None:
     for label, optimizer in _optimizers(trainer).items():
         state = optimizer.state_dict()
         plain[label] = state["param_groups"]
+        followed = [p for group in optimizer.param_groups for p in group["params"]]
         for index, entries in state["state"].items():
             for name, value in entries.items():
                 tensors[f"{label}/{index}/{name}"] = torch.as_tensor(value)
+                if id(followed[index]) in tables and torch.as_tensor(value).dim():
+                    split.add(f"{label}/{index}/{name}")
     tensors["random/data"] = trainer.batches.generator.get_state()
     if trainer.progress.batch:
         tensors["random/order"] = trainer.batches.order_state
@@ -364,7 +407,7 @@ def save_trainer(path: Path, trainer: Trainer) -> None:
         "optimizers": json.dumps(plain),
         "scaler": json.dumps(trainer.scaler.state_dict()),
     }
-    _write(path, tensors, metadata, path.with_name(PREVIOUS))
+    _write(path, tensors, metadata, path.with_name(PREVIOUS), trainer.shards, split)
 
 
 def load_last(folder: Path, trainer: Trainer) -> None:
@@ -380,12 +423,17 @@ def load_last(folder: Path, trainer: Trainer) -> None:
     last, previous = (_files.inside(folder, name) for name in (LAST, PREVIOUS))
     if not last.is_file() and not previous.is_file():
         return
+    first = trainer.shards.is_first
     try:
         load_trainer(last, trainer)
+        trainer.shards.wait()
     except DamagedError as error:
         if not previous.is_file():
             raise
         load_trainer(previous, trainer)
+        trainer.shards.wait()
+        if not first:
+            return
         logger.warning(
             "%s The checkpoint before it is gone on with, from epoch %d.",
             error,
@@ -400,16 +448,24 @@ def load_trainer(path: Path, trainer: Trainer) -> None:
     tensors, metadata = _read(path)
     groups = _grouped(tensors)
     progress = _progress(path, metadata)
+    shards, split = trainer.shards, split_names(trainer.model)
+    for group in ("model", "best", "average"):
+        if group in groups:
+            groups[group] = _own_rows(groups[group], split, shards)
     _load_state(path, trainer.model, groups.get("model", {}))
     if "best" in groups:
         device = trainer.model.device
         trainer.best_state = {name: value.to(device) for name, value in groups["best"].items()}
+    tables = {id(table.weight) for table in trainer.model.entity_tables}
     try:
         plain = json.loads(metadata["optimizers"])
         for label, optimizer in _optimizers(trainer).items():
             state: dict[int, dict[str, Tensor]] = {}
+            followed = [p for group in optimizer.param_groups for p in group["params"]]
             for name, value in groups.get(label, {}).items():
                 index, _, key = name.partition("/")
+                if id(followed[int(index)]) in tables and value.dim() and not shards.alone:
+                    value = value[shards.start : shards.stop].clone()
                 state.setdefault(int(index), {})[key] = value
             optimizer.load_state_dict({"state": state, "param_groups": plain[label]})
         if trainer.average is not None:
@@ -434,6 +490,8 @@ def load_trainer(path: Path, trainer: Trainer) -> None:
 
 def _optimizers(trainer: Trainer) -> dict[str, torch.optim.Optimizer]:
     found = {"optimizer": trainer.optimizer}
+    if trainer.row_optimizer is not None:
+        found["rows"] = trainer.row_optimizer
     if trainer.estimator_optimizer is not None:
         found["estimator"] = trainer.estimator_optimizer
     return found
@@ -453,10 +511,53 @@ def _write(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     previous: Path | None = None,
+    shards: Shards | None = None,
+    split: Set[str] = frozenset(),
 ) -> None:
-    """Write tensors with a checksum."""
-    told = {**metadata, CHECKSUM: _files.digest(tensors, metadata)}
-    _files.write_tensors(path, tensors, told, previous)
+    """Write tensors with a checksum; of several processes, the first one writes what all have."""
+    if shards is None or shards.alone:
+        told = {**metadata, CHECKSUM: _files.digest(tensors, metadata)}
+        _files.write_tensors(path, tensors, told, previous)
+        return
+    # The order is that of the file; all take it, though one writes.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    pending = [name for name in order if name in split]
+    if not shards.is_first:
+        for name in pending:
+            shards.send_rows(tensors[name])
+        return
+
+    def parts(name: str) -> Iterator[Tensor]:
+        if name not in split:
+            yield tensors[name]
+            return
+        pending.remove(name)
+        yield from shards.receive_rows(tensors[name])
+
+    shapes = {
+        name: (
+            value.dtype,
+            (shards.num_entities, *value.shape[1:]) if name in split else tuple(value.shape),
+        )
+        for name, value in tensors.items()
+    }
+    try:
+        _files.write_tensor_parts(path, shapes, parts, metadata, CHECKSUM, previous)
+    finally:
+        # Where writing failed, the others still send.
+        for name in pending:
+            for _ in shards.receive_rows(tensors[name]):
+                pass
+
+
+def _own_rows(state: Mapping[str, Tensor], split: Set[str], shards: Shards) -> dict[str, Tensor]:
+    """A state with a process's rows of what is split."""
+    if shards.alone:
+        return dict(state)
+    return {
+        name: value[shards.start : shards.stop].clone() if name in split else value
+        for name, value in state.items()
+    }
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,7 +9,7 @@ softmax, and counts in ranks. The collectives are torch.distributed's: NCCL on G
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,38 @@ class Shards:
         order = torch.argsort(asked, stable=True)
         return torch.empty_like(rows).index_copy(0, order, rows)
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes; each passes the gradient on as it is to its own term.
+
+        So every process knows the loss of all, and its backward pass makes the gradients of what is
+        its own.
+        """
+        if self.alone:
+            return tensor
+        out: Tensor = _Total.apply(tensor)
+        return out
+
+    def repeated(self, tensor: Tensor) -> Tensor:
+        """What every process computes alike from gathered rows, as it is; gradients are shared out.
+
+        They are summed over the processes elsewhere, as if each had made a part.
+        """
+        if self.alone:
+            return tensor
+        return tensor / self.size + (tensor * (1 - 1 / self.size)).detach()
+
+    def logsumexp(self, tensor: Tensor) -> Tensor:
+        """Log-sum-exp over the last dimension, which is split over the processes; see `total`."""
+        if self.alone:
+            return tensor.logsumexp(-1)
+        detached = tensor.detach()
+        if tensor.shape[-1]:
+            top = self.max_(detached.amax(-1))
+        else:
+            top = self.max_(detached.new_full(tensor.shape[:-1], -torch.inf))
+        top = torch.where(top.isinf(), 0.0, top)
+        return top + self.total((tensor - top[..., None]).exp().sum(-1)).log()
+
     # -- what is not ------------------------------------------------------------------------------
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -138,6 +170,26 @@ class Shards:
         for grad, total in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
             grad.copy_(total)
 
+    def send_rows(self, own: Tensor) -> None:
+        """Send a table's rows, in portions, to the first process, which asks for them in turn."""
+        for portion in own.detach().split(self._portion(own)):
+            dist.send(portion.contiguous(), 0)
+
+    def receive_rows(self, own: Tensor) -> Iterator[Tensor]:
+        """All rows of a table in portions; to be used up, since the others are waiting."""
+        size = self._portion(own)
+        yield from own.detach().split(size)
+        for rank in range(1, self.size):
+            left = self.bounds[rank + 1] - self.bounds[rank]
+            while left:
+                portion = own.new_empty(min(size, left), *own.shape[1:])
+                dist.recv(portion, rank)
+                left -= len(portion)
+                yield portion
+
+    def _portion(self, rows: Tensor) -> int:
+        return max(1, _PORTION // max(1, rows[:1].numel() * rows.element_size()))
+
     def first_tells(self, value: Any) -> Any:
         """What the first process has, on every process: anything that JSON could carry."""
         if self.alone:
@@ -150,6 +202,10 @@ class Shards:
         """Until all processes are here."""
         if not self.alone:
             dist.barrier()
+
+
+#: Bytes of a table that are sent at a time.
+_PORTION = 2**26
 
 
 def _cut(rows: int, part: int, parts: int) -> int:
@@ -180,6 +236,18 @@ class _Gather(torch.autograd.Function):
         return total[ctx.shards.part(ctx.rows)], None, None
 
 
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 class _Exchange(torch.autograd.Function):
     """Rows to the processes that asked for them; gradients the way back."""
 
@@ -203,9 +271,24 @@ def _exchanged(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
 # -- starting -------------------------------------------------------------------------------------
 
 
+#: Set by ``fit --processes`` for processes that it starts again.
+RESTARTED = "IMVIA_GRAPH_RESTARTED"
+
+
 def is_launched() -> bool:
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+def has_restarted() -> bool:
+    """Whether this process was started in the place of one that died."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or RESTARTED in os.environ
+    return is_launched() and again
+
+
+def is_first() -> bool:
+    """Whether this process writes files and talks to people: the only one, or the first."""
+    return not is_launched() or os.environ.get("RANK", "0") == "0"
 
 
 def local_device(name: str) -> str:
@@ -226,4 +309,12 @@ def join(device: torch.device) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-__all__ = ["Shards", "is_launched", "join", "local_device"]
+__all__ = [
+    "RESTARTED",
+    "Shards",
+    "has_restarted",
+    "is_first",
+    "is_launched",
+    "join",
+    "local_device",
+]

@@ -6,16 +6,19 @@ answers of the query left out: the "realistic" rank, the mean of the optimistic 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from imvia_graph import _kernels
-from imvia_graph._guards import MEMORY_ERRORS, Parts
-from imvia_graph.answers import AnswerIndex, pointer, with_inverses
-from imvia_graph.errors import DataError
+from imvia_graph._guards import MEMORY_ERRORS, Parts, is_out_of_memory
+from imvia_graph._tiles import Counter
+from imvia_graph.answers import AnswerIndex, with_inverses
+from imvia_graph.distributed import Shards
+from imvia_graph.errors import DataError, OutOfMemoryError
 from imvia_graph.kg import MultiViewKG, Split
 from imvia_graph.model import DECISION, IMVIA
 
@@ -142,8 +145,15 @@ def rank(
     batch_size: int = 1024,
     heads: Sequence[str] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    candidates: Tensor | None = None,
+    shards: Shards | None = None,
 ) -> Ranking:
-    """Rank the tails and heads of triples against all entities.
+    """Rank the tails and heads of triples against all entities, or against those that are chosen.
+
+    Memory does not grow with the number of entities beyond a gigabyte for candidates' vectors.
+    With several processes, each of which calls this with the same arguments, each counts what
+    outranks the answers among its own entities; the ranks are on all of them, and the same for any
+    number of processes.
 
     Parameters
     ----------
@@ -159,43 +169,141 @@ def rank(
         Which of the model's heads to rank beside ``decision``. Default: all.
     on_batch : callable, optional
         Called with the numbers of queries done and in all.
+    candidates : Tensor, optional
+        (C,) int64: the entities that compete with the answer, as `draw_candidates` gives them.
+        Default: all.
+    shards : Shards, optional
+        Which entities are this process's. Default: the model's; all where there is one process.
+
+    Raises
+    ------
+    DataError
+        Candidates that are no entities of the model.
     """
+    if shards is None:
+        shards = getattr(model, "shards", None) or Shards(model.num_entities)
     device = model.device
     known = known.to(device)
+    chosen = None if candidates is None else _checked(candidates, model.num_entities).to(device)
     queries = with_inverses(triples, model.num_relations).to(device)
     wanted = [*(model.heads if heads is None else heads), DECISION]
-    ranks = {name: torch.empty(len(queries), dtype=torch.float64, device=device) for name in wanted}
+    columns = [[*model.heads, DECISION].index(name) for name in wanted]
+    ranks = torch.empty(len(queries), len(wanted), dtype=torch.float64, device=device)
     training = model.training
     model.eval()
     parts = Parts("ranking a batch of queries")
-    done = 0
+    told = _Told(on_batch, len(queries))
     try:
-        for group, tables in _groups(model, queries[:, 1], batch_size):
+        for relation, group in _by_relation(model, queries[:, 1]):
+            counter = Counter(model, shards, known, wanted, chosen, relation)
             while len(group):
-                positions = group[: parts.rows(batch_size)]
-                entity, relation, answer = queries[positions].unbind(1)
+                size = parts.rows(batch_size)
+                block = group[: max(1, counter.queries // parts.count // size) * size]
+                # Several processes must all call the same number of times.
+                on_part = partial(told.of_part, len(block)) if shards.alone else None
+                entity, under, answer = queries[block].unbind(1)
                 try:
-                    found = _ranks(model, entity, relation, answer, tables, known, wanted)
+                    counts = counter.count(entity, under, answer, size, on_part)
                 except MEMORY_ERRORS as error:
+                    if not shards.alone and is_out_of_memory(error):
+                        raise OutOfMemoryError(
+                            f"Out of memory while ranking, in process {shards.rank} of"
+                            f" {shards.size}. Take a smaller ranking_batch_size, or more processes."
+                        ) from error
                     parts.halve(error, batch_size)
                     continue
-                for name in wanted:
-                    ranks[name][positions] = found[name]
-                group = group[len(positions) :]
-                done += len(positions)
-                if on_batch:
-                    on_batch(done, len(queries))
+                better, tied = counts[:, columns].double().unbind(2)
+                ranks[block] = 1 + better + tied / 2
+                group = group[len(block) :]
+                told.of_all(len(block))
     finally:
         model.train(training)
     # Queries come as all tails, then all heads.
-    sides = {name: value.cpu().split(len(triples)) for name, value in ranks.items()}
-    if not len(triples):
-        sides = {name: (torch.empty(0), torch.empty(0)) for name in ranks}
+    tail, head = ranks.cpu().tensor_split([len(triples)])
     return Ranking(
         triples,
-        {name: side[0] for name, side in sides.items()},
-        {name: side[1] for name, side in sides.items()},
+        dict(zip(wanted, tail.unbind(1), strict=True)),
+        dict(zip(wanted, head.unbind(1), strict=True)),
     )
+
+
+class _Told:
+    """Tells how many queries are done, whenever it is more than before."""
+
+    def __init__(self, on_batch: Callable[[int, int], None] | None, total: int) -> None:
+        self.on_batch, self.total = on_batch, total
+        self.done = self.told = 0
+
+    def of_part(self, queries: int, share: float) -> None:
+        """A share of so many queries more is done."""
+        done = self.done + int(queries * share)
+        if done > self.told and self.on_batch:
+            self.told = done
+            self.on_batch(done, self.total)
+
+    def of_all(self, queries: int) -> None:
+        """So many queries more are done."""
+        self.of_part(queries, 1)
+        self.done += queries
+
+
+def _checked(candidates: Tensor, num_entities: int) -> Tensor:
+    """Candidates in the order of their ids, each once."""
+    whole = candidates.dim() == 1 and candidates.dtype == torch.int64
+    if not whole or not len(candidates):
+        raise DataError(
+            "candidates: expected (C,) int64 ids of one entity at least, received"
+            f" {candidates.dtype} of shape {tuple(candidates.shape)}."
+        )
+    low, high = int(candidates.min()), int(candidates.max())
+    if low < 0 or high >= num_entities:
+        raise DataError(
+            f"candidates: expected ids from 0 to {num_entities - 1}, received"
+            f" {low if low < 0 else high}."
+        )
+    return candidates.unique()
+
+
+def draw_candidates(num_entities: int, count: int, seed: int = 0) -> Tensor | None:
+    """Entities to rank against where all are too many, each with the same chance.
+
+    Parameters
+    ----------
+    num_entities, count : int
+    seed : int
+        The same seed draws the same entities.
+
+    Returns
+    -------
+    Tensor or None
+        (count,) int64, ascending; None, for all, where there are no more than so many.
+
+    Examples
+    --------
+    >>> from imvia_graph.evaluation import draw_candidates
+    >>> len(draw_candidates(14_951, 1000)), draw_candidates(100, 1000)
+    (1000, None)
+    """
+    if count < 1:
+        raise DataError(f"candidates: expected at least 1, received {count}.")
+    if count >= num_entities:
+        return None
+    return torch.tensor(sorted(random.Random(seed).sample(range(num_entities), count)))
+
+
+def _by_relation(model: IMVIA, relation: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Yield (relation, positions of its queries); all at once, with None, where tables are shared.
+
+    Queries are taken relation by relation in any case, so that what depends on a relation alone is
+    made once, or nearly so.
+    """
+    order = torch.argsort(relation, stable=True)
+    if model.settings.candidates == "shared":
+        if len(order):
+            yield None, order
+        return
+    distinct, counts = torch.unique_consecutive(relation[order], return_counts=True)
+    yield from zip(distinct, order.split(counts.tolist()), strict=True)
 
 
 def score_all(
@@ -204,65 +312,13 @@ def score_all(
     """Yield (positions, scores by head) of queries against all entities, batch by batch.
 
     Queries are taken relation by relation, so that what depends on a relation alone is made once,
-    or nearly so.
+    or nearly so. All candidates' vectors are held.
     """
-    for positions, tables in _groups(model, relation, batch_size):
-        mine = relation[positions]
-        yield positions, model.scores(model.queries(entity[positions], mine), tables, mine)
-
-
-def _groups(
-    model: IMVIA, relation: Tensor, batch_size: int
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield (positions, candidate tables) of queries in the order of their relations."""
-    order = torch.argsort(relation, stable=True)
-    if model.settings.candidates == "shared":
-        if len(order):
-            tables = model.candidates()
-            yield from ((positions, tables) for positions in order.split(batch_size))
-        return
-    distinct, counts = torch.unique_consecutive(relation[order], return_counts=True)
-    for one, group in zip(distinct, order.split(counts.tolist()), strict=True):
-        tables = model.candidates(one)
-        yield from ((positions, tables) for positions in group.split(batch_size))
-
-
-#: Bytes of scores that are held at a time while the CPU ranks: what its cache holds.
-_CACHE = 2**24
-
-
-def _ranks(
-    model: IMVIA,
-    entity: Tensor,
-    relation: Tensor,
-    answer: Tensor,
-    tables: Mapping[str, Tensor],
-    known: AnswerIndex,
-    wanted: Sequence[str],
-) -> dict[str, Tensor]:
-    """Ranks of (B,) answers by the heads that are wanted."""
-    queries = model.queries(entity, relation)
-    row, col = known.pairs(entity, relation)
-    first = queries[model.heads[0]]
-    kernels = _kernels.load("scores")
-    if first.device.type != "cpu" or first.dtype != torch.float32 or kernels is None:
-        by_name = model.scores(queries, tables, relation)
-        return {name: filtered_ranks(by_name[name], answer, row, col) for name in wanted}
-    # Scores are made for as many queries as the cache holds and counted there, all heads at once.
-    ptr = pointer(torch.bincount(row, minlength=len(answer)))
-    weights = model.decision_weights(relation).to(first.dtype).contiguous()
-    found = torch.empty(len(answer), len(model.heads) + 1, dtype=torch.float64)
-    rows = max(1, _CACHE // (len(model.heads) * model.num_entities * first.element_size()))
-    for part in torch.arange(len(answer)).split(rows):
-        mine = slice(int(part[0]), int(part[-1]) + 1)
-        scores = first.new_empty(len(model.heads), len(part), model.num_entities)
-        for m, head in enumerate(model.heads):
-            torch.mm(queries[head][mine], tables[head].T, out=scores[m])
-        bounds = ptr[mine.start : mine.stop + 1]
-        given = (scores, weights[mine], answer[mine].contiguous(), bounds, col, found[mine])
-        _kernels.share_out(kernels.ranks, _kernels.even_cuts(len(part)), given)
-    columns = {name: m for m, name in enumerate([*model.heads, DECISION])}
-    return {name: found[:, columns[name]] for name in wanted}
+    for under, group in _by_relation(model, relation):
+        tables = model.candidates(under)
+        for positions in group.split(batch_size):
+            mine = relation[positions]
+            yield positions, model.scores(model.queries(entity[positions], mine), tables, mine)
 
 
 def evaluate(
@@ -271,27 +327,64 @@ def evaluate(
     split: Split = "test",
     batch_size: int = 1024,
     on_batch: Callable[[int, int], None] | None = None,
+    candidates: int | Tensor | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Filtered metrics of a split, as `Ranking.metrics` gives them.
+
+    Parameters
+    ----------
+    model : IMVIA
+    kg : MultiViewKG
+    split : {"train", "valid", "test"}
+    batch_size, on_batch
+        As for `rank`.
+    candidates : int or Tensor, optional
+        What competes with the answer: so many entities, drawn once with the seed by
+        `draw_candidates`, or (C,) int64 ids. Ranks among few are better than among all, and compare
+        with none but those among the same. Default: all entities.
+    seed : int
+
+    Returns
+    -------
+    dict
+        That of `Ranking.metrics`, and ``candidates``: a text that says what competed.
+
+    Raises
+    ------
+    DataError
+        A split without triples, or candidates that are no entities of the graph.
 
     Examples
     --------
     >>> import imvia_graph as ig
     >>> kg = ig.load_kg("countries")
-    >>> metrics = ig.evaluate(ig.IMVIA.from_kg(kg, ig.Settings(dim=8)), kg, "valid")
+    >>> model = ig.IMVIA.from_kg(kg, ig.Settings(dim=8))
+    >>> metrics = ig.evaluate(model, kg, "valid")
     >>> sorted(metrics)
-    ['both', 'head', 'modalities', 'relations', 'tail']
+    ['both', 'candidates', 'head', 'modalities', 'relations', 'tail']
+    >>> metrics["candidates"]
+    'all 1,475 entities'
+    >>> ig.evaluate(model, kg, "valid", candidates=100)["candidates"]
+    '100 entities drawn with seed 0'
     """
     triples = kg.triples(split)
     if not len(triples):
         raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
-    ranking = rank(model, triples, kg.answers(), batch_size, on_batch=on_batch)
-    return ranking.metrics(kg.relations)
+    chosen, how = candidates, "given"
+    if isinstance(chosen, int):
+        chosen, how = draw_candidates(kg.num_entities, chosen, seed), f"drawn with seed {seed}"
+    ranking = rank(model, triples, kg.answers(), batch_size, on_batch=on_batch, candidates=chosen)
+    among = f"all {kg.num_entities:,} entities"
+    if chosen is not None:
+        among = f"{len(chosen.unique()):,} entities {how}"
+    return {**ranking.metrics(kg.relations), "candidates": among}
 
 
 __all__ = [
     "HITS",
     "Ranking",
+    "draw_candidates",
     "evaluate",
     "filtered_ranks",
     "rank",

@@ -342,7 +342,7 @@ class Predictor:
                     f"views[{modality!r}]: expected floating-point features of shape (views,"
                     f" {width}), received {feat.dtype} of shape {tuple(feat.shape)}."
                 )
-            own = self.model.scaled(modality, feat).to(known[modality])
+            own = self.model.scaled(modality, feat).to(self.model.device)
             if not own.isfinite().all():
                 raise DataError(f"views[{modality!r}]: expected finite features.")
             if len(own):

@@ -15,13 +15,15 @@ import torch
 from rapidfuzz import fuzz, process
 from torch import Tensor
 
-from imvia_graph import _files, _owner, _tables
+from imvia_graph import _files, _linked, _owner, _tables
 from imvia_graph._dgl import dgl
 from imvia_graph._display import shown
 from imvia_graph._labels import (
+    Vocabulary,
     are_distinct,
     decode_triples,
     encode_labels,
+    encode_runs,
     encode_triples,
     index_triples,
 )
@@ -32,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 #: What ``kg.json`` says of the folder's format.
 FORMAT, FORMAT_VERSION = "imvia-graph/kg", 1
-#: Rows of features that are looked at together.
-_PORTION = 2**16
 #: Names that a modality cannot take: node types of the graph and heads of the model.
 RESERVED_MODALITIES = ("entity", "structure", "joint", "decision")
 
@@ -45,6 +45,9 @@ PARTS = (*SPLITS, "known")
 
 class Views(NamedTuple):
     """The views of one modality, as they go into a `MultiViewKG`.
+
+    Features that are mapped from a file stay there, if they are sorted by entity: what is sorted
+    here is sorted in memory.
 
     Attributes
     ----------
@@ -60,8 +63,26 @@ class Views(NamedTuple):
 
     feat: Tensor
     entity: Tensor
-    source: Sequence[str] | None = None
+    source: Sequence[str] | pl.Series | None = None
     root: str | os.PathLike[str] | None = None
+
+
+class _Held(NamedTuple):
+    """The views of one modality, as a graph holds them: checked, and sorted by entity."""
+
+    feat: Tensor
+    #: (num_entities + 1,) int64.
+    ptr: Tensor
+    #: None where none is known.
+    source: pl.Series | None
+    root: Path | None
+    #: What the features are mapped from, if they are.
+    file: _linked.Mapped | None = None
+
+    @property
+    def entity(self) -> Tensor:
+        """(V,) int64: the entity of each view."""
+        return torch.repeat_interleave(torch.arange(len(self.ptr) - 1), self.ptr.diff())
 
 
 class MultiViewKG:
@@ -105,7 +126,7 @@ class MultiViewKG:
     modalities : list of str
         Names of the modalities, in the order given.
     graph : dgl.DGLGraph
-        The heterograph described above.
+        The heterograph described above; made when it is first asked for.
 
     Raises
     ------
@@ -140,8 +161,8 @@ class MultiViewKG:
         *,
         known: Tensor | None = None,
         name: str = "",
-        entity_names: Sequence[str] | None = None,
-        relation_names: Sequence[str] | None = None,
+        entity_names: Sequence[str] | pl.Series | None = None,
+        relation_names: Sequence[str] | pl.Series | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.name = name
@@ -157,9 +178,10 @@ class MultiViewKG:
         self.known = self._checked_triples(known, "known")
         if not len(self.train):
             raise DataError(f"{self}: there are no training triples; at least one is needed.")
-        self._sources: dict[str, list[str]] = {}
-        self._roots: dict[str, Path | None] = {}
-        self.graph = self._build_graph(views or {})
+        self._held = {
+            modality: self._checked_views(modality, value)
+            for modality, value in (views or {}).items()
+        }
 
     # -- construction ---------------------------------------------------------------------------
 
@@ -238,30 +260,7 @@ class MultiViewKG:
                 )
         return triples
 
-    def _build_graph(self, views: Mapping[str, Views]) -> Any:
-        head, relation, tail = self.train.unbind(dim=1)
-        edges = {("entity", "fact", "entity"): (head, tail)}
-        num_nodes = {"entity": self.num_entities}
-        features = {}
-        for modality, value in views.items():
-            feat, entity, source = self._checked_views(modality, value)
-            order = torch.argsort(entity, stable=True)
-            if not torch.equal(order, torch.arange(len(order))):
-                feat, entity = feat[order], entity[order]
-                source = [source[i] for i in order.tolist()]
-            edges[modality, "of", "entity"] = (torch.arange(len(entity)), entity)
-            num_nodes[modality] = len(entity)
-            features[modality] = feat
-            self._sources[modality] = source
-            self._roots[modality] = None if value.root is None else Path(value.root).absolute()
-        self.modalities = list(features)
-        graph = dgl.heterograph(edges, num_nodes_dict=num_nodes)
-        graph.edges["fact"].data["rel"] = relation
-        for modality, feat in features.items():
-            graph.nodes[modality].data["feat"] = feat
-        return graph
-
-    def _checked_views(self, modality: str, views: Views) -> tuple[Tensor, Tensor, list[str]]:
+    def _checked_views(self, modality: str, views: Views) -> _Held:
         if not isinstance(modality, str) or not re.fullmatch(
             r"[^\x00-\x1f\x7f/\\.][^\x00-\x1f\x7f/\\]*", modality
         ):
@@ -304,21 +303,30 @@ class MultiViewKG:
                 f" to {self.num_entities - 1} ({int(bad.sum())} such rows)."
             )
         feat = feat.detach().cpu()
-        # In portions: features may be mapped from a file, and larger than memory.
-        portions = [part.isfinite().all(dim=1) for part in feat.split(_PORTION)]
-        finite = torch.cat(portions) if portions else torch.ones(0, dtype=torch.bool)
-        if not finite.all():
-            row = int((~finite).nonzero()[0])
-            raise DataError(
-                f"{where}, row {row}: a view of {self.entities[int(entity[row])]!r} has NaN or"
-                f" infinite features ({int((~finite).sum())} such rows). Leave these views out."
-            )
-        source = [""] * len(feat) if views.source is None else [str(item) for item in views.source]
-        if len(source) != len(feat):
+        self._check_finite(where, feat, entity)
+        source = None if views.source is None else _texts(views.source)
+        if source is not None and len(source) != len(feat):
             raise DataError(
                 f"{where}: expected one source a view, received {len(source)} for {len(feat)}."
             )
-        return feat, entity, source
+        if not (entity[1:] >= entity[:-1]).all():
+            order = torch.argsort(entity, stable=True)
+            feat, entity = feat[order], entity[order]
+            source = None if source is None else source.gather(pl.Series(order.numpy()))
+        ptr = pointer(torch.bincount(entity, minlength=self.num_entities))
+        root = None if views.root is None else Path(views.root).absolute()
+        return _Held(feat, ptr, None if source is None else _files.known_texts(source), root)
+
+    def _check_finite(self, where: str, feat: Tensor, entity: Tensor) -> None:
+        # In portions: features may be mapped from a file, and larger than memory.
+        if all(part.abs().amax().isfinite() for part in _files.portions(feat) if len(part)):
+            return
+        finite = torch.cat([part.isfinite().all(dim=1) for part in _files.portions(feat)])
+        row = int((~finite).nonzero()[0])
+        raise DataError(
+            f"{where}, row {row}: a view of {self._entities[int(entity[row])]!r} has NaN or"
+            f" infinite features ({int((~finite).sum())} such rows). Leave these views out."
+        )
 
     # -- what the graph holds -------------------------------------------------------------------
 
@@ -332,15 +340,35 @@ class MultiViewKG:
         """Labels of the relations in id order."""
         return self._relations.to_list()
 
-    @property
+    @cached_property
     def entity_names(self) -> list[str]:
         """Display names of the entities in id order; the labels where there are none."""
-        return self.entities if self._entity_names is None else self._entity_names
+        return self.entities if self._entity_names is None else self._entity_names.to_list()
 
-    @property
+    @cached_property
     def relation_names(self) -> list[str]:
         """Display names of the relations in id order; the labels where there are none."""
-        return self.relations if self._relation_names is None else self._relation_names
+        return self.relations if self._relation_names is None else self._relation_names.to_list()
+
+    @cached_property
+    def graph(self) -> Any:
+        """The heterograph that `MultiViewKG` describes."""
+        head, relation, tail = self.train.unbind(dim=1)
+        edges = {("entity", "fact", "entity"): (head, tail)}
+        num_nodes = {"entity": self.num_entities}
+        for modality, held in self._held.items():
+            edges[modality, "of", "entity"] = (torch.arange(len(held.feat)), held.entity)
+            num_nodes[modality] = len(held.feat)
+        graph = dgl.heterograph(edges, num_nodes_dict=num_nodes)
+        graph.edges["fact"].data["rel"] = relation
+        for modality, held in self._held.items():
+            graph.nodes[modality].data["feat"] = held.feat
+        return graph
+
+    @property
+    def modalities(self) -> list[str]:
+        """Names of the modalities, in the order given."""
+        return list(self._held)
 
     @property
     def num_entities(self) -> int:
@@ -370,26 +398,27 @@ class MultiViewKG:
             (num_entities + 1,) int64: the views of entity i are ``feat[ptr[i]:ptr[i + 1]]``.
         """
         self._check_modality(modality)
-        degrees = self.graph.in_degrees(etype=(modality, "of", "entity"))
-        return self.graph.nodes[modality].data["feat"], pointer(degrees.to(torch.int64))
+        return self._held[modality].feat, self._held[modality].ptr
 
     def view_sources(self, modality: str) -> list[str]:
         """Where each view of a modality comes from, in the order of `views`; "" where not known."""
         self._check_modality(modality)
-        return list(self._sources[modality])
+        feat, _, source, *_ = self._held[modality]
+        return [""] * len(feat) if source is None else source.to_list()
 
     def view_source(self, modality: str, view: int) -> str:
         """Where one view of a modality comes from, by its row in `views`; "" where not known."""
         self._check_modality(modality)
-        return self._sources[modality][view]
+        source = self._held[modality].source
+        return "" if source is None else source[view]
 
     def view_root(self, modality: str) -> Path | None:
         """The folder that relative paths among the sources of a modality start from, if known."""
         self._check_modality(modality)
-        return self._roots[modality]
+        return self._held[modality].root
 
     def _check_modality(self, modality: str) -> None:
-        if modality not in self.modalities:
+        if modality not in self._held:
             raise UnknownLabelError(
                 f"{self} has no modality {modality!r}; it has"
                 f" {', '.join(map(repr, self.modalities)) or 'none'}."
@@ -430,11 +459,11 @@ class MultiViewKG:
     def _lookup(self) -> dict[str, tuple[dict[str, int], dict[str, list[int]]]]:
         tables = {}
         for kind, labels, names in (
-            ("entity", self.entities, self.entity_names),
-            ("relation", self.relations, self.relation_names),
+            ("entity", self.entities, self._entity_names),
+            ("relation", self.relations, self._relation_names),
         ):
             by_name: dict[str, list[int]] = {}
-            for i, name in enumerate(names):
+            for i, name in enumerate([] if names is None else names.to_list()):
                 by_name.setdefault(name, []).append(i)
             tables[kind] = ({label: i for i, label in enumerate(labels)}, by_name)
         return tables
@@ -481,13 +510,16 @@ class MultiViewKG:
         num_nodes = {ntype: self.graph.num_nodes(ntype) for ntype in self.graph.ntypes}
         graph = dgl.heterograph(edges, num_nodes_dict=num_nodes)
         for modality in self.modalities:
-            graph.nodes[modality].data["feat"] = self.graph.nodes[modality].data["feat"]
+            graph.nodes[modality].data["feat"] = self._held[modality].feat
         return graph
 
     # -- in and out -----------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, may_link: bool = False) -> Path:
         """Write the graph as a KG folder, which `load` and ``load_kg`` read.
+
+        Features that are mapped from a file go into the folder without being read into memory: as
+        a clone, where the file system has those, else portion by portion.
 
         The layout, format version 1:
 
@@ -502,44 +534,52 @@ class MultiViewKG:
         - ``views/<modality>.safetensors``: the tensor ``feat`` (V, d_m);
         - ``views/<modality>.csv``: header ``entity,source``; row i tells of row i of ``feat``.
 
+        Parameters
+        ----------
+        folder : path
+            Made where it is not there.
+        may_link : bool
+            Whether large features that are mapped from a file, and are unchanged, may be a hard
+            link to it. What replaces that file leaves the link as it is; what writes into it
+            changes both. ``kg.json`` therefore says what was linked, and `load` refuses a link
+            whose content has changed.
+
         Raises
         ------
         DataError
             A label holds a tab or a line end, which a TSV file cannot carry. Nothing is written.
         """
         folder = Path(folder)
-        for labels in (self.entities, self.entity_names):
-            _files.check_tsv_labels(folder / "entities.tsv", labels)
-        for labels in (self.relations, self.relation_names):
-            _files.check_tsv_labels(folder / "relations.tsv", labels)
+        tables = (
+            ("entities.tsv", "entity", self._entities, self._entity_names),
+            ("relations.tsv", "relation", self._relations, self._relation_names),
+        )
+        for file, _, *columns in tables:
+            for labels in columns:
+                if labels is not None:
+                    _files.check_tsv_labels(folder / file, labels)
         folder.mkdir(parents=True, exist_ok=True)
-        _files.write_label_table(
-            folder / "entities.tsv", "entity", self.entities, self.entity_names
-        )
-        _files.write_label_table(
-            folder / "relations.tsv", "relation", self.relations, self.relation_names
-        )
-        entities = self._entities
+        for file, column, labels, names in tables:
+            _files.write_label_table(folder / file, column, labels, names)
         for part in PARTS:
             path = folder / f"{part}.tsv"
             if part in SPLITS or len(self.known):
-                frame = decode_triples(getattr(self, part), entities, self.relations)
+                frame = decode_triples(getattr(self, part), self._entities, self._relations)
                 _tables.write_table(path, frame)
             else:
                 path.unlink(missing_ok=True)  # of a graph that was saved here before
         for modality in _old_modalities(folder):
-            if modality not in self.modalities:
+            if modality not in self._held:
                 for ending in (".safetensors", ".csv"):
                     (folder / "views" / f"{modality}{ending}").unlink(missing_ok=True)
-        for modality in self.modalities:
-            feat, ptr = self.views(modality)
-            _files.write_tensors(folder / "views" / f"{modality}.safetensors", {"feat": feat})
-            owner = torch.repeat_interleave(torch.arange(self.num_entities), ptr.diff())
-            _files.write_view_table(
-                folder / "views" / f"{modality}.csv",
-                entities[owner.numpy()].to_list(),
-                self._sources[modality],
-            )
+        links = {}
+        for modality, held in self._held.items():
+            path = folder / "views" / f"{modality}.safetensors"
+            linked = _linked.put(path, held.feat, held.file, may_link)
+            if linked is not None:
+                links[modality] = linked
+            owners = self._entities.gather(pl.Series(held.entity.numpy()))
+            _files.write_view_table(path.with_suffix(".csv"), owners, held.source)
         about: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -547,12 +587,15 @@ class MultiViewKG:
             "notes": self.notes,
             "modalities": self.modalities,
         }
-        if any(self._roots.values()):
-            about["roots"] = {
-                name: _root_in(folder, root) for name, root in self._roots.items() if root
-            }
-            if (signature := _owner.sign(about["roots"])) is not None:
+        roots = {
+            name: _root_in(folder, held.root) for name, held in self._held.items() if held.root
+        }
+        if roots:
+            about["roots"] = roots
+            if (signature := _owner.sign(roots)) is not None:
                 about["roots_signature"] = signature
+        if links:
+            about["links"] = links
         # Last, so that a folder with a kg.json is whole.
         _files.write_json(folder / "kg.json", about)
         return folder
@@ -572,8 +615,7 @@ class MultiViewKG:
         folder = Path(folder)
         about = _read_about(folder)
         frames = [_read_split(folder, part) for part in PARTS]
-        entities: list[str] | pl.Series = []
-        relations: list[str] | pl.Series = []
+        entities = relations = pl.Series(dtype=pl.String)
         triples: list[Tensor] = []
         entity_names = relation_names = None
         listed_entities = _files.inside(folder, "entities.tsv")
@@ -585,31 +627,40 @@ class MultiViewKG:
         if listed_relations.is_file():
             relations, relation_names = _files.read_label_table(listed_relations, "relation")
         if listed_entities.is_file() or listed_relations.is_file():
+            ends, kinds = Vocabulary(entities), Vocabulary(relations)
             triples = [
-                encode_triples(frame, entities, relations, str(folder / f"{part}.tsv"))
+                encode_triples(frame, ends, kinds, str(folder / f"{part}.tsv"))
                 for frame, part in zip(frames, PARTS, strict=True)
             ]
+            del ends, kinds
         del frames
         files = {path.stem: path for path in sorted((folder / "views").glob("*.safetensors"))}
         listed = [name for name in about.get("modalities", []) if name in files]
         names = listed + [name for name in files if name not in listed]
         roots = _followed_roots(folder, about)
-        return cls(
+        read = {name: _read_views(files[name], entities) for name in names}
+        links = about.get("links", {})
+        for name, (views, _) in read.items():
+            if name in links:
+                _linked.check(files[name], views.feat, links[name])
+        graph = cls(
             entities,
             relations,
             triples[0],
             triples[1],
             triples[2],
             known=triples[3],
-            views={
-                name: _read_views(files[name], entities)._replace(root=roots.get(name))
-                for name in names
-            },
+            views={name: views._replace(root=roots.get(name)) for name, (views, _) in read.items()},
             name=about.get("name") or folder.resolve().name,
             entity_names=entity_names,
             relation_names=relation_names,
             notes=about.get("notes", []),
         )
+        for name, (views, mapped) in read.items():
+            held = graph._held[name]
+            if held.feat.data_ptr() == views.feat.data_ptr():  # as it was, and so in the file
+                graph._held[name] = held._replace(file=mapped)
+        return graph
 
     def replace(self, **changes: Any) -> MultiViewKG:
         """The same graph with some constructor arguments changed; views may be given or kept."""
@@ -620,18 +671,23 @@ class MultiViewKG:
             "valid": self.valid,
             "test": self.test,
             "known": self.known,
-            "views": {modality: self._views(modality) for modality in self.modalities},
             "name": self.name,
             "entity_names": self._entity_names,
             "relation_names": self._relation_names,
             "notes": self.notes,
         }
-        return MultiViewKG(**{**arguments, **changes})
+        # Views that are kept are as checked as they were: with the entities that they show.
+        kept = "views" not in changes and "entities" not in changes
+        if not kept:
+            arguments["views"] = {modality: self._views(modality) for modality in self._held}
+        other = MultiViewKG(**{**arguments, **changes})
+        if kept:
+            other._held = dict(self._held)
+        return other
 
     def _views(self, modality: str) -> Views:
-        feat, ptr = self.views(modality)
-        entity = torch.repeat_interleave(torch.arange(self.num_entities), ptr.diff())
-        return Views(feat, entity, self._sources[modality], self._roots[modality])
+        held = self._held[modality]
+        return Views(held.feat, held.entity, held.source, held.root)
 
     def __repr__(self) -> str:
         title = f"MultiViewKG {self.name!r}" if self.name else "MultiViewKG"
@@ -639,8 +695,8 @@ class MultiViewKG:
         for split in SPLITS:
             if hasattr(self, split):
                 sizes.append(f"{len(getattr(self, split))} {split}")
-        for modality in getattr(self, "modalities", []):
-            sizes.append(f"{self.graph.num_nodes(modality)} {modality} views")
+        for modality, held in getattr(self, "_held", {}).items():
+            sizes.append(f"{len(held.feat)} {modality} views")
         return f"<{title}: {', '.join(sizes)}>"
 
     def __str__(self) -> str:
@@ -685,12 +741,22 @@ def _checked_labels(labels: Sequence[str] | pl.Series, what: str) -> pl.Series:
     return column
 
 
-def _checked_names(names: Sequence[str] | None, labels: pl.Series, what: str) -> list[str] | None:
+def _checked_names(
+    names: Sequence[str] | pl.Series | None, labels: pl.Series, what: str
+) -> pl.Series | None:
     if names is None:
         return None
     if len(names) != len(labels):
         raise DataError(f"{what}: expected {len(labels)} names, received {len(names)}.")
-    return [str(name) or label for name, label in zip(names, labels, strict=True)]
+    told = _texts(names)
+    return pl.select(pl.when(told == "").then(labels).otherwise(told)).to_series()
+
+
+def _texts(items: Sequence[Any] | pl.Series) -> pl.Series:
+    """Texts as a column, whatever they are of; "" for nulls of a column."""
+    if isinstance(items, pl.Series) and items.dtype == pl.String:
+        return items.fill_null("")
+    return pl.Series([str(item) for item in items], dtype=pl.String)
 
 
 # -- the folder's files ---------------------------------------------------------------------------
@@ -747,6 +813,12 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: expected a folder a modality for 'roots', found {_files.bounded(roots)}."
         )
+    links = about.get("links", {})
+    if not isinstance(links, dict) or not all(map(_linked.is_record, links.values())):
+        raise DataError(
+            f"{path}: expected size, time and checksum a modality for 'links', found"
+            f" {_files.bounded(links)}."
+        )
     if not isinstance(about.get("name") or "", str):
         raise DataError(
             f"{path}: expected a text for 'name', found {_files.bounded(about['name'])}."
@@ -785,7 +857,7 @@ def _read_split(folder: Path, split: Split) -> pl.DataFrame:
     return pl.DataFrame(schema=dict.fromkeys(_files.TRIPLE_COLUMNS, pl.String))
 
 
-def _read_views(path: Path, entities: Sequence[str] | pl.Series) -> Views:
+def _read_views(path: Path, entities: pl.Series) -> tuple[Views, _linked.Mapped | None]:
     folder = path.parent.parent
     path = _files.inside(folder, f"views/{path.name}")
     table = _files.inside(folder, f"views/{path.stem}.csv")
@@ -793,11 +865,12 @@ def _read_views(path: Path, entities: Sequence[str] | pl.Series) -> Views:
         raise DataError(
             f"{table}: missing; it names the entity (and source) of each row of {path.name}."
         )
-    feat = _files.read_features(path)
+    feat, mapped = _linked.map_features(path)
     labels, source = _files.read_view_table(table)
     if len(labels) != len(feat):
         raise DataError(
             f"{path} holds {len(feat)} rows of features, but {table.name} names {len(labels)}"
             " views; expected one row each. Make both again from the same source."
         )
-    return Views(feat, encode_labels(labels, entities, str(table)), source)
+    entity = encode_runs(labels, entities, str(table))
+    return Views(feat, entity, source), mapped

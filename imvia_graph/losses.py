@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from imvia_graph._factored import FactoredCompletion, Terms
+from imvia_graph.distributed import Shards
 from imvia_graph.errors import SettingsError
 
 #: exp of this is the largest inverse temperature, as in CLIP.
@@ -435,6 +436,7 @@ def factored_completion(
     label_smoothing: float = 0.0,
     detached: bool = False,
     parts: int = 1,
+    shards: Shards | None = None,
 ) -> Tensor:
     r"""L3 of heads whose scores are inner products, and of their decision.
 
@@ -455,6 +457,10 @@ def factored_completion(
         Whether the heads learn nothing from the decision.
     parts : int, optional
         Of the queries whose scores would be held at a time, only one in so many are.
+    shards : Shards, optional
+        With several processes: ``candidates`` are those of this process, ``positives.col`` is
+        counted over all of them; the loss is that of all, its gradients are this process's terms of
+        sums over the processes. Default: this process has all.
 
     Returns
     -------
@@ -484,22 +490,173 @@ def factored_completion(
         dtype = torch.get_autocast_dtype(device)
     order = torch.argsort(positives.row, stable=True)
     row, col = positives.row[order], positives.col[order]
+    num_queries, num_candidates, num_positives = len(queries[0]), len(candidates[0]), len(row)
+    exact = torch.promote_types(dtype, torch.float32)
+    # Not by bincount, which a GPU has to be waited for.
+    counts = torch.zeros(num_queries, dtype=exact, device=row.device)
+    share = counts.index_add_(0, row, torch.ones_like(row, dtype=exact)).reciprocal()[row]
+    if shards is not None and shards.alone:
+        shards = None
+    if shards is not None:
+        num_candidates = shards.num_entities
+        mine = shards.owned(col)
+        row, col, share = row[mine], col[mine] - shards.start, share[mine]
     terms = Terms(
         loss,
         label_smoothing,
         detached,
         dtype,
-        len(queries[0]),
-        len(candidates[0]),
-        len(row),
+        num_queries,
+        num_candidates,
+        num_positives,
         parts,
+        shards,
     )
     # The mean over the rows, each times its weight over the mean weight.
     of_rows = positives.weight
     if of_rows is not None:
         of_rows = of_rows.to(terms.exact) / of_rows.to(terms.exact).mean()
-    total: Tensor = FactoredCompletion.apply(row, col, of_rows, weights, terms, *tensors)
+    total: Tensor = FactoredCompletion.apply(row, col, share, of_rows, weights, terms, *tensors)
     return total
+
+
+class Sampled(NamedTuple):
+    """Candidates that the queries of a batch share, and how likely each was to be among them.
+
+    Attributes
+    ----------
+    entity : Tensor
+        (C,) int64, distinct, ascending.
+    log_q : Tensor
+        (C,) float32: logarithm of the probability of being among the candidates.
+    row, col : Tensor
+        (K,) int64: query ``row`` has candidate ``col`` for a known answer that is not the one asked
+        for; the pair is left out of its loss.
+    """
+
+    entity: Tensor
+    log_q: Tensor
+    row: Tensor
+    col: Tensor
+
+    def of_process(self, shards: Shards) -> tuple[Sampled, int]:
+        """Those that are a process's own, and the place of the first of them."""
+        bounds = torch.searchsorted(
+            self.entity, self.entity.new_tensor([shards.start, shards.stop])
+        )
+        first, last = bounds.tolist()
+        mine = (self.col >= first) & (self.col < last)
+        found = Sampled(
+            self.entity[first:last],
+            self.log_q[first:last],
+            self.row[mine],
+            self.col[mine] - first,
+        )
+        return found, first
+
+
+def sampled_completion(
+    scores: Mapping[str, Tensor],
+    positives: Positives,
+    sampled: Sampled,
+    loss: str = "softmax",
+    label_smoothing: float = 0.0,
+    shards: Shards | None = None,
+) -> Tensor:
+    r"""L3 over candidates that were drawn: an estimate of `completion` over all entities.
+
+    A candidate j that is among the drawn with probability :math:`q_j` stands for :math:`1 / q_j`
+    entities (Horvitz and Thompson 1952), a query's own answer, which always is, for itself. The sum
+    over all entities in the softmax becomes
+
+    .. math::
+        \sum_t \exp S_{it} \approx \exp S_{i y_i} + \sum_{j \neq y_i} \exp(S_{ij} - \log q_j)
+
+    which is the logQ correction of sampled softmax (`Yi et al. 2019
+    <https://doi.org/10.1145/3298689.3346996>`__). Means over all entities, those of label smoothing
+    and of the binary loss, are means with the same weights. Known answers of a query other than the
+    asked one are left out.
+
+    Parameters
+    ----------
+    scores : mapping of str to Tensor
+        (B, C) a head.
+    positives : Positives
+        One a query; ``col`` counts candidates.
+    sampled : Sampled
+    loss : {"softmax", "binary"}, optional
+    label_smoothing : float, optional
+    shards : Shards, optional
+        With several processes: scores, positives and candidates are this process's; the loss is
+        that of all.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.losses import Positives, Sampled, sampled_completion
+    >>> none = torch.empty(0, dtype=torch.int64)
+    >>> half = torch.tensor([0.5, 0.5, 0.5]).log()  # each of six entities with probability 1/2
+    >>> sampled = Sampled(torch.tensor([1, 4, 5]), half, none, none)
+    >>> positives = Positives(row=torch.tensor([0]), col=torch.tensor([2]))
+    >>> sampled_completion({"structure": torch.zeros(1, 3)}, positives, sampled)  # log 5
+    tensor(1.6094)
+    """
+    _check_loss(loss)
+    _check_weights(loss, positives)
+    row, col = positives.row, positives.col
+    first = next(iter(scores.values()))
+    shards = shards or Shards(first.shape[1])
+    correction = (-sampled.log_q).expand(len(first), -1).clone()
+    correction[row, col] = 0.0
+    correction[sampled.row, sampled.col] = -torch.inf
+    weight = correction.exp()
+    of_all = shards.sum_(weight.sum(1))
+    function = _sampled_softmax if loss == "softmax" else _sampled_binary
+    total = torch.zeros((), device=first.device)
+    for part in scores.values():
+        part = _at_least_float32(part)
+        total = total + function(
+            part, positives, sampled, correction, weight, of_all, label_smoothing, shards
+        )
+    return total
+
+
+def _sampled_softmax(
+    scores: Tensor,
+    positives: Positives,
+    sampled: Sampled,
+    correction: Tensor,
+    weight: Tensor,
+    of_all: Tensor,
+    smoothing: float,
+    shards: Shards,
+) -> Tensor:
+    own = scores[positives.row, positives.col]
+    rows = shards.logsumexp(scores + correction)
+    mine = torch.zeros_like(rows).index_add(0, positives.row, (smoothing - 1) * own)
+    if smoothing:
+        mine = mine - smoothing * (scores * weight).sum(1) / of_all
+    return _weighted_mean(rows + shards.total(mine), positives.weight)
+
+
+def _sampled_binary(
+    scores: Tensor,
+    positives: Positives,
+    sampled: Sampled,
+    correction: Tensor,
+    weight: Tensor,
+    of_all: Tensor,
+    smoothing: float,
+    shards: Shards,
+) -> Tensor:
+    # As `binary_completion`, whose N entities are those that the candidates stand for.
+    smooth = smoothing / float(of_all.sum() / len(of_all))
+    own = scores[positives.row, positives.col]
+    positive = functional.softplus(-own) + (smoothing - smooth) * own
+    everything = ((functional.softplus(scores) - smooth * scores) * weight).sum()
+    as_negatives = (functional.softplus(own) - smooth * own).sum()
+    num_negative = (of_all.sum() - len(scores)).clamp(min=1)
+    return shards.total(positive.sum() / len(scores) + (everything - as_negatives) / num_negative)
 
 
 def _weighted_mean(rows: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -528,7 +685,15 @@ def _check_loss(loss: str) -> None:
 # -- regularisation -------------------------------------------------------------------------------
 
 
-def dura(head: Tensor, query: Tensor, answer: Tensor, weight: Tensor | None = None) -> Tensor:
+def dura(
+    head: Tensor,
+    query: Tensor,
+    answer: Tensor,
+    weight: Tensor | None = None,
+    num_answers: int | None = None,
+    shards: Shards | None = None,
+    mine: Tensor | None = None,
+) -> Tensor:
     r"""DURA of one head: the squares of what is multiplied in the scores of true triples.
 
     .. math:: \frac{1}{B} \sum_i \left( \|h_i\|^2 + \|q_i\|^2 + \|t_i\|^2 \right), \qquad
@@ -546,6 +711,13 @@ def dura(head: Tensor, query: Tensor, answer: Tensor, weight: Tensor | None = No
         (P, d): the true answers; the mean is over those.
     weight : Tensor, optional
         (B,) weights of the queries in their mean. Default: equal ones.
+    num_answers : int, optional
+        P, where ``answer`` is a process's own.
+    shards : Shards, optional
+        With several processes: ``head``, ``query`` and ``answer`` are this process's, ``weight``
+        that of all queries; the value is that of all.
+    mine : Tensor, optional
+        (B,) bool of all queries: which are this process's. Default: its part of them.
 
     Examples
     --------
@@ -556,7 +728,13 @@ def dura(head: Tensor, query: Tensor, answer: Tensor, weight: Tensor | None = No
     """
     parts = (_at_least_float32(part).square().sum(1) for part in (head, query, answer))
     heads, queries, answers = parts
-    return _weighted_mean(heads + queries, weight) + answers.mean()
+    if shards is None or shards.alone:
+        return _weighted_mean(heads + queries, weight) + answers.mean()
+    if weight is None:
+        raise SettingsError("dura: with several processes, expected the weights of all queries.")
+    own = weight[shards.part(len(weight)) if mine is None else mine].to(heads.dtype)
+    terms = (heads + queries) @ own / weight.sum()
+    return shards.total(terms + answers.sum() / max(num_answers or 0, 1))
 
 
 # -- Eq. 8 ----------------------------------------------------------------------------------------

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from imvia_graph import _files
+from imvia_graph.distributed import Shards
 from imvia_graph.errors import SettingsError
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import Alignment, MutualInformation
 from imvia_graph.nn import DecisionFusion, JointFusion, MultiViewEncoder, TuckerDecoder
+from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.nn.multi_view_encoder import views_present
 from imvia_graph.nn.tucker_decoder import group_by_relation
 from imvia_graph.settings import Settings
@@ -53,10 +56,16 @@ class IMVIA(nn.Module):
     num_entities, num_relations : int
         Sizes of the vocabularies, inverse relations not counted.
     views : mapping of str to (feat, ptr)
-        Views of each modality, as `MultiViewKG.views` gives them. They move with the model but are
-        no part of its state: a checkpoint holds what was learned.
+        Views of each modality, as `MultiViewKG.views` gives them. They are no part of the model's
+        state: a checkpoint holds what was learned. Features stay in their dtype and, where they are
+        mapped, in their file; only double precision and what `moderate` has to scale are copied.
+        They move with the model to another device unless they are too large for it (the setting
+        ``views_on``); then those that are asked for go there.
     settings : Settings
         The group *model*, and ``alignment``, ``temperature`` and ``information_dim``.
+    shards : Shards, optional
+        Which entities are this process's, where there are several (`imvia_graph.distributed`).
+        Default: all.
 
     Attributes
     ----------
@@ -65,6 +74,12 @@ class IMVIA(nn.Module):
         What is aligned, disentangled and joined: ``structure`` and the modalities.
     heads : list of str
         What scores: the sources and, where there is more than one, ``joint``.
+
+    Notes
+    -----
+    Of several processes each holds the rows of its own entities. All ask the same: `embed` and
+    `decode` then answer for a process's part of the queries (`Shards.part`), `queries` for all of
+    them, and `candidates` for entities that are the process's own.
 
     Examples
     --------
@@ -87,8 +102,10 @@ class IMVIA(nn.Module):
         num_relations: int,
         views: Mapping[str, tuple[Tensor, Tensor]],
         settings: Settings | None = None,
+        shards: Shards | None = None,
     ) -> None:
         super().__init__()
+        self.shards = shards or Shards(num_entities)
         s = self.settings = settings or Settings()
         self.num_entities, self.num_relations = num_entities, num_relations
         relation_dim = s.relation_dim
@@ -99,9 +116,9 @@ class IMVIA(nn.Module):
             self.register_buffer(f"view_feat_{i}", feat, persistent=False)
             self.register_buffer(f"view_ptr_{i}", ptr, persistent=False)
 
-        self.entity = nn.Embedding(num_entities, s.dim)
+        self.entity = EntityTable(self.shards, s.dim)
         self.residual = nn.ModuleList(
-            nn.Embedding(num_entities, s.dim) for _ in self.modalities if s.residual
+            EntityTable(self.shards, s.dim) for _ in self.modalities if s.residual
         )
         widths = {modality: feat.shape[1] for modality, (feat, _) in views.items()}
         # With a gate of ones, the cosine is 1 for every view.
@@ -142,15 +159,16 @@ class IMVIA(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def from_kg(cls, kg: MultiViewKG, settings: Settings | None = None) -> IMVIA:
+    def from_kg(
+        cls, kg: MultiViewKG, settings: Settings | None = None, shards: Shards | None = None
+    ) -> IMVIA:
         """A model for a graph, with the modalities that the settings name (default: all)."""
         settings = settings or Settings()
         wanted = kg.modalities if settings.modalities is None else settings.modalities
         views = {}
         for modality in wanted:
-            feat, ptr = kg.views(modality)
-            views[modality] = (feat if feat.dtype == torch.float64 else feat.float(), ptr)
-        return cls(kg.num_entities, kg.num_relations, views, settings)
+            views[modality] = kg.views(modality)
+        return cls(kg.num_entities, kg.num_relations, views, settings, shards)
 
     def reset_parameters(self) -> None:
         """Initialise the tables and the layers anew."""
@@ -160,14 +178,21 @@ class IMVIA(nn.Module):
             if callable(reset):
                 reset()
         for table in (self.entity, *self.relation, *self.residual):
-            assert isinstance(table, nn.Embedding)
-            # Of length 1 or so, however many rows: smaller ones take epochs to grow.
-            nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
+            if isinstance(table, EntityTable):
+                table.reset_parameters()
+            else:
+                assert isinstance(table, nn.Embedding)
+                nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.entity.weight.device
+
+    @property
+    def entity_tables(self) -> list[EntityTable]:
+        """The tables of which each process holds its own entities' rows."""
+        return [table for table in (self.entity, *self.residual) if isinstance(table, EntityTable)]
 
     @property
     def views(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -180,31 +205,62 @@ class IMVIA(nn.Module):
     def scaled(self, modality: str, feat: Tensor) -> Tensor:
         """(V, d_m) features as the model sees them: see `moderate`; double precision as single."""
         scale = self.view_scale[modality]
-        if scale is not None:
-            return (feat.double() * scale.to(feat.device)).float()
-        return feat.float() if feat.dtype == torch.float64 else feat
+        if scale is None:
+            return feat.float() if feat.dtype == torch.float64 else feat
+        scaled = torch.empty_like(feat, dtype=torch.float32)
+        for part, out in zip(_files.portions(feat), _files.portions(scaled), strict=True):
+            out.copy_(part.double() * scale.to(feat.device))
+        return scaled
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IMVIA:
+        """Move or convert the model; features move where they fit, and are never converted."""
+        names = [f"view_feat_{i}" for i in range(len(self.modalities))]
+        features = [self._buffers.pop(name) for name in names]
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self.device)).device
+        sizes = [feat.nbytes for feat in features if feat is not None and feat.device != device]
+        moves = _belong_on(device, sum(sizes), self.settings.views_on)
+        for name, feat in zip(names, features, strict=True):
+            assert feat is not None
+            self.register_buffer(name, feat.to(device) if moves else feat, persistent=False)
+        return self
 
     def embed(self, entity: Tensor | None = None, relation: Tensor | None = None) -> Embedding:
         """Embeddings of (B,) entities, or all, under (B,) relations, or one relation, or none."""
-        structure = _rows(self.entity, entity)
+        if entity is None:
+            own = torch.arange(self.shards.start, self.shards.stop, device=self.device)
+            return self._embed(own, lambda table: table.weight, relation)
+        part = self.shards.part(len(entity))
+        if relation is not None and relation.dim():
+            relation = relation[part]
+        return self._embed(entity[part], lambda table: self.shards.rows_of(table, entity), relation)
+
+    def _embed(
+        self, entity: Tensor, rows: Callable[[EntityTable], Tensor], relation: Tensor | None
+    ) -> Embedding:
+        """`embed` of (n,) entities with the rows of theirs in each table."""
+        structure = rows(self.entity)
         if self.settings.gate != "relation":
             relation = None
-        rel_feat = None if relation is None else _rows(self.relation[0], None)
-        if rel_feat is not None and relation is not None and relation.dim() == 0:
-            rel_feat, relation = rel_feat[relation], None
+        rel_feat = None
+        if relation is not None:
+            table = self.relation[0]
+            assert isinstance(table, nn.Embedding)
+            rel_feat = table.weight
+            if relation.dim() == 0:
+                rel_feat, relation = rel_feat[relation], None
         heads = {STRUCTURE: structure} if self.settings.structure else {}
-        if entity is None:
-            entity = torch.arange(self.num_entities, device=self.device)
         heads.update(self.encoder.encode(self.views, entity, structure, rel_feat, relation))
         for modality, table in zip(self.modalities, self.residual, strict=False):
-            heads[modality] = heads[modality] + _rows(table, entity)
+            assert isinstance(table, EntityTable)
+            heads[modality] = heads[modality] + rows(table)
         if self.joint is not None:
             heads[JOINT] = self.joint(list(heads.values()))
         return Embedding(heads, views_present(self.views, entity))
 
     def decode(self, embedding: Embedding, relation: Tensor) -> dict[str, Tensor]:
         """Query vectors (B, dim) of embedded entities and (B,) relations, head by head."""
-        groups = group_by_relation(relation)
+        groups = group_by_relation(relation, self.shards)
         return {
             head: decoder(embedding.heads[head], table.weight, groups)
             for head, decoder, table in zip(self.heads, self.decoder, self.relation, strict=True)
@@ -212,7 +268,8 @@ class IMVIA(nn.Module):
 
     def queries(self, entity: Tensor, relation: Tensor) -> dict[str, Tensor]:
         """Query vectors (B, dim) of (B,) entities and (B,) relations, head by head."""
-        return self.decode(self.embed(entity, relation), relation)
+        found = self.decode(self.embed(entity, relation), relation)
+        return {head: self.shards.gather(query, len(entity)) for head, query in found.items()}
 
     def candidates(
         self, relation: Tensor | None = None, entity: Tensor | None = None
@@ -225,9 +282,13 @@ class IMVIA(nn.Module):
             A scalar: the relation that all queries share, for ``candidates="relation"``, the exact
             form of Eq. 1. None for relation-free tables.
         entity : Tensor, optional
-            (N,) int64 candidates; None for all entities.
+            (N,) int64 candidates; None for all entities. Of several processes, each is asked for
+            its own.
         """
-        return self.embed(entity, relation).heads
+        if entity is None:
+            return self.embed(None, relation).heads
+        own = entity - self.shards.start
+        return self._embed(entity, lambda table: table(own), relation).heads
 
     def scores(
         self, queries: Mapping[str, Tensor], candidates: Mapping[str, Tensor], relation: Tensor
@@ -304,7 +365,7 @@ def moderate(feat: Tensor) -> Tensor | None:
     """
     if not feat.numel():
         return None
-    size = torch.maximum(feat.amax(0), -feat.amin(0)).double()
+    size = torch.stack([part.abs().amax(0) for part in _files.portions(feat)]).amax(0).double()
     largest = float(size.max())
     if SMALLEST <= largest <= LARGEST or not largest:
         return None
@@ -315,11 +376,15 @@ def moderate(feat: Tensor) -> Tensor | None:
     return torch.ones_like(size).cpu() * (2.0 ** -exponent.cpu())
 
 
-def _rows(table: nn.Module, entity: Tensor | None) -> Tensor:
-    """Rows of an embedding table, or the table."""
-    assert isinstance(table, nn.Embedding)
-    rows: Tensor = table.weight if entity is None else table(entity)
-    return rows
+#: Share of a device's free memory that features may take; the rest is for training.
+_SHARE = 0.5
+
+
+def _belong_on(device: torch.device, size: int, views_on: str) -> bool:
+    """Whether features of so many bytes are to be on the device of a model."""
+    if views_on != "auto" or device.type != "cuda":
+        return views_on != "host" or device.type in ("cpu", "meta")
+    return size <= _SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def inner(query: Tensor, candidate: Tensor) -> Tensor:

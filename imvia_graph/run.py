@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imvia_graph import _files, checkpoint, inference
+from imvia_graph import _files, checkpoint, distributed, inference
+from imvia_graph.distributed import Shards
 from imvia_graph.errors import CheckpointError, DataError, SettingsError
 from imvia_graph.evaluation import evaluate
 from imvia_graph.io import load_kg, with_validation
@@ -61,8 +62,12 @@ class Run:
         self.progress, self.folder = progress, folder
 
     def evaluate(self, split: Split = "test", **options: Any) -> dict[str, Any]:
-        """Filtered ranking metrics of a split; see `imvia_graph.evaluate`."""
+        """Filtered ranking metrics of a split; see `imvia_graph.evaluate`.
+
+        The batch size and the seed are those of the settings, unless others are given.
+        """
         options.setdefault("batch_size", self.settings.ranking_batch_size)
+        options.setdefault("seed", self.settings.seed)
         return evaluate(self.model, self.kg, split, **options)
 
     def predict(
@@ -209,7 +214,7 @@ def fit(
     resume : bool
         Whether to go on with the run in ``out``, with its graph and its settings; of the
         settings given, only `RESUMABLE` may differ: ``epochs``, ``patience``, ``device``,
-        ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``.
+        ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``, ``views_on``.
         A run that ended is taken as it is, unless there are more epochs to go.
     callbacks : sequence of Callback
         See `imvia_graph.training.Callback`.
@@ -233,6 +238,12 @@ def fit(
         Ctrl-C. With ``out``, the step in hand is finished and its place kept first, for SIGTERM,
         too, so that ``resume`` goes on there; a second signal does not wait.
 
+    Notes
+    -----
+    Where torchrun started several processes, all of them call this, and train one model together:
+    see `imvia_graph.distributed`. The `Run` of each has its own entities' rows, and what ranks
+    (`Run.evaluate`) is to be called by all; `load` has everything in one process.
+
     Examples
     --------
     >>> import imvia_graph as ig
@@ -253,7 +264,7 @@ def fit(
     if kg is None:
         raise DataError("fit: give a graph: a MultiViewKG, a data set's name or a folder.")
     chosen = (settings or Settings()).replace(**overrides)
-    device = resolve_device(chosen.device)
+    device = _device(chosen)
     graph = with_validation(
         kg if isinstance(kg, MultiViewKG) else load_kg(kg, "published", chosen.split_seed),
         chosen.validation,
@@ -261,22 +272,48 @@ def fit(
     )
     _check_modalities(graph, chosen)
     torch.manual_seed(chosen.seed)
-    trainer = Trainer(IMVIA.from_kg(graph, chosen).to(device), graph, chosen, callbacks)
+    shards = Shards.of_world(graph.num_entities)
+    model = IMVIA.from_kg(graph, chosen, shards).to(device)
+    trainer = Trainer(model, graph, chosen, callbacks)
     if folder is None:
         progress = trainer.fit()
     else:
-        checkpoint.check_free(folder)
-        with checkpoint.locked(folder):
-            checkpoint.start_run(folder, graph, trainer.settings)
+        with _owned(folder, shards, new=True):
+            if shards.is_first:
+                checkpoint.start_run(folder, graph, trainer.settings)
+            shards.wait()
             progress = _fit_in(folder, trainer)
     return Run(trainer.model.eval(), graph, trainer.settings, progress, folder)
 
 
+def _device(settings: Settings) -> torch.device:
+    """The device of this process, which joins the others where torchrun started several."""
+    device = resolve_device(distributed.local_device(settings.device))
+    if distributed.is_launched():
+        distributed.join(device)
+    return device
+
+
+@contextmanager
+def _owned(folder: Path, shards: Shards, new: bool = False) -> Iterator[None]:
+    """Have a run folder to oneself: the first process has it for all."""
+    if not shards.is_first:
+        yield
+        return
+    if new:
+        checkpoint.check_free(folder)
+    with checkpoint.locked(folder):
+        yield
+
+
 def _fit_in(folder: Path, trainer: Trainer) -> Progress:
     """Train with a run folder; a signal ends it after the step in hand."""
-    trainer.callbacks.insert(0, checkpoint.RunFolder(folder))
+    trainer.callbacks.insert(0, checkpoint.RunFolder(folder, trainer.shards))
     with _stopping_on_signals(trainer):
-        return trainer.fit()
+        progress = trainer.fit()
+    if not progress.ended:  # another process was told to stop, and so all did
+        raise KeyboardInterrupt
+    return progress
 
 
 @contextmanager
@@ -324,6 +361,7 @@ RESUMABLE = (
     "checkpoint_every",
     "non_finite",
     "disk_full",
+    "views_on",
 )
 
 
@@ -336,16 +374,18 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
                 f"Setting {key}: the run in {folder} has {getattr(settings, key)!r}; a resumed run"
                 f" keeps its settings but for {', '.join(RESUMABLE)}. Start another run instead."
             )
-    device = resolve_device(changed.device)
+    device = _device(changed)
     torch.manual_seed(changed.seed)
-    model = checkpoint.fitting_model(folder, graph, changed).to(device)
+    shards = Shards.of_world(graph.num_entities)
+    model = checkpoint.fitting_model(folder, graph, changed, shards=shards).to(device)
     trainer = Trainer(model, graph, changed, callbacks)
-    with checkpoint.locked(folder):
+    with _owned(folder, shards):
         # A run that was stopped before its first checkpoint starts again, from the same seed.
         checkpoint.load_last(folder, trainer)
-        checkpoint.upgrade(folder)
-        if changed != settings:
-            _files.write_text(folder / "settings.yaml", changed.to_yaml())
+        if shards.is_first:
+            checkpoint.upgrade(folder)
+            if changed != settings:
+                _files.write_text(folder / "settings.yaml", changed.to_yaml())
         progress = _fit_in(folder, trainer)
     return Run(trainer.model.eval(), graph, changed, progress, folder)
 

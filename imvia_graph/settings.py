@@ -105,7 +105,18 @@ class Settings(BaseModel):
         "softmax", description="Completion loss: softmax or binary cross-entropy (Eq. 7)."
     )
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="Label smoothing of that loss.")
-    negatives: int = Field(256, ge=1, description="Negatives a query in the regime 'sampled'.")
+    negative_sampling: Literal["uniform", "degree", "in-batch", "query"] = Field(
+        "uniform",
+        description="Negatives in the regime 'sampled': drawn uniformly or by degree, shared by the"
+        " batch, beside the other queries' answers; those alone (in-batch); or uniformly for each"
+        " query. What is shared is corrected by how likely it was to be there.",
+    )
+    negatives: int = Field(
+        1024,
+        ge=1,
+        description="Negatives that are drawn in the regime 'sampled': a batch or, with"
+        " negative_sampling=query, a query.",
+    )
     lambda_information: float = Field(
         1e-4, ge=0, description="Weight of L1, mutual information (Eq. 8; the paper has 1)."
     )
@@ -136,6 +147,12 @@ class Settings(BaseModel):
     )
     batch_size: int = Field(1024, ge=1, description="Queries a batch.")
     optimizer: Literal["adam", "adamw", "adagrad"] = Field("adam", description="Optimizer.")
+    entity_optimizer: Literal["auto", "dense", "lazy", "rowwise"] = Field(
+        "auto",
+        description="Rows of the entities' tables that a step changes: all (dense), those that the"
+        " batch touches (lazy), or those with one second moment a row and no first (rowwise), which"
+        " needs the least memory; auto for lazy in the regime 'sampled', else dense.",
+    )
     learning_rate: float = Field(5e-3, gt=0, description="Learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear",
@@ -153,6 +170,12 @@ class Settings(BaseModel):
         None, gt=0, description="Largest norm of the gradient; null for none."
     )
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
+    ranking_candidates: int | None = Field(
+        None,
+        ge=1,
+        description="Entities that validation ranks against, drawn once with the seed; null for"
+        " all.",
+    )
     patience: int | None = Field(
         10, ge=1, description="Validations without a better MRR before stopping; null for never."
     )
@@ -175,6 +198,12 @@ class Settings(BaseModel):
         "auto",
         description="Precision of matrix products in training; auto for bfloat16 where the device"
         " has it. Ranking is always in float32.",
+    )
+    views_on: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description="Where the views are: on the device, on the host, mapped from their file, so"
+        " that only those of a batch go to the device, or on the device if they take no more than"
+        " half of its free memory (auto).",
     )
     ranking_batch_size: int = Field(1024, ge=1, description="Queries ranked at a time.")
 

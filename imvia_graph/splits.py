@@ -178,6 +178,13 @@ def count_shared(part: Tensor, other: Tensor) -> int:
     """How many distinct triples of ``part`` stand in ``other`` too."""
     if not len(part) or not len(other):
         return 0
+    # Few triples of a large graph have both ends in common with a small part of it.
+    for column in (0, 2):
+        named = torch.zeros(int(torch.maximum(part.max(), other.max())) + 1, dtype=torch.bool)
+        named[part[:, column]] = True
+        other = other[named[other[:, column]]]
+        if not len(other):
+            return 0
     both = torch.cat([part, other])
     pair = _numbered_pairs(both[:, 0], both[:, 2])
     number = _numbered_pairs(both[:, 1], pair)

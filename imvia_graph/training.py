@@ -5,37 +5,37 @@ It knows nothing of files or the terminal but through callbacks.
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 import functools
-import itertools
 import logging
 import math
 import mmap
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Parts, listed
-from imvia_graph.answers import AnswerIndex, expand
+from imvia_graph.batches import Batch, Batches
 from imvia_graph.errors import SettingsError, TrainingError
-from imvia_graph.evaluation import rank, rank_metrics
+from imvia_graph.evaluation import draw_candidates, rank, rank_metrics
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import (
     Positives,
     completion,
     dura,
     factored_completion,
+    sampled_completion,
     total_loss,
 )
 from imvia_graph.model import DECISION, IMVIA
+from imvia_graph.nn.multi_view_encoder import views_present
+from imvia_graph.optimizers import RowOptimizer, follows_rows, make_optimizer
 from imvia_graph.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -85,31 +85,6 @@ class Progress:
     elapsed: float = 0.0
     #: Steps that were left out because their loss or gradient was not finite.
     skipped: int = 0
-
-
-@dataclass
-class Batch:
-    """A batch of queries: (entity, relation, answer), and which scores are positives.
-
-    ``candidate`` is None where all entities are candidates, else (B, 1 + negatives) int64 with the
-    answer in column 0.
-    """
-
-    entity: Tensor
-    relation: Tensor
-    positives: Positives
-    candidate: Tensor | None = None
-
-    def of(self, rows: Tensor) -> Batch:
-        """The batch of some of the queries."""
-        place = torch.full_like(self.entity, -1)
-        place[rows] = torch.arange(len(rows), device=rows.device)
-        row, col, weight = self.positives
-        row = place[row]
-        weight = None if weight is None else weight[rows]
-        positives = Positives(row[row >= 0], col[row >= 0], weight)
-        candidate = None if self.candidate is None else self.candidate[rows]
-        return Batch(self.entity[rows], self.relation[rows], positives, candidate)
 
 
 class _Step(NamedTuple):
@@ -163,7 +138,7 @@ class Trainer:
         settings: Settings,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.model, self.kg = model, kg
+        self.model, self.kg, self.shards = model, kg, model.shards
         self.callbacks = list(callbacks)
         self.progress = Progress()
         self.sums: dict[str, Tensor] = {}
@@ -180,15 +155,43 @@ class Trainer:
         self.settings = settings
         self.precision = training_dtype(settings, model.device)
         self.known = kg.answers()
+        several = settings.ranking_candidates
+        self._ranked_against = (
+            None if several is None else draw_candidates(kg.num_entities, several, settings.seed)
+        )
         estimators = [] if model.information is None else list(model.information.parameters())
         self.estimators = estimators
+        tables = {id(table.weight): table for table in model.entity_tables}
+        by_rows = follows_rows(settings)
+        for table in model.entity_tables:
+            table.lazy = by_rows
         theirs = {id(parameter) for parameter in estimators}
         ours = [p for p in model.parameters() if id(p) not in theirs]
-        self.parameters = ours
-        self.named = dict(model.named_parameters())
+        #: What every process holds, and what autograd makes gradients of.
+        self.replicated = [p for p in ours if id(p) not in tables]
+        self.parameters = self.replicated if by_rows else ours
+        #: Tables whose rows are followed one by one, by the names of their weights.
+        self.tables = {
+            name: tables[id(p)] for name, p in model.named_parameters() if id(p) in tables
+        }
+        if not by_rows:
+            self.tables = {}
+        self.named = {name: p for name, p in model.named_parameters() if name not in self.tables}
         # Persistent ones: the views are buffers, too, but nothing changes them.
-        self.buffers = [model.get_buffer(name) for name in model.state_dict().keys() - self.named]
-        self.optimizer = make_optimizer(settings, ours)
+        learned = {name for name, _ in model.named_parameters()}
+        self.buffers = [model.get_buffer(name) for name in model.state_dict().keys() - learned]
+        self.optimizer = make_optimizer(settings, self.parameters)
+        self.row_optimizer = (
+            RowOptimizer(
+                model.entity_tables,
+                settings.optimizer,
+                settings.learning_rate,
+                settings.weight_decay,
+                settings.entity_optimizer == "rowwise",
+            )
+            if by_rows
+            else None
+        )
         self.estimator_optimizer = (
             torch.optim.Adam(
                 estimators,
@@ -198,6 +201,11 @@ class Trainer:
             if estimators and settings.lambda_information
             else None
         )
+        if self.precision == torch.float16 and not self.shards.alone:
+            raise SettingsError(
+                "Setting precision: float16 is for one process; with several take bfloat16 or"
+                " float32."
+            )
         self.scaler = torch.amp.GradScaler(
             model.device.type, enabled=self.precision == torch.float16
         )
@@ -250,10 +258,19 @@ class Trainer:
         """
         self._stopping = True
 
+    def _is_stopping(self) -> bool:
+        """Whether any process was asked to stop: all do, after the same step."""
+        if self.shards.alone:
+            return self._stopping
+        return bool(self.shards.max_(torch.tensor(float(self._stopping), device=self.model.device)))
+
+    def _stop(self) -> None:
+        self.progress.elapsed = time.perf_counter() - self._started
+        raise _Stopped
+
     def _stop_if_asked(self, done: int = 0, total: int = 0) -> None:
-        if self._stopping:
-            self.progress.elapsed = time.perf_counter() - self._started
-            raise _Stopped
+        if self._is_stopping():
+            self._stop()
 
     def _epoch(self) -> None:
         """An epoch, or what is left of it, and its validation."""
@@ -297,9 +314,9 @@ class Trainer:
             self._holes.look()
             for callback in self.callbacks:
                 callback.on_step(self, losses)
-            if self._stopping:
+            if self._is_stopping():
                 self._settle()
-                self._stop_if_asked()
+                self._stop()
         self._settle()
         self._check_scale()
         if not sums["steps"]:
@@ -315,10 +332,13 @@ class Trainer:
         """One step: losses of Eq. 8, backward, optimizers. Returns detached losses."""
         before = Before(self.buffers, self.model.device)
         losses, estimation = self._gradients(batch, before)
+        gradients = {name: p.grad for name, p in self.named.items() if p.grad is not None}
+        gradients.update({name: table.gradients()[1] for name, table in self.tables.items()})
         health = Health(
             losses if estimation is None else {**losses, "estimation": estimation},
             # In float16 the scaler sees to the gradients: some overflow until it has found a scale.
-            {} if self.scaler.is_enabled() else self.named,
+            {} if self.scaler.is_enabled() else gradients,
+            self.shards,
         )
         # A GPU is not waited for: it leaves a bad step out itself, and the host learns of it while
         # the next one is under way, before that changes anything.
@@ -346,6 +366,8 @@ class Trainer:
             try:
                 return self._backward(batch)
             except MEMORY_ERRORS as error:
+                if not self.shards.alone:  # the others wait for this one's part of the step
+                    raise
                 self.parts.halve(error, len(batch.entity))
             # Only here are the tensors of the step that failed let go of.
             self._zero_grad()
@@ -358,6 +380,8 @@ class Trainer:
     def _zero_grad(self) -> None:
         for parameter in self.named.values():
             parameter.grad = None
+        for table in self.tables.values():
+            table.forget()
 
     def _backward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         # Before the forward pass: the last step's gradients need not be held beside it.
@@ -373,7 +397,9 @@ class Trainer:
         else:
             estimation.backward(inputs=self.estimators, retain_graph=True)
             estimation = estimation.detach()
-        self.scaler.scale(losses["loss"]).backward(inputs=self.parameters)
+        wanted = [*self.parameters, *self._looked_up()]
+        self.scaler.scale(losses["loss"]).backward(inputs=wanted)
+        self.shards.sum_gradients(self.replicated)
         return {name: value.detach() for name, value in losses.items()}, estimation
 
     def _update(self, bad: Tensor | None = None) -> None:
@@ -381,15 +407,37 @@ class Trainer:
         if self.estimator_optimizer is not None:
             self.estimator_optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.estimator_optimizer.step()
+        scale = None
         if self.settings.gradient_clip is not None:
             self.scaler.unscale_(self.optimizer)
-            clip_grad_norm_(self.parameters, self.settings.gradient_clip)
+            scale = self._clip(self.settings.gradient_clip)
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.row_optimizer is not None and (bad is None or not bad):
+            self.row_optimizer.step(scale=scale)
         if self.average is not None:
             self.average.update(self.progress.step)
+
+    def _clip(self, most: float) -> Tensor:
+        """Shorten the gradient, of all processes' rows, to a norm; returns the factor."""
+
+        def square(grads: list[Tensor]) -> Tensor:
+            norms = torch._foreach_norm(grads) if grads else []
+            zero = torch.zeros((), device=self.model.device)
+            return torch.stack([zero, *norms]).square().sum()
+
+        shared = {id(p) for p in self.replicated}
+        grads = [(id(p) in shared, p.grad) for p in self.parameters if p.grad is not None]
+        own = [grad for common, grad in grads if not common]
+        own += [table.gradients()[1] for table in self.tables.values()]
+        norm = square([grad for common, grad in grads if common])
+        norm = (norm + self.shards.sum_(square(own))).sqrt()
+        scale = (most / (norm + 1e-6)).clamp(max=1.0)
+        if grads:
+            torch._foreach_mul_([grad for _, grad in grads], scale)
+        return scale
 
     def _settle(self) -> bool:
         """Whether the last step was finite; where it was not, stop or count, as set."""
@@ -443,24 +491,34 @@ class Trainer:
         done = (self.progress.epoch + step / len(self.batches)) / max(self.epochs, 1)
         left = max(1 - done, 0.0)
         factor = left if settings.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor
+        for optimizer in (self.optimizer, self.row_optimizer):
+            for group in [] if optimizer is None else optimizer.param_groups:
+                group["lr"] = settings.learning_rate * factor
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         """The total and its parts (Eq. 4, 5, 7, 8), and the loss of L1's estimators."""
-        model, settings = self.model, self.settings
+        model, settings, shards = self.model, self.settings, self.shards
+        rows = len(batch.entity)
+        # Embedded and decoded is this process's part of the queries.
         embedding = model.embed(batch.entity, batch.relation)
         queries = model.decode(embedding, batch.relation)
         l3, regularization = self._completion(batch, embedding.heads, queries)
         l1 = l2 = l3.new_zeros(())
         estimation = None
-        sources = {name: embedding.heads[name] for name in model.sources}
         # Autocast makes the products in them; the sums over what comes of those want float32.
-        sources = {name: value.float() for name, value in sources.items()}
-        if model.alignment is not None and settings.lambda_alignment:
-            l2 = model.alignment(sources, batch.entity, embedding.present)
-        if model.information is not None and settings.lambda_information:
-            l1, estimation = model.information.both(sources, embedding.present)
+        sources = {name: embedding.heads[name].float() for name in model.sources}
+        aligned = model.alignment is not None and settings.lambda_alignment
+        informed = model.information is not None and settings.lambda_information
+        present = embedding.present
+        if (aligned or informed) and not shards.alone:
+            # These compare the rows of a batch with each other: every process has all of them.
+            sources = {name: shards.gather(value, rows) for name, value in sources.items()}
+            present = views_present(model.views, batch.entity)
+        if model.alignment is not None and aligned:
+            l2 = shards.repeated(model.alignment(sources, batch.entity, present))
+        if model.information is not None and informed:
+            l1, estimation = model.information.both(sources, present)
+            l1 = shards.repeated(l1)
         total = total_loss(
             l1,
             l2,
@@ -478,22 +536,32 @@ class Trainer:
     def _completion(
         self, batch: Batch, heads: Mapping[str, Tensor], queries: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """L3 and the regularisation of a batch; ``heads`` are its entities' embeddings.
+        """L3 and the regularisation of a batch.
 
-        With ``candidates="relation"`` the tables are made a relation.
+        ``heads`` and ``queries`` are the embeddings and vectors of this process's part of its
+        queries. With ``candidates="relation"`` the tables are made a relation.
         """
+        shards, rows = self.shards, len(batch.entity)
+        asked = {head: shards.gather(query, rows) for head, query in queries.items()}
         if self.settings.candidates == "shared":
-            return self._part(batch, heads, queries)
+            return self._part(batch, heads, queries, asked)
+        part = shards.part(rows)
         total = torch.zeros(2, device=self.model.device)
         weight = batch.positives.weight
         if weight is None:
-            weight = torch.ones(len(batch.entity), device=total.device)
+            weight = torch.ones(rows, device=total.device)
         for one in batch.relation.unique():
-            rows = (batch.relation == one).nonzero().flatten()
-            entities = {head: part[rows] for head, part in heads.items()}
-            asked = {head: part[rows] for head, part in queries.items()}
-            part = self._part(batch.of(rows), entities, asked, one)
-            total = total + torch.stack(part) * (weight[rows].sum() / weight.sum())
+            all_rows = (batch.relation == one).nonzero().flatten()
+            mine = all_rows[(all_rows >= part.start) & (all_rows < part.stop)] - part.start
+            losses = self._part(
+                batch.of(all_rows),
+                {head: value[mine] for head, value in heads.items()},
+                {head: query[mine] for head, query in queries.items()},
+                {head: query[all_rows] for head, query in asked.items()},
+                one,
+                (all_rows >= part.start) & (all_rows < part.stop),
+            )
+            total = total + torch.stack(losses) * (weight[all_rows].sum() / weight.sum())
         return total[0], total[1]
 
     def _part(
@@ -501,16 +569,51 @@ class Trainer:
         batch: Batch,
         heads: Mapping[str, Tensor],
         queries: Mapping[str, Tensor],
+        asked: Mapping[str, Tensor],
         relation: Tensor | None = None,
+        mine: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`_completion` of queries whose candidates are the same, or are sampled for each."""
-        model, settings = self.model, self.settings
+        """`_completion` of queries whose candidates are the same, or are sampled for each.
+
+        ``asked`` are the vectors of all queries; ``heads`` and ``queries`` of those that are this
+        process's: of which ``mine`` is true or, where it is None, its part of them.
+        """
+        model, settings, shards = self.model, self.settings, self.shards
         positives = batch.positives
-        if batch.candidate is None:
+        learns = model.learns_decision
+        if batch.candidate is not None:
+            # Each entity is embedded once, however many queries it is a candidate of.
+            distinct, place = batch.candidate.unique(return_inverse=True)
+            tables = model.candidates(relation, distinct)
+            scores = self._scores(
+                asked,
+                batch.relation,
+                lambda rows: {head: table[place[rows]] for head, table in tables.items()},
+            )
+            if not learns:
+                del scores[DECISION]
+            loss = completion(scores, positives, settings.loss, settings.label_smoothing)
+            answers = place[positives.row, positives.col]
+        elif batch.sampled is not None:
+            sampled, first = batch.sampled.of_process(shards)
+            tables = model.candidates(relation, sampled.entity)
+            scores = self._scores(asked, batch.relation, lambda rows: tables)
+            if not learns:
+                del scores[DECISION]
+            own = (positives.col >= first) & (positives.col < first + len(sampled.entity))
+            answers = positives.col[own] - first
+            loss = sampled_completion(
+                scores,
+                Positives(positives.row[own], answers, positives.weight),
+                sampled,
+                settings.loss,
+                settings.label_smoothing,
+                shards,
+            )
+        else:
             tables = model.candidates(relation)
-            learns = model.learns_decision
             loss = factored_completion(
-                [queries[head] for head in model.heads],
+                [asked[head] for head in model.heads],
                 [tables[head] for head in model.heads],
                 positives,
                 model.decision_weights(batch.relation) if learns else None,
@@ -518,44 +621,50 @@ class Trainer:
                 settings.label_smoothing,
                 settings.decision == "detached",
                 self.parts.count,
+                shards,
             )
             answers = positives.col
-        else:
-            # Each entity is embedded once, however many queries it is a candidate of.
-            distinct, place = batch.candidate.unique(return_inverse=True)
-            tables = model.candidates(relation, distinct)
-            scores = self._sampled_scores(queries, tables, place, batch.relation)
-            if not model.learns_decision:
-                del scores[DECISION]
-            loss = completion(scores, positives, settings.loss, settings.label_smoothing)
-            answers = place[positives.row, positives.col]
+            if not shards.alone:
+                answers = answers[shards.owned(answers)] - shards.start
         if not settings.lambda_regularization:
             return loss, torch.zeros_like(loss)
+        weight = positives.weight
+        if weight is None and not shards.alone:
+            weight = torch.ones(len(batch.entity), device=loss.device)
         terms = [
-            dura(heads[head], queries[head], tables[head][answers], positives.weight)
+            dura(
+                heads[head],
+                queries[head],
+                tables[head][answers],
+                weight,
+                len(positives.col),
+                shards,
+                mine,
+            )
             for head in model.heads
         ]
         return loss, torch.stack(terms).sum()
 
-    def _sampled_scores(
+    def _looked_up(self) -> list[Tensor]:
+        return [rows for table in self.tables.values() for rows in table.looked_up()]
+
+    def _scores(
         self,
         queries: Mapping[str, Tensor],
-        tables: Mapping[str, Tensor],
-        place: Tensor,
         relation: Tensor,
+        candidates: Callable[[slice], Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """Scores of candidates of each query's own, which stand at ``place`` in the tables."""
+        """Scores of queries, some at a time where memory is short; ``candidates`` are of rows."""
 
         def of(rows: slice) -> dict[str, Tensor]:
             asked = {head: query[rows] for head, query in queries.items()}
-            answers = {head: table[place[rows]] for head, table in tables.items()}
-            return self.model.scores(asked, answers, relation[rows])
+            return self.model.scores(asked, candidates(rows), relation[rows])
 
-        size = self.parts.rows(len(place))
-        if size >= len(place):
+        size = self.parts.rows(len(relation))
+        if size >= len(relation):
             return of(slice(None))
         # Candidates of one part are held at a time, and gathered again for the gradient.
-        starts = range(0, len(place), size)
+        starts = range(0, len(relation), size)
         found = [checkpoint(of, slice(i, i + size), use_reentrant=False) for i in starts]
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
@@ -577,6 +686,7 @@ class Trainer:
             self.settings.ranking_batch_size,
             heads=(),
             on_batch=self._stop_if_asked,
+            candidates=self._ranked_against,
         )
         metrics = rank_metrics(torch.cat([ranking.head[DECISION], ranking.tail[DECISION]]))
         progress = self.progress
@@ -640,196 +750,7 @@ class Average:
             self.state[name].copy_(kept)
 
 
-# -- batches --------------------------------------------------------------------------------------
-
-
-class Batches:
-    """The queries of an epoch, in batches, shuffled by a generator of its own.
-
-    The queries are shared out evenly, so that no batch is small. With ``candidates="relation"`` a
-    batch holds queries of few relations (`pack`).
-
-    Notes
-    -----
-    In the regime 1vsall each triple is two queries, each with one answer. Queries that differ in
-    nothing but the answer have the same scores, and their softmax losses one sum over the
-    candidates: up to `_ANSWERS_AT_A_TIME` of them are one row of a batch, with their number as its
-    weight. A batch holds as many rows as come of ``batch_size`` queries on average.
-    """
-
-    def __init__(self, kg: MultiViewKG, settings: Settings, device: torch.device) -> None:
-        self.settings = settings
-        self.num_entities = kg.num_entities
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.order_state = self.drawn = self.generator.get_state()
-        self.answers = kg.answers(["train"])
-        at_a_time = {"kvsall": max(len(self.answers.answer), 1), "sampled": 1}.get(
-            settings.regime, _ANSWERS_AT_A_TIME if settings.loss == "softmax" else 1
-        )
-        #: Rows of batches: (query of the index, first of its answers, how many).
-        self.rows = _rows_of(self.answers, at_a_time).to(device)
-        self.answers = self.answers.to(device)
-        self.queries = self.answers.queries()
-        #: What `batch_size` counts.
-        self.size = len(self.queries if settings.regime == "kvsall" else self.answers.answer)
-        self.ranges = None
-        if settings.candidates == "relation" and self.size:
-            relation = self.queries[self.rows[:, 0], 1]
-            counts = relation.unique(return_counts=True)[1].tolist()
-            limit = max(1, settings.batch_size * len(self.rows) // self.size)
-            self.ranges = pack(counts, limit)
-        if settings.regime == "sampled":
-            self.true_keys = self.answers.pair_keys()
-
-    def __len__(self) -> int:
-        if self.ranges is not None:
-            return len(self.ranges)
-        return math.ceil(self.size / self.settings.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.epoch()
-
-    def epoch(self, done: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, but for the first so many: of one that was begun before.
-
-        ``order_state`` is the generator's state that the epoch's order was drawn in, ``drawn`` the
-        one that the last batch was.
-        """
-        if done:
-            now = self.generator.get_state()
-            self.generator.set_state(self.order_state)
-            parts = self._parts()
-            self.generator.set_state(now)
-        else:
-            self.order_state = self.generator.get_state()
-            parts = self._parts()
-        for part in parts[done:]:
-            self.drawn = self.generator.get_state()
-            yield self._batch(self.rows[part.to(self.rows.device)])
-
-    def _parts(self) -> list[Tensor]:
-        """Places of the queries of each batch, in an order that is drawn."""
-        order = torch.randperm(len(self.rows), generator=self.generator)
-        if self.ranges is not None:
-            relation = self.queries[self.rows[:, 0], 1].cpu()
-            order = order[torch.argsort(relation[order], stable=True)]
-            parts = [torch.cat([order[start:stop] for start, stop in part]) for part in self.ranges]
-            return [parts[i] for i in torch.randperm(len(parts), generator=self.generator)]
-        return list(order.tensor_split(len(self)))
-
-    def _batch(self, rows: Tensor) -> Batch:
-        query, start, count = rows.unbind(1)
-        entity, relation = self.queries[query].unbind(1)
-        row, position = expand(start, count)
-        answer = self.answers.answer[position]
-        if self.settings.regime == "kvsall":
-            return Batch(entity, relation, Positives(row, answer))
-        if self.settings.regime == "1vsall":
-            weight = count.float() if self.settings.loss == "softmax" else None
-            return Batch(entity, relation, Positives(row, answer, weight))
-        negative = self._entities(len(rows), self.settings.negatives)
-        for _ in range(_REDRAWS):
-            true = self.answers.contains(entity, relation, negative, self.true_keys)
-            negative = torch.where(true, self._entities(*negative.shape), negative)
-        candidate = torch.cat([answer[:, None], negative], dim=1)
-        return Batch(entity, relation, Positives(row, torch.zeros_like(row)), candidate)
-
-    def _entities(self, *shape: int) -> Tensor:
-        drawn = torch.randint(self.num_entities, shape, generator=self.generator)
-        return drawn.to(self.rows.device)
-
-
-def _rows_of(answers: AnswerIndex, at_a_time: int) -> Tensor:
-    """(rows, 3) int64: query, first of its answers, their number, ``at_a_time`` at most."""
-    counts = answers.ptr.diff()
-    parts = -(-counts // at_a_time)
-    query, part = expand(torch.zeros_like(parts), parts)
-    start = answers.ptr[query] + at_a_time * part
-    return torch.stack([query, start, (answers.ptr[query + 1] - start).clamp(max=at_a_time)], dim=1)
-
-
-def pack(counts: Sequence[int], limit: int) -> list[list[tuple[int, int]]]:
-    """Batches of queries sorted by relation, with few relations each and cut between relations.
-
-    Parameters
-    ----------
-    counts : sequence of int
-        How many queries each relation has.
-    limit : int
-        Queries in a batch at most; none has less than half of that where there are as many.
-
-    Returns
-    -------
-    list of list of (int, int)
-        Of each batch the ranges (start, stop) of queries in it.
-    """
-    pieces = []
-    start = 0
-    for count in counts:
-        parts = math.ceil(count / limit)
-        cuts = [start + count * i // parts for i in range(parts + 1)]
-        pieces += list(itertools.pairwise(cuts))
-        start += count
-    # The largest first, each into the batch that it fills best.
-    batches: list[list[tuple[int, int]]] = []
-    free: list[tuple[int, int]] = []  # (room, batch), ascending
-    for piece in sorted(pieces, key=lambda piece: piece[0] - piece[1]):
-        size = piece[1] - piece[0]
-        place = bisect.bisect_left(free, (size, -1))
-        if place < len(free):
-            room, batch = free.pop(place)
-            batches[batch].append(piece)
-        else:
-            room, batch = limit, len(batches)
-            batches.append([piece])
-        bisect.insort(free, (room - size, batch))
-    # At most one is not half full: what fits no other makes a new one. It shares with the fullest.
-    room, small = free[-1]
-    if 2 * room > limit and len(batches) > 1:
-        other = free[0][1]
-        both = batches[other] + batches[small]
-        half = (sum(stop - start for start, stop in both) + 1) // 2
-        batches[other], batches[small] = _cut(both, half)
-    return batches
-
-
-def _cut(
-    ranges: Sequence[tuple[int, int]], size: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Ranges of the first ``size`` positions, and of the others."""
-    first, second = [], []
-    for start, stop in ranges:
-        middle = min(stop, start + size)
-        size -= middle - start
-        first += [(start, middle)] if middle > start else []
-        second += [(middle, stop)] if stop > middle else []
-    return first, second
-
-
-#: How many queries of the regime 1vsall that differ in nothing but the answer are one row. All of
-#: them would crowd a batch where most entities answer.
-_ANSWERS_AT_A_TIME = 32
-
-#: How often sampled negatives that are true answers are drawn anew. What is true still after that
-#: belongs to a query that most entities answer.
-_REDRAWS = 4
-
-
-# -- optimizers and precision ---------------------------------------------------------------------
-
-
-def make_optimizer(
-    settings: Settings, parameters: list[torch.nn.Parameter]
-) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, fused where torch has that."""
-    kinds = {
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-        "adagrad": torch.optim.Adagrad,
-    }
-    return kinds[settings.optimizer](
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
+# -- precision -----------------------------------------------------------------------------------
 
 
 def training_dtype(settings: Settings, device: torch.device) -> torch.dtype:

@@ -315,7 +315,7 @@ def test_evaluate_prints_one_json_object_of_fractions(split, run):
     result = invoke("evaluate", run, "--split", split, "--json")
     assert result.exit_code == 0
     metrics = json.loads(result.stdout)
-    assert set(metrics) == {"both", "head", "tail", "modalities", "relations"}
+    assert set(metrics) == {"both", "head", "tail", "modalities", "relations", "candidates"}
     assert list(metrics["modalities"]) == ["structure", "image", "text", "joint"]
     parts = [metrics["both"], metrics["head"], metrics["tail"], *metrics["modalities"].values()]
     for part in parts:
@@ -331,7 +331,7 @@ def test_evaluate_shows_a_table_in_per_cent(run):
     metrics = ig.load(run).evaluate("test")
     result = invoke("evaluate", run, "--relations")
     assert result.exit_code == 0
-    assert "ring: test, filtered" in result.output
+    assert "ring: test, filtered, against all 12 entities" in result.output
     cells = re.search(r"│ all +│(.*)│", result.output).group(1).split("│")
     shown = [float(cell) for cell in cells]
     both = [metrics["both"][key] * (1 if key == "mr" else 100) for key in METRICS]
@@ -339,6 +339,30 @@ def test_evaluate_shows_a_table_in_per_cent(run):
     for row in ("heads asked", "tails asked", "structure head", "text head", "joint head"):
         assert f"│ {row} " in result.output
     assert re.search(r"│ opposite +│ +\d+ │", result.output)
+
+
+def test_evaluate_among_drawn_or_listed_entities_says_so(run, tmp_path):
+    loaded = ig.load(run)
+    result = invoke("evaluate", run, "--candidates", 5, "--json")
+    assert result.exit_code == 0
+    metrics = json.loads(result.stdout)
+    assert metrics["candidates"] == f"5 entities drawn with seed {loaded.settings.seed}"
+    assert metrics == loaded.evaluate(candidates=5)
+    assert metrics["both"]["mr"] < loaded.evaluate()["both"]["mr"]
+    listed = tmp_path / "some.txt"
+    listed.write_text("e3\n\n e7 \ne3\n")
+    result = invoke("evaluate", run, "--candidates", listed)
+    assert result.exit_code == 0
+    assert "ring: test, filtered, against 2 entities given" in result.output
+    expected = loaded.evaluate(candidates=torch.tensor([3, 7]))
+    assert f" {expected['both']['mr']:.1f} " in result.output
+
+
+def test_an_unknown_candidate_is_an_error_that_names_file_and_line(run, tmp_path):
+    listed = tmp_path / "some.txt"
+    listed.write_text("e3\ne33\n")
+    result = invoke("evaluate", run, "--candidates", listed)
+    assert_one_paragraph(result, r"some\.txt, line 2: Unknown entity 'e33' .*'e3'")
 
 
 def test_predict_prints_one_json_list_that_is_what_the_function_gives(run):
@@ -443,6 +467,11 @@ ERRORS = {
         "holds no run",
     ),
     "an unknown split": (["evaluate", "RUN", "--split", "dev"], "'dev'"),
+    "no candidates": (["evaluate", "RUN", "--candidates", "0"], "candidates: .* at least 1"),
+    "candidates of a file that is not there": (
+        ["evaluate", "RUN", "--candidates", "OUT"],
+        "No such file",
+    ),
     "an unknown entity": (
         ["predict", "RUN", "--head", "ee11", "--relation", "after"],
         "Unknown entity 'ee11'.*'e11'",

@@ -1,6 +1,8 @@
 """Filtered ranking, against loops that score every triple."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import reference as loops
@@ -10,9 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import imvia_graph as ig
-from imvia_graph import evaluation
-from imvia_graph.answers import AnswerIndex
-from imvia_graph.evaluation import Ranking, evaluate, filtered_ranks, rank, rank_metrics, score_all
+from imvia_graph import _tiles
+from imvia_graph.answers import AnswerIndex, with_inverses
+from imvia_graph.distributed import Shards
+from imvia_graph.evaluation import (
+    Ranking,
+    draw_candidates,
+    evaluate,
+    filtered_ranks,
+    rank,
+    rank_metrics,
+    score_all,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -109,6 +120,44 @@ def random_kg(views=True):
     )
 
 
+def larger_kg(views=True, entities=83):
+    """More entities than a tile has; few relations, so that known answers are many."""
+    triples = torch.stack(
+        [torch.randint(entities, (400,)), torch.randint(2, (400,)), torch.randint(entities, (400,))]
+    ).T
+    features = {
+        "image": ig.Views(torch.randn(120, 3), torch.randint(entities - 20, (120,))),
+        "text": ig.Views(torch.randn(40, 2), torch.randint(entities, (40,))),
+    }
+    return ig.MultiViewKG(
+        entities=[f"e{i}" for i in range(entities)],
+        relations=["r0", "r1"],
+        train=triples[:200],
+        valid=triples[200:300],
+        test=triples[300:],
+        views=features if views else None,
+    )
+
+
+def by_filtered_ranks(model, kg, triples):
+    """Ranks by whole rows of scores, one relation after the other."""
+    queries = with_inverses(triples, kg.num_relations)
+    names = [*model.heads, "decision"]
+    ranks = {name: torch.empty(len(queries), dtype=torch.float64) for name in names}
+    with torch.no_grad():
+        for positions, scores in score_all(model, queries[:, 0], queries[:, 1], 10_000):
+            entity, relation, answer = queries[positions].unbind(1)
+            pairs = kg.answers().pairs(entity, relation)
+            for name in names:
+                ranks[name][positions] = filtered_ranks(scores[name], answer, *pairs)
+    sides = [{name: part[side] for name, part in ranks.items()} for side in halves(len(triples))]
+    return Ranking(triples, *sides)
+
+
+def halves(size):
+    return slice(size), slice(size, None)
+
+
 def model_of(kg, **changes):
     settings = ig.Settings(dim=4, information_dim=4).replace(**changes)
     return randomised(ig.IMVIA.from_kg(kg, settings)).double()
@@ -152,9 +201,20 @@ def as_lists(side):
     return {name: ranks.tolist() for name, ranks in side.items()}
 
 
+def little_tiles(monkeypatch, keeps=True):
+    """Tiles of 16 candidates, two made at a time; tables are kept, or made for 32 queries."""
+    monkeypatch.setattr(_tiles, "_SIDE", 16)
+    monkeypatch.setattr(_tiles, "_MADE", 2)
+    if not keeps:
+        monkeypatch.setattr(_tiles, "_KEPT", 0)
+        monkeypatch.setattr(_tiles, "_QUERIES", 32 * 4 * 4 * 4)
+
+
 @pytest.mark.parametrize("candidates", ["shared", "relation"])
 @pytest.mark.parametrize("batch_size", [1, 4, 1000])
-def test_ranks_match_a_loop_over_all_triples(candidates, batch_size):
+@pytest.mark.parametrize("keeps", [True, False])
+def test_ranks_match_a_loop_over_all_triples(monkeypatch, candidates, batch_size, keeps):
+    little_tiles(monkeypatch, keeps)
     kg = random_kg()
     model = model_of(kg, candidates=candidates).eval()
     found = rank(model, kg.test, kg.answers(), batch_size)
@@ -166,21 +226,23 @@ def test_ranks_match_a_loop_over_all_triples(candidates, batch_size):
 
 
 @pytest.mark.parametrize("views", [True, False])
-@pytest.mark.parametrize("few_queries", [True, False])
-def test_compiled_ranks_are_those_of_the_scores(monkeypatch, views, few_queries):
-    kg = random_kg(views=views)
+@pytest.mark.parametrize("keeps", [True, False, None])
+def test_compiled_ranks_are_those_of_the_scores(monkeypatch, views, keeps):
+    kg = larger_kg(views=views)
     model = model_of(kg, batch_norm=False).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.sign() * (parameter.abs() > 0.4))  # many ties
         model.entity.weight[3] = torch.nan
-    if few_queries:
-        monkeypatch.setattr(evaluation, "_CACHE", 1)
+    expected = by_filtered_ranks(model, kg, kg.train)
+    if keeps is not None:
+        little_tiles(monkeypatch, keeps)
     compiled = rank(model, kg.train, kg.answers())
-    monkeypatch.setattr(evaluation._kernels, "load", lambda name: None)
+    monkeypatch.setattr(_tiles._kernels, "load", lambda name: None)
     plain = rank(model, kg.train, kg.answers())
-    assert as_lists(compiled.tail) == as_lists(plain.tail)
-    assert as_lists(compiled.head) == as_lists(plain.head)
+    for found in (compiled, plain):
+        assert as_lists(found.tail) == as_lists(expected.tail)
+        assert as_lists(found.head) == as_lists(expected.head)
     assert any(value % 1 for value in compiled.tail["structure"].tolist())
 
 
@@ -283,6 +345,200 @@ def test_ranking_no_triples_gives_no_ranks(candidates):
     kg = random_kg()
     ranking = rank(model_of(kg, candidates=candidates), kg.test[:0], kg.answers())
     assert len(ranking.tail["decision"]) == len(ranking.head["text"]) == 0
+
+
+# -- ranks over several processes -----------------------------------------------------------------
+
+
+class Together(Shards):
+    """Shards of threads that add up what each of them has."""
+
+    def __init__(self, num_entities, rank, size, room):
+        super().__init__(num_entities, rank, size)
+        self.room = room
+
+    def sum_(self, tensor):
+        given, barrier = self.room
+        given[self.rank] = tensor.clone()
+        barrier.wait()
+        tensor.copy_(torch.stack(given).sum(0))
+        barrier.wait()
+        return tensor
+
+
+class Holding:
+    """A model as a process has it that holds a part of the entities only."""
+
+    def __init__(self, model, shards):
+        self._model, self._shards = model, shards
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def candidates(self, relation, entity):
+        assert self._shards.owned(entity).all()
+        return self._model.candidates(relation, entity)
+
+
+def rank_together(size, model, *arguments, **options):
+    """The ranks that each of so many threads finds."""
+    room = [None] * size, threading.Barrier(size, timeout=60)
+
+    def one(i):
+        shards = Together(model.num_entities, i, size, room)
+        try:
+            return rank(Holding(model, shards), *arguments, shards=shards, **options)
+        except BaseException:
+            room[1].abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
+
+
+def assert_equal_ranks(found, expected):
+    for side in ("tail", "head"):
+        mine, other = getattr(found, side), getattr(expected, side)
+        assert list(mine) == list(other)
+        for name in mine:
+            assert torch.equal(mine[name], other[name]), name
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_ranks_are_equal_for_any_number_of_processes(
+    monkeypatch, size, keeps, candidates, compiled
+):
+    little_tiles(monkeypatch, keeps)
+    if not compiled:
+        monkeypatch.setattr(_tiles._kernels, "load", lambda name: None)
+    kg = larger_kg()
+    model = model_of(kg, candidates=candidates, dim=20).eval().float()
+    alone = rank(model, kg.test, kg.answers(), 48)
+    for found in rank_together(size, model, kg.test, kg.answers(), 48):
+        assert_equal_ranks(found, alone)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ties_across_processes_are_at_their_mean_rank(monkeypatch, size):
+    little_tiles(monkeypatch)
+    kg = larger_kg(views=False)
+    model = model_of(kg, dim=20).eval().float()
+    with torch.no_grad():
+        # Each vector is that of three entities or so, far from each other.
+        model.entity.weight.copy_(model.entity.weight[:29].repeat(3, 1)[:83])
+    nothing = AnswerIndex.from_triples([kg.test[:0]], kg.num_entities, kg.num_relations)
+    alone = rank(model, kg.test, nothing)
+    twins = torch.tensor([3 if i % 29 < 83 - 58 else 2 for i in range(83)])
+    # Two that tie with the answer are a whole place, one is half a place.
+    halved = alone.tail["structure"] % 1 == 0.5
+    assert torch.equal(halved, twins[kg.test[:, 2]] == 2)
+    assert halved.any()
+    assert not halved.all()
+    for found in rank_together(size, model, kg.test, nothing):
+        assert_equal_ranks(found, alone)
+    with torch.no_grad():
+        model.entity.weight.zero_()
+    for found in rank_together(size, model, kg.test, nothing):
+        assert found.head["decision"].tolist() == [42.0] * len(kg.test)
+
+
+def test_more_processes_than_entities_rank_as_one():
+    kg = random_kg()
+    model = model_of(kg).eval()
+    alone = rank(model, kg.test, kg.answers())
+    for found in rank_together(11, model, kg.test, kg.answers()):
+        assert_equal_ranks(found, alone)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 16, 17, 100])
+def test_ranks_do_not_depend_on_the_batch_size(monkeypatch, batch_size):
+    little_tiles(monkeypatch)
+    kg = larger_kg(views=False)
+    model = model_of(kg, dim=20).eval().float()
+    # Queries are made alike, whatever the batch.
+    table = model.entity.weight.detach()
+    monkeypatch.setattr(model, "queries", lambda entity, relation: {"structure": table[entity]})
+    with torch.no_grad():
+        model.entity.weight.copy_(model.entity.weight[:29].repeat(3, 1)[:83])
+    whole = rank(model, kg.test, kg.answers(), 1000)
+    assert_equal_ranks(rank(model, kg.test, kg.answers(), batch_size), whole)
+
+
+def test_out_of_memory_in_one_of_several_processes_says_which(monkeypatch):
+    kg = random_kg()
+    model = model_of(kg)
+
+    def never(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(_tiles.Counter, "batch", never)
+    shards = Shards(kg.num_entities, 1, 3)
+    with pytest.raises(ig.OutOfMemoryError, match="in process 1 of 3"):
+        rank(model, kg.test, kg.answers(), shards=shards)
+
+
+# -- chosen candidates ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_chosen_candidates_alone_compete(monkeypatch, size, keeps):
+    little_tiles(monkeypatch, keeps)
+    kg = larger_kg()
+    model = model_of(kg).eval()
+    chosen = torch.randperm(83)[:40]
+    ids = set(chosen.tolist())
+    expected = [[], []]
+    known = known_of(torch.cat([kg.train, kg.valid, kg.test]).tolist(), kg.num_relations)
+    queries = with_inverses(kg.test, kg.num_relations)
+    with torch.no_grad():
+        scores = {}
+        for positions, part in score_all(model, queries[:, 0], queries[:, 1], 1000):
+            scores.update(zip(positions.tolist(), part["decision"].tolist(), strict=True))
+    for i, (entity, relation, answer) in enumerate(queries.tolist()):
+        left = sorted((ids - known[entity, relation]) | {answer})
+        values = [scores[i][candidate] for candidate in left]
+        expected[i // len(kg.test)].append(loops.rank(values, left.index(answer)))
+    given = (model, kg.test, kg.answers(), 48)
+    for found in rank_together(size, *given, candidates=chosen.repeat(2)):
+        assert found.tail["decision"].tolist() == expected[0]
+        assert found.head["decision"].tolist() == expected[1]
+
+
+def test_all_entities_chosen_are_all_entities():
+    kg = larger_kg()
+    model = model_of(kg).eval().float()
+    everything = rank(model, kg.test, kg.answers())
+    assert_equal_ranks(rank(model, kg.test, kg.answers(), candidates=torch.arange(83)), everything)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        (torch.tensor([0, 83]), "from 0 to 82, received 83"),
+        (torch.tensor([-1, 3]), "received -1"),
+        (torch.tensor([0.0]), r"received torch.float32 of shape \(1,\)"),
+        (torch.empty(0, dtype=torch.int64), "one entity at least"),
+    ],
+)
+def test_candidates_that_are_no_entities_are_an_error(candidates, message):
+    kg = larger_kg()
+    with pytest.raises(ig.DataError, match=message):
+        rank(model_of(kg), kg.test, kg.answers(), candidates=candidates)
+
+
+def test_drawn_candidates_are_distinct_and_the_seeds_own():
+    drawn = draw_candidates(1000, 300, seed=5)
+    assert len(drawn.unique()) == 300
+    assert 0 <= drawn.min() <= drawn.max() < 1000
+    assert torch.equal(drawn, draw_candidates(1000, 300, seed=5))
+    assert not torch.equal(drawn, draw_candidates(1000, 300, seed=6))
+    assert draw_candidates(300, 300) is None
+    with pytest.raises(ig.DataError, match="at least 1"):
+        draw_candidates(300, 0)
 
 
 # -- metrics --------------------------------------------------------------------------------------

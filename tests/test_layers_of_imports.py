@@ -15,7 +15,9 @@ HOUSE = [
     {"run"},
     {"checkpoint", "tracking"},
     {"training", "inference"},
+    {"batches", "optimizers"},
     {"evaluation"},
+    {"_tiles"},
     {"model"},
     {"nn"},
     {"losses", "ops"},
@@ -26,9 +28,10 @@ HOUSE = [
     {"io"},
     {"inspection"},
     {"datasets", "splits", "kg"},
-    {"_dgl", "_labels", "_tables", "answers"},
+    {"_dgl", "_labels", "_linked", "_tables", "answers"},
     {"_parquet"},
     {"_files", "_guards", "_kernels", "_owner"},
+    {"distributed"},
     {"errors", "_display", "_graphbolt", "_version"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(HOUSE) for name in names}

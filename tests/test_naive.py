@@ -10,7 +10,9 @@ from helpers import ROOT, ring_kg, settings
 import imvia_graph as ig
 from imvia_graph import losses
 from imvia_graph.answers import with_inverses
-from imvia_graph.training import Batch, Positives, Trainer
+from imvia_graph.batches import Batch
+from imvia_graph.losses import Positives
+from imvia_graph.training import Trainer
 
 _spec = importlib.util.spec_from_file_location("naive", ROOT / "benchmarks" / "naive.py")
 naive = importlib.util.module_from_spec(_spec)

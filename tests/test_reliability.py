@@ -16,7 +16,7 @@ from helpers import TINY, contents, differing_tensors, ring_kg, same_weights, se
 from safetensors.torch import load_file
 
 import imvia_graph as ig
-from imvia_graph import _factored, evaluation, training
+from imvia_graph import _factored, _tiles, evaluation, training
 from imvia_graph._guards import Parts, is_out_of_memory
 from imvia_graph.checkpoint import locked, start_run
 from imvia_graph.model import DECISION, IMVIA
@@ -131,14 +131,14 @@ def test_a_stop_while_validating_does_not_train_the_epoch_again(tmp_path, monkey
     whole = fit(tmp_path / "whole", epochs=3)
     calls = []
 
-    def ranks(*arguments, _ranks=evaluation._ranks):
+    def counts(*arguments, _count=_tiles.Counter.count):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return _ranks(*arguments)
+        return _count(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "_ranks", ranks)
+        patch.setattr(_tiles.Counter, "count", counts)
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "stopped", epochs=3)
     assert len(metrics_of(tmp_path / "stopped")) == 1
@@ -521,9 +521,9 @@ class Little:
                 self.failed += 1
                 raise error or shortage()
 
-        def limited_do(work, start, stop, row, col):
+        def limited_do(work, start, stop, *positives):
             fits(stop - start)
-            return do(work, start, stop, row, col)
+            return do(work, start, stop, *positives)
 
         def limited_scores(model, queries, candidates, relation):
             if model.training:
@@ -569,13 +569,13 @@ def test_ranking_without_enough_memory_gives_the_same_ranks(candidates, monkeypa
     whole = evaluation.rank(model, kg.train, kg.answers(), 16)
     done, sizes = [], []
 
-    def little(model, entity, *rest, _ranks=evaluation._ranks):
+    def little(self, entity, *rest, _batch=_tiles.Counter.batch):
         sizes.append(len(entity))
         if len(entity) > 3:
             raise shortage()
-        return _ranks(model, entity, *rest)
+        return _batch(self, entity, *rest)
 
-    monkeypatch.setattr(evaluation, "_ranks", little)
+    monkeypatch.setattr(_tiles.Counter, "batch", little)
     with caplog.at_level("WARNING"):
         found = evaluation.rank(
             model, kg.train, kg.answers(), 16, on_batch=lambda n, of: done.append((n, of))
@@ -594,6 +594,6 @@ def test_ranking_where_not_one_query_fits_says_so(monkeypatch):
     def never(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(evaluation, "_ranks", never)
+    monkeypatch.setattr(_tiles.Counter, "batch", never)
     with pytest.raises(ig.OutOfMemoryError, match="while ranking"):
         run.evaluate()

@@ -195,7 +195,8 @@ def test_no_epochs_make_a_run_that_loads(tmp_path):
 
 def test_evaluate_gives_fractions_of_both_sides_each_head_and_each_relation(finished):
     metrics = finished.evaluate()
-    assert set(metrics) == {"both", "head", "tail", "modalities", "relations"}
+    assert set(metrics) == {"candidates", "both", "head", "tail", "modalities", "relations"}
+    assert metrics["candidates"] == f"all {finished.kg.num_entities} entities"
     assert list(metrics["modalities"]) == ["structure", "image", "text", "joint"]
     keys = ["mrr", "mr", "hits@1", "hits@3", "hits@10", "hits@100"]
     for part in (

@@ -11,18 +11,11 @@ from hypothesis import strategies as st
 
 import imvia_graph as ig
 from imvia_graph.answers import with_inverses
+from imvia_graph.batches import Batch, Batches, pack
 from imvia_graph.evaluation import evaluate, rank, rank_metrics
 from imvia_graph.losses import Positives
 from imvia_graph.model import DECISION, IMVIA
-from imvia_graph.training import (
-    Batch,
-    Batches,
-    Callback,
-    Trainer,
-    pack,
-    resolve_device,
-    training_dtype,
-)
+from imvia_graph.training import Callback, Trainer, resolve_device, training_dtype
 
 CPU = torch.device("cpu")
 
@@ -150,6 +143,8 @@ def test_regularization_is_dura_of_the_queries_and_their_true_answers(regime, ca
     answers = batch.positives.col
     if batch.candidate is not None:
         answers = batch.candidate[batch.positives.row, answers]
+    if batch.sampled is not None:
+        answers = batch.sampled.entity[answers]
     for head in model.heads:
         for vectors in (embedded[head], queries[head]):
             for one, vector in zip(share, vectors.tolist(), strict=True):
@@ -328,6 +323,8 @@ def test_an_epoch_covers_each_training_triple_once_in_both_directions(
                 assert batch.candidate.shape == (len(batch.entity), 1 + chosen.negatives)
                 assert batch.candidate.max() < kg.num_entities
                 answer = batch.candidate[row, answer]
+            if batch.sampled is not None:
+                answer = batch.sampled.entity[answer]
             counts = torch.bincount(row, minlength=len(batch.entity))
             if regime == "1vsall" and loss == "softmax":
                 assert counts.tolist() == batch.positives.weight.tolist()
@@ -341,11 +338,11 @@ def test_an_epoch_covers_each_training_triple_once_in_both_directions(
         assert set(seen) == expected
         assert len(sizes) == len(batches)
         assert max(sizes) <= batch_size
-        assert sum(sizes) == len(batches.rows)
+        assert sum(sizes) == batches.num_rows
         if candidates == "shared":  # the rows are shared out evenly
             assert max(sizes) - min(sizes) <= 1
         else:
-            limit = max(1, batch_size * len(batches.rows) // batches.size)
+            limit = max(1, batch_size * batches.num_rows // batches.size)
             assert max(sizes) <= limit
             assert len(sizes) == 1 or min(sizes) >= limit // 2
 
@@ -685,7 +682,8 @@ def test_sampled_negatives_are_no_true_answers_of_their_queries():
     )
     names = [f"e{i}" for i in range(size)]
     kg = ig.MultiViewKG(names, ["r"], triples)
-    batches = Batches(kg, settings(regime="sampled", negatives=50), torch.device("cpu"))
+    chosen = settings(regime="sampled", negatives=50, negative_sampling="query")
+    batches = Batches(kg, chosen, torch.device("cpu"))
     true = {tuple(row) for row in with_inverses(triples, 1).tolist()}
     count = sum(
         (h, r, t) in true

@@ -27,9 +27,10 @@ from protocol import Trained, epoch_line
 from torch import Tensor, nn
 
 import imvia_graph as ig
+from imvia_graph.batches import Batch, Batches
 from imvia_graph.io import with_validation
 from imvia_graph.losses import factored_completion
-from imvia_graph.training import Batch, Batches, training_dtype
+from imvia_graph.training import training_dtype
 
 HERE = Path(__file__).parent
 #: The settings of `train` and where a search starts, from the authors' and the field's practice.
@@ -47,12 +48,12 @@ class ComplEx(nn.Module):
     r"""Re(<h, r, conj(t)>), asked as the library asks its own model, so that `rank` ranks it."""
 
     heads = ("structure",)
-    settings = types.SimpleNamespace(candidates="shared")
     device = torch.device("cpu")
 
     def __init__(self, num_entities: int, num_relations: int, rank: int) -> None:
         super().__init__()
         self.num_entities, self.num_relations = num_entities, num_relations
+        self.settings = types.SimpleNamespace(candidates="shared", dim=2 * rank)
         #: Real parts, then imaginary ones.
         self.entity = nn.Embedding(num_entities, 2 * rank)
         self.relation = nn.Embedding(2 * num_relations, 2 * rank)
@@ -67,9 +68,11 @@ class ComplEx(nn.Module):
         imaginary = h * r_imaginary + h_imaginary * r
         return {"structure": torch.cat([real, imaginary], dim=1)}
 
-    def candidates(self) -> dict[str, Tensor]:
-        """(N, 2 rank)."""
-        return {"structure": self.entity.weight}
+    def candidates(
+        self, relation: Tensor | None = None, entity: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """(N, 2 rank) of all entities, or of some; no relation changes them."""
+        return {"structure": self.entity.weight if entity is None else self.entity(entity)}
 
     def scores(self, queries: Any, candidates: Any, relation: Tensor) -> dict[str, Tensor]:
         """(B, N), of the one head and of the decision, which is the same."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from imvia_graph._kernels import _compile
 from imvia_graph._kernels.floats import as_bits, as_float, compiled, exp, narrowed, widened
 
 
@@ -146,49 +147,84 @@ def losses(
                     scores[m, i, n] = narrowed(np.float32(np.nan), scores[m, i, n])
 
 
-@compiled
-def count(row: Any, truth: Any) -> Any:
-    """How many elements are not at most the truth (NaN is not), and how many are equal to it."""
-    better = tied = np.int32(0)
-    for n in range(row.size):
-        better += np.int32(not row[n] <= truth)
-        tied += np.int32(row[n] == truth)
-    return better, tied
+#: Sums are taken as they are written: a number is the same wherever in a row it stands.
+_as_written = _compile.compiled()
 
 
-@compiled
-def ranks(
-    start: int,
-    stop: int,
-    scores: Any,
-    weight: Any,
-    answer: Any,
-    ptr: Any,
-    col: Any,
-    rank: Any,
-) -> None:
-    """Filtered ranks (rows, heads + 1) of answers, by each head's scores and their weighted sum.
+@_as_written
+def decide(scores: Any, weight: Any, i: int, decision: Any) -> None:
+    """The weighted sum over the heads of row i of (heads, rows, candidates) scores."""
+    decision[:] = 0
+    for m in range(scores.shape[0]):
+        head, w = scores[m, i], weight[i, m]
+        for n in range(decision.size):
+            decision[n] += w * head[n]
 
-    Those of `imvia_graph.evaluation.filtered_ranks`; known answers of row i are
-    ``col[ptr[i]:ptr[i + 1]]``.
+
+@_as_written
+def diagonals(start: int, stop: int, scores: Any, weight: Any, found: Any) -> None:
+    """Scores of rows start to stop with the candidates of the same places.
+
+    ``found`` is (rows, heads + 1): each head's, and their weighted sum.
     """
     heads, _, size = scores.shape
     decision = np.empty(size, scores.dtype)
     for i in range(start, stop):
-        decision[:] = 0
+        decide(scores, weight, i, decision)
         for m in range(heads):
-            head, w = scores[m, i], weight[i, m]
-            for n in range(size):
-                decision[n] += w * head[n]
+            found[i, m] = scores[m, i, i]
+        found[i, heads] = decision[i]
+
+
+@_as_written
+def outranked(
+    start: int,
+    stop: int,
+    scores: Any,
+    weight: Any,
+    truth: Any,
+    wanted: Any,
+    place: Any,
+    left_out: Any,
+    cursor: Any,
+    end: Any,
+    counts: Any,
+) -> None:
+    """Count in rows start to stop the candidates that are better than the truth, and the ties.
+
+    NaN counts as better. They are added to ``counts`` (rows, heads + 1, 2): by each head that is
+    ``wanted`` (heads + 1,) and, last, by their weighted sum.
+
+    ``place`` holds the position of the first of the (heads, rows, candidates) scores among all
+    candidates, and the range of the columns that count. Positions that are left out of row i are
+    ``left_out[cursor[i]:end[i]]``, ascending; the cursor moves on behind this range.
+    """
+    heads, _, size = scores.shape
+    first, low, high = place
+    decision = np.empty(size, scores.dtype)
+    for i in range(start, stop):
+        here = cursor[i]
+        while here < end[i] and left_out[here] < first + low:
+            here += 1
+        behind = here
+        while behind < end[i] and left_out[behind] < first + high:
+            behind += 1
+        cursor[i] = behind
+        if wanted[heads] and heads > 1:
+            decide(scores, weight, i, decision)
         for m in range(heads + 1):
-            row = scores[m, i] if m < heads else decision
-            truth = row[answer[i]]
-            better, tied = count(row, truth)
-            # Known answers do not compete, nor does the answer with itself.
-            for n in col[ptr[i] : ptr[i + 1]]:
-                if n != answer[i]:
-                    better -= np.int32(not row[n] <= truth)
-                    tied -= np.int32(row[n] == truth)
-            better -= np.int32(not truth <= truth)
-            tied -= np.int32(truth == truth)
-            rank[i, m] = 1 + better + tied / 2
+            if not wanted[m]:
+                continue
+            # One head alone is the decision.
+            row = scores[min(m, heads - 1), i] if m < heads or heads == 1 else decision
+            t = truth[i, m]
+            better = tied = np.int32(0)
+            for n in range(low, high):
+                better += np.int32(not row[n] <= t)
+                tied += np.int32(row[n] == t)
+            for k in range(here, behind):
+                value = row[left_out[k] - first]
+                better -= np.int32(not value <= t)
+                tied -= np.int32(value == t)
+            counts[i, m, 0] += better
+            counts[i, m, 1] += tied

@@ -85,16 +85,10 @@ def with_views(
         else:
             given[modality] = read_features(value, kg, skip_unknown=skip_unknown)
     kept = {
-        modality: given.pop(modality) if modality in given else _views_of(kg, modality)
+        modality: given.pop(modality) if modality in given else kg._views(modality)
         for modality in kg.modalities
     }
     return kg.replace(views={**kept, **given})
-
-
-def _views_of(kg: MultiViewKG, modality: str) -> Views:
-    feat, ptr = kg.views(modality)
-    owner = torch.repeat_interleave(torch.arange(kg.num_entities), ptr.diff())
-    return Views(feat, owner, kg.view_sources(modality), kg.view_root(modality))
 
 
 def read_features(
@@ -165,9 +159,10 @@ def read_features(
         entity_name = entity if isinstance(entity, str) else _named(arrays, ENTITY_NAMES)
         present_name = present if isinstance(present, str) else _named(arrays, PRESENT_NAMES)
         feat = arrays[key or _feature_name(arrays, {entity_name, present_name}, path)]
-        source: list[str] | None = None
+        source: pl.Series | None = None
         if entity is None and entity_name is None and path.with_suffix(".csv").is_file():
-            entity, source = _files.read_view_table(path.with_suffix(".csv"))
+            labels, source = _files.read_view_table(path.with_suffix(".csv"))
+            entity = labels.to_list()
         elif entity is None or isinstance(entity, str):
             entity = None if entity_name is None else _owners(arrays[entity_name])
         if present is None or isinstance(present, str):
@@ -189,7 +184,7 @@ def views_from_array(
     *,
     entity: Owners | None = None,
     present: Owners | None = None,
-    source: Sequence[str] | None = None,
+    source: Sequence[str] | pl.Series | None = None,
     skip_unknown: bool = False,
     where: str = "features",
 ) -> Views:

@@ -31,8 +31,15 @@ class Dropout(nn.Dropout):
     tensor([1., 1., 1.])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Zero each element with probability ``p`` in training mode and scale the others."""
+    def forward(self, input: Tensor, place: Tensor | None = None, whole: int = 0) -> Tensor:
+        """Zero each element with probability ``p`` in training mode and scale the others.
+
+        With ``place``, the input's rows are those that stand there among a ``whole`` that several
+        processes share: each draws the mask of all, so that it does not depend on their number.
+        """
+        if place is not None and self.training and self.p:
+            mask = self(input.new_ones(whole, *input.shape[1:]).detach())
+            return input * mask[place]
         dropped = round(self.p * 2**32)
         if (
             not self.training

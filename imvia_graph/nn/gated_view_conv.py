@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from imvia_graph._dgl import dgl
 from imvia_graph.answers import pointer
-from imvia_graph.ops import Backend, ViewWeights, gated_view_aggregate
+from imvia_graph.ops import Backend, ViewWeights, gated_view_aggregate, picking
 
 
 class GatedViewConv(nn.Module):
@@ -193,7 +193,9 @@ class GatedViewConv(nn.Module):
         Parameters
         ----------
         view_feat : Tensor
-            (V, view_feats), the views of all entities, sorted by entity.
+            (V, view_feats), the views of all entities, sorted by entity. On another device than
+            ``entity``, as where they are too many for it, those that are asked for are picked where
+            they are, and go to it.
         ptr : Tensor
             (N + 1,) int64 pointer into them.
         entity : Tensor
@@ -215,6 +217,8 @@ class GatedViewConv(nn.Module):
         ViewWeights, optional
             With ``get_weight``.
         """
+        if picking.apart(view_feat, entity):
+            view_feat, ptr, entity = picking.pick_views(view_feat, ptr, entity)
         count = ptr[entity + 1] - ptr[entity]
         several = None if get_weight or not len(view_feat) else _worth_gating(count)
         weights = None

@@ -7,15 +7,19 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from imvia_graph._dgl import dgl
 from imvia_graph.errors import IMVIAError
 from imvia_graph.nn.gated_view_conv import GatedViewConv
-from imvia_graph.ops import Backend
+from imvia_graph.ops import Backend, picking
 
 #: A modality, whose edge type is ``(modality, 'of', 'entity')``, or any canonical edge type.
 EdgeType: TypeAlias = str | tuple[str, str, str]
 Features: TypeAlias = Tensor | Mapping[str, Tensor]
+
+#: Entities whose views are held on the device of the model at a time, where they are picked.
+ENTITIES_AT_A_TIME = 2**15
 
 
 class MultiViewEncoder(nn.Module):
@@ -175,7 +179,8 @@ class MultiViewEncoder(nn.Module):
         Parameters
         ----------
         views : mapping of str to (feat, ptr)
-            As `MultiViewKG.views` gives them.
+            As `MultiViewKG.views` gives them. Features may be on another device than the rest; see
+            `GatedViewConv.aggregate`.
         entity : Tensor
             (B,) int64.
         entity_feat, rel_feat : Tensor
@@ -198,9 +203,26 @@ class MultiViewEncoder(nn.Module):
                     f"MultiViewEncoder: expected views of {self.modalities}, received"
                     f" {list(views)}."
                 )
-            feat, ptr = views[modality]
-            aggregated = conv.aggregate(feat, ptr, entity, entity_feat, rel_feat, relation=relation)
-            out[modality] = _project(projection, aggregated)
+
+            def part(
+                rows: slice,
+                csr: tuple[Tensor, Tensor] = views[modality],
+                conv: GatedViewConv = conv,
+                projection: nn.Linear = projection,
+            ) -> Tensor:
+                a_row_each = relation is None and rel_feat is not None and rel_feat.dim() == 2
+                aggregated = conv.aggregate(
+                    *csr,
+                    entity[rows],
+                    entity_feat[rows],
+                    rel_feat[rows] if a_row_each and rel_feat is not None else rel_feat,
+                    relation=None if relation is None else relation[rows],
+                )
+                assert isinstance(aggregated, Tensor)
+                return _project(projection, aggregated)
+
+            picked = picking.apart(views[modality][0], entity)
+            out[modality] = _in_parts(part, len(entity)) if picked else part(slice(None))
         return self._together(out)
 
     def _together(self, parts: dict[str, Tensor]) -> Any:
@@ -219,6 +241,16 @@ class MultiViewEncoder(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows of the module."""
         return f"modalities={self.modalities}, out_feats={self.out_feats}"
+
+
+def _in_parts(part: Callable[[slice], Tensor], rows: int) -> Tensor:
+    """What a function makes of so many rows, so many at a time; and again for the gradient."""
+    if rows <= ENTITIES_AT_A_TIME:
+        return part(slice(None))
+    slices = [slice(i, i + ENTITIES_AT_A_TIME) for i in range(0, rows, ENTITIES_AT_A_TIME)]
+    if not torch.is_grad_enabled():
+        return torch.cat([part(rows) for rows in slices])
+    return torch.cat([checkpoint(part, rows, use_reentrant=False) for rows in slices])
 
 
 def _project(projection: nn.Linear, aggregated: Tensor) -> Tensor:

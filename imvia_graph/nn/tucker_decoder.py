@@ -7,7 +7,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from imvia_graph.distributed import Shards
 from imvia_graph.nn.dropout import Dropout
+
+
+class Share(NamedTuple):
+    """What a process's queries are among those of all processes.
+
+    Attributes
+    ----------
+    shards : Shards
+    rows : Tensor
+        (B,) int64: places of its queries.
+    relations : Tensor
+        (R,) int64: places of its distinct relations among all that are distinct.
+    num_rows, num_relations : int
+        How many there are of each in all.
+    """
+
+    shards: Shards
+    rows: Tensor
+    relations: Tensor
+    num_rows: int
+    num_relations: int
 
 
 class RelationGroups(NamedTuple):
@@ -21,18 +43,30 @@ class RelationGroups(NamedTuple):
         (B,) int64: positions of the queries of the first of them, then of the second, …
     counts : list of int
         How many queries each has.
+    share : Share or None
+        None where they are all queries that there are.
     """
 
     distinct: Tensor
     order: Tensor
     counts: list[int]
+    share: Share | None = None
 
 
-def group_by_relation(relation: Tensor) -> RelationGroups:
-    """Group (B,) relations."""
+def group_by_relation(relation: Tensor, shards: Shards | None = None) -> RelationGroups:
+    """Group (B,) relations; with several processes, those of this one's part of them."""
+    everything = relation
+    if shards is not None:
+        relation = relation[shards.part(len(relation))]
     order = torch.argsort(relation, stable=True)
     distinct, counts = torch.unique_consecutive(relation[order], return_counts=True)
-    return RelationGroups(distinct, order, counts.tolist())
+    groups = RelationGroups(distinct, order, counts.tolist())
+    if shards is None or shards.alone:
+        return groups
+    rows = torch.arange(len(everything), device=relation.device)[shards.part(len(everything))]
+    of_all = everything.unique()
+    place = torch.searchsorted(of_all, distinct)
+    return groups._replace(share=Share(shards, rows, place, len(everything), len(of_all)))
 
 
 class TuckerDecoder(nn.Module):
@@ -114,25 +148,39 @@ class TuckerDecoder(nn.Module):
             (B, entity_feats).
         """
         groups = group_by_relation(relation) if isinstance(relation, Tensor) else relation
-        head = self.input_dropout(_normalise(self.input_norm, head))
+        share = groups.share
+        head = _normalise(self.input_norm, head, share)
         matrix = torch.tensordot(rel_feat[groups.distinct], self.core, dims=1)
-        matrix = self.relation_dropout(matrix)
+        if share is None:
+            head, matrix = self.input_dropout(head), self.relation_dropout(matrix)
+        else:
+            head = self.input_dropout(head, share.rows, share.num_rows)
+            matrix = self.relation_dropout(matrix, share.relations, share.num_relations)
         # Sorted by relation, each relation's queries are one product with its matrix.
         parts = zip(head[groups.order].split(groups.counts), matrix.unbind(), strict=True)
         rows = [part @ relation_matrix for part, relation_matrix in parts]
         query = torch.cat(rows) if rows else head
         query = torch.empty_like(query).index_copy(0, groups.order, query)
-        return self.hidden_dropout(_normalise(self.hidden_norm, query))
+        query = _normalise(self.hidden_norm, query, share)
+        if share is None:
+            return self.hidden_dropout(query)
+        return self.hidden_dropout(query, share.rows, share.num_rows)
 
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
         return f"entity_feats={self.entity_feats}, rel_feats={self.rel_feats}"
 
 
-def _normalise(norm: nn.BatchNorm1d | None, feat: Tensor) -> Tensor:
-    """Batch normalisation; fewer than two rows have no variance and use the running statistics."""
+def _normalise(norm: nn.BatchNorm1d | None, feat: Tensor, share: Share | None = None) -> Tensor:
+    """Batch normalisation; fewer than two rows have no variance and use the running statistics.
+
+    With several processes it is over the rows of all.
+    """
     if norm is None:
         return feat
+    if share is not None:
+        rows = share.shards.gather(feat, share.num_rows)
+        return _normalise(norm, rows)[share.rows]
     if norm.training and len(feat) <= 1:
         return nn.functional.batch_norm(
             feat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps

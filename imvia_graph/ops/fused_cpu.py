@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from imvia_graph import _kernels
 from imvia_graph.answers import pointer
 from imvia_graph.errors import IMVIAError
+from imvia_graph.ops.picking import pick_views
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -43,8 +44,9 @@ def aggregate(
         )
     weight_ptr = pointer(ptr[entity + 1] - ptr[entity])
     dtype = torch.promote_types(torch.promote_types(feat.dtype, gate.dtype), torch.float32)
-    # Half precision is widened view by view; beside float64 all is widened here.
-    if feat.element_size() != 2 or dtype == torch.float64:
+    # Half precision is widened view by view; beside float64 it is widened here, where asked for.
+    if feat.dtype != dtype and (feat.element_size() != 2 or dtype == torch.float64):
+        feat, ptr, entity = pick_views(feat, ptr, entity)
         feat = feat.to(dtype)
     if gate.dtype != torch.bfloat16 or dtype == torch.float64:
         gate = gate.to(dtype)

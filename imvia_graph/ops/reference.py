@@ -13,6 +13,7 @@ def aggregate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `imvia_graph.ops.gated_view_aggregate`: (B, d) sums, (T,) weights, their pointer."""
     view, query, query_ptr = gather_views(feat, ptr, entity)
+    view = view.to(torch.promote_types(view.dtype, gate.dtype))
     similarity = gated_cosine(view, at_unit_scale(gate)[query])
     # Softmax over each query's views; the maximum is a constant shift and needs no gradient.
     top = similarity.new_full((len(entity),), -torch.inf)

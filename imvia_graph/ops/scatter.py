@@ -44,6 +44,7 @@ def aggregate(
             f" ({module}). Install it with: pip install --no-build-isolation torch-scatter"
         )
     view, query, query_ptr = gather_views(feat, ptr, entity)
+    view = view.to(torch.promote_types(view.dtype, gate.dtype))
     similarity = gated_cosine(view, at_unit_scale(gate)[query])
     top = module.segment_max_csr(similarity.detach(), query_ptr)[0]
     weight = (similarity - top[query]).exp()

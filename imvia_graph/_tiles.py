@@ -1,0 +1,380 @@
+"""Counting what outranks an answer, tile by tile: in bounded memory, split over processes.
+
+Scores are made in tiles of a fixed number of queries and candidates. Which queries and which
+candidates share a tile, and where in it they stand, depends on the model and the queries alone, not
+on how many processes there are: each makes those tiles that hold entities of its own, with
+something in the places of the others, which do not count. Products of one shape, and of the same
+numbers in the same places, have the same bits; so all that is counted is the same, too.
+
+The true score comes from a tile of the same shape, whose candidates are the queries' answers. That
+it is the score which the answer has in its own place, to the last bit, is what ties with equal
+entities rest on; nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imvia_graph import _kernels
+from imvia_graph.answers import AnswerIndex, pointer
+from imvia_graph.distributed import Shards
+from imvia_graph.model import DECISION, IMVIA
+
+#: Queries and candidates of a tile at most: what scores of four heads a core's cache holds, and
+#: what keeps a GPU busy.
+_SIDE, _SIDE_ON_GPU = 256, 1024
+#: Tiles whose candidates are made at a time.
+_MADE = 4
+#: Queries of a tile are filled up to a multiple: products of a row or two are computed otherwise.
+_ROWS = 16
+#: Bytes of candidate tables that are kept; larger ones are made, used and forgotten bit by bit.
+_KEPT = 2**30
+#: Bytes of query vectors that such tables are used for at a time.
+_QUERIES = 2**28
+
+
+class Batch(NamedTuple):
+    """Queries whose vectors were made together, and what has been counted for them.
+
+    Attributes
+    ----------
+    vectors : dict of str to Tensor
+        (B', d) a head; rows from B on are zeros.
+    weights : Tensor
+        (B, heads) of the decision.
+    truth : Tensor
+        (B, heads + 1): the answers' scores.
+    left_out : Tensor
+        (P,) int64: positions of candidates that do not compete, query by query, ascending.
+    cursor, end : Tensor
+        (B,) int64: those of query i that are still ahead are ``left_out[cursor[i]:end[i]]``.
+    pairs : tuple or None
+        Where the kernel does not count: see `_by_tile`.
+    counts : Tensor
+        (B, heads + 1, 2) int64: better and tied candidates.
+    """
+
+    vectors: dict[str, Tensor]
+    weights: Tensor
+    truth: Tensor
+    left_out: Tensor
+    cursor: Tensor
+    end: Tensor
+    pairs: tuple[Tensor, Tensor, list[int]] | None
+    counts: Tensor
+
+
+class Counter:
+    """Counts, for the queries that it is given, what outranks their answers.
+
+    Parameters
+    ----------
+    model : IMVIA
+        In evaluation mode.
+    shards : Shards
+        Whose entities this process counts.
+    known : AnswerIndex
+        Answers that do not compete.
+    wanted : sequence of str
+        Heads, and ``decision``, to count by.
+    chosen : Tensor, optional
+        (C,) int64, ascending and distinct: the candidates. Default: all entities.
+    relation : Tensor, optional
+        A scalar: the relation of all queries, for ``candidates="relation"``.
+    """
+
+    def __init__(
+        self,
+        model: IMVIA,
+        shards: Shards,
+        known: AnswerIndex,
+        wanted: Sequence[str],
+        chosen: Tensor | None = None,
+        relation: Tensor | None = None,
+    ) -> None:
+        self.model, self.shards, self.known, self.relation = model, shards, known, relation
+        self.chosen = chosen
+        self.device = model.device
+        names = [*model.heads, DECISION]
+        self.wanted = torch.tensor([name in wanted for name in names])
+        # Positions are places in the list of candidates; those of this process are a range of them.
+        self.size = shards.num_entities if chosen is None else len(chosen)
+        self.first, self.last = shards.start, shards.stop
+        if chosen is not None:
+            own = chosen.new_tensor([shards.start, shards.stop])
+            self.first, self.last = torch.searchsorted(chosen, own).tolist()
+        side = _SIDE if self.device.type == "cpu" else _SIDE_ON_GPU
+        tiles = max(1, -(-self.size // side))
+        self.width = _up(-(-self.size // tiles), 16)
+        tiles = max(1, -(-self.size // self.width))
+        chunks = -(-tiles // _MADE)
+        #: Candidates that are made at a time.
+        self.made = -(-tiles // chunks) * self.width
+        dtype = model.entity.weight.dtype
+        a_row = len(model.heads) * model.settings.dim * dtype.itemsize
+        self.keeps = self.size * a_row <= _KEPT
+        self._kept: dict[str, Tensor] | None = None
+        #: Queries, at least, to be given at a time, so that tables are not made too often.
+        self.queries = 1 if self.keeps else max(1, _QUERIES // a_row)
+        kernels = _kernels.load("scores") if self.device.type == "cpu" else None
+        self.kernels = kernels if dtype == torch.float32 else None
+
+    def count(
+        self,
+        entity: Tensor,
+        relation: Tensor,
+        answer: Tensor,
+        batch_size: int,
+        on_part: Callable[[float], None] | None = None,
+    ) -> Tensor:
+        """(Q, heads + 1, 2) int64: how many candidates are better, and how many tied.
+
+        Parameters
+        ----------
+        entity, relation, answer : Tensor
+            (Q,) int64; known answers of a query and the answer itself do not compete.
+        batch_size : int
+            Queries whose vectors are made at a time.
+        on_part : callable, optional
+            Called with the share that is done.
+        """
+        if not len(entity):
+            return torch.zeros(0, len(self.wanted), 2, dtype=torch.int64, device=self.device)
+        parts = [part.split(batch_size) for part in (entity, relation, answer)]
+        batches = [self.batch(*one) for one in zip(*parts, strict=True)]
+        steps = len(batches) * len(self._chunks())
+        done = 0
+        for start, tables in self._tables():
+            for batch in batches:
+                self._count_chunk(batch, start, tables)
+                done += 1
+                if on_part:
+                    on_part(done / steps)
+        return self.shards.sum_(torch.cat([batch.counts for batch in batches]))
+
+    def batch(self, entity: Tensor, relation: Tensor, answer: Tensor) -> Batch:
+        """What is to be known of (B,) queries before their candidates are looked at."""
+        rows = len(entity)
+        vectors = {
+            head: _filled(vector, _up(rows, _ROWS))
+            for head, vector in self.model.queries(entity, relation).items()
+        }
+        weights = self.model.decision_weights(relation)
+        weights = weights.to(vectors[self.model.heads[0]].dtype).contiguous()
+        truth = self._truth(vectors, weights, answer)
+        # Known answers and the answer itself, once each, as positions in this process's range.
+        row, col = self.known.pairs(entity, relation)
+        row = torch.cat([row, torch.arange(rows, device=self.device)])
+        col = torch.cat([col, answer])
+        if self.chosen is not None:
+            place = torch.searchsorted(self.chosen, col).clamp_(max=max(self.size - 1, 0))
+            there = self.chosen[place] == col if self.size else torch.zeros_like(col).bool()
+            row, col = row[there], place[there]
+        mine = (col >= self.first) & (col < self.last)
+        key = torch.unique(row[mine] * self.size + col[mine])
+        row, col = key // max(self.size, 1), key % max(self.size, 1)
+        ptr = pointer(torch.bincount(row, minlength=rows))
+        return Batch(
+            vectors,
+            weights,
+            truth,
+            col,
+            ptr[:-1].clone(),
+            ptr[1:].clone(),
+            None if self.kernels else self._by_tile(row, col, rows),
+            torch.zeros(rows, len(self.wanted), 2, dtype=torch.int64, device=self.device),
+        )
+
+    # -- candidates -------------------------------------------------------------------------------
+
+    def _chunks(self) -> range:
+        """Positions at which chunks of candidates begin that have some of this process's."""
+        if self.first == self.last:
+            return range(0)
+        return range(self.first // self.made * self.made, self.last, self.made)
+
+    def _tables(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield where a chunk begins, and its candidates' vectors (made, d) a head."""
+        if self._kept is not None:
+            for i, start in enumerate(self._chunks()):
+                rows = slice(i * self.made, (i + 1) * self.made)
+                yield start, {head: table[rows] for head, table in self._kept.items()}
+        else:
+            for start in self._chunks():
+                yield start, self._make(start)
+
+    def _make(self, start: int) -> dict[str, Tensor]:
+        """Vectors (made, d) a head of the candidates from a position on."""
+        place = torch.arange(start, start + self.made, device=self.device)
+        # In places that are not of this process stands one that is.
+        place = place.clamp_(self.first, self.last - 1)
+        return self.model.candidates(self.relation, self._entities(place))
+
+    def _entities(self, place: Tensor) -> Tensor:
+        return place if self.chosen is None else self.chosen[place]
+
+    def _keep(self) -> dict[str, Tensor]:
+        """All vectors of this process, chunk after chunk."""
+        if self._kept is None:
+            kept: dict[str, Tensor] = {}
+            chunks = self._chunks()
+            for i, start in enumerate(chunks):
+                for head, part in self._make(start).items():
+                    if head not in kept:
+                        kept[head] = part.new_empty(len(chunks) * self.made, part.shape[1])
+                    kept[head][i * self.made : (i + 1) * self.made] = part
+            self._kept = kept
+        return self._kept
+
+    def _answers(self, answer: Tensor) -> list[Tensor]:
+        """Vectors (B, d) of (B,) answers, head by head, on every process."""
+        heads, dim = self.model.heads, self.model.settings.dim
+        out = self.model.entity.weight.new_zeros(len(heads), len(answer), dim)
+        mine = self.shards.owned(answer)
+        if self.keeps and self.chosen is None:
+            if self.first < self.last:
+                place = answer.clamp(self.first, self.last - 1)
+                begin = self._chunks().start
+                for m, head in enumerate(heads):
+                    out[m] = self._keep()[head][place - begin]
+        elif len(self.shards):
+            ids = answer.clamp(self.shards.start, self.shards.stop - 1)
+            for part in torch.arange(len(answer), device=self.device).split(self.made):
+                # As many as are made elsewhere, so that they are made in the same way.
+                filled = torch.cat([ids[part], ids[:1].expand(self.made - len(part))])
+                made = self.model.candidates(self.relation, filled)
+                for m, head in enumerate(heads):
+                    out[m, part] = made[head][: len(part)]
+        if not self.shards.alone:
+            self.shards.sum_(out.masked_fill_(~mine[None, :, None], 0))
+        return list(out)
+
+    # -- scores -----------------------------------------------------------------------------------
+
+    def _slices(self, rows: int) -> Iterator[tuple[slice, slice]]:
+        """Yield rows of queries that make a tile, and the same filled up with zeros."""
+        for start in range(0, rows, self.width):
+            stop = min(start + self.width, rows)
+            yield slice(start, stop), slice(start, _up(stop, _ROWS))
+
+    def _scores(self, vectors: dict[str, Tensor], rows: slice, tables: Sequence[Tensor]) -> Tensor:
+        """(heads, rows, width) scores."""
+        first = tables[0]
+        out = first.new_empty(len(tables), rows.stop - rows.start, self.width)
+        for m, (head, table) in enumerate(zip(self.model.heads, tables, strict=True)):
+            torch.mm(vectors[head][rows], table.T, out=out[m])
+        return out
+
+    def _truth(self, vectors: dict[str, Tensor], weights: Tensor, answer: Tensor) -> Tensor:
+        """(B, heads + 1) scores of the answers."""
+        answers = self._answers(answer)
+        found = weights.new_empty(len(answer), len(self.wanted))
+        for rows, filled in self._slices(len(answer)):
+            tables = [_filled(table[rows], self.width) for table in answers]
+            scores = self._scores(vectors, filled, tables)
+            if self.kernels is not None:
+                given = (scores, weights[rows], found[rows])
+                cuts = _kernels.even_cuts(rows.stop - rows.start)
+                _kernels.share_out(self.kernels.diagonals, cuts, given)
+            else:
+                every = self._with_decision(scores[:, : rows.stop - rows.start], weights[rows])
+                for m, part in enumerate(every):
+                    found[rows, m] = part.diagonal()
+        return found
+
+    def _count_chunk(self, batch: Batch, start: int, tables: dict[str, Tensor]) -> None:
+        """Count the candidates of a chunk that begins at a position."""
+        for begin in range(start, start + self.made, self.width):
+            low, high = max(self.first - begin, 0), min(self.last - begin, self.width)
+            if low >= high:
+                continue
+            tile = slice(begin - start, begin - start + self.width)
+            mine = [tables[head][tile] for head in self.model.heads]
+            place = torch.tensor([begin, low, high])
+            for rows, filled in self._slices(len(batch.truth)):
+                scores = self._scores(batch.vectors, filled, mine)
+                if self.kernels is None:
+                    self._count_plainly(batch, rows, scores, begin, low, high)
+                    continue
+                given = (
+                    scores,
+                    batch.weights[rows],
+                    batch.truth[rows],
+                    self.wanted,
+                    place,
+                    batch.left_out,
+                    batch.cursor[rows],
+                    batch.end[rows],
+                    batch.counts[rows],
+                )
+                cuts = _kernels.even_cuts(rows.stop - rows.start)
+                _kernels.share_out(self.kernels.outranked, cuts, given)
+
+    # -- without the kernel -----------------------------------------------------------------------
+
+    def _with_decision(self, scores: Tensor, weights: Tensor) -> Iterator[Tensor]:
+        """(rows, width) scores by each head and, last, by the decision."""
+        decision = scores[0] * weights[:, :1]
+        for m in range(1, len(scores)):
+            decision = decision + scores[m] * weights[:, m, None]
+        yield from scores
+        yield decision
+
+    def _by_tile(self, row: Tensor, col: Tensor, rows: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Pairs of a query and a position in the order of tiles, then of slices; where each begins.
+
+        The first pair of the tile i and the slice j has the number ``begin[i * slices + j]``.
+        """
+        slices = -(-rows // self.width)
+        first = self._chunks().start // self.width
+        place = (col // self.width - first) * slices + row // self.width
+        order = torch.argsort(place, stable=True)
+        tiles = len(self._chunks()) * self.made // self.width
+        every = torch.arange(tiles * slices + 1, device=place.device)
+        begin: list[int] = torch.searchsorted(place[order], every).tolist()
+        return row[order], col[order], begin
+
+    def _count_plainly(
+        self, batch: Batch, rows: slice, scores: Tensor, begin: int, low: int, high: int
+    ) -> None:
+        """What the kernel `outranked` does."""
+        assert batch.pairs is not None
+        row, col, starts = batch.pairs
+        tile = begin // self.width - self._chunks().start // self.width
+        which = tile * -(-len(batch.truth) // self.width) + rows.start // self.width
+        pairs = slice(*starts[which : which + 2])
+        row, col = row[pairs] - rows.start, col[pairs] - begin
+        counts = batch.counts[rows]
+        every = self._with_decision(scores[:, : rows.stop - rows.start], batch.weights[rows])
+        for m, part in enumerate(every):
+            if not self.wanted[m]:
+                continue
+            truth = batch.truth[rows, m]
+            better = (~(part[:, low:high] <= truth[:, None])).sum(1)
+            tied = (part[:, low:high] == truth[:, None]).sum(1)
+            value, of_row = part[row, col], truth[row]
+            better.index_add_(0, row, -(~(value <= of_row)).long())
+            tied.index_add_(0, row, -(value == of_row).long())
+            counts[:, m, 0] += better
+            counts[:, m, 1] += tied
+
+
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """(n, d) rows with as many zeros behind them as make the count."""
+    if len(rows) == count:
+        return rows
+    out = rows.new_zeros(count, rows.shape[1])
+    out[: len(rows)] = rows
+    return out
+
+
+def _up(number: int, multiple: int) -> int:
+    """The next multiple from a number on; at least one."""
+    return max(1, -(-number // multiple)) * multiple
+
+
+__all__ = ["Batch", "Counter"]

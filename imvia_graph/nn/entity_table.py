@@ -1,0 +1,94 @@
+"""EntityTable: an embedding a row, whose gradient need not be as large as the table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from imvia_graph.distributed import Shards
+
+#: Rows that are drawn at a time.
+_PORTION = 2**16
+
+
+class EntityTable(nn.Embedding):
+    """``torch.nn.Embedding`` of the entities of one process.
+
+    Parameters
+    ----------
+    shards : Shards
+        Which entities those are; row 0 is that of ``shards.start``.
+    dim : int
+        Width.
+
+    Attributes
+    ----------
+    lazy : bool
+        Whether rows that are looked up while gradients are made are leaves of their own, kept until
+        `gradients` is asked for: nothing of the table's size is made in a step.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.distributed import Shards
+    >>> from imvia_graph.nn.entity_table import EntityTable
+    >>> table = EntityTable(Shards(1000), 4)
+    >>> table.lazy = True
+    >>> table(torch.tensor([7, 3, 7])).sum().backward()
+    >>> rows, grad = table.gradients()
+    >>> rows.tolist(), grad[:, 0].tolist(), table.weight.grad is None
+    ([3, 7], [1.0, 2.0], True)
+    """
+
+    def __init__(self, shards: Shards, dim: int) -> None:
+        super().__init__(len(shards), dim)
+        self.shards = shards
+        self.lazy = False
+        self._looked_up: list[tuple[Tensor, Tensor]] = []
+
+    def reset_parameters(self) -> None:
+        """Draw rows of length 1 or so: smaller ones take epochs to grow.
+
+        Every process draws the rows of all, in the same portions, and keeps its own: what a seed
+        gives does not depend on their number.
+        """
+        shards = getattr(self, "shards", None)
+        if shards is None:  # called while the table is made
+            return
+        std = self.embedding_dim**-0.5
+        if self.weight.device.type == "meta":
+            return
+        with torch.no_grad():
+            for first in range(0, shards.num_entities, _PORTION):
+                last = min(first + _PORTION, shards.num_entities)
+                drawn = self.weight.new_empty(last - first, self.embedding_dim).normal_(std=std)
+                begin, end = max(first, shards.start), min(last, shards.stop)
+                if begin < end:
+                    mine = drawn[begin - first : end - first]
+                    self.weight[begin - shards.start : end - shards.start] = mine
+
+    def forward(self, row: Tensor) -> Tensor:
+        """(n, dim) of (n,) int64 rows."""
+        if not self.lazy or not torch.is_grad_enabled():
+            return super().forward(row)
+        rows = self.weight.detach()[row].requires_grad_()
+        self._looked_up.append((row, rows))
+        return rows
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Distinct rows (n,) that were looked up since `forget`, and their gradients (n, dim)."""
+        found = [(row, part.grad) for row, part in self._looked_up if part.grad is not None]
+        if not found:
+            none = torch.empty(0, dtype=torch.int64, device=self.weight.device)
+            return none, self.weight.new_empty(0, self.embedding_dim)
+        row, place = torch.cat([row for row, _ in found]).unique(return_inverse=True)
+        grad = self.weight.new_zeros(len(row), self.embedding_dim)
+        return row, grad.index_add_(0, place, torch.cat([part for _, part in found]))
+
+    def looked_up(self) -> list[Tensor]:
+        """The leaves since `forget`."""
+        return [rows for _, rows in self._looked_up]
+
+    def forget(self) -> None:
+        """Let go of what was looked up."""
+        self._looked_up.clear()

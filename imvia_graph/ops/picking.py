@@ -1,0 +1,61 @@
+"""Views of the entities that are asked for, out of features that stay where they are.
+
+Features may be mapped from a file, on a host whose GPU could not hold them: what goes to the device
+of the model is what a batch asks for, each view once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imvia_graph.answers import expand, pointer
+
+
+def apart(feat: Tensor, entity: Tensor) -> bool:
+    """Whether features are on another device than the queries, so that they have to be picked."""
+    return feat.device != entity.device
+
+
+def pick_views(feat: Tensor, ptr: Tensor, entity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The views of some entities, on the entities' device.
+
+    Parameters
+    ----------
+    feat : Tensor
+        (V, d), on any device; the rows of other entities are not read.
+    ptr : Tensor
+        (N + 1,) int64 pointer into them, on the device of ``entity``.
+    entity : Tensor
+        (B,) int64, with or without repetitions.
+
+    Returns
+    -------
+    feat : Tensor
+        (T, d): the views of the D distinct entities, in the order of their ids.
+    ptr : Tensor
+        (D + 1,) int64 pointer into them.
+    entity : Tensor
+        (B,) int64: which of the D each query asks for.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.ops.picking import pick_views
+    >>> feat = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    >>> ptr = torch.tensor([0, 2, 2, 3, 4])
+    >>> picked, of, place = pick_views(feat, ptr, torch.tensor([3, 0, 3]))
+    >>> picked.tolist(), of.tolist(), place.tolist()
+    ([[0.0], [1.0], [3.0]], [0, 2, 3], [1, 0, 1])
+    """
+    distinct, place = entity.unique(return_inverse=True)
+    start = ptr[distinct]
+    count = ptr[distinct + 1] - start
+    row = expand(start.to(feat.device), count.to(feat.device))[1]
+    if feat.device.type == "cpu" and entity.device.type == "cuda" and not feat.requires_grad:
+        # Page-locked, so that the copy need not be waited for.
+        picked = torch.empty(len(row), feat.shape[1], dtype=feat.dtype, pin_memory=True)
+        torch.index_select(feat, 0, row, out=picked)
+    else:
+        picked = feat.index_select(0, row)
+    return picked.to(entity.device, non_blocking=True), pointer(count), place

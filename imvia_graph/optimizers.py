@@ -1,0 +1,135 @@
+"""Optimizers: torch's own, and one for the rows of tables that a step touches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imvia_graph.errors import SettingsError
+from imvia_graph.nn.entity_table import EntityTable
+from imvia_graph.settings import Settings
+
+
+def make_optimizer(
+    settings: Settings, parameters: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer that the settings name, fused where torch has that."""
+    kinds = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "adagrad": torch.optim.Adagrad,
+    }
+    return kinds[settings.optimizer](
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    r"""Adam or Adagrad on the rows of tables that a step touches; the others stay as they are.
+
+    Adam counts a row's own steps k, so that a row that comes late is corrected as the first one
+    was:
+
+    .. math::
+        m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        p \leftarrow p - \gamma \frac{m / (1 - \beta_1^k)}{\sqrt{v / (1 - \beta_2^k)} + \epsilon}
+
+    With ``rowwise`` v is the mean of the squares of a row, one number, and Adam's m is g: beside a
+    row there are two numbers more instead of two rows. For Adagrad v is the sum of the squares.
+
+    Parameters
+    ----------
+    tables : sequence of EntityTable
+        With ``lazy`` on.
+    kind : {"adam", "adamw", "adagrad"}
+    lr, weight_decay : float
+        The decay, too, is of rows that are touched.
+    rowwise : bool
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EntityTable],
+        kind: str,
+        lr: float,
+        weight_decay: float = 0.0,
+        rowwise: bool = False,
+    ) -> None:
+        self.tables, self.kind, self.rowwise = list(tables), kind, rowwise
+        self.betas, self.eps = (0.9, 0.999), 1e-10 if kind == "adagrad" else 1e-8
+        super().__init__(
+            [table.weight for table in tables], {"lr": lr, "weight_decay": weight_decay}
+        )
+        for table in tables:
+            weight = table.weight
+            width = 1 if rowwise else weight.shape[1]
+            state = self.state[weight]
+            state["square"] = weight.new_zeros(len(weight), width)
+            if kind != "adagrad":
+                state["count"] = weight.new_zeros(len(weight), 1)
+                if not rowwise:
+                    state["mean"] = torch.zeros_like(weight)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, scale: Tensor | None = None) -> None:
+        """Update the rows that were looked up; ``scale`` multiplies their gradients."""
+        assert closure is None
+        group = self.param_groups[0]
+        for table in self.tables:
+            row, grad = table.gradients()
+            if len(row):
+                self._update(table.weight, row, grad if scale is None else grad * scale, group)
+
+    def _update(self, weight: Tensor, row: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        lr, decay = group["lr"], group["weight_decay"]
+        state = self.state[weight]
+        value = weight[row]
+        if decay and self.kind == "adamw":
+            value = value * (1 - lr * decay)
+        elif decay:
+            grad = grad + decay * value
+        square = grad.square()
+        if self.rowwise:
+            square = square.mean(1, keepdim=True)
+        if self.kind == "adagrad":
+            square += state["square"][row]
+            state["square"][row] = square
+            weight[row] = value - lr * grad / (square.sqrt() + self.eps)
+            return
+        first, second = self.betas
+        count = state["count"][row] + 1
+        state["count"][row] = count
+        square = torch.lerp(state["square"][row], square, 1 - second)
+        state["square"][row] = square
+        if not self.rowwise:
+            mean = torch.lerp(state["mean"][row], grad, 1 - first)
+            state["mean"][row] = mean
+            grad = mean / (1 - first**count)
+        weight[row] = value - lr * grad / ((square / (1 - second**count)).sqrt() + self.eps)
+
+
+def follows_rows(settings: Settings) -> bool:
+    """Whether entity tables are updated row by row.
+
+    Raises
+    ------
+    SettingsError
+        It was asked for in a regime in which every step touches all rows.
+    """
+    if settings.entity_optimizer == "auto":
+        return settings.regime == "sampled"
+    if settings.entity_optimizer == "dense":
+        return False
+    if settings.regime != "sampled":
+        raise SettingsError(
+            f"Setting entity_optimizer: {settings.entity_optimizer!r} is for regime=sampled; in the"
+            f" regime {settings.regime!r} every step touches every row. Take 'auto' or 'dense'."
+        )
+    return True
+
+
+__all__ = ["RowOptimizer", "follows_rows", "make_optimizer"]

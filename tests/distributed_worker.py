@@ -1,0 +1,97 @@
+"""What several processes do in tests/test_distributed.py; called with a file to write to."""
+
+import json
+import sys
+
+import torch
+from helpers import ring_kg, settings
+
+import imvia_graph as ig
+from imvia_graph import distributed
+from imvia_graph.distributed import Shards
+from imvia_graph.evaluation import rank
+from imvia_graph.training import Trainer
+
+#: Name -> settings of a training whose first steps are compared.
+CASES = {
+    "1vsall": {},
+    "1vsall, binary": {"loss": "binary"},
+    "kvsall": {"regime": "kvsall"},
+    "kvsall, binary": {"regime": "kvsall", "loss": "binary"},
+    "sampled": {"regime": "sampled"},
+    "sampled, by degree, binary": {
+        "regime": "sampled",
+        "negative_sampling": "degree",
+        "loss": "binary",
+    },
+    "sampled, in the batch": {"regime": "sampled", "negative_sampling": "in-batch"},
+    "sampled, a row a number": {"regime": "sampled", "entity_optimizer": "rowwise"},
+    "sampled, all rows": {"regime": "sampled", "entity_optimizer": "dense"},
+    "candidates of each relation": {"candidates": "relation"},
+    "everything": {
+        "batch_norm": True,
+        "input_dropout": 0.2,
+        "relation_dropout": 0.3,
+        "lambda_alignment": 0.5,
+        "lambda_information": 0.1,
+        "gradient_clip": 0.5,
+        "weight_decay": 0.01,
+        "ema_decay": 0.9,
+    },
+    "structure alone": {"modalities": []},
+}
+STEPS = 8
+
+
+def trainer(kg, **changes):
+    chosen = settings(dim=8, batch_size=13, epochs=5, **changes)
+    torch.manual_seed(0)
+    return Trainer(ig.IMVIA.from_kg(kg, chosen, Shards.of_world(kg.num_entities)), kg, chosen)
+
+
+def losses(kg, **changes):
+    """Losses of the first steps, and ranks after them."""
+    training = trainer(kg, **changes)
+    training.model.train()
+    found = []
+    while len(found) < STEPS:
+        for batch in training.batches.epoch():
+            told = training.train_step(batch)
+            training.progress.step += 1
+            found.append({name: value.item() for name, value in told.items()})
+    ranking = rank(training.model, kg.train, training.known, 7)
+    ranks = torch.stack([*ranking.tail.values(), *ranking.head.values()])
+    return {"losses": found[:STEPS], "ranks": ranks.tolist()}
+
+
+def bytes_held(kg):
+    """Bytes of the entities' tables and of their optimizer's states, by regime."""
+    held = {}
+    for regime in ("1vsall", "sampled"):
+        training = trainer(kg, regime=regime)
+        training.model.train()
+        training.train_step(next(iter(training.batches)))
+        tables = {id(table.weight) for table in training.model.entity_tables}
+        total = 0
+        for optimizer in (training.optimizer, training.row_optimizer):
+            for weight, state in () if optimizer is None else optimizer.state.items():
+                if id(weight) in tables:
+                    total += sum(value.nbytes for value in state.values() if value.dim())
+        held[regime] = [sum(t.weight.nbytes for t in training.model.entity_tables), total]
+    return held
+
+
+def main(path):
+    torch.set_num_threads(1)
+    if distributed.is_launched():
+        distributed.join(torch.device("cpu"))
+    kg = ring_kg(14)
+    found = {name: losses(kg, **changes) for name, changes in CASES.items()}
+    found["bytes"] = bytes_held(kg)
+    rank_of_this = Shards.of_world(14).rank
+    with open(f"{path}.{rank_of_this}", "w", encoding="utf-8") as file:
+        json.dump(found, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

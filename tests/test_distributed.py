@@ -1,0 +1,266 @@
+"""Several processes, over gloo, against one: losses, ranks, memory, checkpoints, faults."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import distributed_worker
+import pytest
+import torch
+from distributed_worker import CASES
+from helpers import ROOT, ring_kg
+
+import imvia_graph as ig
+from imvia_graph import checkpoint, distributed
+from imvia_graph.distributed import Shards
+
+NAMES = list(CASES)
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or sys.platform == "win32",
+    reason="torch is built without torch.distributed, or without gloo",
+)
+
+
+def environment():
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT / "tests"),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+def torchrun(processes, *arguments, restarts=0):
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        f"--max-restarts={restarts}",
+        *map(str, arguments),
+    ]
+
+
+def run(command, **options):
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=400, **options
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What one process, each of two and each of three found."""
+    folder = tmp_path_factory.mktemp("distributed")
+    results = {}
+    script = ROOT / "tests" / "distributed_worker.py"
+    for processes in (1, 2, 3):
+        path = folder / f"{processes}.json"
+        if processes == 1:
+            run([sys.executable, str(script), str(path)])
+        else:
+            run(torchrun(processes, script, path))
+        for rank in range(processes):
+            results[processes, rank] = json.loads((folder / f"{path.name}.{rank}").read_text())
+    return results
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_losses_of_several_processes_are_those_of_one(found, name, processes):
+    alone = found[1, 0][name]["losses"]
+    assert len(alone) == distributed_worker.STEPS
+    assert alone[0]["loss"] != pytest.approx(alone[-1]["loss"], rel=1e-3)  # something was learned
+    for rank in range(processes):
+        together = found[processes, rank][name]["losses"]
+        for step, expected in zip(together, alone, strict=True):
+            assert step == pytest.approx(expected, rel=2e-5, abs=2e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_every_process_knows_the_ranks(found, name, processes):
+    # Of models that have learned alike, but not to the bit.
+    alone = torch.tensor(found[1, 0][name]["ranks"])
+    for rank in range(processes):
+        together = torch.tensor(found[processes, rank][name]["ranks"])
+        assert ((together - alone).abs() > 0.4).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("regime", ["1vsall", "sampled"])
+def test_each_process_holds_its_share_of_the_tables_and_of_their_states(found, regime):
+    tables, states = found[1, 0]["bytes"][regime]
+    assert states >= 2 * tables
+    halves = [found[2, rank]["bytes"][regime] for rank in range(2)]
+    assert halves == [[tables // 2, states // 2]] * 2
+    thirds = [found[3, rank]["bytes"][regime] for rank in range(3)]
+    assert [sum(part) for part in zip(*thirds, strict=True)] == [tables, states]
+    assert max(part[0] for part in thirds) == -(-14 // 3) * tables // 14
+
+
+def test_shards_share_everything_out_evenly():
+    for rows, size in ((10, 3), (2, 3), (0, 2), (7, 7)):
+        parts = [Shards(rows, rank, size) for rank in range(size)]
+        assert [p.start for p in parts[1:]] == [p.stop for p in parts[:-1]]
+        assert (parts[0].start, parts[-1].stop) == (0, rows)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert [p.part(rows) for p in parts] == [slice(p.start, p.stop) for p in parts]
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+FIT = ["--set", "dim=16", "--set", "precision=float32", "--device", "cpu", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A KG folder."""
+    return ring_kg(40, valid=8, test=8).save(tmp_path_factory.mktemp("kg") / "ring")
+
+
+def metrics_of(run_folder):
+    """Without the times."""
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def fit(folder, out, *more):
+    return ["-m", "imvia_graph", "fit", str(folder), "--out", str(out), *FIT, *more]
+
+
+def test_fit_in_two_processes_makes_the_run_that_one_makes(folder, tmp_path):
+    run([sys.executable, *fit(folder, tmp_path / "one", "--epochs", "4")])
+    two = run([sys.executable, *fit(folder, tmp_path / "two", "--epochs", "4", "--processes", "2")])
+    assert two.stdout.count("Run folder") == 1
+    alone, together = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    assert len(together) == 4
+    for record, expected in zip(together, alone, strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert record["valid"]["mrr"] == pytest.approx(expected["valid"]["mrr"], abs=0.02)
+    # What is written is of the same form, and whole.
+    for name in (checkpoint.BEST, checkpoint.LAST):
+        first, second = (checkpoint._read(tmp_path / part / name)[0] for part in ("one", "two"))
+        assert {k: (v.shape, v.dtype) for k, v in first.items()} == {
+            k: (v.shape, v.dtype) for k, v in second.items()
+        }
+    loaded = ig.load(tmp_path / "two", device="cpu")
+    test = json.loads((tmp_path / "two" / "test.json").read_text())
+    assert loaded.evaluate("test")["both"]["mrr"] == test["both"]["mrr"]
+
+
+@pytest.mark.parametrize("regime", ["1vsall", "sampled"])
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(regime, folder, tmp_path):
+    options = ["--set", f"regime={regime}"]
+    run([sys.executable, *fit(folder, tmp_path / "whole", "--epochs", "4", *options)])
+    out = tmp_path / "begun"
+    # As many epochs as the schedule goes by, stopped after two.
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys, imvia_graph as ig\n"
+        "class Stop(ig.training.Callback):\n"
+        "    def on_epoch(self, trainer, record):\n"
+        "        if record['epoch'] == 2: trainer.stop()\n"
+        "try:\n"
+        "    ig.fit(sys.argv[1], out=sys.argv[2], callbacks=[Stop()], dim=16, epochs=4, seed=3,\n"
+        f"           precision='float32', device='cpu', regime={regime!r})\n"
+        "except KeyboardInterrupt: pass\n"
+    )
+    run(torchrun(2, script, folder, out))
+    assert len(metrics_of(out)) == 2
+    for processes in (1, 3):
+        copy = tmp_path / f"in-{processes}"
+        subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+        resume = ["-m", "imvia_graph", "fit", "--resume", "--out", str(copy)]
+        run([sys.executable, *resume, "--processes", str(processes)])
+        found = metrics_of(copy)
+        assert [record["epoch"] for record in found] == [1, 2, 3, 4]
+        for record, expected in zip(found, metrics_of(tmp_path / "whole"), strict=True):
+            assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def workers(parent):
+    """Processes that torchrun or `fit --processes` started, and which are at work."""
+    found = []
+    for status in [p for p in os.listdir("/proc") if p.isdigit()]:
+        try:
+            with open(f"/proc/{status}/stat") as file:
+                above = int(re.sub(r".*\)", "", file.read()).split()[1])
+            with open(f"/proc/{status}/cmdline") as file:
+                command = file.read()
+        except (OSError, ValueError):
+            continue
+        if above == parent and "imvia_graph\0fit" in command:
+            found.append(int(status))
+    return found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
+@pytest.mark.parametrize("launcher", ["torchrun", "fit"])
+def test_a_group_of_which_a_process_is_killed_goes_on_by_itself(launcher, folder, tmp_path):
+    epochs = ("--epochs", "60", "--set", "patience=null")
+    out = tmp_path / "killed"
+    if launcher == "torchrun":
+        command = torchrun(2, *fit(folder, out, *epochs), restarts=3)
+        whole = torchrun(2, *fit(folder, tmp_path / "whole", *epochs))
+    else:
+        command = [sys.executable, *fit(folder, out, *epochs, "--processes", "2")]
+        whole = [sys.executable, *fit(folder, tmp_path / "whole", *epochs, "--processes", "2")]
+    run(whole)
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    killed, seen = 0, 0
+    try:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            done = len(checkpoint.read_metrics(out)) if out.exists() else 0
+            there = workers(process.pid)
+            if killed < 2 and done >= seen + 3 and len(there) == 2:
+                os.kill(there[killed % 2], signal.SIGKILL)
+                killed, seen = killed + 1, done
+                while process.poll() is None and there[killed % 2 - 1] in workers(process.pid):
+                    time.sleep(0.05)
+            time.sleep(0.02)
+        output = process.communicate(timeout=60)[0].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 0, output[-3000:]
+    assert killed == 2
+    assert metrics_of(out) == metrics_of(tmp_path / "whole")
+    test = "test.json"
+    assert (out / test).read_text() == (tmp_path / "whole" / test).read_text()
+
+
+def test_under_torchrun_the_folder_is_named(folder):
+    command = torchrun(1, "-m", "imvia_graph", "fit", folder, *FIT)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200)
+    assert done.returncode != 0
+    assert "name the run folder with --out" in done.stderr
+
+
+def test_an_error_is_told_once_and_ends_all(folder, tmp_path):
+    command = fit(folder, tmp_path / "x", "--set", "modalities=[sound]", "--processes", "2")
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment(), timeout=200
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("has no views of 'sound'") == 1
+
+
+def test_a_process_alone_needs_no_group():
+    shards = Shards(5)
+    rows = torch.rand(4, 3)
+    assert shards.alone
+    assert shards.is_first
+    assert shards.gather(rows, 4) is rows
+    assert shards.total(rows) is rows
+    assert shards.first_tells("x") == "x"
+    shards.wait()
+    assert not distributed.is_launched()
