@@ -134,9 +134,8 @@ class Health:
         gradients = {name: grad for name, grad in gradients.items() if grad.numel()}
         self.names = [*losses, *gradients]
         self.num_losses = len(losses)
-        # The largest magnitude of a gradient is finite if all of it is.
-        sizes = torch._foreach_norm(list(gradients.values()), torch.inf) if gradients else []
-        numbers = torch.stack([*(value.detach().float() for value in losses.values()), *sizes])
+        values = [value.detach().float() for value in losses.values()]
+        numbers = torch.stack([*values, *_told(list(gradients.values()))])
         self.bad = (~numbers.isfinite().all()).float()
         self._elsewhere = False
         if shards is not None and not shards.alone:
@@ -166,6 +165,19 @@ class Health:
         ]
         rest = zip(self.names[self.num_losses :], finite[self.num_losses :], strict=True)
         return losses, [name for name, good in rest if not good]
+
+
+def _told(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A scalar a gradient that is finite if, and only if, all of the gradient is."""
+    if not gradients:
+        return []
+    if gradients[0].device.type == "cpu":
+        # A sum is finite only where all is, and much sooner there; the sum of a gradient that is
+        # finite and huge may not be.
+        sums = [gradient.sum().float() for gradient in gradients]
+        if torch.stack(sums).isfinite().all():
+            return sums
+    return torch._foreach_norm(list(gradients), torch.inf)
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import imvia_graph as ig
 from imvia_graph import _factored, _tiles, evaluation, training
-from imvia_graph._guards import Parts, is_out_of_memory
+from imvia_graph._guards import Health, Parts, is_out_of_memory
 from imvia_graph.checkpoint import locked, start_run
 from imvia_graph.model import DECISION, IMVIA
 from imvia_graph.training import Callback, Trainer
@@ -390,6 +390,24 @@ def test_a_loss_that_is_no_number_is_named_in_its_step_and_nothing_is_learned_fr
     whole = fit(tmp_path / "whole", epochs=4, batch_norm=True)
     ig.fit(out=tmp_path / "run", resume=True)
     assert_same_run(whole.folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("gradient", "good"),
+    [
+        ([1.0, -2.0, 0.0], True),
+        ([3e38, 3e38, -3e38], True),  # whose sum on the way is infinite
+        ([3e38, 3e38, 3e38], True),
+        ([torch.inf, -torch.inf, 0.0], False),
+        ([torch.nan, 0.0, 0.0], False),
+        ([-torch.inf, 3e38, 3e38], False),
+    ],
+)
+def test_a_gradient_is_bad_where_an_element_is_not_where_its_sum_is(gradient, good):
+    gradients = {"fine": torch.ones(2), "looked_at": torch.tensor(gradient)}
+    health = Health({"L3": torch.tensor(1.0)}, gradients)
+    assert health.bad.item() == (not good)
+    assert health.problems() == ([], [] if good else ["looked_at"])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
