@@ -163,8 +163,10 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(regime, folde
     # As many epochs as the schedule goes by, stopped after two.
     script = tmp_path / "two.py"
     script.write_text(
-        "import sys, imvia_graph as ig\n"
-        "class Stop(ig.training.Callback):\n"
+        "import sys\n"
+        "import imvia_graph as ig\n"
+        "from imvia_graph.training import Callback\n"
+        "class Stop(Callback):\n"
         "    def on_epoch(self, trainer, record):\n"
         "        if record['epoch'] == 2: trainer.stop()\n"
         "try:\n"
