@@ -262,6 +262,29 @@ def endless_hdf5(path, size=b"\xff" * 7 + b"\x7f", index=b"\1\0"):
     path.write_bytes(content[:at] + index + content[at + 2 : at + 8] + size + content[at + 16 :])
 
 
+def boastful_hdf5(path, **options):
+    """A text that says to be of two gigabytes, for which the HDF5 library would take memory."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        file["feat"] = np.arange(18, dtype=np.float32).reshape(6, 3)
+        labels = [f"e{i}" for i in range(6)]
+        entity = file.create_dataset("entity", data=labels, dtype=h5py.string_dtype(), **options)
+        if options:
+            file.flush()
+            chunk = entity.id.read_direct_chunk((0,))[1]
+            chunk = zlib.decompress(chunk) if "compression" in options else chunk
+            table = np.frombuffer(chunk, np.uint8).reshape(-1, 16).copy()
+            table[2, :4] = 0x7B
+            # HDF5 leaves texts as they are and says so; where nothing is said, it turns them back.
+            chunk = (table.T if "shuffle" in options else table).tobytes()
+            chunk = zlib.compress(chunk) if "compression" in options else chunk
+            entity.id.write_direct_chunk((0,), chunk, 0)
+        at = entity.id.get_offset()
+    if not options:
+        content = path.read_bytes()
+        path.write_bytes(content[: at + 32] + b"\x7b" * 4 + content[at + 36 :])
+
+
 FEATURES = {
     "a pickle named .pth": (
         "f.pth",
@@ -290,6 +313,17 @@ FEATURES = {
         "f.h5",
         lambda path: endless_hdf5(path, bytes(8), bytes(2)),
         "does not fit into it",
+    ),
+    "HDF5 with a text that is longer than it": ("f.h5", boastful_hdf5, "cannot hold a text of 2,"),
+    "HDF5 with such a text in chunks": (
+        "f.h5",
+        lambda path: boastful_hdf5(path, chunks=(4,)),
+        "cannot hold a text of 2,",
+    ),
+    "HDF5 with such a text in small chunks": (
+        "f.h5",
+        lambda path: boastful_hdf5(path, chunks=(4,), compression="gzip", shuffle=True),
+        "cannot hold a text of 2,",
     ),
     "HDF5 that is hollow": ("f.h5", hollow_hdf5, "decompression bomb"),
 }

@@ -452,3 +452,30 @@ def test_fit_takes_features_of_the_published_shapes_by_two_options(tmp_path):
 def test_the_extra_for_hdf5_is_pinned():
     assert "h5py==" in (ROOT / "constraints.txt").read_text()
     assert json.dumps("hdf5") in (ROOT / "setup.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kept", "read"),
+    [
+        ({}, True),
+        ({"chunks": (3,)}, True),
+        ({"maxshape": (None,)}, True),
+        ({"chunks": (3,), "compression": "gzip"}, True),
+        ({"chunks": (3,), "compression": "gzip", "shuffle": True}, True),
+        ({"chunks": (3,), "compression": "lzf"}, False),
+        ({"fillvalue": "Paris"}, False),
+    ],
+)
+def test_texts_of_hdf5_however_they_are_kept(tmp_path, kept, read):
+    labels = ["Lyon", "Paris", "Lyon", PLACES[3]]
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["feat"] = torch.randn(4, 2).numpy()
+        file.create_dataset("entity", data=labels, dtype=h5py.string_dtype(), **kept)
+        file.create_dataset("none", (0,), dtype=h5py.string_dtype())
+        file.create_dataset("lists", (2,), dtype=h5py.vlen_dtype(np.int64))[0] = [1, 2]
+    if not read:
+        with pytest.raises(ig.DataError, match="'entity': texts that are kept in this way are not"):
+            io.read_features(tmp_path / "x.h5", PLACES)
+        return
+    views = io.read_features(tmp_path / "x.h5", PLACES)
+    assert [PLACES[i] for i in views.entity.tolist()] == labels

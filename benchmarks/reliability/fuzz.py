@@ -1,6 +1,6 @@
 """Fuzzing of every reader: each outcome is a value or an `IMVIAError`, in time, memory and folder.
 
-    python benchmarks/reliability/fuzz.py            # some 200,000 inputs
+    python benchmarks/reliability/fuzz.py            # 237,000 inputs
     python benchmarks/reliability/fuzz.py --share 0.01 --only kg-folder turtle
     python benchmarks/reliability/fuzz.py --only turtle --update     # the other rows are kept
 
@@ -346,12 +346,19 @@ def readers(top: Path) -> dict[str, Reader]:
     with contextlib.suppress(ImportError):
         import h5py
 
-        def write(file: io.BytesIO) -> None:
+        def write(file: io.BytesIO, **options: Any) -> None:
             with h5py.File(file, "w") as opened:
                 opened["feat"] = feat
-                opened["entity"] = ENTITIES
+                text = h5py.string_dtype()
+                opened.create_dataset("entity", data=ENTITIES, dtype=text, **options)
 
-        found["features-hdf5"] = Reader(3_000, {"f.h5": [saved(write)]}, features("f.h5"))
+        contents = [
+            saved(write),
+            saved(lambda file: write(file, chunks=(4,))),
+            saved(lambda file: write(file, chunks=(4,), compression="gzip")),
+        ]
+        words = [b"GCOL", b"TREE", b"SNOD", b"OHDR"]
+        found["features-hdf5"] = Reader(6_000, {"f.h5": contents}, features("f.h5"), words)
     return found
 
 
@@ -521,15 +528,17 @@ def main() -> None:
         left = [name for name in left if name not in results]
         if not left:
             break
+    told = about()
     if options.update:
         before = json.loads((RESULTS / "reliability-fuzz.json").read_text(encoding="utf-8"))
         results = {**before["readers"], **results}
+        told["command"] = f"{before['command']}; {told['command']}"
     total = sum(found["inputs"] for found in results.values())
     failed = sum(len(found["failures"]) for found in results.values())
     write_results(
         "fuzz",
         {
-            **about(),
+            **told,
             "seed": options.seed,
             "inputs": total,
             "failures": failed,

@@ -47,7 +47,10 @@ MOST_KILLS = 3
 #: threads would not outlive a fork.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
-    ["imvia_graph.run", "imvia_graph.tuning", "imvia_graph.encode", "torch._dynamo", "optuna"]
+    [
+        *("imvia_graph.run", "imvia_graph.tuning", "imvia_graph.encode"),
+        *("torch._dynamo", "optuna", "sqlalchemy"),
+    ]
 )
 
 

@@ -49,7 +49,8 @@ class _Model:
         except ImportError as error:
             raise not_installed("open_clip", "clip", error) from error
         spec = _parse(argument, open_clip)
-        with _quiet():
+        # A folder's configuration may name further models of the hub, which the user did not.
+        with _quiet(), _offline(spec.architecture.startswith("local-dir:")):
             try:
                 self.model, self.transform = open_clip.create_model_from_pretrained(
                     spec.architecture, pretrained=spec.weights, device=device
@@ -182,6 +183,24 @@ def _unusable(argument: str, spec: _Spec, error: Exception) -> EncoderError:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else " ".join(text.split())[:LONGEST_TEXT]
+
+
+@contextlib.contextmanager
+def _offline(asked: bool) -> Iterator[None]:
+    """The hub answers from its cache alone."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        asked = False
+    if not asked:
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

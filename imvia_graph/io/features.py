@@ -12,6 +12,7 @@ import mmap
 import os
 import pickle
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -427,11 +428,14 @@ def _open_hdf5(path: Path) -> Iterator[Mapping[str, Any]]:
     def collect(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
             _refuse_foreign(path, name, item)
-            text = h5py.check_string_dtype(item.dtype) is not None
-            arrays[name] = np.asarray(item.asstr()[...]) if text else item
+            if h5py.check_string_dtype(item.dtype) is not None:
+                _check_lengths(path, name, item)
+                arrays[name] = np.asarray(item.asstr()[...])
+            elif not item.dtype.hasobject:  # lists of any length and references are no features
+                arrays[name] = item
 
     with unreadable(path, "an HDF5 file"), h5py.File(path, "r") as file:
-        if file.id.get_create_plist().get_sizes()[1] != 8:
+        if file.id.get_create_plist().get_sizes() != (8, 8):
             raise OSError("its sizes do not have the eight bytes that they have elsewhere")
         _check_heaps(path)
         file.visititems(collect)
@@ -459,6 +463,63 @@ def _check_heaps(path: Path) -> None:
                     raise OSError(f"an object of the heap at byte {start} does not fit into it")
                 at += length
             start = content.find(_HEAP, start + 16)
+
+
+def _check_lengths(path: Path, name: str, item: Any) -> None:
+    """A DataError where a text says to be longer than its file, for which memory would be taken."""
+    if not item.dtype.hasobject or not item.size:  # of one length
+        return
+    size = path.stat().st_size
+    for entries in _text_entries(path, name, item):
+        whole = entries[: len(entries) // 16 * 16]
+        longest = int(np.frombuffer(whole, "<u4")[::4].max(initial=0))
+        if longest > size:
+            raise DataError(
+                f"{path}, {name!r}: {size:,} bytes cannot hold a text of {longest:,}. The file may"
+                " be damaged: make it again."
+            )
+
+
+def _text_entries(path: Path, name: str, item: Any) -> Iterator[bytes]:
+    """What a dataset keeps of texts: 16 bytes each, the first four of which are the length."""
+    from h5py import h5d
+
+    layout = item.id.get_create_plist()
+    kind, filters = (
+        layout.get_layout(),
+        [layout.get_filter(i) for i in range(layout.get_nfilters())],
+    )
+    deflated, shuffled = (any(code == known for code, *_ in filters) for known in (1, 2))
+    known = deflated + shuffled == len(filters) and not layout.get_external_count()
+    if layout.fill_value_defined() == h5d.FILL_VALUE_USER_DEFINED or not known:
+        kind = None
+    if kind == h5d.CONTIGUOUS:
+        if item.id.get_offset() is not None:
+            with open(path, "rb") as file:
+                file.seek(item.id.get_offset())
+                yield file.read(item.size * 16)
+    elif kind == h5d.CHUNKED:
+        length = math.prod(item.chunks) * 16
+        for number in range(item.id.get_num_chunks()):
+            left_out, content = item.id.read_direct_chunk(
+                item.id.get_chunk_info(number).chunk_offset
+            )
+            for step, (code, *_) in reversed(list(enumerate(filters))):
+                if left_out >> step & 1:
+                    continue
+                if code == 1:
+                    try:
+                        content = zlib.decompressobj().decompress(content, length)
+                    except zlib.error as error:
+                        raise OSError(f"a part of {name!r} is damaged: {error}") from error
+                else:
+                    content = np.frombuffer(content, np.uint8).reshape(16, -1).T.tobytes()
+            yield content
+    else:
+        raise DataError(
+            f"{path}, {name!r}: texts that are kept in this way are not read. Write them without a"
+            " filter of their own, or as fixed-length strings."
+        )
 
 
 def _refuse_foreign(path: Path, name: str, item: Any) -> None:
