@@ -161,7 +161,7 @@ class Counter:
         rows = len(entity)
         vectors = {
             head: _filled(vector, _up(rows, _ROWS))
-            for head, vector in self.model.queries(entity, relation).items()
+            for head, vector in self.model.queries_alike(entity, relation).items()
         }
         weights = self.model.decision_weights(relation)
         weights = weights.to(vectors[self.model.heads[0]].dtype).contiguous()
@@ -209,13 +209,11 @@ class Counter:
 
     def _make(self, start: int) -> dict[str, Tensor]:
         """Vectors (made, d) a head of the candidates from a position on."""
-        place = torch.arange(start, start + self.made, device=self.device)
-        # In places that are not of this process stands one that is.
-        place = place.clamp_(self.first, self.last - 1)
-        return self.model.candidates(self.relation, self._entities(place))
-
-    def _entities(self, place: Tensor) -> Tensor:
-        return place if self.chosen is None else self.chosen[place]
+        place = torch.arange(start, start + self.made, device=self.device).clamp_(max=self.size - 1)
+        entity = place if self.chosen is None else self.chosen[place]
+        # Those of other processes, too: what is made of theirs does not count, but how the rest is
+        # made could depend on it.
+        return self.model.candidates(self.relation, entity)
 
     def _keep(self) -> dict[str, Tensor]:
         """All vectors of this process, chunk after chunk."""
@@ -242,13 +240,13 @@ class Counter:
                 for m, head in enumerate(heads):
                     out[m] = self._keep()[head][place - begin]
         elif len(self.shards):
-            ids = answer.clamp(self.shards.start, self.shards.stop - 1)
-            for part in torch.arange(len(answer), device=self.device).split(self.made):
+            for first in range(0, len(answer), self.made):
                 # As many as are made elsewhere, so that they are made in the same way.
-                filled = torch.cat([ids[part], ids[:1].expand(self.made - len(part))])
+                part = answer[first : first + self.made]
+                filled = torch.cat([part, part[:1].expand(self.made - len(part))])
                 made = self.model.candidates(self.relation, filled)
                 for m, head in enumerate(heads):
-                    out[m, part] = made[head][: len(part)]
+                    out[m, first : first + len(part)] = made[head][: len(part)]
         if not self.shards.alone:
             self.shards.sum_(out.masked_fill_(~mine[None, :, None], 0))
         return list(out)

@@ -111,6 +111,15 @@ class Shards:
         order = torch.argsort(asked, stable=True)
         return torch.empty_like(rows).index_copy(0, order, rows)
 
+    def all_rows_of(self, table: Callable[[Tensor], Tensor], entity: Tensor) -> Tensor:
+        """As `rows_of`, but (n, d), all on every process; nothing is differentiated through."""
+        if self.alone:
+            return table(entity)
+        mine = self.owned(entity).nonzero().flatten()
+        picked = table(entity[mine] - self.start).detach()
+        rows = picked.new_zeros(len(entity), *picked.shape[1:])
+        return self.sum_(rows.index_copy_(0, mine, picked))
+
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over the processes; each passes the gradient on as it is to its own term.
 

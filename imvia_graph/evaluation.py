@@ -173,15 +173,14 @@ def rank(
         (C,) int64: the entities that compete with the answer, as `draw_candidates` gives them.
         Default: all.
     shards : Shards, optional
-        Which entities are this process's. Default: the model's; all where there is one process.
+        Which entities are this process's. Default: the model's.
 
     Raises
     ------
     DataError
         Candidates that are no entities of the model.
     """
-    if shards is None:
-        shards = getattr(model, "shards", None) or Shards(model.num_entities)
+    shards = model.shards if shards is None else shards
     device = model.device
     known = known.to(device)
     chosen = None if candidates is None else _checked(candidates, model.num_entities).to(device)
