@@ -2,8 +2,8 @@
 
     IMVIA_DATA=... python benchmarks/scale/processes.py --data countries --data MKG-Y
 
-Each training is run in one process and, under torchrun and gloo, in two, in float32 on the CPU, with
-the same seed and the same global batches. Written to ``benchmarks/results/scale-processes.json``.
+Each training is run in one process and, under torchrun and gloo, in two, in float32 on the CPU,
+with the same seed and global batches. Written to ``benchmarks/results/scale-processes.json``.
 """
 
 from __future__ import annotations
