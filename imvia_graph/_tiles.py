@@ -27,12 +27,15 @@ from imvia_graph.model import DECISION, IMVIA
 #: Queries and candidates of a tile at most: what scores of four heads a core's cache holds, and
 #: what keeps a GPU busy.
 _SIDE, _SIDE_ON_GPU = 256, 1024
+#: From so many candidates on, tiles are twice as long and as wide: their products are faster, and
+#: the answers' tiles cost next to nothing beside them.
+_MANY = 2**16
 #: Tiles whose candidates are made at a time.
 _MADE = 4
 #: Queries of a tile are filled up to a multiple: products of a row or two are computed otherwise.
 _ROWS = 16
 #: Bytes of candidate tables that are kept; larger ones are made, used and forgotten bit by bit.
-_KEPT = 2**30
+_KEPT = 2**28
 #: Bytes of query vectors that such tables are used for at a time.
 _QUERIES = 2**28
 
@@ -108,6 +111,8 @@ class Counter:
             own = chosen.new_tensor([shards.start, shards.stop])
             self.first, self.last = torch.searchsorted(chosen, own).tolist()
         side = _SIDE if self.device.type == "cpu" else _SIDE_ON_GPU
+        if self.size >= _MANY:
+            side *= 2
         tiles = max(1, -(-self.size // side))
         self.width = _up(-(-self.size // tiles), 16)
         tiles = max(1, -(-self.size // self.width))

@@ -150,7 +150,8 @@ def rank(
 ) -> Ranking:
     """Rank the tails and heads of triples against all entities, or against those that are chosen.
 
-    Memory does not grow with the number of entities beyond a gigabyte for candidates' vectors.
+    Memory does not grow with the number of entities beyond 256 MiB of candidates' vectors, and as
+    much of queries'.
     With several processes, each of which calls this with the same arguments, each counts what
     outranks the answers among its own entities; the ranks are on all of them, and the same for any
     number of processes.
