@@ -10,6 +10,7 @@ import importlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,12 +106,21 @@ def main(arguments: list[str] | None = None) -> Any:
 
         if not isinstance(error, IMVIAError | OSError) or "--debug" in arguments:
             raise
+        _let_the_first_speak()
         click.echo(printable(f"Error: {error}"), err=True)
         if isinstance(error, IMVIAError):
             sys.exit(error.exit_code)
         # What the system refuses (a folder that cannot be written, say) is for the user to mend.
         sys.exit(1 if is_full(error) else 2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _let_the_first_speak() -> None:
+    """Of several processes that meet one error, the first one tells of it; it ends the others."""
+    from imvia_graph.distributed import is_first
+
+    if not is_first():
+        time.sleep(5)
 
 
 def _shown(error: click.ClickException) -> str:

@@ -27,12 +27,15 @@ from imvia_graph.model import DECISION, IMVIA
 #: Queries and candidates of a tile at most: what scores of four heads a core's cache holds, and
 #: what keeps a GPU busy.
 _SIDE, _SIDE_ON_GPU = 256, 1024
+#: From so many candidates on, tiles are twice as long and as wide: their products are faster, and
+#: the answers' tiles cost next to nothing beside them.
+_MANY = 2**16
 #: Tiles whose candidates are made at a time.
 _MADE = 4
 #: Queries of a tile are filled up to a multiple: products of a row or two are computed otherwise.
 _ROWS = 16
 #: Bytes of candidate tables that are kept; larger ones are made, used and forgotten bit by bit.
-_KEPT = 2**30
+_KEPT = 2**28
 #: Bytes of query vectors that such tables are used for at a time.
 _QUERIES = 2**28
 
@@ -108,6 +111,8 @@ class Counter:
             own = chosen.new_tensor([shards.start, shards.stop])
             self.first, self.last = torch.searchsorted(chosen, own).tolist()
         side = _SIDE if self.device.type == "cpu" else _SIDE_ON_GPU
+        if self.size >= _MANY:
+            side *= 2
         tiles = max(1, -(-self.size // side))
         self.width = _up(-(-self.size // tiles), 16)
         tiles = max(1, -(-self.size // self.width))
@@ -161,7 +166,7 @@ class Counter:
         rows = len(entity)
         vectors = {
             head: _filled(vector, _up(rows, _ROWS))
-            for head, vector in self.model.queries(entity, relation).items()
+            for head, vector in self.model.queries_alike(entity, relation).items()
         }
         weights = self.model.decision_weights(relation)
         weights = weights.to(vectors[self.model.heads[0]].dtype).contiguous()
@@ -209,13 +214,11 @@ class Counter:
 
     def _make(self, start: int) -> dict[str, Tensor]:
         """Vectors (made, d) a head of the candidates from a position on."""
-        place = torch.arange(start, start + self.made, device=self.device)
-        # In places that are not of this process stands one that is.
-        place = place.clamp_(self.first, self.last - 1)
-        return self.model.candidates(self.relation, self._entities(place))
-
-    def _entities(self, place: Tensor) -> Tensor:
-        return place if self.chosen is None else self.chosen[place]
+        place = torch.arange(start, start + self.made, device=self.device).clamp_(max=self.size - 1)
+        entity = place if self.chosen is None else self.chosen[place]
+        # Those of other processes, too: what is made of theirs does not count, but how the rest is
+        # made could depend on it.
+        return self.model.candidates(self.relation, entity)
 
     def _keep(self) -> dict[str, Tensor]:
         """All vectors of this process, chunk after chunk."""
@@ -242,13 +245,13 @@ class Counter:
                 for m, head in enumerate(heads):
                     out[m] = self._keep()[head][place - begin]
         elif len(self.shards):
-            ids = answer.clamp(self.shards.start, self.shards.stop - 1)
-            for part in torch.arange(len(answer), device=self.device).split(self.made):
+            for first in range(0, len(answer), self.made):
                 # As many as are made elsewhere, so that they are made in the same way.
-                filled = torch.cat([ids[part], ids[:1].expand(self.made - len(part))])
+                part = answer[first : first + self.made]
+                filled = torch.cat([part, part[:1].expand(self.made - len(part))])
                 made = self.model.candidates(self.relation, filled)
                 for m, head in enumerate(heads):
-                    out[m, part] = made[head][: len(part)]
+                    out[m, first : first + len(part)] = made[head][: len(part)]
         if not self.shards.alone:
             self.shards.sum_(out.masked_fill_(~mine[None, :, None], 0))
         return list(out)

@@ -111,6 +111,15 @@ class Shards:
         order = torch.argsort(asked, stable=True)
         return torch.empty_like(rows).index_copy(0, order, rows)
 
+    def all_rows_of(self, table: Callable[[Tensor], Tensor], entity: Tensor) -> Tensor:
+        """As `rows_of`, but (n, d), all on every process; nothing is differentiated through."""
+        if self.alone:
+            return table(entity)
+        mine = self.owned(entity).nonzero().flatten()
+        picked = table(entity[mine] - self.start).detach()
+        rows = picked.new_zeros(len(entity), *picked.shape[1:])
+        return self.sum_(rows.index_copy_(0, mine, picked))
+
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over the processes; each passes the gradient on as it is to its own term.
 
@@ -158,13 +167,22 @@ class Shards:
         return tensor
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sum the gradients of what all processes hold; one that has none counts as 0."""
+        """Sum the gradients of what all processes hold.
+
+        Where a process has none it counts as 0; where all have none there stays none.
+        """
         if self.alone or not parameters:
             return
-        for parameter in parameters:
-            if parameter.grad is None:
+        has_one = [float(parameter.grad is not None) for parameter in parameters]
+        anywhere = self.max_(torch.tensor(has_one, device=parameters[0].device)).tolist()
+        grads = []
+        for parameter, one in zip(parameters, anywhere, strict=True):
+            if one and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        grads = [parameter.grad for parameter in parameters]
+            if parameter.grad is not None:
+                grads.append(parameter.grad)
+        if not grads:
+            return
         flat = _flatten_dense_tensors(grads)
         dist.all_reduce(flat)
         for grad, total in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):

@@ -150,7 +150,8 @@ def rank(
 ) -> Ranking:
     """Rank the tails and heads of triples against all entities, or against those that are chosen.
 
-    Memory does not grow with the number of entities beyond a gigabyte for candidates' vectors.
+    Memory does not grow with the number of entities beyond 256 MiB of candidates' vectors, and as
+    much of queries'.
     With several processes, each of which calls this with the same arguments, each counts what
     outranks the answers among its own entities; the ranks are on all of them, and the same for any
     number of processes.
@@ -173,15 +174,14 @@ def rank(
         (C,) int64: the entities that compete with the answer, as `draw_candidates` gives them.
         Default: all.
     shards : Shards, optional
-        Which entities are this process's. Default: the model's; all where there is one process.
+        Which entities are this process's. Default: the model's.
 
     Raises
     ------
     DataError
         Candidates that are no entities of the model.
     """
-    if shards is None:
-        shards = getattr(model, "shards", None) or Shards(model.num_entities)
+    shards = model.shards if shards is None else shards
     device = model.device
     known = known.to(device)
     chosen = None if candidates is None else _checked(candidates, model.num_entities).to(device)

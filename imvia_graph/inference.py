@@ -25,6 +25,9 @@ Side = Literal["tail", "head"]
 
 #: Relations whose candidate tables are held at a time where each has its own.
 TABLES_HELD = 4
+#: Bytes of candidate tables that are held; larger ones are made anew for every batch of queries,
+#: so many candidates at a time.
+HELD, PORTION = 2**30, 2**14
 
 
 class Query(NamedTuple):
@@ -94,7 +97,8 @@ class Predictor:
     """Answers queries, with what does not depend on the query held ready.
 
     The candidate tables are made at the first query and kept: for a model that is asked often and
-    trained no more. With ``candidates="relation"`` those of the last few relations are kept.
+    trained no more. With ``candidates="relation"`` those of the last few relations are kept. Tables
+    of more than a gigabyte are not kept but made anew, bit by bit, for each batch of queries.
 
     Parameters
     ----------
@@ -176,25 +180,16 @@ class Predictor:
         device = self.model.device
         entity, relation = entity.to(device), relation.to(device)
         found: list[list[Tensor]] = []
-        for positions, scores in self.scores(entity, relation, batch_size):
-            asked, under = entity[positions], relation[positions]
-            decision = scores[DECISION]
-            if decision.isnan().any():
-                raise IMVIAError("predict: the model's scores are not numbers; train it again.")
-            known = torch.zeros_like(decision, dtype=torch.bool)
-            known[self.known_pairs(asked, under)] = True
-            excluded = torch.zeros_like(known) if include_known else known.clone()
-            if not include_self:
-                # That an entity is related to itself is no news, unless the relation does that.
+        with evaluating(self.model):
+            for positions in self._batches(relation, batch_size):
+                asked, under = entity[positions], relation[positions]
                 left_out = torch.ones_like(asked, dtype=torch.bool)
                 if include_self is None:
                     left_out = ~self._loops[under]
-                row = left_out.nonzero().flatten()
-                excluded[row, asked[row]] |= ~known[row, asked[row]]
-            row, answer, rank = best(decision, excluded, k)
-            columns = [positions[row], answer, rank, decision[row, answer], known[row, answer]]
-            columns += [scores[head][row, answer] for head in self.model.heads]
-            found.append([column.cpu() for column in columns])
+                elif include_self:
+                    left_out = torch.zeros_like(left_out)
+                row, *columns = self._best(asked, under, k, include_known, left_out)
+                found.append([column.cpu() for column in (positions[row], *columns)])
         columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
         # Relation by relation came other queries first.
         order = torch.argsort(columns[0], stable=True)
@@ -203,22 +198,93 @@ class Predictor:
         return Answers(query, answer, rank, score, modalities, known)
 
     @torch.no_grad()
+    def _best(
+        self, entity: Tensor, relation: Tensor, k: int, include_known: bool, not_self: Tensor
+    ) -> list[Tensor]:
+        """Columns of the k best answers to (B,) queries, portion by portion of the candidates.
+
+        They are the query's row, the answer, its rank and score, whether it is known, and its
+        scores by each head; ``not_self`` (B,) bool says whose entity itself is no answer, unless
+        that is known.
+        """
+        queries = self.model.queries(entity, relation)
+        # Sorted by row, and by entity within a row.
+        known_row, known_col = self.known_pairs(entity, relation)
+        found: list[list[Tensor]] = []
+        for first, scores in self._portions(queries, relation):
+            decision = scores[DECISION]
+            if decision.isnan().any():
+                raise IMVIAError("predict: the model's scores are not numbers; train it again.")
+            known = torch.zeros_like(decision, dtype=torch.bool)
+            here = (known_col >= first) & (known_col < first + decision.shape[1])
+            known[known_row[here], known_col[here] - first] = True
+            excluded = torch.zeros_like(known) if include_known else known.clone()
+            # That an entity is related to itself is no news, unless the relation does that.
+            own = entity - first
+            row = (not_self & (own >= 0) & (own < decision.shape[1])).nonzero().flatten()
+            excluded[row, own[row]] |= ~known[row, own[row]]
+            row, answer, rank = best(decision, excluded, k)
+            columns = [row, answer + first, rank, decision[row, answer], known[row, answer]]
+            found.append([*columns, *(scores[head][row, answer] for head in self.model.heads)])
+        if len(found) == 1:
+            return found[0]
+        columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
+        # Within a row and a score, in the order of the portions and so of the ids.
+        order = torch.argsort(columns[3], descending=True, stable=True)
+        order = order[torch.argsort(columns[0][order], stable=True)]
+        columns = [column[order] for column in columns]
+        columns[2] = places(columns[0], len(entity))
+        return [column[columns[2] <= k] for column in columns]
+
+    def _batches(self, relation: Tensor, batch_size: int) -> Iterator[Tensor]:
+        """Positions of queries that are scored together: where need be, of one relation."""
+        groups: Sequence[Tensor] = [torch.arange(len(relation), device=relation.device)]
+        if self.model.settings.candidates != "shared":
+            order = torch.argsort(relation, stable=True)
+            counts = torch.unique_consecutive(relation[order], return_counts=True)[1]
+            groups = order.split(counts.tolist())
+        for group in groups:
+            yield from group.split(batch_size)
+
+    @torch.no_grad()
     def scores(
         self, entity: Tensor, relation: Tensor, batch_size: int = 1024
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield (positions, scores by head and ``decision``) of queries against all entities."""
-        if self.model.settings.candidates == "shared":
-            groups: Sequence[Tensor] = [torch.arange(len(entity), device=entity.device)]
-        else:
-            order = torch.argsort(relation, stable=True)
-            counts = torch.unique_consecutive(relation[order], return_counts=True)[1]
-            groups = order.split(counts.tolist())
         with evaluating(self.model) as model:
-            for group in groups:
-                for positions in group.split(batch_size):
-                    under = relation[positions]
-                    queries = model.queries(entity[positions], under)
-                    yield positions, model.scores(queries, self.tables(under), under)
+            for positions in self._batches(relation, batch_size):
+                under = relation[positions]
+                yield positions, self._scores(model.queries(entity[positions], under), under)
+
+    def _scores(self, queries: Mapping[str, Tensor], relation: Tensor) -> dict[str, Tensor]:
+        """(B, N) scores by head and ``decision``."""
+        parts = [scores for _, scores in self._portions(queries, relation)]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+
+    def _portions(
+        self, queries: Mapping[str, Tensor], relation: Tensor
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield (first id, scores by head and ``decision``), of all candidates or of a portion."""
+        model = self.model
+        if self.holds:
+            yield 0, model.scores(queries, self.tables(relation), relation)
+            return
+        under = None if model.settings.candidates == "shared" else relation[0]
+        for first in range(0, model.num_entities, PORTION):
+            # The last portion is filled up: of one shape, products of equal rows are equal.
+            ids = torch.arange(first, first + PORTION, device=model.device)
+            tables = model.candidates(under, ids.clamp_(max=model.num_entities - 1))
+            scores = model.scores(queries, tables, relation)
+            rows = model.num_entities - first
+            yield first, {name: part[:, :rows] for name, part in scores.items()}
+
+    @property
+    def holds(self) -> bool:
+        """Whether candidate tables are held."""
+        model = self.model
+        return model.num_entities * len(model.heads) * model.settings.dim * 4 <= HELD
 
     @torch.no_grad()
     def tables(self, relation: Tensor) -> dict[str, Tensor]:
@@ -233,6 +299,11 @@ class Predictor:
             while len(self._tables) > TABLES_HELD:
                 self._tables.popitem(last=False)
         return self._tables[key]
+
+    def prepare(self) -> None:
+        """Make what is held of the candidates, so that the first query need not wait for it."""
+        if self.holds:
+            self.tables(torch.zeros(1, dtype=torch.int64, device=self.model.device))
 
     def known_pairs(self, entity: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
         """Which entities are known to answer (B,) queries: rows and columns of (B, N)."""
@@ -312,7 +383,7 @@ class Predictor:
         given = self._checked(views)
         with evaluating(self.model) as model:
             queries = model.decode(self._embed_new(given, relation_id), relation_id)
-            scores = model.scores(queries, self.tables(relation_id), relation_id)
+            scores = self._scores(queries, relation_id)
             weights = decision_weights(model, under)
         heads = [head for head in model.heads if head in given]
         total = sum(weights[head] for head in heads)
@@ -445,10 +516,15 @@ def best(scores: Tensor, excluded: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
     order = torch.argsort(scores[row, column], descending=True, stable=True)
     order = order[torch.argsort(row[order], stable=True)]
     row, column = row[order], column[order]
-    count = torch.bincount(row, minlength=len(scores))
-    rank = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row] + 1
+    rank = places(row, len(scores))
     kept = rank <= k
     return row[kept], column[kept], rank[kept]
+
+
+def places(row: Tensor, num_rows: int) -> Tensor:
+    """The place, from 1, of each of (n,) ascending row numbers within its row."""
+    count = torch.bincount(row, minlength=num_rows)
+    return torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row] + 1
 
 
 @contextmanager

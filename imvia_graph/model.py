@@ -105,7 +105,7 @@ class IMVIA(nn.Module):
         shards: Shards | None = None,
     ) -> None:
         super().__init__()
-        self.shards = shards or Shards(num_entities)
+        self.shards = Shards(num_entities) if shards is None else shards
         s = self.settings = settings or Settings()
         self.num_entities, self.num_relations = num_entities, num_relations
         relation_dim = s.relation_dim
@@ -271,6 +271,21 @@ class IMVIA(nn.Module):
         found = self.decode(self.embed(entity, relation), relation)
         return {head: self.shards.gather(query, len(entity)) for head, query in found.items()}
 
+    def queries_alike(self, entity: Tensor, relation: Tensor) -> dict[str, Tensor]:
+        """What `queries` gives, made whole by every process, for evaluation.
+
+        A product of a part of the rows may differ from that of all in its last bits; these are the
+        same for any number of processes.
+        """
+        embedded = self._embed(
+            entity, lambda table: self.shards.all_rows_of(table, entity), relation
+        )
+        groups = group_by_relation(relation)
+        return {
+            head: decoder(embedded.heads[head], table.weight, groups)
+            for head, decoder, table in zip(self.heads, self.decoder, self.relation, strict=True)
+        }
+
     def candidates(
         self, relation: Tensor | None = None, entity: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -282,12 +297,12 @@ class IMVIA(nn.Module):
             A scalar: the relation that all queries share, for ``candidates="relation"``, the exact
             form of Eq. 1. None for relation-free tables.
         entity : Tensor, optional
-            (N,) int64 candidates; None for all entities. Of several processes, each is asked for
-            its own.
+            (N,) int64 candidates; None for all entities. Of several processes, each has its own:
+            the rows of other entities are of no meaning.
         """
         if entity is None:
             return self.embed(None, relation).heads
-        own = entity - self.shards.start
+        own = (entity - self.shards.start).clamp(0, len(self.shards) - 1)
         return self._embed(entity, lambda table: table(own), relation).heads
 
     def scores(

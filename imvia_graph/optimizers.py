@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,10 +74,13 @@ class RowOptimizer(torch.optim.Optimizer):
                 if not rowwise:
                     state["mean"] = torch.zeros_like(weight)
 
+    def step(self, closure: Any = None) -> None:
+        """Update the rows that were looked up."""
+        self.step_by()
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, scale: Tensor | None = None) -> None:
-        """Update the rows that were looked up; ``scale`` multiplies their gradients."""
-        assert closure is None
+    def step_by(self, scale: Tensor | None = None) -> None:
+        """`step` with gradients times ``scale``."""
         group = self.param_groups[0]
         for table in self.tables:
             row, grad = table.gradients()

@@ -416,7 +416,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.row_optimizer is not None and (bad is None or not bad):
-            self.row_optimizer.step(scale=scale)
+            self.row_optimizer.step_by(scale)
         if self.average is not None:
             self.average.update(self.progress.step)
 

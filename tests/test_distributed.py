@@ -163,8 +163,10 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(regime, folde
     # As many epochs as the schedule goes by, stopped after two.
     script = tmp_path / "two.py"
     script.write_text(
-        "import sys, imvia_graph as ig\n"
-        "class Stop(ig.training.Callback):\n"
+        "import sys\n"
+        "import imvia_graph as ig\n"
+        "from imvia_graph.training import Callback\n"
+        "class Stop(Callback):\n"
         "    def on_epoch(self, trainer, record):\n"
         "        if record['epoch'] == 2: trainer.stop()\n"
         "try:\n"
@@ -201,18 +203,28 @@ def workers(parent):
     return found
 
 
+LONG = ("--epochs", "40", "--set", "patience=null")
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder, tmp_path_factory):
+    """The folder of a long run in two processes that nobody kills."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    run(torchrun(2, *fit(folder, out, *LONG)))
+    return out
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
 @pytest.mark.parametrize("launcher", ["torchrun", "fit"])
-def test_a_group_of_which_a_process_is_killed_goes_on_by_itself(launcher, folder, tmp_path):
-    epochs = ("--epochs", "60", "--set", "patience=null")
+def test_a_group_of_which_a_process_is_killed_goes_on_by_itself(
+    launcher, folder, unbroken, tmp_path
+):
     out = tmp_path / "killed"
+    command = fit(folder, out, *LONG)
     if launcher == "torchrun":
-        command = torchrun(2, *fit(folder, out, *epochs), restarts=3)
-        whole = torchrun(2, *fit(folder, tmp_path / "whole", *epochs))
+        command = torchrun(2, *command, restarts=3)
     else:
-        command = [sys.executable, *fit(folder, out, *epochs, "--processes", "2")]
-        whole = [sys.executable, *fit(folder, tmp_path / "whole", *epochs, "--processes", "2")]
-    run(whole)
+        command = [sys.executable, *command, "--processes", "2"]
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -233,9 +245,8 @@ def test_a_group_of_which_a_process_is_killed_goes_on_by_itself(launcher, folder
         process.kill()
     assert process.returncode == 0, output[-3000:]
     assert killed == 2
-    assert metrics_of(out) == metrics_of(tmp_path / "whole")
-    test = "test.json"
-    assert (out / test).read_text() == (tmp_path / "whole" / test).read_text()
+    assert metrics_of(out) == metrics_of(unbroken)
+    assert (out / "test.json").read_text() == (unbroken / "test.json").read_text()
 
 
 def test_under_torchrun_the_folder_is_named(folder):

@@ -1,8 +1,13 @@
 """Filtered ranking, against loops that score every triple."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import reference as loops
@@ -202,11 +207,15 @@ def as_lists(side):
 
 
 def little_tiles(monkeypatch, keeps=True):
-    """Tiles of 16 candidates, two made at a time; tables are kept, or made for 32 queries."""
+    """Tiles of 16 candidates, two made at a time; tables are kept, or made for 32 queries.
+
+    Those that are not kept have tiles of 32 where there are 64 candidates.
+    """
     monkeypatch.setattr(_tiles, "_SIDE", 16)
     monkeypatch.setattr(_tiles, "_MADE", 2)
     if not keeps:
         monkeypatch.setattr(_tiles, "_KEPT", 0)
+        monkeypatch.setattr(_tiles, "_MANY", 64)
         monkeypatch.setattr(_tiles, "_QUERIES", 32 * 4 * 4 * 4)
 
 
@@ -376,13 +385,14 @@ class Holding:
         return getattr(self._model, name)
 
     def candidates(self, relation, entity):
-        assert self._shards.owned(entity).all()
-        return self._model.candidates(relation, entity)
+        other = ~self._shards.owned(entity)
+        made = self._model.candidates(relation, entity)
+        return {head: part.masked_fill(other[:, None], NAN) for head, part in made.items()}
 
 
 def rank_together(size, model, *arguments, **options):
     """The ranks that each of so many threads finds."""
-    room = [None] * size, threading.Barrier(size, timeout=60)
+    room = [None] * size, threading.Barrier(size, timeout=20)
 
     def one(i):
         shards = Together(model.num_entities, i, size, room)
@@ -460,11 +470,56 @@ def test_ranks_do_not_depend_on_the_batch_size(monkeypatch, batch_size):
     model = model_of(kg, dim=20).eval().float()
     # Queries are made alike, whatever the batch.
     table = model.entity.weight.detach()
-    monkeypatch.setattr(model, "queries", lambda entity, relation: {"structure": table[entity]})
+    monkeypatch.setattr(
+        model, "queries_alike", lambda entity, relation: {"structure": table[entity]}
+    )
     with torch.no_grad():
         model.entity.weight.copy_(model.entity.weight[:29].repeat(3, 1)[:83])
     whole = rank(model, kg.test, kg.answers(), 1000)
     assert_equal_ranks(rank(model, kg.test, kg.answers(), batch_size), whole)
+
+
+PROCESSES = """
+import json, sys, torch
+import imvia_graph as ig
+from imvia_graph import _tiles, distributed
+from imvia_graph.evaluation import rank
+
+kg = ig.load_kg(sys.argv[1])
+if distributed.is_launched():
+    distributed.join(torch.device("cpu"))
+shards = distributed.Shards.of_world(kg.num_entities)
+found = []
+for candidates in ("shared", "relation"):
+    torch.manual_seed(0)
+    settings = ig.Settings(dim=24, relation_dim=8, candidates=candidates, batch_norm=True)
+    model = ig.IMVIA.from_kg(kg, settings, shards)
+    for kept in (2**30, 0):
+        _tiles._KEPT, _tiles._QUERIES = kept, 2**14
+        ranking = rank(model, kg.test, kg.answers(), 60)
+        found += [{name: part.tolist() for name, part in side.items()} for side in ranking[1:]]
+with open(f"{sys.argv[2]}-{shards.rank}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_gloo_find_the_ranks_of_one(tmp_path):
+    kg = larger_kg(entities=1103)
+    kg.save(tmp_path / "kg")
+    script = tmp_path / "ranks.py"
+    script.write_text(PROCESSES)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = []
+    for size in (1, 2, 3):
+        out = tmp_path / f"found-{size}"
+        command = [sys.executable, *([] if size == 1 else [*launch, str(size)])]
+        command += [str(script), str(tmp_path / "kg"), str(out)]
+        subprocess.run(command, check=True, env=environment, timeout=300)
+        found += [json.loads(Path(f"{out}-{i}.json").read_text()) for i in range(size)]
+    assert found == [found[0]] * 6
+    assert len(set(found[0][0]["decision"])) > 20
 
 
 def test_out_of_memory_in_one_of_several_processes_says_which(monkeypatch):

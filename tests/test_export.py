@@ -294,6 +294,40 @@ def test_answers_are_those_of_one_query_at_a_time(candidates, include_known, k):
     assert at == len(frame)
 
 
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize("include_self", [None, False, True])
+@pytest.mark.parametrize("k", [1, 4, 100])
+def test_answers_do_not_depend_on_whether_tables_are_held(monkeypatch, candidates, include_self, k):
+    run = make_run(ring_kg(), candidates=candidates)
+    with torch.no_grad():
+        # Ties within a portion and across portions.
+        for table in (run.model.entity, *run.model.residual):
+            table.weight.copy_(table.weight[:3].repeat(4, 1))
+    entity = torch.arange(12).repeat_interleave(4)
+    relation = torch.arange(4).repeat(12)
+
+    def answers(include_known):
+        predictor = ig.Predictor(run.model, run.kg)
+        options = {"k": k, "include_known": include_known, "include_self": include_self}
+        found = predictor.answers(entity, relation, batch_size=7, **options)
+        columns = [*found[:4], *found.modalities.values(), found.known]
+        return [column.double() for column in columns], predictor
+
+    def explained():
+        found = ig.explain(run.model, run.kg, head="e1", relation="after", tail="e2")
+        return {side: {n: j.rank for n, j in of.items()} for side, of in found.judgements.items()}
+
+    whole, ranks = [answers(known)[0] for known in (False, True)], explained()
+    monkeypatch.setattr(inference, "HELD", 0)
+    monkeypatch.setattr(inference, "PORTION", 5)
+    for known, expected in zip((False, True), whole, strict=True):
+        found, predictor = answers(known)
+        assert not predictor._tables
+        for mine, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+    assert explained() == ranks
+
+
 def test_equal_scores_go_by_id(ring_run):
     with torch.no_grad():
         for parameter in ring_run.model.parameters():

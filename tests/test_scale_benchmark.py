@@ -123,12 +123,12 @@ def test_portions_make_no_difference_to_what_the_library_reads(bench, made, tmp_
         assert 0.9 < feat.std() < 2
 
 
-@pytest.mark.parametrize("modalities", [["image"], []], ids=["views", "structure"])
-def test_a_short_fit_ranks_well_above_chance(made, modalities):
-    run = ig.fit(made.kg, modalities=modalities, epochs=12, dim=32, validation="published",
-                 device="cpu", precision="float32")  # fmt: skip
+@pytest.mark.parametrize(("modalities", "epochs"), [(["image"], 8), ([], 30)], ids=str)
+def test_a_short_fit_ranks_well_above_chance(made, modalities, epochs):
+    run = ig.fit(made.kg, modalities=modalities, epochs=epochs, dim=32, batch_size=256,
+                 validation="published", device="cpu", precision="float32")  # fmt: skip
     # By chance: the mean of 1 / rank over 1,000 entities is 0.0075.
-    assert run.evaluate("test")["both"]["mrr"] > 0.05
+    assert run.evaluate("test")["both"]["mrr"] > 0.1
 
 
 # -- the ladder -----------------------------------------------------------------------------------

@@ -157,9 +157,25 @@ def _planned(size: Size, random: np.random.Generator) -> _Plan:
 def _triples(size: Size, plan: _Plan, random: np.random.Generator) -> Ints:
     """(n, 3) distinct triples, in no order; each entity is a head, then heads are drawn."""
     wanted = round(size.entities * size.triples_each)
+    key = np.empty(0, dtype=np.int64)
+    drawn = 0
+    # Popular pairs come again and again: what they leave is drawn anew, a few times.
+    for _ in range(8):
+        missing = wanted - len(key)
+        if missing <= wanted // 200:
+            break
+        key = np.union1d(key, _keys(size, plan, random, drawn, drawn + missing))
+        drawn += missing
+    random.shuffle(key)
+    key, tail = np.divmod(key, size.entities)
+    return np.stack([*np.divmod(key, size.relations), tail], axis=1)
+
+
+def _keys(size: Size, plan: _Plan, random: np.random.Generator, start: int, stop: int) -> Ints:
+    """Triples number start to stop, as one number each; some may be the same."""
     keys = []
-    for at in range(0, wanted, TRIPLES):
-        number = np.arange(at, min(at + TRIPLES, wanted))
+    for at in range(start, stop, TRIPLES):
+        number = np.arange(at, min(at + TRIPLES, stop))
         first = number[number < size.entities]
         drawn = _drawn(plan, np.zeros(len(number) - len(first), dtype=np.int64),
                        np.full(len(number) - len(first), len(plan.start) - 1), random)  # fmt: skip
@@ -172,11 +188,7 @@ def _triples(size: Size, plan: _Plan, random: np.random.Generator) -> Ints:
         end = np.where(stray, low + plan.clusters_each, low + of + 1)
         tail = _drawn(plan, begin, end, random)
         keys.append((head * size.relations + relation) * size.entities + tail)
-    key = np.unique(np.concatenate(keys))
-    del keys
-    random.shuffle(key)
-    key, tail = np.divmod(key, size.entities)
-    return np.stack([*np.divmod(key, size.relations), tail], axis=1)
+    return np.concatenate(keys)
 
 
 def _relations(size: Size, plan: _Plan, head: Ints, random: np.random.Generator) -> Ints:

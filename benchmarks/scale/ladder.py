@@ -119,7 +119,7 @@ def graph_of(entities: int, folder: Path | None) -> Iterator[tuple[Path, measure
         # In a process of its own, whose memory goes with it.
         row = {"generate": str(made / "kg"), "entities": entities}
         about = measure.in_process(__file__, row, threads=1)
-        del about["generate"], about["threads"]
+        del about["generate"]
         about["generate_seconds"] = about.pop("seconds")
         yield made / "kg", about
     finally:
@@ -182,17 +182,22 @@ def run_row(row: measure.Row) -> measure.Row:
     memory.begin("prepare")
     clock = clock_of(row["seconds"], memory)
     out = Path(row["folder"]).parent / "run"
-    run = ig.fit(kg, out=out, settings=chosen, callbacks=[clock])
+    try:
+        ig.fit(kg, out=out, settings=chosen, callbacks=[clock])
+    except KeyboardInterrupt:  # as a run that is stopped before its end is for whoever called it
+        if not clock.stopped:
+            raise
     trained = time.perf_counter()
     memory.begin("rank")
-    ranked = rank(run, device)
+    model = clock.trainer.model.eval()
+    ranked = rank(model, kg, chosen, device)
     memory.begin("end")
     steps = clock.steps[WARM_UP:] if len(clock.steps) > 2 * WARM_UP else clock.steps
     # Each triple is a query of either direction.
     rate = chosen.batch_size / 2 / (sum(steps) / len(steps))
     return {
         "views_loaded": {m: list(kg.views(m)[0].shape) for m in kg.modalities},
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "load_seconds": loaded - started,
         "prepare_seconds": clock.began - loaded,
         "train_seconds": sum(clock.steps),
@@ -218,6 +223,8 @@ def clock_of(seconds: float, memory: Memory) -> Any:
     from imvia_graph import Callback
 
     class Clock(Callback):
+        trainer: Any = None
+        stopped = False
         steps_an_epoch = 0
         began = last = 0.0
 
@@ -226,6 +233,7 @@ def clock_of(seconds: float, memory: Memory) -> Any:
             self.losses: list[float] = []
 
         def on_start(self, trainer: Any) -> None:
+            self.trainer = trainer
             self.steps_an_epoch = len(trainer.batches)
             self.began = self.last = time.perf_counter()
             memory.begin("train")
@@ -239,29 +247,29 @@ def clock_of(seconds: float, memory: Memory) -> Any:
                 memory.begin("validate and save")
             elif now - self.began > seconds:
                 memory.begin("validate and save")
+                self.stopped = True
                 trainer.stop()
 
     return Clock()
 
 
-def rank(run: Any, device: Any) -> measure.Row:
+def rank(model: Any, kg: Any, settings: Any, device: Any) -> measure.Row:
     """Rank queries against all entities, and time the products alone."""
     import torch
 
     import imvia_graph as ig
 
-    kg, model = run.kg, run.model.eval()
     some = kg.test[: QUERIES // 2]
     known = kg.answers()
     started = time.perf_counter()
-    ranking = ig.rank(model, some, known, run.settings.ranking_batch_size, heads=())
+    ranking = ig.rank(model, some, known, settings.ranking_batch_size, heads=())
     found = time.perf_counter() - started
     ranks = torch.cat([ranking.head["decision"], ranking.tail["decision"]]).double()
     expected_by_chance = torch.arange(1, kg.num_entities + 1).double().reciprocal().mean()
     # The floor: each head's scores are a product of queries and candidates.
-    query = torch.randn(len(ranks), run.settings.dim, device=device)
+    query = torch.randn(len(ranks), settings.dim, device=device)
     block = min(kg.num_entities, 2**15)
-    candidate = torch.randn(block, run.settings.dim, device=device)
+    candidate = torch.randn(block, settings.dim, device=device)
     times = []
     for _ in range(5):
         begun = time.perf_counter()

@@ -58,6 +58,8 @@ class Device(NamedTuple):
     #: Bytes a second that a process sends to others, and seconds before the first arrives.
     network: float
     latency: float
+    #: Seconds of a step that go by however small it is: launching kernels.
+    overhead: float
     #: Bytes of memory.
     size: float
 
@@ -99,7 +101,8 @@ def dense_parameters(graph: Graph, model: Model) -> float:
 def seconds(graph: Graph, model: Model, device: Device, processes: int) -> float:
     """Of a step: computing, moving and sending one after the other."""
     taken = step(graph, model, processes)
-    time = taken["operations"] / device.operations + taken["moved"] / device.memory
+    time = device.overhead + taken["operations"] / device.operations
+    time += taken["moved"] / device.memory
     if processes > 1:
         time += taken["sent"] / device.network + 8 * device.latency
     return time
@@ -175,6 +178,7 @@ def cpu_lines(model: Model, optimizer: str, rows: list[dict[str, Any]]) -> list[
 @click.option("--memory", default=1000.0, help="Assumed: GB a second of a GPU's memory, by rows.")
 @click.option("--network", default=25.0, help="Assumed: GB a second that a GPU sends.")
 @click.option("--latency", default=50.0, help="Assumed: microseconds a collective.")
+@click.option("--overhead", default=10.0, help="Assumed: milliseconds a step, besides.")
 @click.option("--size", default=80.0, help="GB of a GPU.")
 @click.option("--optimizer", type=click.Choice(["rowwise", "lazy"]), default="rowwise")
 @click.option("--dim", default=256, help="Width of embeddings.")
@@ -185,6 +189,7 @@ def main(
     memory: float,
     network: float,
     latency: float,
+    overhead: float,
     size: float,
     optimizer: str,
     dim: int,
@@ -193,7 +198,9 @@ def main(
 ) -> None:
     """Print the tables."""
     model = Model(dim=dim, batch=batch)
-    device = Device(tflops * 1e12, memory * 1e9, network * 1e9, latency * 1e-6, size * 1e9)
+    device = Device(
+        tflops * 1e12, memory * 1e9, network * 1e9, latency * 1e-6, overhead * 1e-3, size * 1e9
+    )
     click.echo(
         "| graph | GPUs | on each GPU | fits | host memory a process | views' file | epoch |"
     )

@@ -215,6 +215,9 @@ def outranked(
         for m in range(heads + 1):
             if not wanted[m]:
                 continue
+            if heads == 1 and m == 1 and wanted[0]:
+                counts[i, 1] = counts[i, 0]
+                continue
             # One head alone is the decision.
             row = scores[min(m, heads - 1), i] if m < heads or heads == 1 else decision
             t = truth[i, m]

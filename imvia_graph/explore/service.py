@@ -61,7 +61,7 @@ class Service:
             )
         }
         # The tables are made now, not while somebody waits.
-        self.predictor.tables(torch.zeros(1, dtype=torch.int64, device=run.model.device))
+        self.predictor.prepare()
 
     # -- what there is --------------------------------------------------------------------------
 

@@ -41,8 +41,8 @@ class EntityTable(nn.Embedding):
     """
 
     def __init__(self, shards: Shards, dim: int) -> None:
+        self.shards = shards  # what is drawn while the table is made goes by it
         super().__init__(len(shards), dim)
-        self.shards = shards
         self.lazy = False
         self._looked_up: list[tuple[Tensor, Tensor]] = []
 
@@ -52,10 +52,7 @@ class EntityTable(nn.Embedding):
         Every process draws the rows of all, in the same portions, and keeps its own: what a seed
         gives does not depend on their number.
         """
-        shards = getattr(self, "shards", None)
-        if shards is None:  # called while the table is made
-            return
-        std = self.embedding_dim**-0.5
+        shards, std = self.shards, self.embedding_dim**-0.5
         if self.weight.device.type == "meta":
             return
         with torch.no_grad():
