@@ -2,9 +2,9 @@
 
     IMVIA_DATA=… OMP_NUM_THREADS=1 python benchmarks/reliability/check_cost.py countries MKG-Y
 
-The parts that a step would not need without the check - random states and buffers kept, a sum of each
-gradient, and reading them - are timed in training itself, in seconds of this thread's processor.
-MKG-Y has made-up features of pictures and texts.
+The parts that a step would not need without the check - random states and buffers kept, a sum of
+each gradient, and reading them - are timed in training itself, in seconds of this thread's
+processor. MKG-Y has made-up features of pictures and texts.
 """
 
 import argparse
