@@ -174,7 +174,7 @@ class RunFolder(Callback):
 
     def __init__(self, folder: Path, shards: Shards | None = None) -> None:
         self.folder = folder
-        self.shards = shards or Shards(0)
+        self.shards = Shards(0) if shards is None else shards
         self._best_epoch: int | None = None
         self._lines: list[str] = []
 

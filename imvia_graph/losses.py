@@ -605,7 +605,7 @@ def sampled_completion(
     _check_weights(loss, positives)
     row, col = positives.row, positives.col
     first = next(iter(scores.values()))
-    shards = shards or Shards(first.shape[1])
+    shards = Shards(first.shape[1]) if shards is None else shards
     correction = (-sampled.log_q).expand(len(first), -1).clone()
     correction[row, col] = 0.0
     correction[sampled.row, sampled.col] = -torch.inf

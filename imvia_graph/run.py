@@ -311,7 +311,7 @@ def _fit_in(folder: Path, trainer: Trainer) -> Progress:
     trainer.callbacks.insert(0, checkpoint.RunFolder(folder, trainer.shards))
     with _stopping_on_signals(trainer):
         progress = trainer.fit()
-    if not progress.ended:  # another process was told to stop, and so all did
+    if not progress.ended and not trainer.is_asked_to_stop:  # another process was, and so all did
         raise KeyboardInterrupt
     return progress
 

@@ -258,6 +258,11 @@ class Trainer:
         """
         self._stopping = True
 
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether `stop` was called, in this process."""
+        return self._stopping
+
     def _is_stopping(self) -> bool:
         """Whether any process was asked to stop: all do, after the same step."""
         if self.shards.alone:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import imvia_graph as ig
 from imvia_graph.batches import Batch, Batches
+from imvia_graph.distributed import Shards
 from imvia_graph.io import with_validation
 from imvia_graph.losses import factored_completion
 from imvia_graph.training import training_dtype
@@ -54,6 +55,7 @@ class ComplEx(nn.Module):
         super().__init__()
         self.num_entities, self.num_relations = num_entities, num_relations
         self.settings = types.SimpleNamespace(candidates="shared", dim=2 * rank)
+        self.shards = Shards(num_entities)
         #: Real parts, then imaginary ones.
         self.entity = nn.Embedding(num_entities, 2 * rank)
         self.relation = nn.Embedding(2 * num_relations, 2 * rank)
@@ -67,6 +69,8 @@ class ComplEx(nn.Module):
         real = h * r - h_imaginary * r_imaginary
         imaginary = h * r_imaginary + h_imaginary * r
         return {"structure": torch.cat([real, imaginary], dim=1)}
+
+    queries_alike = queries
 
     def candidates(
         self, relation: Tensor | None = None, entity: Tensor | None = None
