@@ -13,7 +13,11 @@ from numba.extending import intrinsic, overload
 from imvia_graph._kernels import _compile
 
 # Sums may be taken in any order, as vector registers do; NaN and infinity keep their meaning.
-compiled = _compile.compiled(fastmath={"reassoc", "contract", "nsz", "arcp"})
+_FREELY = {"reassoc", "contract", "nsz", "arcp"}
+compiled = _compile.compiled(fastmath=_FREELY)
+#: For what loops call: a function of its own would be another one in the process that compiles it
+#: than in those that read what was compiled, and differ in which products and sums are contracted.
+inlined = _compile.compiled(fastmath=_FREELY, forceinline=True)
 
 _TWO_TO_112 = np.float32(2.0**112)
 
@@ -99,7 +103,7 @@ def _narrowed(value: Any, like: Any) -> Any:
 
 
 # Not to be reordered: r below is exact only as it stands.
-@_compile.compiled(fastmath={"contract"})
+@_compile.compiled(fastmath={"contract"}, forceinline=True)
 def exp(x: Any) -> Any:
     """e^x of a float32 x <= 0, within 2 units in the last place; e^-87 below -87."""
     x = max(x, np.float32(-87.0))

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from imvia_graph._kernels import _compile
-from imvia_graph._kernels.floats import as_bits, as_float, compiled, exp, narrowed, widened
+from imvia_graph._kernels.floats import as_bits, as_float, compiled, exp, inlined, narrowed, widened
 
 
-@compiled
+@inlined
 def largest(row: Any) -> Any:
     """The largest element; NaN (unless its sign is set) where there is one."""
     # As integers, whose maximum needs no order of comparisons: of a negative float all bits but
@@ -22,7 +22,7 @@ def largest(row: Any) -> Any:
     return as_float(np.uint32(top ^ ((top >> np.int32(31)) & np.int32(0x7FFFFFFF))))
 
 
-@compiled
+@inlined
 def softmax_head(row: Any, positives: Any, weight: Any, smoothing: Any) -> Any:
     """`imvia_graph.losses.softmax_completion` of a row, which turns into its gradient."""
     size = np.float32(row.size)
@@ -45,7 +45,7 @@ def softmax_head(row: Any, positives: Any, weight: Any, smoothing: Any) -> Any:
     return loss - uniform * everything + weight * (np.log(total) + top)
 
 
-@compiled
+@inlined
 def binary_head(row: Any, positives: Any, smoothing: Any, positive: Any, negative: Any) -> Any:
     """`imvia_graph.losses.binary_completion` of a row, which turns into its gradient.
 
@@ -149,9 +149,10 @@ def losses(
 
 #: Sums are taken as they are written: a number is the same wherever in a row it stands.
 _as_written = _compile.compiled()
+_as_written_inline = _compile.compiled(forceinline=True)
 
 
-@_as_written
+@_as_written_inline
 def decide(scores: Any, weight: Any, i: int, decision: Any) -> None:
     """The weighted sum over the heads of row i of (heads, rows, candidates) scores."""
     decision[:] = 0

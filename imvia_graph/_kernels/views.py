@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from imvia_graph._kernels.floats import compiled, narrowed, prefetch, widened
+from imvia_graph._kernels.floats import compiled, inlined, narrowed, prefetch, widened
 
 # Squares of a view within these bounds, and sums of them, neither over- nor underflow.
 _SMALL, _LARGE = 1e-12, 1e12
 
 
-@compiled
+@inlined
 def ask_for(feat: Any, position: Any) -> None:
     """Have a view on its way into the cache: entities lie apart in memory."""
     first = feat.ctypes.data + position * feat.strides[0]
@@ -20,7 +20,7 @@ def ask_for(feat: Any, position: Any) -> None:
         prefetch(first + offset)
 
 
-@compiled
+@inlined
 def unit_gate(gate: Any, scaled: Any) -> Any:
     """A gate divided by its largest absolute value; returns that (1 for a gate of zeros)."""
     for j in range(gate.size):
@@ -35,7 +35,7 @@ def unit_gate(gate: Any, scaled: Any) -> Any:
     return largest
 
 
-@compiled
+@inlined
 def three_sums(row: Any, gate: Any, scale: Any) -> Any:
     """Sum g x^2, sum g^2 x^2 and sum x^2 of a view x times a scale."""
     a = b = c = gate[0] * 0
@@ -120,7 +120,7 @@ def forward(
             weight[at + k] *= shrink
 
 
-@compiled
+@inlined
 def similarity_gradient(grad_out: Any, out: Any, row: Any) -> float:
     """How the loss changes with the weight of a view, less the mean of that over the views."""
     total = grad_out[0] * 0
