@@ -615,3 +615,30 @@ def test_ranking_where_not_one_query_fits_says_so(monkeypatch):
     monkeypatch.setattr(_tiles.Counter, "batch", never)
     with pytest.raises(ig.OutOfMemoryError, match="while ranking"):
         run.evaluate()
+
+
+def test_the_process_that_compiles_the_loops_finds_what_those_after_it_find(tmp_path):
+    script = (
+        "import torch, imvia_graph as ig\n"
+        "from imvia_graph.losses import Positives, factored_completion\n"
+        "torch.set_num_threads(1); torch.manual_seed(0)\n"
+        "parts = [torch.randn(n, 64, requires_grad=True) for n in (50, 50, 333, 333)]\n"
+        "weights = torch.rand(50, 2)\n"
+        "positives = Positives(torch.arange(50), torch.arange(50) * 3)\n"
+        "loss = factored_completion(parts[:2], parts[2:], positives, weights, 'softmax', 0.1)\n"
+        "grads = torch.autograd.grad(loss, parts)\n"
+        "print([g.view(torch.int32).long().sum().item() for g in grads], loss.item())\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for _ in range(2)
+    ]
+    assert any(tmp_path.rglob("*.nbc"))  # the second one has not compiled them
+    assert found[0] == found[1]
