@@ -74,7 +74,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 if not rowwise:
                     state["mean"] = torch.zeros_like(weight)
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the rows that were looked up."""
         self.step_by()
 
