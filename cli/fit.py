@@ -17,7 +17,7 @@ from imvia_graph.checkpoint import is_run
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import ProgressBar, console, log_to_terminal, metrics_table, say
 from imvia_graph.cli.options import loading_options, views_option
-from imvia_graph.distributed import RESTARTED, has_restarted, is_first, is_launched
+from imvia_graph.distributed import NOT_JOINED, RESTARTED, has_restarted, is_first, is_launched
 from imvia_graph.errors import SettingsError
 from imvia_graph.io import with_views
 from imvia_graph.run import fit as fit_model
@@ -198,7 +198,7 @@ def _launch(processes: int, source: str | None, out: Path | None) -> None:
             return
         except ChildFailedError as error:
             codes = {failure.exitcode for failure in error.failures.values()}
-            told = [code for code in codes if code > 0]
+            told = [code for code in codes if code > 0 and code != NOT_JOINED]
             if told:  # they have said why
                 raise SystemExit(told[0]) from None
             if attempt == _RESTARTS or not is_run(out):

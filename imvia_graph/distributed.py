@@ -9,7 +9,9 @@ softmax, and counts in ranks. The collectives are torch.distributed's: NCCL on G
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -289,6 +291,10 @@ def _exchanged(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
 # -- starting -------------------------------------------------------------------------------------
 
 
+#: Exit code of a process that could not join the others (EX_TEMPFAIL).
+NOT_JOINED = 75
+_TO_JOIN, _TO_WAIT = timedelta(seconds=90), timedelta(minutes=30)
+
 #: Set by ``fit --processes`` for processes that it starts again.
 RESTARTED = "IMVIA_GRAPH_RESTARTED"
 
@@ -319,15 +325,26 @@ def local_device(name: str) -> str:
 
 
 def join(device: torch.device) -> None:
-    """Join the process group that torchrun describes; once."""
+    """Join the process group that torchrun describes; once.
+
+    Where the others cannot be reached in time - after a restart gloo was seen to wait for ever - the
+    process ends with the exit code `NOT_JOINED`, and whoever started it starts all again.
+    """
     if dist.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TO_JOIN)
+    except RuntimeError as error:
+        print(f"The other processes cannot be reached: {error}", file=sys.stderr)
+        raise SystemExit(NOT_JOINED) from None
+    # Later they may have to wait for one that writes a checkpoint.
+    dist.distributed_c10d._set_pg_timeout(_TO_WAIT, dist.group.WORLD)
 
 
 __all__ = [
+    "NOT_JOINED",
     "RESTARTED",
     "Shards",
     "has_restarted",
