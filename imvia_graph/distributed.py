@@ -327,7 +327,7 @@ def local_device(name: str) -> str:
 def join(device: torch.device) -> None:
     """Join the process group that torchrun describes; once.
 
-    Where the others cannot be reached in time - after a restart gloo was seen to wait for ever - the
+    Where the others cannot be reached in time - after a restart gloo was once seen to wait on - the
     process ends with the exit code `NOT_JOINED`, and whoever started it starts all again.
     """
     if dist.is_initialized():
