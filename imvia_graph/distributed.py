@@ -327,15 +327,24 @@ def local_device(name: str) -> str:
 def join(device: torch.device) -> None:
     """Join the process group that torchrun describes; once.
 
-    Where the others cannot be reached in time - after a restart gloo was once seen to wait on - the
-    process ends with the exit code `NOT_JOINED`, and whoever started it starts all again.
+    torchrun keeps one store over all its restarts, in which the addresses of processes that died
+    are still found: each restart has its own prefix in it. Where the others cannot be reached in
+    time, the process ends with the exit code `NOT_JOINED`, and whoever started it starts all again.
     """
     if dist.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TO_JOIN)
+        store, rank, size = next(dist.rendezvous("env://", timeout=_TO_JOIN))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"imvia_graph/{attempt}", store),
+            rank=rank,
+            world_size=size,
+            timeout=_TO_JOIN,
+        )
     except RuntimeError as error:
         print(f"The other processes cannot be reached: {error}", file=sys.stderr)
         raise SystemExit(NOT_JOINED) from None

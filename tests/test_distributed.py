@@ -212,10 +212,6 @@ def unbroken(folder, tmp_path_factory):
     return out
 
 
-@pytest.mark.skipif(
-    "IMVIA_KILL" not in os.environ,
-    reason="IMVIA_KILL=1 runs it: restarted gloo processes do not always find each other",
-)
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
 @pytest.mark.parametrize("launcher", ["torchrun", "fit"])
 def test_a_group_of_which_a_process_is_killed_goes_on_by_itself(
