@@ -269,6 +269,7 @@ def fit(
         kg if isinstance(kg, MultiViewKG) else load_kg(kg, "published", chosen.split_seed),
         chosen.validation,
         chosen.split_seed,
+        chosen.hold_out_by,
     )
     _check_modalities(graph, chosen)
     torch.manual_seed(chosen.seed)

@@ -49,6 +49,11 @@ class Settings(BaseModel):
         description="Validation set: the published one, 5 % held out of train, or held-out only"
         " where the published one shares triples with train or test (auto).",
     )
+    hold_out_by: Literal["auto", "pair", "triple"] = Field(
+        "auto",
+        description="Held-out validation: triples between the same two entities stay together"
+        " (pair), or are held out each by itself (triple), or as the test set was drawn (auto).",
+    )
     split_seed: int = Field(
         0, ge=0, description="Seed of held-out validation and of splitting what has no splits."
     )

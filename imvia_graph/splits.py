@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from imvia_graph.errors import DataError
 
+By = Literal["pair", "triple"]
+
 
 def hold_out(
-    triples: Tensor, fraction: float = 0.05, seed: int = 0, keep: Tensor | None = None
+    triples: Tensor,
+    fraction: float = 0.05,
+    seed: int = 0,
+    keep: Tensor | None = None,
+    by: By = "pair",
 ) -> tuple[Tensor, Tensor]:
     """Split training triples into a smaller train set and a held-out set.
 
@@ -29,7 +36,11 @@ def hold_out(
     seed : int
         The same seed gives the same split.
     keep : Tensor, optional
-        (m, 3) int64: whatever is between the ends of one of these stays in train.
+        (m, 3) int64: whatever is between the ends of one of these stays in train; of ``triple``,
+        these themselves.
+    by : {"pair", "triple"}
+        What stays together: triples between the same two entities, or copies of a triple alone, as
+        where a test set was drawn so, too (`drawn_by`).
 
     Returns
     -------
@@ -47,8 +58,43 @@ def hold_out(
     """
     if not 0 < fraction < 1:
         raise DataError(f"hold_out: expected a fraction between 0 and 1, received {fraction}.")
-    train, held = _hold_out_parts(triples, [fraction], seed, keep)
+    train, held = _hold_out_parts(triples, [fraction], seed, keep, by)
     return train, held
+
+
+def drawn_by(train: Tensor, test: Tensor) -> By:
+    """Whether a test set was drawn pair by pair or triple by triple, by what it shares with train.
+
+    Drawn triple by triple, about as many of its triples join two entities that another training
+    triple joins, in either direction, as training triples do; drawn pair by pair, none. The nearer
+    of the two counts, and ``pair`` where they are one, or there is no test set. Which entities and
+    relations the test set names does not matter.
+
+    Parameters
+    ----------
+    train, test : Tensor
+        (n, 3) and (m, 3) int64.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.splits import drawn_by
+    >>> train = torch.tensor([[0, 0, 1], [1, 1, 0], [1, 0, 2], [2, 1, 1]])
+    >>> drawn_by(train, torch.tensor([[0, 1, 1]]))
+    'triple'
+    >>> drawn_by(train, torch.tensor([[0, 1, 2]]))
+    'pair'
+    """
+    train, test = (part.unique(dim=0) if len(part) else part for part in (train, test))
+    if not len(train) or not len(test):
+        return "pair"
+    both = torch.cat([train, test])
+    pair = _numbered_pairs(*both[:, [0, 2]].sort(dim=1).values.unbind(dim=1))
+    mine, theirs = pair.split([len(train), len(test)])
+    count = torch.bincount(mine, minlength=int(pair.max()) + 1)
+    expected = (count[mine] > 1).double().mean()
+    found = (count[theirs] > 0).double().mean()
+    return "triple" if 2 * found > expected > 0 else "pair"
 
 
 def split_triples(
@@ -95,7 +141,11 @@ def split_triples(
 
 
 def _hold_out_parts(
-    triples: Tensor, fractions: Sequence[float], seed: int, keep: Tensor | None = None
+    triples: Tensor,
+    fractions: Sequence[float],
+    seed: int,
+    keep: Tensor | None = None,
+    by: By = "pair",
 ) -> list[Tensor]:
     """What is left for train, then a part for each fraction."""
     n = len(triples)
@@ -105,10 +155,14 @@ def _hold_out_parts(
     order = torch.randperm(n, generator=generator)
     head, relation, tail = (column[order] for column in triples.unbind(dim=1))
 
-    # Groups that may not be torn: triples between the same two entities.
+    # Groups that may not be torn: triples between the same two entities, or copies of one.
     kept = triples[:0] if keep is None else keep
     heads, tails = torch.cat([head, kept[:, 0]]), torch.cat([tail, kept[:, 2]])
-    group = _numbered_pairs(torch.minimum(heads, tails), torch.maximum(heads, tails))
+    if by == "pair":
+        group = _numbered_pairs(torch.minimum(heads, tails), torch.maximum(heads, tails))
+    else:
+        relations = torch.cat([relation, kept[:, 1]])
+        group = _numbered_pairs(relations, _numbered_pairs(heads, tails))
     num_groups = int(group.max()) + 1
     group, kept_group = group.split([n, len(kept)])
 

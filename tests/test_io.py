@@ -242,6 +242,30 @@ def test_held_out_carves_five_per_cent_even_where_the_published_set_is_sound():
     assert "held out of train" in loaded.notes[-1]
 
 
+def test_holding_out_follows_how_the_test_set_was_drawn():
+    forward = ring_triples(80)
+    backward = torch.stack([forward[:, 2], forward[:, 1] + 2, forward[:, 0]], dim=1)
+    whole = torch.cat([forward, backward])
+    whole = whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))]
+    labels = [f"e{i}" for i in range(80)], ["a", "b", "c", "d"]
+    drawn = ig.MultiViewKG(*labels, whole[20:], whole[20:30], whole[:20])
+
+    def torn(kg):
+        ends = {frozenset((h, t)) for h, _, t in kg.train.tolist()}
+        return sum(frozenset((h, t)) in ends for h, _, t in kg.valid.tolist())
+
+    apart = ig.load_kg(drawn)
+    assert "triples held out of train, triple by triple (seed 0)" in apart.notes[-1]
+    assert torn(apart) > 0
+    together = ig.load_kg(drawn, hold_out_by="pair")
+    assert "held out of train, pair by pair" in together.notes[-1]
+    assert torn(together) == 0
+    untold = ig.load_kg(drawn.replace(test=drawn.test[:0]))
+    assert torn(untold) == 0
+    with pytest.raises(DataError, match="hold_out_by: expected one of auto, pair, triple"):
+        ig.load_kg(drawn, hold_out_by="entity")
+
+
 def test_the_held_out_set_follows_the_seed():
     kg = leaky_kg()
     first, again = (ig.load_kg(kg, "auto", seed=3) for _ in range(2))

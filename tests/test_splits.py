@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imvia_graph.errors import DataError
-from imvia_graph.splits import count_shared, first_occurrence, hold_out
+from imvia_graph.splits import count_shared, drawn_by, first_occurrence, hold_out, split_triples
 
 triples = st.lists(
     st.tuples(st.integers(0, 7), st.integers(0, 3), st.integers(0, 7)), max_size=60
 ).map(lambda rows: torch.tensor(rows, dtype=torch.int64).reshape(-1, 3))
 fractions = st.floats(0.01, 0.99)
 seeds = st.integers(0, 1000)
+kinds = st.sampled_from(["pair", "triple"])
 
 
 def rows_of(part):
@@ -25,18 +26,18 @@ def ends_of(part):
     return {frozenset((head, tail)) for head, _, tail in part.tolist()}
 
 
-@given(triples, fractions, seeds)
-def test_parts_are_the_whole_in_its_order(whole, fraction, seed):
-    train, held = map(rows_of, hold_out(whole, fraction, seed))
+@given(triples, fractions, seeds, kinds)
+def test_parts_are_the_whole_in_its_order(whole, fraction, seed, by):
+    train, held = map(rows_of, hold_out(whole, fraction, seed, by=by))
     assert Counter(train) + Counter(held) == Counter(rows_of(whole))
     # Copies of a triple stay together, so that membership tells where a row went.
     assert train == [row for row in rows_of(whole) if row in set(train)]
     assert held == [row for row in rows_of(whole) if row in set(held)]
 
 
-@given(triples, fractions, seeds)
-def test_every_entity_and_relation_stays_in_train(whole, fraction, seed):
-    train, _ = hold_out(whole, fraction, seed)
+@given(triples, fractions, seeds, kinds)
+def test_every_entity_and_relation_stays_in_train(whole, fraction, seed, by):
+    train, _ = hold_out(whole, fraction, seed, by=by)
     assert set(train[:, [0, 2]].flatten().tolist()) == set(whole[:, [0, 2]].flatten().tolist())
     assert set(train[:, 1].tolist()) == set(whole[:, 1].tolist())
 
@@ -56,9 +57,9 @@ def test_triples_between_two_entities_stay_together(whole, fraction, seed):
     assert count_shared(held, train) == 0
 
 
-@given(triples, fractions, seeds)
-def test_no_more_is_held_out_than_asked_for(whole, fraction, seed):
-    _, held = hold_out(whole, fraction, seed)
+@given(triples, fractions, seeds, kinds)
+def test_no_more_is_held_out_than_asked_for(whole, fraction, seed, by):
+    _, held = hold_out(whole, fraction, seed, by=by)
     assert len(held) <= round(len(whole) * fraction)
 
 
@@ -131,3 +132,83 @@ def test_what_must_be_kept_is_not_held_out():
     kept = {frozenset((h, t)) for h, _, t in keep.tolist()}
     assert not any(frozenset((h, t)) in kept for h, _, t in held.tolist())
     assert len(train) + len(held) == len(triples)
+
+
+# -- triple by triple -----------------------------------------------------------------------------
+
+
+def shared_ends(train, held):
+    ends = ends_of(train)
+    return sum(frozenset((head, tail)) in ends for head, _, tail in held.tolist()) / len(held)
+
+
+def in_pairs():
+    """600 triples of 400 pairs: half of the pairs have one, a quarter an inverse, a quarter two."""
+    ends = torch.combinations(torch.arange(40))[:400]
+    ends = ends[torch.randperm(400, generator=torch.Generator().manual_seed(3))]
+    first = torch.stack([ends[:, 0], ends.sum(1) % 3, ends[:, 1]], dim=1)
+    inverse = torch.stack([ends[:100, 1], 3 + ends[:100, 0] % 2, ends[:100, 0]], dim=1)
+    second = torch.stack([ends[100:200, 0], 5 + ends[100:200, 0] % 2, ends[100:200, 1]], dim=1)
+    return torch.cat([first, inverse, second])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_triple_by_triple_as_many_share_their_ends_as_in_a_random_draw(seed):
+    whole = in_pairs()
+    train, held = hold_out(whole, 0.1, seed, by="triple")
+    assert len(held) == 60
+    assert count_shared(held, train) == 0
+    # 400 of the 600 triples have another between the same ends.
+    assert 0.4 < shared_ends(train, held) < 0.85
+    assert shared_ends(*hold_out(whole, 0.1, seed)) == 0
+
+
+def test_triple_by_triple_copies_stay_together():
+    whole = torch.cat([dense(), dense()[::2]])
+    train, held = hold_out(whole, 0.3, by="triple")
+    assert len(held) > 700
+    assert count_shared(held, train) == 0
+
+
+def test_triple_by_triple_what_must_be_kept_is_not_held_out():
+    whole = in_pairs()
+    _, held = hold_out(whole, 0.2, by="triple")
+    _, again = hold_out(whole, 0.2, keep=held[::2], by="triple")
+    assert count_shared(again, held[::2]) == 0
+    assert count_shared(again, held[1::2]) > 40
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_how_a_test_set_was_drawn_is_seen(seed):
+    whole = in_pairs()
+    train, _, test = split_triples(whole, seed=seed)
+    assert drawn_by(train, test) == "pair"
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    assert drawn_by(whole[order[60:]], whole[order[:60]]) == "triple"
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ([], []),
+        ([[0, 0, 1]], []),
+        ([], [[0, 0, 1]]),
+        ([[0, 0, 1], [1, 0, 2]], [[0, 1, 1]]),  # no training triple shares its ends
+        ([[0, 0, 1], [0, 0, 1]], [[0, 1, 1]]),  # nor does a copy
+        ([[0, 0, 1], [0, 1, 1]], [[1, 0, 2]]),
+    ],
+)
+def test_a_test_set_that_tells_nothing_counts_as_drawn_pair_by_pair(train, test):
+    parts = (torch.tensor(part, dtype=torch.int64).reshape(-1, 3) for part in (train, test))
+    assert drawn_by(*parts) == "pair"
+
+
+@given(triples, triples, st.randoms(use_true_random=False))
+def test_which_relation_a_test_triple_has_does_not_matter(train, test, random):
+    other = test.clone()
+    if len(test):
+        kept = len(test.unique(dim=0))
+        other[:, 1] = torch.tensor([random.randrange(4) for _ in range(len(test))])
+        if len(other.unique(dim=0)) != kept:
+            return
+    assert drawn_by(train, test) == drawn_by(train, other)

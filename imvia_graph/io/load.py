@@ -22,7 +22,7 @@ from imvia_graph.io import arrays, graphs, rdf, releases, tables
 from imvia_graph.io.openke import read_openke
 from imvia_graph.io.source import Source, from_frames
 from imvia_graph.kg import SPLITS, MultiViewKG, Split
-from imvia_graph.splits import count_shared, hold_out, split_triples
+from imvia_graph.splits import By, count_shared, drawn_by, hold_out, split_triples
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def load_kg(
     validation: Validation = "auto",
     seed: int = 0,
     *,
+    hold_out_by: By | Literal["auto"] = "auto",
     format: str | None = None,
     split: Sequence[float] | bool = (0.8, 0.1, 0.1),
     columns: Columns | None = None,
@@ -83,6 +84,10 @@ def load_kg(
         validation set aside (`MultiViewKG.known`); ``auto`` is held-out where the source's
         validation set shares triples with its train or test set, published otherwise.
         `MultiViewKG.notes` says what was done.
+    hold_out_by : {"auto", "pair", "triple"}
+        What stays together in holding out: triples between the same two entities (``pair``, so that
+        none has its inverse in train), or nothing (``triple``); ``auto`` as the source's test set
+        was drawn (see `imvia_graph.splits.drawn_by`), pair by pair without one.
     seed : int
         Seed of the held-out set, and of the split of a source without splits.
     format : str, optional
@@ -139,8 +144,13 @@ def load_kg(
             f"validation: expected one of {', '.join(get_args(Validation))}; received"
             f" {validation!r}."
         )
+    if hold_out_by not in ("auto", *get_args(By)):
+        raise DataError(
+            f"hold_out_by: expected one of auto, {', '.join(get_args(By))}; received"
+            f" {hold_out_by!r}."
+        )
     if isinstance(source, MultiViewKG):
-        return with_validation(source, validation, seed)
+        return with_validation(source, validation, seed, hold_out_by)
     options = {
         "columns": columns,
         "header": header,
@@ -154,8 +164,8 @@ def load_kg(
     options = {name: value for name, value in options.items() if value is not None}
     read = _read(source, format, options)
     if isinstance(read, MultiViewKG):
-        return with_validation(read, validation, seed)
-    return with_validation(_built(read, split, seed), validation, seed)
+        return with_validation(read, validation, seed, hold_out_by)
+    return with_validation(_built(read, split, seed), validation, seed, hold_out_by)
 
 
 def _built(source: Source, split: Sequence[float] | bool, seed: int) -> MultiViewKG:
@@ -361,7 +371,12 @@ def _read_files(
     return tables.read_files(files, forms, whole=whole, name=name, **given)
 
 
-def with_validation(kg: MultiViewKG, validation: Validation, seed: int = 0) -> MultiViewKG:
+def with_validation(
+    kg: MultiViewKG,
+    validation: Validation,
+    seed: int = 0,
+    hold_out_by: By | Literal["auto"] = "auto",
+) -> MultiViewKG:
     """The graph with its validation set as `load_kg` describes it."""
     if validation == "published":
         return kg
@@ -370,7 +385,8 @@ def with_validation(kg: MultiViewKG, validation: Validation, seed: int = 0) -> M
     if validation == "auto" and not leaks:
         return kg
     # What stands in test must not validate, even where it stands in train, too.
-    train, valid = hold_out(kg.train, HELD_OUT_FRACTION, seed, keep=kg.test)
+    by = drawn_by(kg.train, kg.test) if hold_out_by == "auto" else hold_out_by
+    train, valid = hold_out(kg.train, HELD_OUT_FRACTION, seed, keep=kg.test, by=by)
     if not len(valid):
         raise DataError(
             f"{kg}: no training triple can be held out without losing an entity or a relation from"
@@ -384,7 +400,9 @@ def with_validation(kg: MultiViewKG, validation: Validation, seed: int = 0) -> M
         reason = f"{found.replace(' ', f' {what} ', 1)}, so they cannot validate. "
     if len(kg.valid):
         reason += "They are put aside, and only filter ranks. "
-    note = f"{reason}Validation: {len(valid)} triples held out of train (seed {seed})."
+    note = (
+        f"{reason}Validation: {len(valid)} triples held out of train, {by} by {by} (seed {seed})."
+    )
     logger.warning("%s: %s", kg.name or "graph", note)
     known = torch.cat([kg.known, kg.valid])
     return kg.replace(train=train, valid=valid, known=known, notes=[*kg.notes, note])
