@@ -610,50 +610,43 @@ def sampled_completion(
     correction[row, col] = 0.0
     correction[sampled.row, sampled.col] = -torch.inf
     weight = correction.exp()
-    of_all = shards.sum_(weight.sum(1))
+    drawn = _Drawn(correction, weight, shards.sum_(weight.sum(1)))
     function = _sampled_softmax if loss == "softmax" else _sampled_binary
     total = torch.zeros((), device=first.device)
     for part in scores.values():
         part = _at_least_float32(part)
-        total = total + function(
-            part, positives, sampled, correction, weight, of_all, label_smoothing, shards
-        )
+        total = total + function(part, positives, drawn, label_smoothing, shards)
     return total
 
 
+class _Drawn(NamedTuple):
+    """What candidates of a query stand for."""
+
+    correction: Tensor  # (B, C): added to scores; minus infinity where one is left out
+    weight: Tensor  # (B, C): its exponential, a number of entities
+    of_all: Tensor  # (B,): the sum of the weights over all processes
+
+
 def _sampled_softmax(
-    scores: Tensor,
-    positives: Positives,
-    sampled: Sampled,
-    correction: Tensor,
-    weight: Tensor,
-    of_all: Tensor,
-    smoothing: float,
-    shards: Shards,
+    scores: Tensor, positives: Positives, drawn: _Drawn, smoothing: float, shards: Shards
 ) -> Tensor:
     own = scores[positives.row, positives.col]
-    rows = shards.logsumexp(scores + correction)
+    rows = shards.logsumexp(scores + drawn.correction)
     mine = torch.zeros_like(rows).index_add(0, positives.row, (smoothing - 1) * own)
     if smoothing:
-        mine = mine - smoothing * (scores * weight).sum(1) / of_all
+        mine = mine - smoothing * (scores * drawn.weight).sum(1) / drawn.of_all
     return _weighted_mean(rows + shards.total(mine), positives.weight)
 
 
 def _sampled_binary(
-    scores: Tensor,
-    positives: Positives,
-    sampled: Sampled,
-    correction: Tensor,
-    weight: Tensor,
-    of_all: Tensor,
-    smoothing: float,
-    shards: Shards,
+    scores: Tensor, positives: Positives, drawn: _Drawn, smoothing: float, shards: Shards
 ) -> Tensor:
     # As `binary_completion`, whose N entities are those that the candidates stand for.
+    of_all = drawn.of_all
     smooth = smoothing / float(of_all.sum() / len(of_all))
     own = scores[positives.row, positives.col]
     positive = functional.softplus(-own) + (smoothing - smooth) * own
-    everything = ((functional.softplus(scores) - smooth * scores) * weight).sum()
+    everything = ((functional.softplus(scores) - smooth * scores) * drawn.weight).sum()
     as_negatives = (functional.softplus(own) - smooth * own).sum()
     num_negative = (of_all.sum() - len(scores)).clamp(min=1)
     return shards.total(positive.sum() / len(scores) + (everything - as_negatives) / num_negative)
