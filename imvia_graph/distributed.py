@@ -349,7 +349,10 @@ def join(device: torch.device) -> None:
         print(f"The other processes cannot be reached: {error}", file=sys.stderr)
         raise SystemExit(NOT_JOINED) from None
     # Later they may have to wait for one that writes a checkpoint.
-    dist.distributed_c10d._set_pg_timeout(_TO_WAIT, dist.group.WORLD)
+    if hasattr(dist, "set_timeout"):
+        dist.set_timeout(_TO_WAIT)
+    else:  # torch before 2.15
+        dist.distributed_c10d._set_pg_timeout(_TO_WAIT, dist.group.WORLD)
 
 
 __all__ = [

@@ -133,7 +133,7 @@ class Settings(BaseModel):
     )
     lambda_completion: float = Field(1.0, gt=0, description="Weight of L3, completion (lambda 2).")
     lambda_regularization: float = Field(
-        0.05, ge=0, description="Weight of DURA, the regularisation of what a score multiplies."
+        0.1, ge=0, description="Weight of DURA, the regularisation of what a score multiplies."
     )
     alignment: Literal["contrastive", "printed"] = Field(
         "contrastive", description="Form of L2: contrastive, or Eq. 5 as printed."
@@ -148,7 +148,7 @@ class Settings(BaseModel):
     epochs: int | None = Field(
         None,
         ge=0,
-        description="Epochs at most; null for as many as take 500 steps, and 6 at least.",
+        description="Epochs at most; null for as many as take 500 steps, and 16 at least.",
     )
     batch_size: int = Field(1024, ge=1, description="Queries a batch.")
     optimizer: Literal["adam", "adamw", "adagrad"] = Field("adam", description="Optimizer.")

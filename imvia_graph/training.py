@@ -707,7 +707,7 @@ class Trainer:
 
 
 #: Where the settings name no number of epochs: as many as take so many steps, but at least …
-_STEPS, _EPOCHS = 500, 6
+_STEPS, _EPOCHS = 500, 16
 
 #: What to try where numbers are none.
 _ADVICE = (

@@ -61,6 +61,7 @@ def test_auto_holds_the_validation_set_of_db15k_out_of_train():
     assert len(published.valid.unique(dim=0)) == 7_481
     (note,) = kg.notes
     assert "6584 of the 7481" in note.replace(",", "")
+    assert "triple by triple" in note  # as the test set was drawn
     assert count_shared(kg.valid, kg.train) == 0
     assert len(kg.train) + len(kg.valid) == len(published.train)
     assert 0.045 < len(kg.valid) / len(published.train) <= 0.05

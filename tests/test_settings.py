@@ -11,6 +11,7 @@ from imvia_graph.cli.settings import settings as settings_command
 #: For every setting a value other than its default.
 OTHER = {
     "validation": "held-out",
+    "hold_out_by": "triple",
     "split_seed": 3,
     "modalities": ["image", "a b: c"],
     "dim": 48,

@@ -119,7 +119,7 @@ def test_alignment_and_information_take_part_where_their_weights_are_not_zero(al
     assert record["alignment"] > 0
     assert record["information"] != 0
     expected = record["completion"] + 0.1 * record["alignment"] + 0.5 * record["information"]
-    expected += 0.05 * record["regularization"]
+    expected += ig.Settings().lambda_regularization * record["regularization"]
     assert record["loss"] == pytest.approx(expected, rel=1e-5)
     trained(kg, [none], epochs=1, lambda_alignment=0, lambda_information=0)
     assert none.records[0]["alignment"] == none.records[0]["information"] == 0
@@ -159,7 +159,8 @@ def test_regularization_is_dura_of_the_queries_and_their_true_answers(regime, ca
             expected += squares / len(mine) * sum(torch.tensor(share)[asked].tolist())
     assert losses["regularization"].item() == pytest.approx(expected, rel=1e-5)
     total = losses["completion"] + 1e-4 * losses["information"]
-    assert losses["loss"].item() == pytest.approx(total.item() + 0.05 * expected, rel=1e-5)
+    total = total.item() + chosen.lambda_regularization * expected
+    assert losses["loss"].item() == pytest.approx(total, rel=1e-5)
 
 
 def test_without_regularization_there_is_none():
