@@ -421,6 +421,13 @@ def test_the_table_has_mean_and_spread_over_seeds_beside_what_is_published(table
     assert "MKG-W" not in text
 
 
+def test_a_row_says_where_its_settings_are_the_defaults(table, monkeypatch):
+    monkeypatch.setattr(table, "settings_of", lambda name, _: {"MKG-W": {}}.get(name, {"dim": 8}))
+    assert table.name_of("MKG-W", "full") == "IMVIA, structure and names, default settings"
+    assert table.name_of("MKG-Y", "full") == "IMVIA, structure and names"
+    assert table.name_of("MKG-W", "structure-alone") == "structure alone"
+
+
 def test_validation_is_counted_once_where_rows_share_it(table):
     rows = [made_up("DB15K", "full", 0, 0.4), made_up("DB15K", "full", 1, 0.6, epochs_of=0)]
     assert table.cells(rows)[:2] == ["20.00", "50.00 ± 14.14"]

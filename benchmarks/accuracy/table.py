@@ -22,7 +22,7 @@ import click
 import matplotlib
 from features import ALL, DATASETS
 from protocol import METRICS, Row
-from run import BASELINE, DEFAULTS, FULL, RESULTS, variants
+from run import BASELINE, DEFAULTS, FULL, RESULTS, settings_of, variants
 
 from imvia_graph import _files
 
@@ -83,7 +83,7 @@ def results_tables(rows: Sequence[Row]) -> str:
         lines = []
         for variant in (FULL, DEFAULTS, "structure-alone", BASELINE):
             if mine := of(rows, dataset, variant):
-                lines.append([NAMES[variant], *cells(mine)])
+                lines.append([name_of(dataset, variant), *cells(mine)])
         if not lines:
             continue
         figures = PUBLISHED[dataset]
@@ -91,6 +91,12 @@ def results_tables(rows: Sequence[Row]) -> str:
         lines.append(["IMVIA, as published: with pictures and texts", "", *published, "", ""])
         parts.append(f"**{dataset}**\n\n" + markdown(HEADER, lines))
     return "\n\n".join(parts)
+
+
+def name_of(dataset: str, variant: str) -> str:
+    """What a row is called; the full model's says where the data set changes no setting."""
+    is_default = variant == FULL and not settings_of(dataset, FULL)
+    return NAMES[variant] + (", default settings" if is_default else "")
 
 
 def countries_table(rows: Sequence[Row]) -> str:
