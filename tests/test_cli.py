@@ -538,7 +538,7 @@ def test_a_process_fits_and_predicts_on_the_countries(tmp_path):
     tiny = ["--epochs", "1", "--set", "dim=8", "--device", "cpu"]
     done = imvia("fit", "countries", "--validation", "held-out", *tiny)
     assert done.stdout == "Run folder: runs/countries-1\n"
-    assert "triples held out of train (seed 0)" in done.stderr
+    assert "held out of train, pair by pair (seed 0)" in " ".join(done.stderr.split())
     query = ["--head", "France", "--relation", "borders", "--json"]
     answers = json.loads(imvia("predict", "runs/countries-1", *query).stdout)
     assert len(answers) == 10
