@@ -169,6 +169,7 @@ def test_weights_move_to_the_view_that_answers_the_relation():
     run = ig.fit(
         kg,
         settings=settings(
+            lambda_regularization=0.05,
             dim=16,
             epochs=60,
             batch_size=96,
