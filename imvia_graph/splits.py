@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ def hold_out(
     """
     if not 0 < fraction < 1:
         raise DataError(f"hold_out: expected a fraction between 0 and 1, received {fraction}.")
+    if by not in get_args(By):
+        raise DataError(f"hold_out: expected by to be pair or triple, received {by!r}.")
     train, held = _hold_out_parts(triples, [fraction], seed, keep, by)
     return train, held
 
@@ -67,8 +69,8 @@ def drawn_by(train: Tensor, test: Tensor) -> By:
 
     Drawn triple by triple, about as many of its triples join two entities that another training
     triple joins, in either direction, as training triples do; drawn pair by pair, none. The nearer
-    of the two counts, and ``pair`` where they are one, or there is no test set. Which entities and
-    relations the test set names does not matter.
+    of the two counts; where no training triple does so, or there is no test set, it is ``pair``.
+    Nothing else of the test set is looked at: neither its relations nor how anything ranks it.
 
     Parameters
     ----------

@@ -178,6 +178,11 @@ def test_triple_by_triple_what_must_be_kept_is_not_held_out():
     assert count_shared(again, held[1::2]) > 40
 
 
+def test_holding_out_by_what_there_is_not_is_an_error():
+    with pytest.raises(DataError, match="pair or triple, received 'entity'"):
+        hold_out(dense(), by="entity")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_how_a_test_set_was_drawn_is_seen(seed):
     whole = in_pairs()
