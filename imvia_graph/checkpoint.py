@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -214,13 +215,16 @@ class RunFolder(Callback):
             self._write_best(trainer)
 
     def _write_best(self, trainer: Trainer) -> None:
-        state = trainer.best_state or trainer.model.state_dict()
+        best = trainer.best_state
+        state = trainer.model.state_dict() if best is None else best
         path = self.folder / BEST
         split = split_names(trainer.model)
         if self._write(
             trainer, lambda: save_model(path, state, trainer.progress, self.shards, split)
         ):
             self._best_epoch = trainer.progress.best_epoch
+            if best is not None and self.shards.alone and _MAY_REPLACE_MAPPED:
+                trainer.best_state = _mapped(path)
 
     def _write_metrics(self) -> None:
         if self.shards.is_first:
@@ -242,6 +246,16 @@ class RunFolder(Callback):
         if self.shards.is_first:
             logger.warning("%s Training goes on, and the next checkpoint is tried.", told)
         return False
+
+
+#: Whether a file can be replaced while it is mapped: what is mapped then stays the old one.
+_MAY_REPLACE_MAPPED = os.name == "posix"
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory only as far as they are looked at."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def read_metrics(folder: Path) -> list[str]:
@@ -382,7 +396,9 @@ def save_trainer(path: Path, trainer: Trainer) -> None:
     tables = {id(table.weight) for table in trainer.model.entity_tables}
     tensors = {f"model/{name}": value for name, value in trainer.model.state_dict().items()}
     for name, value in (trainer.best_state or {}).items():
-        tensors[f"best/{name}"] = value
+        # The file holds both; where there is but one, since writing the best model failed, a copy.
+        shared = value.data_ptr() == tensors[f"model/{name}"].data_ptr()
+        tensors[f"best/{name}"] = value.clone() if shared else value
     if trainer.average is not None:
         tensors.update({f"average/{name}": v for name, v in trainer.average.state.items()})
     plain: dict[str, Any] = {}
@@ -454,8 +470,7 @@ def load_trainer(path: Path, trainer: Trainer) -> None:
             groups[group] = _own_rows(groups[group], split, shards)
     _load_state(path, trainer.model, groups.get("model", {}))
     if "best" in groups:
-        device = trainer.model.device
-        trainer.best_state = {name: value.to(device) for name, value in groups["best"].items()}
+        trainer.best_state = groups["best"]  # on the host, and mapped: it is wanted at the end
     tables = {id(table.weight) for table in trainer.model.entity_tables}
     try:
         plain = json.loads(metadata["optimizers"])

@@ -119,7 +119,8 @@ class Trainer:
     progress : Progress
         How far it has come.
     best_state : dict of str to Tensor or None
-        Copy of the model's state at the best validation MRR.
+        The model's state at the best validation MRR. Until training goes on, and once it has ended,
+        these are the model's own tensors; else a copy, mapped from its file where there is one.
     average : Average or None
         The moving average of the weights, with ``ema_decay``.
     sums : dict of str to Tensor
@@ -147,7 +148,8 @@ class Trainer:
         self._stopping = False
         self._started = time.perf_counter()
         self._unsettled: _Step | None = None
-        self.best_state: dict[str, Tensor] | None = None
+        self._best: dict[str, Tensor] | None = None
+        self._best_is_model = False
         self.batches = Batches(kg, settings, model.device)
         if settings.epochs is None:
             enough = math.ceil(_STEPS / max(len(self.batches), 1))
@@ -217,6 +219,20 @@ class Trainer:
         assert self.settings.epochs is not None
         return self.settings.epochs
 
+    @property
+    def best_state(self) -> dict[str, Tensor] | None:
+        """The model's state at the best validation MRR; see above."""
+        return self.model.state_dict() if self._best_is_model else self._best
+
+    @best_state.setter
+    def best_state(self, state: dict[str, Tensor] | None) -> None:
+        self._best, self._best_is_model = state, False
+
+    def _keep_best(self) -> None:
+        """Copy the best state where it is the model's own: that is about to change."""
+        if self._best_is_model:
+            self.best_state = _copy(self.model.state_dict())
+
     # -- the loop -------------------------------------------------------------------------------
 
     def fit(self) -> Progress:
@@ -241,9 +257,10 @@ class Trainer:
             if isinstance(error, TrainingError):
                 raise
             return progress
-        if self.best_state is not None:
-            self.model.load_state_dict(self.best_state)
-        else:
+        if self._best is not None:
+            self.model.load_state_dict(self._best)
+            self._best, self._best_is_model = None, True
+        elif not self._best_is_model:
             progress.best_epoch = progress.epoch
             if self.average is not None:
                 self.average.exchange()
@@ -309,6 +326,7 @@ class Trainer:
 
     def train_epoch(self) -> dict[str, float]:
         """One pass over the queries, or what is left of it: the mean of each loss."""
+        self._keep_best()
         self.model.train()
         progress, sums = self.progress, self.sums
         for batch in self.batches.epoch(progress.batch):
@@ -698,12 +716,17 @@ class Trainer:
         if progress.best_mrr is None or metrics["mrr"] > progress.best_mrr:
             progress.best_mrr, progress.best_epoch = metrics["mrr"], progress.epoch
             progress.waited = 0
-            self.best_state = {
-                name: value.detach().clone() for name, value in self.model.state_dict().items()
-            }
+            # The average is in the model for this validation alone.
+            averaged = self.average is not None
+            self._best = _copy(self.model.state_dict()) if averaged else None
+            self._best_is_model = not averaged
         else:
             progress.waited += 1
         return metrics
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}
 
 
 #: Where the settings name no number of epochs: as many as take so many steps, but at least …

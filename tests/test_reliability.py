@@ -316,6 +316,23 @@ def test_a_full_disk_does_not_stop_training_that_is_to_go_on(tmp_path, caplog):
     assert same_weights(ig.load(run.folder).model, run.model)
 
 
+def test_a_best_model_that_could_not_be_written_is_in_the_checkpoint(tmp_path, monkeypatch):
+    """Where the model and the best one are the same tensors, and there is room for one file only."""
+    save_model = ig.checkpoint.save_model
+
+    def full(path, state, progress, *args):
+        if progress.epoch < 3:
+            raise ig.StorageError(f"{path} cannot be written: the disk is full.")
+        save_model(path, state, progress, *args)
+
+    monkeypatch.setattr(ig.checkpoint, "save_model", full)
+    run = fit(tmp_path / "run", epochs=2, disk_full="continue")
+    assert not (run.folder / "best.safetensors").exists()
+    assert same_weights(ig.load(run.folder).model, run.model)
+    resumed = ig.fit(out=run.folder, resume=True, epochs=3)
+    assert same_weights(ig.load(run.folder).model, resumed.model)
+
+
 def test_a_full_disk_while_the_folder_is_made_is_an_error_and_the_folder_may_be_had(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))

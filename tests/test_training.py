@@ -547,6 +547,38 @@ def test_the_weights_returned_are_those_of_the_best_epoch_and_give_its_validatio
     assert all(torch.equal(value, best[name]) for name, value in trainer.model.state_dict().items())
 
 
+class BestStates(Callback):
+    """Copies the best state after each epoch, and sees whether it takes memory of its own."""
+
+    def __init__(self):
+        self.states, self.own = [], []
+
+    def on_epoch(self, trainer, record):
+        best, now = trainer.best_state, trainer.model.state_dict()
+        self.states.append({name: value.clone() for name, value in best.items()})
+        self.own.append(any(best[name].data_ptr() != now[name].data_ptr() for name in best))
+
+
+@pytest.mark.parametrize("average", [0.0, 0.5])
+def test_the_best_state_is_copied_when_it_is_about_to_change_and_no_earlier(average):
+    records, seen = Records(), BestStates()
+    kg, options = ring_kg(20, valid=8), {"epochs": 12, "patience": None, "ema_decay": average}
+    trainer = trained(kg, [records, seen], learning_rate=0.1 if average else 0.5, **options)
+    best = 0
+    for epoch, record in enumerate(records.records):
+        if record["valid"]["mrr"] > records.records[best]["valid"]["mrr"]:
+            best = epoch
+        # With an average, what was validated is not what is trained.
+        assert seen.own[epoch] == (epoch != best or bool(average)), epoch
+        for name, value in seen.states[epoch].items():
+            assert torch.equal(value, seen.states[best][name]), (epoch, name)
+    assert 0 < best < 11  # or this would show nothing
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, seen.states[best][name])
+    own = {name: value.data_ptr() for name, value in trainer.model.state_dict().items()}
+    assert {name: value.data_ptr() for name, value in trainer.best_state.items()} == own
+
+
 def test_training_ends_when_validation_has_not_improved_for_patience_times():
     records = Records()
     # Nothing can improve: the learning rate is too small to change a rank.
