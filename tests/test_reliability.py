@@ -317,7 +317,7 @@ def test_a_full_disk_does_not_stop_training_that_is_to_go_on(tmp_path, caplog):
 
 
 def test_a_best_model_that_could_not_be_written_is_in_the_checkpoint(tmp_path, monkeypatch):
-    """Where the model and the best one are the same tensors, and there is room for one file only."""
+    """The model and the best one are then the same tensors, and there was room for one file."""
     save_model = ig.checkpoint.save_model
 
     def full(path, state, progress, *args):
