@@ -49,6 +49,10 @@ DEFAULT, PER_RELATION = "ours", "ours, candidates of each relation"
 #: All parts of the paper's loss and its decoder's dropouts and normalisation, some of which the
 #: defaults leave out.
 WHOLE = {
+    "relation_residual": False,
+    "decision": "trained",
+    "table_optimizer": "same",
+    "label_smoothing": 0.1,
     "lambda_alignment": 0.1,
     "lambda_regularization": 0.0,
     "batch_norm": True,

@@ -1,6 +1,6 @@
 """Run folders and checkpoints: save, load, resume.
 
-A run folder, format version 2:
+A run folder, format version 3:
 
 - ``run.json``: format, version, the graph's name, versions of what ran it;
 - ``settings.yaml``: every setting;
@@ -18,7 +18,8 @@ on after a crash, finds the old one or the new one. The metadata of the safetens
 SHA-256 of all that is in them. Where ``last.safetensors`` is damaged, ``previous.safetensors`` is
 gone on with; where ``best.safetensors`` is, the best model is taken from the checkpoint.
 
-Version 1 had no checksums, no ``previous.safetensors``, and no place within an epoch.
+Version 1 had no checksums, no ``previous.safetensors``, and no place within an epoch. Up to version
+2 relations had no blocks of their own, and one optimizer saw to layers and tables.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ from imvia_graph.training import Callback, Progress, Trainer
 
 logger = logging.getLogger(__name__)
 
-FORMAT, FORMAT_VERSION = "imvia-graph/run", 2
+FORMAT, FORMAT_VERSION = "imvia-graph/run", 3
+#: Settings that folders of older versions do not name, as they were.
+_BEFORE = {3: {"relation_residual": False, "table_optimizer": "same"}}
 BEST, LAST, METRICS = "best.safetensors", "last.safetensors", "metrics.jsonl"
 #: The checkpoint before the last one, and the lock of who trains.
 PREVIOUS, LOCK = "previous.safetensors", ".lock"
@@ -151,14 +154,19 @@ def open_run(folder: Path) -> tuple[MultiViewKG, Settings]:
             f"{folder}: format version {version} is newer than this library reads"
             f" ({FORMAT_VERSION}). Update imvia-graph."
         )
-    settings = Settings.create(Settings.read(_files.inside(folder, "settings.yaml")))
+    older = [settings for since, settings in _BEFORE.items() if version < since]
+    settings = Settings.create(*older, Settings.read(_files.inside(folder, "settings.yaml")))
     return MultiViewKG.load(_files.inside(folder, "kg")), settings
 
 
-def upgrade(folder: Path) -> None:
-    """Have a run folder of an older version say what it is once it is gone on with."""
+def upgrade(folder: Path, settings: Settings) -> None:
+    """Have a run folder of an older version say what it is once it is gone on with.
+
+    ``settings`` are those that `open_run` read: what they did not name is no default of today's.
+    """
     about = _files.read_json(folder / "run.json")
     if about["version"] < FORMAT_VERSION:
+        _files.write_text(folder / "settings.yaml", settings.to_yaml())
         _files.write_json(folder / "run.json", {**about, "version": FORMAT_VERSION})
 
 
@@ -505,6 +513,8 @@ def load_trainer(path: Path, trainer: Trainer) -> None:
 
 def _optimizers(trainer: Trainer) -> dict[str, torch.optim.Optimizer]:
     found = {"optimizer": trainer.optimizer}
+    if trainer.table_optimizer is not None:
+        found["tables"] = trainer.table_optimizer
     if trainer.row_optimizer is not None:
         found["rows"] = trainer.row_optimizer
     if trainer.estimator_optimizer is not None:

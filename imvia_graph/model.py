@@ -16,7 +16,7 @@ from imvia_graph.losses import Alignment, MutualInformation
 from imvia_graph.nn import DecisionFusion, JointFusion, MultiViewEncoder, TuckerDecoder
 from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.nn.multi_view_encoder import views_present
-from imvia_graph.nn.tucker_decoder import group_by_relation
+from imvia_graph.nn.tucker_decoder import RelationGroups, group_by_relation
 from imvia_graph.settings import Settings
 
 #: Heads beside those of the modalities.
@@ -139,6 +139,9 @@ class IMVIA(nn.Module):
         self.relation = nn.ModuleList(
             nn.Embedding(2 * num_relations, relation_dim) for _ in self.heads
         )
+        self.relation_residual = nn.ModuleList(
+            nn.Embedding(2 * num_relations, s.dim) for _ in self.heads if s.relation_residual
+        )
         self.decoder = nn.ModuleList(
             TuckerDecoder(
                 s.dim,
@@ -183,6 +186,10 @@ class IMVIA(nn.Module):
             else:
                 assert isinstance(table, nn.Embedding)
                 nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
+        # Small beside the matrices that the core makes: what relations share is learned first.
+        for table in self.relation_residual:
+            assert isinstance(table, nn.Embedding)
+            nn.init.normal_(table.weight, std=0.05)
 
     @property
     def device(self) -> torch.device:
@@ -193,6 +200,12 @@ class IMVIA(nn.Module):
     def entity_tables(self) -> list[EntityTable]:
         """The tables of which each process holds its own entities' rows."""
         return [table for table in (self.entity, *self.residual) if isinstance(table, EntityTable)]
+
+    @property
+    def relation_tables(self) -> list[nn.Embedding]:
+        """The tables of relations, their own blocks included."""
+        tables = (*self.relation, *self.relation_residual)
+        return [table for table in tables if isinstance(table, nn.Embedding)]
 
     @property
     def views(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -260,10 +273,19 @@ class IMVIA(nn.Module):
 
     def decode(self, embedding: Embedding, relation: Tensor) -> dict[str, Tensor]:
         """Query vectors (B, dim) of embedded entities and (B,) relations, head by head."""
-        groups = group_by_relation(relation, self.shards)
+        return self._decode(embedding, group_by_relation(relation, self.shards))
+
+    def _decode(self, embedding: Embedding, groups: RelationGroups) -> dict[str, Tensor]:
+        residual = self.relation_residual or [None] * len(self.heads)
+        parts = zip(self.heads, self.decoder, self.relation, residual, strict=True)
         return {
-            head: decoder(embedding.heads[head], table.weight, groups)
-            for head, decoder, table in zip(self.heads, self.decoder, self.relation, strict=True)
+            head: decoder(
+                embedding.heads[head],
+                table.weight,
+                groups,
+                None if blocks is None else blocks.weight,
+            )
+            for head, decoder, table, blocks in parts
         }
 
     def queries(self, entity: Tensor, relation: Tensor) -> dict[str, Tensor]:
@@ -280,11 +302,7 @@ class IMVIA(nn.Module):
         embedded = self._embed(
             entity, lambda table: self.shards.all_rows_of(table, entity), relation
         )
-        groups = group_by_relation(relation)
-        return {
-            head: decoder(embedded.heads[head], table.weight, groups)
-            for head, decoder, table in zip(self.heads, self.decoder, self.relation, strict=True)
-        }
+        return self._decode(embedded, group_by_relation(relation))
 
     def candidates(
         self, relation: Tensor | None = None, entity: Tensor | None = None

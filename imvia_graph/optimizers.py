@@ -13,18 +13,56 @@ from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.settings import Settings
 
 
+def table_optimizer(settings: Settings) -> tuple[str, float]:
+    """The optimizer of the tables and its learning rate."""
+    if settings.table_optimizer == "same":
+        return settings.optimizer, settings.learning_rate
+    return settings.table_optimizer, settings.table_learning_rate
+
+
 def make_optimizer(
-    settings: Settings, parameters: list[torch.nn.Parameter]
+    kind: str, parameters: Sequence[torch.nn.Parameter], lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, fused where torch has that."""
+    """An optimizer of torch's, fused where every torch has that."""
+    if kind == "adagrad" and any(parameter.is_cuda for parameter in parameters):
+        return Adagrad(parameters, lr=lr, weight_decay=weight_decay)
     kinds = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
         "adagrad": torch.optim.Adagrad,
     }
-    return kinds[settings.optimizer](
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
+    return kinds[kind](list(parameters), lr=lr, weight_decay=weight_decay, fused=True)
+
+
+class Adagrad(torch.optim.Adagrad):
+    """That of torch, whose fused form older versions have on the CPU only.
+
+    Attributes
+    ----------
+    found_inf : Tensor or None
+        Where it is above 0, a step changes nothing, and the host need not know: as for the fused
+        optimizers of torch.
+    """
+
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the parameters that have a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if group["weight_decay"]:
+            grad = grad.add(parameter, alpha=group["weight_decay"])
+        if self.found_inf is not None:
+            grad = torch.where(self.found_inf > 0, 0.0, grad)
+        state["step"] += 1
+        state["sum"].addcmul_(grad, grad)
+        parameter.addcdiv_(grad, state["sum"].sqrt().add_(group["eps"]), value=-group["lr"])
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -135,4 +173,4 @@ def follows_rows(settings: Settings) -> bool:
     return True
 
 
-__all__ = ["RowOptimizer", "follows_rows", "make_optimizer"]
+__all__ = ["Adagrad", "RowOptimizer", "follows_rows", "make_optimizer", "table_optimizer"]

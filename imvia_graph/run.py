@@ -112,12 +112,16 @@ class Run:
     def relation_embeddings(self) -> dict[str, Tensor]:
         """(2 num_relations, relation_dim) on the CPU for each head.
 
-        Rows are those of ``kg.relations``, then their inverses.
+        Rows are those of ``kg.relations``, then their inverses. With ``relation_residual`` they are
+        dim wider: the numbers of the relation's own blocks come last.
         """
-        return {
-            head: table.get_parameter("weight").detach().cpu().clone()
-            for head, table in zip(self.model.heads, self.model.relation, strict=True)
-        }
+        model = self.model
+        found = {}
+        for number, head in enumerate(model.heads):
+            tables = [model.relation[number], *list(model.relation_residual)[number : number + 1]]
+            weights = [table.get_parameter("weight").detach().cpu() for table in tables]
+            found[head] = torch.cat(weights, dim=1)
+        return found
 
     def __repr__(self) -> str:
         where = f" in {self.folder}" if self.folder else ""
@@ -384,7 +388,7 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
         # A run that was stopped before its first checkpoint starts again, from the same seed.
         checkpoint.load_last(folder, trainer)
         if shards.is_first:
-            checkpoint.upgrade(folder)
+            checkpoint.upgrade(folder, settings)
             if changed != settings:
                 _files.write_text(folder / "settings.yaml", changed.to_yaml())
         progress = _fit_in(folder, trainer)

@@ -80,13 +80,18 @@ class Settings(BaseModel):
         description="Add a free vector an entity to each projected modality embedding (not in the"
         " paper).",
     )
+    relation_residual: bool = Field(
+        True,
+        description="Add a free block-diagonal matrix a relation, that of ComplEx, to those that"
+        " Tucker's core makes (not in the paper).",
+    )
     candidates: Literal["shared", "relation"] = Field(
         "shared",
         description="Candidate tables: relation-free and shared by a batch, or the exact form of"
         " Eq. 1, made anew for each relation.",
     )
     decision: Literal["trained", "detached", "mean"] = Field(
-        "trained",
+        "detached",
         description="Relation-aware decision over the heads: trained with them, trained on their"
         " scores as given (detached), or their plain mean.",
     )
@@ -98,7 +103,7 @@ class Settings(BaseModel):
     batch_norm: bool = Field(False, description="Batch normalisation in the Tucker decoder.")
     input_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the query's entity.")
     relation_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on relation matrices.")
-    hidden_dropout: float = Field(0.3, ge=0, lt=1, description="Dropout on the query vector.")
+    hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the query vector.")
 
     # -- losses
     regime: Literal["1vsall", "kvsall", "sampled"] = Field(
@@ -109,7 +114,7 @@ class Settings(BaseModel):
     loss: Literal["softmax", "binary"] = Field(
         "softmax", description="Completion loss: softmax or binary cross-entropy (Eq. 7)."
     )
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="Label smoothing of that loss.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of that loss.")
     negative_sampling: Literal["uniform", "degree", "in-batch", "query"] = Field(
         "uniform",
         description="Negatives in the regime 'sampled': drawn uniformly or by degree, shared by the"
@@ -151,17 +156,27 @@ class Settings(BaseModel):
         description="Epochs at most; null for as many as take 500 steps, and 16 at least.",
     )
     batch_size: int = Field(1024, ge=1, description="Queries a batch.")
-    optimizer: Literal["adam", "adamw", "adagrad"] = Field("adam", description="Optimizer.")
+    optimizer: Literal["adam", "adamw", "adagrad"] = Field(
+        "adam", description="Optimizer of the layers."
+    )
+    table_optimizer: Literal["adam", "adamw", "adagrad", "same"] = Field(
+        "adagrad",
+        description="Optimizer of the tables of entities and relations; same for that of the"
+        " layers, learning rate included.",
+    )
     entity_optimizer: Literal["auto", "dense", "lazy", "rowwise"] = Field(
         "auto",
         description="Rows of the entities' tables that a step changes: all (dense), those that the"
         " batch touches (lazy), or those with one second moment a row and no first (rowwise), which"
         " needs the least memory; auto for lazy in the regime 'sampled', else dense.",
     )
-    learning_rate: float = Field(5e-3, gt=0, description="Learning rate.")
+    learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the layers.")
+    table_learning_rate: float = Field(
+        0.1, gt=0, description="Learning rate of the tables, with an optimizer of their own."
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear",
-        description="Learning rate over the epochs: as it is, or falling to 0 at the last one.",
+        description="Learning rates over the epochs: as they are, or falling to 0 at the last one.",
     )
     ema_decay: float = Field(
         0.0,

@@ -35,7 +35,7 @@ from imvia_graph.losses import (
 )
 from imvia_graph.model import DECISION, IMVIA
 from imvia_graph.nn.multi_view_encoder import views_present
-from imvia_graph.optimizers import RowOptimizer, follows_rows, make_optimizer
+from imvia_graph.optimizers import RowOptimizer, follows_rows, make_optimizer, table_optimizer
 from imvia_graph.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -182,13 +182,22 @@ class Trainer:
         # Persistent ones: the views are buffers, too, but nothing changes them.
         learned = {name for name, _ in model.named_parameters()}
         self.buffers = [model.get_buffer(name) for name in model.state_dict().keys() - learned]
-        self.optimizer = make_optimizer(settings, self.parameters)
+        kind, rate = table_optimizer(settings)
+        decay = settings.weight_decay
+        apart = {id(table.weight) for table in (*model.relation_tables, *model.entity_tables)}
+        if settings.table_optimizer == "same":
+            apart = set()
+        layers = [p for p in self.parameters if id(p) not in apart]
+        looked_up = [p for p in self.parameters if id(p) in apart]
+        self.optimizer = make_optimizer(settings.optimizer, layers, settings.learning_rate, decay)
+        #: That of the tables, where they have one of their own: all rows of each.
+        self.table_optimizer = make_optimizer(kind, looked_up, rate, decay) if looked_up else None
         self.row_optimizer = (
             RowOptimizer(
                 model.entity_tables,
-                settings.optimizer,
-                settings.learning_rate,
-                settings.weight_decay,
+                kind,
+                rate,
+                decay,
                 settings.entity_optimizer == "rowwise",
             )
             if by_rows
@@ -431,12 +440,17 @@ class Trainer:
             self.estimator_optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.estimator_optimizer.step()
         scale = None
+        optimizers = [self.optimizer]
+        if self.table_optimizer is not None:
+            optimizers.append(self.table_optimizer)
         if self.settings.gradient_clip is not None:
-            self.scaler.unscale_(self.optimizer)
+            for optimizer in optimizers:
+                self.scaler.unscale_(optimizer)
             scale = self._clip(self.settings.gradient_clip)
-        if not self.scaler.is_enabled():
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
+        for optimizer in optimizers:
+            if not self.scaler.is_enabled():
+                optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.scaler.step(optimizer)
         self.scaler.update()
         if self.row_optimizer is not None and (bad is None or not bad):
             self.row_optimizer.step_by(scale)
@@ -514,9 +528,15 @@ class Trainer:
         done = (self.progress.epoch + step / len(self.batches)) / max(self.epochs, 1)
         left = max(1 - done, 0.0)
         factor = left if settings.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
-        for optimizer in (self.optimizer, self.row_optimizer):
+        rate = table_optimizer(settings)[1]
+        rates = [
+            (self.optimizer, settings.learning_rate),
+            (self.table_optimizer, rate),
+            (self.row_optimizer, rate),
+        ]
+        for optimizer, rate in rates:
             for group in [] if optimizer is None else optimizer.param_groups:
-                group["lr"] = settings.learning_rate * factor
+                group["lr"] = rate * factor
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         """The total and its parts (Eq. 4, 5, 7, 8), and the loss of L1's estimators."""
@@ -898,7 +918,6 @@ __all__ = [
     "cpu_has_bfloat16",
     "give_back_freed_memory",
     "keep_freed_memory",
-    "make_optimizer",
     "resolve_device",
     "training_dtype",
 ]

@@ -39,6 +39,7 @@ from imvia_graph.training import Callback, Trainer
 #: What is searched unless told otherwise.
 SPACE: dict[str, Any] = {
     "learning_rate": {"low": 3e-4, "high": 1e-2, "log": True},
+    "table_learning_rate": {"low": 0.02, "high": 0.5, "log": True},
     "batch_size": [256, 512, 1024],
     "label_smoothing": {"low": 0.0, "high": 0.5, "step": 0.1},
     "input_dropout": {"low": 0.0, "high": 0.6, "step": 0.1},

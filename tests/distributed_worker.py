@@ -73,7 +73,7 @@ def bytes_held(kg):
         training.train_step(next(iter(training.batches)))
         tables = {id(table.weight) for table in training.model.entity_tables}
         total = 0
-        for optimizer in (training.optimizer, training.row_optimizer):
+        for optimizer in (training.optimizer, training.table_optimizer, training.row_optimizer):
             for weight, state in () if optimizer is None else optimizer.state.items():
                 if id(weight) in tables:
                     total += sum(value.nbytes for value in state.values() if value.dim())

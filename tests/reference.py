@@ -211,6 +211,21 @@ def tucker(core, head, relation, tail):
     return total
 
 
+def complex_score(head, relation, tail):
+    """Re(<h, c, conj(t)>); halves are real and imaginary parts, an odd last number is real."""
+    half = len(head) // 2
+    total = 0.0
+    for k in range(half):
+        left = (head[k], head[half + k])
+        times = (relation[k], relation[half + k])
+        real = left[0] * times[0] - left[1] * times[1]
+        imaginary = left[0] * times[1] + left[1] * times[0]
+        total = total + real * tail[k] + imaginary * tail[half + k]
+    if len(head) % 2:
+        total = total + head[-1] * relation[-1] * tail[-1]
+    return total
+
+
 def decision(weight, bias, relation, scores):
     """The relation-aware decision over the heads' scores of one triple."""
     return dot(softmax(linear(weight, bias, relation)), scores)

@@ -74,6 +74,9 @@ def loop_scores(model, i, relation, j):
         )
         for name, decoder, table in zip(head, model.decoder, model.relation, strict=True)
     }
+    for name, table in zip(scores, model.relation_residual, strict=False):
+        blocks = numbers(table.weight)[relation]
+        scores[name] = scores[name] + loops.complex_score(head[name], blocks, tail[name])
     if model.settings.decision == "mean":
         scores["decision"] = sum(scores.values()) / len(scores)
     else:
@@ -90,6 +93,7 @@ def loop_scores(model, i, relation, j):
     [
         {},
         {"residual": False},
+        {"relation_residual": False},
         {"joint": False},
         {"decision": "mean"},
         {"structure": False},
@@ -201,7 +205,7 @@ def test_heads_and_shapes(odd_kg, modalities, joint, heads, candidates):
 
 
 def test_structure_alone_is_tucker(odd_kg):
-    model = model_of(odd_kg, modalities=[])
+    model = model_of(odd_kg, modalities=[], relation_residual=False)
     assert model.alignment is None
     assert model.information is None
     scores = scores_of(model, [1], 0)

@@ -451,6 +451,31 @@ def test_tucker_scores_match_the_loop():
     assert_agree(found, tensor(expected), [head, rel_feat, tails, decoder.core])
 
 
+@pytest.mark.parametrize("width", [1, 3, 4])  # an odd one has a last number that is real
+def test_tucker_scores_with_blocks_match_the_loop(width):
+    decoder = randomised(TuckerDecoder(width, 2, batch_norm=False)).double()
+    head, rel_feat, tails = double(6, width), double(4, 2), double(5, width)
+    blocks = double(4, width)
+    relation = [3, 0, 3, 1, 0, 3]
+    found = decoder(head, rel_feat, torch.tensor(relation), blocks) @ tails.T
+    parts = (decoder.core, head, rel_feat, tails, blocks)
+    core, h, r, t, c = (numbers(part) for part in parts)
+    expected = [
+        [loops.tucker(core, h[b], r[i], tail) + loops.complex_score(h[b], c[i], tail) for tail in t]
+        for b, i in enumerate(relation)
+    ]
+    assert_agree(found, tensor(expected), [head, rel_feat, tails, decoder.core, blocks])
+
+
+def test_blocks_alone_score_as_complex_numbers_do():
+    decoder = TuckerDecoder(6, 2, batch_norm=False).double()
+    decoder.core.data.zero_()
+    head, blocks, tail = torch.randn(3, 4, 6, dtype=torch.float64).unbind()
+    query = decoder(head, torch.ones(4, 2).double(), torch.arange(4), blocks)
+    h, c, t = (torch.complex(*part.chunk(2, dim=1)) for part in (head, blocks, tail))
+    torch.testing.assert_close((query * tail).sum(1), (h * c * t.conj()).sum(1).real)
+
+
 def test_batch_normalisation_in_evaluation_leaves_eq_6_up_to_its_scale():
     decoder = TuckerDecoder(3, 2).double().eval()
     plain = TuckerDecoder(3, 2, batch_norm=False).double()

@@ -377,10 +377,15 @@ def test_embeddings_have_a_row_an_entity_and_a_relation_in_either_direction():
     assert list(entities) == list(relations) == heads
     for head in heads:
         assert entities[head].shape == (12, 8)
-        assert relations[head].shape == (4, 5)
+        assert relations[head].shape == (4, 5 + 8)
         assert not entities[head].requires_grad
         assert not relations[head].requires_grad
     assert torch.equal(entities["structure"], run.model.entity.weight)
+    model = run.model
+    assert torch.equal(relations["text"][:, :5], model.relation[2].weight)
+    assert torch.equal(relations["text"][:, 5:], model.relation_residual[2].weight)
+    without = fit(epochs=1, dim=8, relation_dim=5, relation_residual=False)
+    assert without.relation_embeddings()["joint"].shape == (4, 5)
 
 
 def test_changing_embeddings_does_not_change_the_model():
@@ -474,7 +479,7 @@ def test_a_finished_run_goes_on_with_more_epochs_as_if_it_had_had_them_from_the_
 
 
 def test_a_run_that_ran_out_of_patience_goes_on_with_more(tmp_path):
-    still = {"learning_rate": 1e-30, "batch_norm": False, "epochs": 9}
+    still = {"learning_rate": 1e-30, "table_optimizer": "same", "batch_norm": False, "epochs": 9}
     run = fit(tmp_path / "run", patience=2, **still)
     assert (run.progress.ended, run.progress.epoch) == ("patience", 3)
     resumed = ig.fit(out=run.folder, resume=True, patience=4)
@@ -498,9 +503,10 @@ def test_the_model_on_disk_is_the_one_returned_where_a_resumed_run_asks_for_fewe
     kg = ring_kg(8, valid=0)
     kg = kg.replace(valid=kg.train)  # what is trained is what is validated: it gets better
     options = {"epochs": 30, "checkpoint_every": 2, "validation": "published", "dim": 16}
+    options |= {"table_optimizer": "same", "learning_rate": 5e-3, "label_smoothing": 0.1}
     stop = StopAtABestOddEpoch()
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "run", kg=kg, callbacks=[stop], hidden_dropout=0, **options)
+        fit(tmp_path / "run", kg=kg, callbacks=[stop], **options)
     resumed = ig.fit(out=tmp_path / "run", resume=True, epochs=stop.stopped - 1)
     assert resumed.progress.epoch == stop.stopped - 1
     assert same_weights(ig.load(tmp_path / "run").model, resumed.model)
@@ -662,7 +668,7 @@ def test_a_run_without_a_checkpoint_says_so(copied):
 def test_a_run_of_a_newer_version_is_refused(use, copied):
     about = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps({**about, "version": about["version"] + 1}))
-    with pytest.raises(CheckpointError, match=r"version 3 is newer .*Update imvia-graph"):
+    with pytest.raises(CheckpointError, match=r"version 4 is newer .*Update imvia-graph"):
         ig.load(copied) if use == "load" else ig.fit(out=copied, resume=True)
 
 
@@ -690,18 +696,21 @@ def as_version_1(folder):
         metadata["progress"] = json.dumps(progress)
         save_file(load_file(folder / name), folder / name, metadata)
     settings = (folder / "settings.yaml").read_text().splitlines()
-    new = ("non_finite:", "disk_full:")
+    new = ("non_finite:", "disk_full:", "relation_residual:", "table_")
     kept = [line for line in settings if not line.startswith(new)]
     (folder / "settings.yaml").write_text("\n".join(kept))
     return folder
 
 
-def test_a_run_of_the_first_version_loads_and_goes_on(copied, finished, tmp_path):
-    old = as_version_1(copied)
+def test_a_run_of_the_first_version_loads_and_goes_on(tmp_path):
+    then = {"relation_residual": False, "table_optimizer": "same"}
+    finished = fit(tmp_path / "old", epochs=4, **then)
+    old = as_version_1(finished.folder)
     assert same_weights(ig.load(old).model, finished.model)
     resumed = ig.fit(out=old, resume=True, epochs=6)
-    assert_same_run(fit(tmp_path / "whole", epochs=6).folder, resumed.folder)
-    assert json.loads((old / "run.json").read_text())["version"] == 2
+    assert_same_run(fit(tmp_path / "whole", epochs=6, **then).folder, resumed.folder)
+    assert json.loads((old / "run.json").read_text())["version"] == 3
+    assert same_weights(ig.load(old).model, resumed.model)  # and is read as it now says it is
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "other"}', ""])

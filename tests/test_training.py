@@ -533,7 +533,9 @@ def test_an_entity_seen_only_in_test_is_ranked_with_finite_scores():
 def test_the_weights_returned_are_those_of_the_best_epoch_and_give_its_validation_mrr():
     records = Records()
     kg = ring_kg(20, valid=8)
-    trainer = trained(kg, [records], epochs=12, learning_rate=0.5, patience=None)
+    trainer = trained(
+        kg, [records], epochs=12, learning_rate=0.5, patience=None, table_optimizer="same"
+    )
     progress = trainer.progress
     mrr = [record["valid"]["mrr"] for record in records.records]
     assert progress.best_mrr == max(mrr)
@@ -562,8 +564,9 @@ class BestStates(Callback):
 @pytest.mark.parametrize("average", [0.0, 0.5])
 def test_the_best_state_is_copied_when_it_is_about_to_change_and_no_earlier(average):
     records, seen = Records(), BestStates()
-    kg, options = ring_kg(20, valid=8), {"epochs": 12, "patience": None, "ema_decay": average}
-    trainer = trained(kg, [records, seen], learning_rate=0.1 if average else 0.5, **options)
+    kg = ring_kg(20, valid=8)
+    options = {"epochs": 12, "patience": None, "ema_decay": average, "table_optimizer": "same"}
+    trainer = trained(kg, [records, seen], learning_rate=0.3, **options)
     best = 0
     for epoch, record in enumerate(records.records):
         if record["valid"]["mrr"] > records.records[best]["valid"]["mrr"]:
@@ -583,7 +586,13 @@ def test_training_ends_when_validation_has_not_improved_for_patience_times():
     records = Records()
     # Nothing can improve: the learning rate is too small to change a rank.
     kg = ring_kg()
-    changes = {"epochs": 50, "patience": 3, "learning_rate": 1e-30, "batch_norm": False}
+    changes = {
+        "epochs": 50,
+        "patience": 3,
+        "learning_rate": 1e-30,
+        "table_optimizer": "same",
+        "batch_norm": False,
+    }
     trainer = trained(kg, [records], **changes)
     assert trainer.progress.ended == "patience"
     assert trainer.progress.best_epoch == 1
@@ -591,14 +600,22 @@ def test_training_ends_when_validation_has_not_improved_for_patience_times():
 
 
 def test_patience_counts_validations_not_epochs():
-    changes = {"epochs": 50, "patience": 2, "learning_rate": 1e-30, "batch_norm": False}
+    changes = {
+        "epochs": 50,
+        "patience": 2,
+        "learning_rate": 1e-30,
+        "table_optimizer": "same",
+        "batch_norm": False,
+    }
     trainer = trained(ring_kg(), validate_every=3, **changes)
     assert trainer.progress.best_epoch == 3
     assert trainer.progress.epoch == 9
 
 
 def test_without_patience_all_epochs_are_trained():
-    trainer = trained(ring_kg(), epochs=8, patience=None, learning_rate=1e-30)
+    trainer = trained(
+        ring_kg(), epochs=8, patience=None, learning_rate=1e-30, table_optimizer="same"
+    )
     assert (trainer.progress.ended, trainer.progress.epoch) == ("epochs", 8)
 
 

@@ -56,7 +56,8 @@ def work(source: str, regime: str, path: str, epochs: int | None) -> None:
     model = run.model
     tables = {id(table.weight) for table in model.entity_tables}
     states = 0
-    for optimizer in (first.trainer.optimizer, first.trainer.row_optimizer):
+    trainer = first.trainer
+    for optimizer in (trainer.optimizer, trainer.table_optimizer, trainer.row_optimizer):
         for weight, state in () if optimizer is None else optimizer.state.items():
             if id(weight) in tables:
                 states += sum(value.nbytes for value in state.values() if value.dim())

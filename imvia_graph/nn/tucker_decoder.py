@@ -80,6 +80,16 @@ class TuckerDecoder(nn.Module):
     `TuckER <https://arxiv.org/abs/1901.09590>`__: on the entity, on the relation matrix, on the
     query; the mask on the matrix is drawn once a distinct relation.
 
+    Relations share the core, which spans as many matrices as :math:`e_r` is wide. ``rel_blocks``
+    adds to each relation's a matrix of its own, of blocks of two by two that turn and stretch:
+
+    .. math:: S(h, r, t) = \mathcal W \times_1 e_h \times_2 e_r \times_3 e_t
+        + \operatorname{Re} \langle e_h, c_r, \overline{e_t} \rangle
+
+    with the halves of :math:`e_h`, :math:`c_r`, :math:`e_t` as real and imaginary parts: the score
+    of `ComplEx <https://arxiv.org/abs/1606.06357>`__, itself a Tucker decomposition whose core is
+    given.
+
     Parameters
     ----------
     entity_feats, rel_feats : int
@@ -98,6 +108,12 @@ class TuckerDecoder(nn.Module):
     >>> query = decoder(entities[:5], relations, torch.tensor([0, 2, 2, 0, 1]))
     >>> (query @ entities.T).shape  # five queries, ten candidates
     torch.Size([5, 10])
+
+    With a block-diagonal matrix for each relation:
+
+    >>> blocks = torch.rand(3, 6)
+    >>> decoder(entities[:5], relations, torch.tensor([0, 2, 2, 0, 1]), blocks).shape
+    torch.Size([5, 6])
     """
 
     def __init__(
@@ -129,7 +145,13 @@ class TuckerDecoder(nn.Module):
             if norm is not None:
                 norm.reset_parameters()
 
-    def forward(self, head: Tensor, rel_feat: Tensor, relation: Tensor | RelationGroups) -> Tensor:
+    def forward(
+        self,
+        head: Tensor,
+        rel_feat: Tensor,
+        relation: Tensor | RelationGroups,
+        rel_blocks: Tensor | None = None,
+    ) -> Tensor:
         """Query vectors.
 
         Parameters
@@ -141,6 +163,8 @@ class TuckerDecoder(nn.Module):
         relation : Tensor or RelationGroups
             (B,) int64, the relation of each query; grouped already where several decoders are
             asked the same.
+        rel_blocks : Tensor, optional
+            (R, entity_feats), c of each relation. Default: ``None``, the core alone.
 
         Returns
         -------
@@ -157,9 +181,14 @@ class TuckerDecoder(nn.Module):
             head = self.input_dropout(head, share.rows, share.num_rows)
             matrix = self.relation_dropout(matrix, share.relations, share.num_relations)
         # Sorted by relation, each relation's queries are one product with its matrix.
-        parts = zip(head[groups.order].split(groups.counts), matrix.unbind(), strict=True)
+        head = head[groups.order]
+        parts = zip(head.split(groups.counts), matrix.unbind(), strict=True)
         rows = [part @ relation_matrix for part, relation_matrix in parts]
         query = torch.cat(rows) if rows else head
+        if rel_blocks is not None:
+            counts = torch.tensor(groups.counts, dtype=torch.int64, device=head.device)
+            of_each = groups.distinct.repeat_interleave(counts, output_size=len(head))
+            query = query + complex_product(head, rel_blocks[of_each])
         query = torch.empty_like(query).index_copy(0, groups.order, query)
         query = _normalise(self.hidden_norm, query, share)
         if share is None:
@@ -169,6 +198,34 @@ class TuckerDecoder(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
         return f"entity_feats={self.entity_feats}, rel_feats={self.rel_feats}"
+
+
+def complex_product(left: Tensor, right: Tensor) -> Tensor:
+    """Products, element by element, of numbers whose real parts are the first half of a row.
+
+    Of an odd number of columns the last one is real.
+
+    Parameters
+    ----------
+    left, right : Tensor
+        (B, d).
+
+    Returns
+    -------
+    Tensor
+        (B, d).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.nn.tucker_decoder import complex_product
+    >>> complex_product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))  # (1 + 2i) (3 + 4i)
+    tensor([[-5., 10.]])
+    """
+    half = left.shape[1] // 2
+    sizes = [half, half, left.shape[1] % 2]
+    (a, b, last), (c, d, times) = left.split(sizes, dim=1), right.split(sizes, dim=1)
+    return torch.cat([a * c - b * d, a * d + b * c, last * times], dim=1)
 
 
 def _normalise(norm: nn.BatchNorm1d | None, feat: Tensor, share: Share | None = None) -> Tensor:

@@ -1,0 +1,102 @@
+"""Optimizers against the equations that their documentation gives, and against torch's."""
+
+import copy
+
+import pytest
+import torch
+from helpers import ring_kg, settings
+
+import imvia_graph as ig
+from imvia_graph.optimizers import Adagrad, make_optimizer
+from imvia_graph.training import Trainer
+
+
+def parameters():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        for shape in ((4, 3), (5,))
+    ]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adagrad_is_torch_s(decay):
+    ours, theirs = parameters(), parameters()
+    pairs = [
+        (ours, Adagrad(ours, lr=0.1, weight_decay=decay)),
+        (theirs, torch.optim.Adagrad(theirs, lr=0.1, weight_decay=decay)),
+    ]
+    for step in range(5):
+        for values, optimizer in pairs:
+            for value in values:
+                value.grad = torch.sin(value.detach() * (step + 1))
+            optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+    assert pairs[0][1].state_dict()["state"].keys() == pairs[1][1].state_dict()["state"].keys()
+
+
+def test_a_step_that_is_to_be_left_out_changes_nothing_but_the_count():
+    values = parameters()
+    optimizer = Adagrad(values, lr=0.1)
+    for bad in (0.0, 1.0):
+        before = copy.deepcopy((values, optimizer.state_dict()))
+        for value in values:
+            value.grad = torch.full_like(value, torch.nan if bad else 1.0)
+        optimizer.found_inf = torch.tensor(bad)
+        optimizer.step()
+        same = [torch.equal(a, b) for a, b in zip(values, before[0], strict=True)]
+        assert same == [bool(bad)] * 2
+    for index in range(2):
+        state = optimizer.state_dict()["state"][index]
+        assert torch.equal(state["sum"], before[1]["state"][index]["sum"])
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "adagrad"])
+def test_an_optimizer_is_the_one_that_is_named(kind):
+    found = make_optimizer(kind, parameters(), 0.25, 0.5)
+    assert type(found).__name__.lower() == kind
+    assert (found.param_groups[0]["lr"], found.param_groups[0]["weight_decay"]) == (0.25, 0.5)
+
+
+def optimized(optimizer):
+    held = [] if optimizer is None else [p for g in optimizer.param_groups for p in g["params"]]
+    return {id(parameter) for parameter in held}
+
+
+@pytest.mark.parametrize("table_optimizer", ["same", "adam", "adagrad"])
+@pytest.mark.parametrize("regime", ["1vsall", "sampled"])
+def test_each_parameter_has_one_optimizer_and_tables_their_own(regime, table_optimizer):
+    kg = ring_kg(8)
+    chosen = settings(regime=regime, table_optimizer=table_optimizer, lambda_information=0.0)
+    trainer = Trainer(model_of(kg, chosen), kg, chosen)
+    model = trainer.model
+    entities = {id(table.weight) for table in model.entity_tables}
+    relations = {id(table.weight) for table in model.relation_tables}
+    layers, tables, rows = (
+        optimized(o) for o in (trainer.optimizer, trainer.table_optimizer, trainer.row_optimizer)
+    )
+    everything = {id(p) for p in model.parameters()}
+    estimators = (
+        set() if model.information is None else set(map(id, model.information.parameters()))
+    )
+    assert layers | tables | rows == everything - estimators
+    assert len(layers) + len(tables) + len(rows) == len(layers | tables | rows)
+    assert rows == (entities if regime == "sampled" else set())
+    if table_optimizer == "same":
+        assert trainer.table_optimizer is None
+        rate = chosen.learning_rate
+    else:
+        assert tables == (relations | entities) - rows
+        assert type(trainer.table_optimizer).__name__.lower() == table_optimizer
+        rate = chosen.table_learning_rate
+        assert trainer.table_optimizer.param_groups[0]["lr"] == rate
+    if rows:
+        assert trainer.row_optimizer.param_groups[0]["lr"] == rate
+        expected = chosen.optimizer if table_optimizer == "same" else table_optimizer
+        assert trainer.row_optimizer.kind == expected
+
+
+def model_of(kg, chosen):
+    torch.manual_seed(0)
+    return ig.IMVIA.from_kg(kg, chosen)
