@@ -16,7 +16,7 @@ from helpers import TINY, contents, differing_tensors, ring_kg, same_weights, se
 from safetensors.torch import load_file
 
 import imvia_graph as ig
-from imvia_graph import _factored, _tiles, evaluation, training
+from imvia_graph import _factored, _tiles, evaluation, optimizers
 from imvia_graph._guards import Health, Parts, is_out_of_memory
 from imvia_graph.checkpoint import locked, start_run
 from imvia_graph.model import DECISION, IMVIA
@@ -471,7 +471,7 @@ def test_a_fused_optimizer_leaves_a_step_out_that_it_is_told_is_bad():
     """What training on a GPU relies on, so that the host need not wait."""
     for kind in ("adam", "adamw", "adagrad"):
         weight = torch.nn.Parameter(torch.ones(3))
-        optimizer = training.make_optimizer(settings(optimizer=kind), [weight])
+        optimizer = optimizers.make_optimizer(kind, [weight], 0.1, 0.0)
         for bad in (0.0, 1.0):
             before = weight.detach().clone()
             weight.grad = torch.full((3,), torch.nan if bad else 1.0)
