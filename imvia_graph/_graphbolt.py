@@ -72,7 +72,9 @@ class _Loader(Loader):
 
 def stand_in_where_needed() -> None:
     """See to it that ``import dgl``, here or in the user's own code, finds what it needs."""
-    if not any(type(finder).__qualname__ == _Finder.__qualname__ for finder in sys.meta_path):
+    # Other packages have finders of that name; a copy of this module's counts as one of its own.
+    names = [(type(finder).__module__, type(finder).__qualname__) for finder in sys.meta_path]
+    if (_Finder.__module__, _Finder.__qualname__) not in names:
         sys.meta_path.insert(0, _Finder())
 
 

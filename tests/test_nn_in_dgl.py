@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 import imvia_graph as ig
 from imvia_graph._dgl import dgl
+from imvia_graph._graphbolt import stand_in_where_needed
 from imvia_graph.nn import GatedViewConv, JointFusion, MultiViewEncoder
 
 WIDTH = 6
@@ -787,6 +789,18 @@ def test_dgl_is_imported_after_imvia_graph_and_before_its_layers(tmp_path):
     result = run_python("-c", code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-2:] == [dgl.__version__, "True"]
+
+
+def test_finders_of_other_packages_do_not_pass_for_the_stand_in(monkeypatch):
+    # virtualenv's is called so, too.
+    other = type("_Finder", (), {"__module__": "_virtualenv"})()
+    monkeypatch.setattr(sys, "meta_path", [other])
+    stand_in_where_needed()
+    stand_in_where_needed()
+    assert [type(finder).__module__ for finder in sys.meta_path] == [
+        "imvia_graph._graphbolt",
+        "_virtualenv",
+    ]
 
 
 def test_stand_in_for_graphbolt_says_why_it_is_empty():
