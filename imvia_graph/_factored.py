@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from imvia_graph import _kernels
+from imvia_graph._gpu import scores as _gpu_scores
 from imvia_graph.answers import pointer
 from imvia_graph.distributed import Shards
 
@@ -32,7 +33,8 @@ class Terms(NamedTuple):
     dtype: torch.dtype
     num_queries: int
     num_candidates: int
-    num_positives: int
+    #: A scalar on the device where the host does not know it.
+    num_positives: int | Tensor
     #: Of the queries that could be at work at a time, only one in so many are.
     parts: int = 1
     #: Over which the candidates are split, where there are several processes.
@@ -44,29 +46,34 @@ class Terms(NamedTuple):
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> float | Tensor:
         """What losses and gradients of scores are multiplied by, so that float16 holds them."""
         if self.loss == "softmax":
             return self.num_queries
-        return float(self.num_positives * self.num_negatives) ** 0.5
+        return (self.num_positives * self.num_negatives) ** 0.5
 
     @property
-    def num_negatives(self) -> int:
+    def num_negatives(self) -> int | Tensor:
         """Terms that are not positive; at least 1, to divide by."""
-        return max(self.num_queries * self.num_candidates - self.num_positives, 1)
+        return _at_least_one(self.num_queries * self.num_candidates - self.num_positives)
 
     @property
-    def of_a_term(self) -> tuple[float, float]:
+    def of_a_term(self) -> tuple[float | Tensor, float | Tensor]:
         """Weight of a positive's and of a negative's term in the binary loss, scaled."""
-        return self.scale / max(self.num_positives, 1), self.scale / self.num_negatives
+        return self.scale / _at_least_one(self.num_positives), self.scale / self.num_negatives
+
+
+def _at_least_one(number: int | Tensor) -> int | Tensor:
+    return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)
 
 
 class FactoredCompletion(torch.autograd.Function):
     """Loss of (B, d) queries and (N, d) candidates, a pair a head, and (B, M) weights or None.
 
     ``row`` and ``col`` are the positives, sorted by row, and ``share`` what each is of its row's;
-    ``of_rows`` are (B,) weights of the queries, of mean 1, or None. With several processes
-    candidates and positives are this one's, and so are the gradients; the loss is that of all.
+    ``counts`` is 0 for one that repeats another to fill up, else 1; or None. ``of_rows`` are (B,)
+    weights of the queries, of mean 1, or None. With several processes candidates and positives are
+    this one's, and so are the gradients; the loss is that of all.
     """
 
     @staticmethod
@@ -75,6 +82,7 @@ class FactoredCompletion(torch.autograd.Function):
         row: Tensor,
         col: Tensor,
         share: Tensor,
+        counts: Tensor | None,
         of_rows: Tensor | None,
         weights: Tensor | None,
         terms: Terms,
@@ -86,7 +94,7 @@ class FactoredCompletion(torch.autograd.Function):
             candidates = [part.detach().to(terms.dtype) for part in inputs[heads:]]
             work = _Work(queries, candidates, of_rows, weights, terms)
             for start, stop in work.blocks():
-                work.do(start, stop, row, col, share)
+                work.do(start, stop, row, col, share, counts)
             if terms.shards is not None:
                 terms.shards.sum_(work.loss)
         ctx.save_for_backward(work.grad_weights, *work.grad_queries, *work.grad_candidates)
@@ -100,8 +108,8 @@ class FactoredCompletion(torch.autograd.Function):
         factor = (grad_out / ctx.scale).reshape(1)
         grad_weights, *gradients = (part * factor for part in ctx.saved_tensors)
         typed = (part.to(dtype) for part, dtype in zip(gradients, ctx.dtypes, strict=True))
-        has_weights = ctx.needs_input_grad[4]
-        return None, None, None, None, grad_weights if has_weights else None, None, *typed
+        has_weights = ctx.needs_input_grad[5]
+        return None, None, None, None, None, grad_weights if has_weights else None, None, *typed
 
 
 class _Work:
@@ -131,6 +139,11 @@ class _Work:
             and terms.shards is None
             and _kernels.load("scores") is not None
         )
+        self.on_gpu = (
+            not self.fused
+            and terms.shards is None
+            and _gpu_scores.usable(first.device, terms.dtype)
+        )
 
     def blocks(self) -> list[tuple[int, int]]:
         """Ranges of queries, as many at a time as memory allows."""
@@ -138,18 +151,27 @@ class _Work:
         shards = self.terms.shards
         size = self.terms.num_candidates if shards is None else shards.bounds[1]
         a_row = len(self.queries) * size * self.queries[0].element_size()
-        if not self.fused:
+        if not (self.fused or self.on_gpu):
             a_row += 4 * size * self.terms.exact.itemsize  # what `_gradients` makes
         most = min(SCORES_AT_A_TIME // max(a_row, 1), self.terms.num_queries)
         rows = max(1, -(-most // self.terms.parts))
         starts = range(0, self.terms.num_queries, rows)
         return [(start, min(start + rows, self.terms.num_queries)) for start in starts]
 
-    def do(self, start: int, stop: int, row: Tensor, col: Tensor, share: Tensor) -> None:
+    def do(
+        self,
+        start: int,
+        stop: int,
+        row: Tensor,
+        col: Tensor,
+        share: Tensor,
+        counts: Tensor | None,
+    ) -> None:
         """Loss and gradients of the queries from start to stop."""
         if stop - start < self.terms.num_queries:
             mine = (row >= start) & (row < stop)
             row, col, share = row[mine] - start, col[mine], share[mine]
+            counts = None if counts is None else counts[mine]
         queries = [part[start:stop] for part in self.queries]
         shape = (len(queries), stop - start, len(self.candidates[0]))
         scores = queries[0].new_empty(shape)
@@ -161,6 +183,27 @@ class _Work:
         of_rows = self.of_rows[start:stop]
         if self.fused:
             loss = _compiled_gradients(scores, row, col, of_rows, weights, grad_weights, self.terms)
+        elif self.on_gpu:
+            terms = self.terms
+            of_positive, of_negative = (
+                part if isinstance(part, Tensor) else torch.full((), part, device=scores.device)
+                for part in terms.of_a_term
+            )
+            loss = _gpu_scores.gradients(
+                scores,
+                row,
+                col,
+                share,
+                counts,
+                of_rows,
+                weights,
+                grad_weights,
+                terms.loss == "softmax",
+                terms.label_smoothing,
+                terms.detached,
+                of_positive,
+                of_negative,
+            )
         else:
             loss = _gradients(scores, row, col, share, of_rows, weights, grad_weights, self.terms)
         self.loss += loss

@@ -335,11 +335,15 @@ class Positives(NamedTuple):
     weight : Tensor or None
         (B,) weights of the rows in the mean over them; None for equal ones. With the number of a
         row's positives the softmax loss is that of rows of one positive each, at the cost of one.
+    counts : Tensor or None
+        (P,) float32, where rows ascend and the last pair is repeated so that P is a given number: 0
+        for a repetition, else 1. Only `factored_completion` takes it. None where all are distinct.
     """
 
     row: Tensor
     col: Tensor
     weight: Tensor | None = None
+    counts: Tensor | None = None
 
 
 def binary_completion(scores: Tensor, positives: Positives, label_smoothing: float = 0.0) -> Tensor:
@@ -488,13 +492,19 @@ def factored_completion(
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    order = torch.argsort(positives.row, stable=True)
-    row, col = positives.row[order], positives.col[order]
-    num_queries, num_candidates, num_positives = len(queries[0]), len(candidates[0]), len(row)
+    row, col, _, counts = positives
+    num_positives: int | Tensor = len(row)
+    if counts is None:
+        order = torch.argsort(row, stable=True)
+        row, col = row[order], col[order]
+    else:
+        num_positives = counts.sum()
+    num_queries, num_candidates = len(queries[0]), len(candidates[0])
     exact = torch.promote_types(dtype, torch.float32)
     # Not by bincount, which a GPU has to be waited for.
-    counts = torch.zeros(num_queries, dtype=exact, device=row.device)
-    share = counts.index_add_(0, row, torch.ones_like(row, dtype=exact)).reciprocal()[row]
+    ones = torch.ones_like(row, dtype=exact) if counts is None else counts.to(exact)
+    of_each = torch.zeros(num_queries, dtype=exact, device=row.device).index_add_(0, row, ones)
+    share = of_each.reciprocal()[row]
     if shards is not None and shards.alone:
         shards = None
     if shards is not None:
@@ -516,7 +526,9 @@ def factored_completion(
     of_rows = positives.weight
     if of_rows is not None:
         of_rows = of_rows.to(terms.exact) / of_rows.to(terms.exact).mean()
-    total: Tensor = FactoredCompletion.apply(row, col, share, of_rows, weights, terms, *tensors)
+    total: Tensor = FactoredCompletion.apply(
+        row, col, share, counts, of_rows, weights, terms, *tensors
+    )
     return total
 
 

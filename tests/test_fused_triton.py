@@ -37,8 +37,13 @@ def device(request):
 @needs_triton
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run in this process")
 def test_the_claims_below_hold_in_the_interpreter():
+    in_the_interpreter(__file__)
+
+
+def in_the_interpreter(file):
+    """Run a file of tests in a process of its own."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", file],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         stdout=subprocess.PIPE,
         text=True,

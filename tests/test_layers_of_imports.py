@@ -30,7 +30,7 @@ HOUSE = [
     {"datasets", "splits", "kg"},
     {"_dgl", "_labels", "_linked", "_tables", "answers"},
     {"_parquet"},
-    {"_files", "_guards", "_kernels", "_owner"},
+    {"_files", "_gpu", "_guards", "_kernels", "_owner"},
     {"distributed"},
     {"errors", "_display", "_graphbolt", "_version"},
 ]

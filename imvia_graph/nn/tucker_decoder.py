@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from imvia_graph import _gpu
+from imvia_graph._gpu import grouped
+from imvia_graph.answers import pointer
 from imvia_graph.distributed import Shards
 from imvia_graph.nn.dropout import Dropout
 
@@ -38,23 +41,35 @@ class RelationGroups(NamedTuple):
     Attributes
     ----------
     distinct : Tensor
-        (R,) int64, ascending.
+        (R,) int64, ascending; with ``offsets`` filled up with zeros.
     order : Tensor
         (B,) int64: positions of the queries of the first of them, then of the second, …
-    counts : list of int
-        How many queries each has.
+    counts : list of int or None
+        How many queries each has; None with ``offsets``.
     share : Share or None
         None where they are all queries that there are.
+    offsets : Tensor or None
+        (R + 1,) int64: where each relation's queries begin in ``order``. On a GPU, which would have
+        to be waited for to learn the counts.
     """
 
     distinct: Tensor
     order: Tensor
-    counts: list[int]
+    counts: list[int] | None
     share: Share | None = None
+    offsets: Tensor | None = None
 
 
-def group_by_relation(relation: Tensor, shards: Shards | None = None) -> RelationGroups:
-    """Group (B,) relations; with several processes, those of this one's part of them."""
+def group_by_relation(
+    relation: Tensor, shards: Shards | None = None, most: int | None = None
+) -> RelationGroups:
+    """Group (B,) relations; with several processes, those of this one's part of them.
+
+    No more than ``most`` are distinct; None for any number.
+    """
+    alone = shards is None or shards.alone
+    if alone and len(relation) and _gpu.runs_on(relation.device) and grouped.loads():
+        return _without_counts(relation, most)
     everything = relation
     if shards is not None:
         relation = relation[shards.part(len(relation))]
@@ -67,6 +82,20 @@ def group_by_relation(relation: Tensor, shards: Shards | None = None) -> Relatio
     of_all = everything.unique()
     place = torch.searchsorted(of_all, distinct)
     return groups._replace(share=Share(shards, rows, place, len(everything), len(of_all)))
+
+
+def _without_counts(relation: Tensor, most: int | None) -> RelationGroups:
+    """`group_by_relation` in shapes that do not depend on what the relations are."""
+    size = len(relation) if most is None else min(most, len(relation))
+    order = torch.argsort(relation, stable=True)
+    ascending = relation[order]
+    is_new = torch.ones_like(ascending)
+    is_new[1:] = ascending[1:] != ascending[:-1]
+    place = is_new.cumsum(0) - 1
+    distinct = torch.zeros(size, dtype=torch.int64, device=relation.device)
+    counts = torch.zeros_like(distinct).scatter_add_(0, place, torch.ones_like(place))
+    distinct.scatter_(0, place, ascending)
+    return RelationGroups(distinct, order, None, offsets=pointer(counts))
 
 
 class TuckerDecoder(nn.Module):
@@ -174,21 +203,20 @@ class TuckerDecoder(nn.Module):
         groups = group_by_relation(relation) if isinstance(relation, Tensor) else relation
         share = groups.share
         head = _normalise(self.input_norm, head, share)
-        matrix = torch.tensordot(rel_feat[groups.distinct], self.core, dims=1)
+        # A product of matrices, which autocast knows on every device; tensordot it does not on all.
+        matrix = nn.functional.embedding(groups.distinct, rel_feat) @ self.core.flatten(1)
+        matrix = matrix.unflatten(1, self.core.shape[1:])
         if share is None:
             head, matrix = self.input_dropout(head), self.relation_dropout(matrix)
         else:
             head = self.input_dropout(head, share.rows, share.num_rows)
             matrix = self.relation_dropout(matrix, share.relations, share.num_relations)
         # Sorted by relation, each relation's queries are one product with its matrix.
-        head = head[groups.order]
-        parts = zip(head.split(groups.counts), matrix.unbind(), strict=True)
-        rows = [part @ relation_matrix for part, relation_matrix in parts]
-        query = torch.cat(rows) if rows else head
+        head = head.index_select(0, groups.order)
+        query = _products(head, matrix, groups)
         if rel_blocks is not None:
-            counts = torch.tensor(groups.counts, dtype=torch.int64, device=head.device)
-            of_each = groups.distinct.repeat_interleave(counts, output_size=len(head))
-            query = query + complex_product(head, rel_blocks[of_each])
+            of_each = _of_each(groups)
+            query = query + complex_product(head, nn.functional.embedding(of_each, rel_blocks))
         query = torch.empty_like(query).index_copy(0, groups.order, query)
         query = _normalise(self.hidden_norm, query, share)
         if share is None:
@@ -198,6 +226,31 @@ class TuckerDecoder(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
         return f"entity_feats={self.entity_feats}, rel_feats={self.rel_feats}"
+
+
+def _products(head: Tensor, matrix: Tensor, groups: RelationGroups) -> Tensor:
+    """(B, d) of sorted queries, each with its relation's of (R, d, d) matrices."""
+    counts = groups.counts
+    if groups.offsets is not None:
+        if grouped.usable(head, matrix):
+            return grouped.product(head, matrix, groups.offsets)
+        counts = groups.offsets.diff().tolist()
+    assert counts is not None
+    parts = zip(head.split(counts), matrix.unbind(), strict=True)
+    rows = [part @ relation_matrix for part, relation_matrix in parts]
+    return torch.cat(rows) if rows else head
+
+
+def _of_each(groups: RelationGroups) -> Tensor:
+    """(B,) int64: the relation of each sorted query."""
+    size = len(groups.order)
+    if groups.counts is not None:
+        counts = torch.tensor(groups.counts, dtype=torch.int64, device=groups.order.device)
+        return groups.distinct.repeat_interleave(counts, output_size=size)
+    assert groups.offsets is not None
+    position = torch.arange(size, device=groups.order.device)
+    place = torch.searchsorted(groups.offsets, position, right=True) - 1
+    return groups.distinct[place]
 
 
 def complex_product(left: Tensor, right: Tensor) -> Tensor:

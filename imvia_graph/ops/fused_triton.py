@@ -6,17 +6,16 @@ backward the cosines are computed anew, from views that have to be read there an
 
 from __future__ import annotations
 
-import os
 from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from imvia_graph import _gpu
 from imvia_graph.answers import pointer
 from imvia_graph.errors import IMVIAError
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The widest row that 8 warps hold in registers.
 _WIDEST = 4096
 
@@ -25,41 +24,20 @@ tl: Any = None
 
 
 def _load() -> bool:
-    """Make kernels of `_KERNELS`, the first time; False where Triton is not installed.
-
-    Not before a kernel is wanted, for importing Triton takes time and reads TRITON_INTERPRET.
-    """
-    global tl
-    if tl is None:
-        try:
-            import triton
-            import triton.language
-        except ImportError:
-            return False
-        for function in _KERNELS:
-            globals()[function.__name__] = triton.jit(function)
-        tl = triton.language
-    return True
+    """Whether there are kernels; makes them the first time."""
+    return _gpu.load(globals(), _KERNELS)
 
 
 def usable(feat: Tensor, gate: Tensor) -> bool:
     """Whether there is a kernel for these tensors' device, dtypes and width, and Triton."""
     return (
-        feat.dtype in _DTYPES
-        and gate.dtype in _DTYPES
+        feat.dtype in _gpu.DTYPES
+        and gate.dtype in _gpu.DTYPES
         and 1 <= feat.shape[1] <= _WIDEST
         and feat.device == gate.device
-        and _runs_on(feat.device)
+        and _gpu.runs_on(feat.device)
         and _load()
     )
-
-
-def _runs_on(device: torch.device) -> bool:
-    if device.type == "cuda":
-        # What Triton supports of NVIDIA's: Ampere and later.
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    # Triton's interpreter runs kernels in Python, to test them where there is no GPU.
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def aggregate(

@@ -1,0 +1,41 @@
+"""Kernels that Triton compiles for a GPU: made when one is first wanted.
+
+Importing Triton takes time and reads TRITON_INTERPRET, with which it runs kernels in Python: that
+is how they are tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+#: What kernels take; sums are in float32.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton's kernels run there."""
+    if device.type == "cuda":
+        # What Triton supports of NVIDIA's: Ampere and later.
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def load(module: dict[str, Any], kernels: Sequence[Callable[..., Any]]) -> bool:
+    """Make kernels of a module's functions, the first time; False where Triton is not installed.
+
+    A kernel finds ``tl``, which is None until then, and other kernels among its module's globals.
+    """
+    if module["tl"] is None:
+        try:
+            import triton
+            import triton.language
+        except ImportError:
+            return False
+        for function in kernels:
+            module[function.__name__] = triton.jit(function)
+        module["tl"] = triton.language
+    return True

@@ -1,0 +1,184 @@
+"""Products of groups of rows with a matrix a group, as Triton kernels.
+
+The groups lie one after the other, and where each begins is known to the device alone: the host
+need not wait to learn it, and there is one launch however many groups there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from imvia_graph import _gpu
+
+#: triton.language, once `loads` has been asked.
+tl: Any = None
+
+#: Sides of a tile: rows, and columns of what is multiplied and of what comes of it.
+_ROWS, _COLUMNS = 16, 64
+
+
+def loads() -> bool:
+    """Whether Triton is installed; makes the kernels the first time."""
+    return _gpu.load(globals(), _KERNELS)
+
+
+def usable(rows: Tensor, matrix: Tensor) -> bool:
+    """Whether there is a kernel for rows and matrices of these dtypes on this device."""
+    return (
+        matrix.dtype in _gpu.DTYPES
+        # The interpreter is made of NumPy, which has no bfloat16 to multiply.
+        and (matrix.is_cuda or matrix.dtype != torch.bfloat16)
+        and rows.device == matrix.device
+        and _gpu.runs_on(rows.device)
+        and loads()
+    )
+
+
+def product(rows: Tensor, matrix: Tensor, offsets: Tensor) -> Tensor:
+    r"""Multiply each group of rows with its matrix: ``out[i] = rows[i] @ matrix[u]``.
+
+    Parameters
+    ----------
+    rows : Tensor
+        (B, k), sorted by group; taken in the matrices' dtype.
+    matrix : Tensor
+        (U, k, n).
+    offsets : Tensor
+        (U + 1,) int64: the rows of group u are those from ``offsets[u]`` to ``offsets[u + 1]``. The
+        last is B; a group may be empty.
+
+    Returns
+    -------
+    Tensor
+        (B, n), in the matrices' dtype.
+    """
+    out: Tensor = _Product.apply(rows.to(matrix.dtype), matrix, offsets)
+    return out
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrix: Tensor, offsets: Tensor) -> Tensor:
+        rows, matrix = rows.contiguous(), matrix.contiguous()
+        ctx.save_for_backward(rows, matrix, offsets)
+        return _times(rows, matrix, offsets, transposed=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, matrix, offsets = ctx.saved_tensors
+        grad = grad.contiguous()
+        of_rows = of_matrix = None
+        if ctx.needs_input_grad[0]:
+            of_rows = _times(grad, matrix, offsets, transposed=True)
+        if ctx.needs_input_grad[1]:
+            of_matrix = torch.empty_like(matrix)
+            groups, k, n = matrix.shape
+            tiles = -(-k // _COLUMNS), -(-n // _COLUMNS)
+            _launch(_outer, (groups, *tiles), rows, grad, offsets, of_matrix, k, n)
+        return of_rows, of_matrix, None
+
+
+def _times(rows: Tensor, matrix: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    groups, k, n = matrix.shape
+    strides = (n, 1)
+    if transposed:
+        k, n, strides = n, k, (1, n)
+    out = rows.new_empty(len(rows), n)
+    _launch(_multiply, (groups, -(-n // _COLUMNS)), rows, matrix, offsets, out, k, n, *strides)
+    return out
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *others: Any) -> None:
+    if min(grid) == 0:
+        return
+    # float32 as torch multiplies it: not in the matrix units' rounded form of it.
+    precision = "ieee" if first.dtype == torch.float32 else "tf32"
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *others, ROWS=_ROWS, COLUMNS=_COLUMNS, PRECISION=precision)
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+@no_type_check
+def _multiply(
+    rows,
+    matrix,
+    offsets,
+    out,
+    k: tl.constexpr,
+    n: tl.constexpr,
+    along_k: tl.constexpr,
+    along_n: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write some columns of a group's products."""
+    group = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    for first in range(start, stop, ROWS):
+        row = first + tl.arange(0, ROWS).to(tl.int64)
+        there = (row < stop)[:, None]
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for begin in range(0, k, COLUMNS):
+            inner = begin + tl.arange(0, COLUMNS)
+            inside = inner < k
+            left = tl.load(
+                rows + row[:, None] * k + inner[None, :], mask=there & inside[None, :], other=0
+            )
+            right = tl.load(
+                matrix + group * k * n + inner[:, None] * along_k + column[None, :] * along_n,
+                mask=inside[:, None] & (column < n)[None, :],
+                other=0,
+            )
+            total = tl.dot(left, right, total, input_precision=PRECISION)
+        tl.store(
+            out + row[:, None] * n + column[None, :],
+            total.to(out.dtype.element_ty),
+            mask=there & (column < n)[None, :],
+        )
+
+
+@no_type_check
+def _outer(
+    rows,
+    grad,
+    offsets,
+    out,
+    k: tl.constexpr,
+    n: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write a tile of a group's sum of outer products of its rows and theirs."""
+    group = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
+    left = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    right = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS, COLUMNS], tl.float32)
+    for first in range(start, stop, ROWS):
+        row = first + tl.arange(0, ROWS).to(tl.int64)
+        there = (row < stop)[:, None]
+        x = tl.load(
+            rows + row[:, None] * k + left[None, :], mask=there & (left < k)[None, :], other=0
+        )
+        g = tl.load(
+            grad + row[:, None] * n + right[None, :], mask=there & (right < n)[None, :], other=0
+        )
+        total = tl.dot(tl.trans(x), g, total, input_precision=PRECISION)
+    tl.store(
+        out + group * k * n + left[:, None] * n + right[None, :],
+        total.to(out.dtype.element_ty),
+        mask=(left < k)[:, None] & (right < n)[None, :],
+    )
+
+
+_KERNELS = (_multiply, _outer)

@@ -1,0 +1,272 @@
+"""Losses of scores and their gradients in two passes over the scores, as Triton kernels.
+
+`imvia_graph._factored` says what is computed. The first pass sums up each query's scores, the
+second turns them into their gradients in place; the few that belong to true triples are done apart
+and put in their places last.
+"""
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from imvia_graph import _gpu
+
+#: triton.language, once `usable` has been asked.
+tl: Any = None
+
+#: Scores of a query that are held at a time.
+_AT_A_TIME = 4096
+
+
+def usable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for scores of this dtype on this device."""
+    return dtype in _gpu.DTYPES and _gpu.runs_on(device) and _gpu.load(globals(), _KERNELS)
+
+
+def gradients(
+    scores: Tensor,
+    row: Tensor,
+    col: Tensor,
+    share: Tensor,
+    counts: Tensor | None,
+    of_rows: Tensor,
+    weights: Tensor,
+    grad_weights: Tensor,
+    softmax: bool,
+    label_smoothing: float,
+    detached: bool,
+    of_positive: Tensor,
+    of_negative: Tensor,
+) -> Tensor:
+    """Turn scores into their gradients; returns the loss, both as `_factored` scales them.
+
+    Parameters
+    ----------
+    scores : Tensor
+        (M, B, N), contiguous.
+    row, col : Tensor
+        (P,) int64: the positives.
+    share : Tensor
+        (P,): what each is of its row's.
+    counts : Tensor or None
+        (P,) float: 0 for one that is there already, and stands there again to fill up; else 1.
+    of_rows : Tensor
+        (B,) weights of the rows of the softmax.
+    weights, grad_weights : Tensor
+        (B, M), or (0, M) where there is no decision.
+    softmax : bool
+        Else it is the binary loss.
+    label_smoothing : float
+    detached : bool
+        Whether the heads learn nothing from the decision.
+    of_positive, of_negative : Tensor
+        Scalars on the device: weights of terms of the binary loss.
+    """
+    heads, rows, size = scores.shape
+    decided = len(weights) > 0
+    smooth = label_smoothing / size
+    sums = scores.new_empty(heads + decided, rows, dtype=torch.float32)
+    plain = torch.empty_like(sums)
+    shape = {
+        "heads": heads,
+        "DECIDED": decided,
+        "SOFTMAX": softmax,
+        "HEADS": 1 << (heads - 1).bit_length(),
+        "COLUMNS": max(16, _AT_A_TIME >> (heads - 1).bit_length()),
+    }
+    _launch(_sum_up, rows, scores, weights, sums, plain, size, **shape)
+    flat = (row * size + col).expand(heads, -1)
+    true = scores.view(heads, -1).gather(1, flat).float()
+    values = true
+    if decided:
+        decision = (weights[row].T * true).sum(0, keepdim=True)
+        values = torch.cat([true, decision])
+    if softmax:
+        given = (1 - label_smoothing) * share * of_rows[row]
+        slope = ((values - sums[:, row]).exp() - smooth) * of_rows[row] - given
+        less = given if counts is None else given * counts
+        loss = ((sums - smooth * plain) * of_rows).sum() - (values * less).sum()
+    else:
+        extra = label_smoothing - smooth
+        as_negative = functional.softplus(values) - smooth * values
+        as_positive = functional.softplus(-values) + extra * values
+        if counts is not None:
+            as_negative, as_positive = as_negative * counts, as_positive * counts
+        loss = of_negative * ((sums - smooth * plain).sum() - as_negative.sum())
+        loss = loss + of_positive * as_positive.sum()
+        slope = of_positive * (values.sigmoid() - 1 + extra)
+        less = of_negative * (values[-1].sigmoid() - smooth) - slope[-1]
+        less = less if counts is None else less * counts
+    if decided:
+        # What the second pass takes for the slope of a positive in the decision, put right.
+        correction = torch.zeros_like(grad_weights).index_add_(0, row, (less * true).T)
+        slope = slope[:-1] if detached else slope[:-1] + slope[-1:] * weights[row].T
+    numbers = of_negative.float().reshape(1)
+    _launch(
+        _into_gradients,
+        rows,
+        scores,
+        weights,
+        sums,
+        of_rows,
+        grad_weights,
+        numbers,
+        size,
+        smooth,
+        DETACHED=detached,
+        **shape,
+    )
+    if decided:
+        grad_weights.sub_(correction)
+    scores.view(heads, -1).scatter_(1, flat, slope.to(scores.dtype))
+    return loss
+
+
+def _launch(kernel: Any, rows: int, scores: Tensor, *others: Any, **options: Any) -> None:
+    if rows:
+        with torch.cuda.device_of(scores):
+            kernel[(rows,)](scores, *others, rows, **options, num_warps=8)
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+@no_type_check
+def _sum_up(
+    scores,
+    weights,
+    sums,
+    plain,
+    size,
+    rows,
+    heads: tl.constexpr,
+    DECIDED: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write a query's sums of scores, plain and of exponentials (their logarithm) or softplus."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    mine = head < heads
+    base = (head.to(tl.int64) * rows + row) * size
+    weight = tl.zeros([HEADS], tl.float32)
+    if DECIDED:
+        weight = tl.load(weights + row * heads + head, mask=mine, other=0)
+    top = tl.full([HEADS], -float("inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    together = tl.zeros([HEADS], tl.float32)
+    top_d = -float("inf")
+    total_d = 0.0
+    together_d = 0.0
+    for first in range(0, size, COLUMNS):
+        col = first + tl.arange(0, COLUMNS)
+        there = col < size
+        mask = mine[:, None] & there[None, :]
+        value = tl.load(scores + base[:, None] + col[None, :], mask=mask, other=0).to(tl.float32)
+        together += tl.sum(value, axis=1)
+        decision = tl.sum(weight[:, None] * value, axis=0)
+        if SOFTMAX:
+            value = tl.where(there[None, :], value, -float("inf"))
+            new = tl.maximum(top, tl.max(value, axis=1))
+            share = tl.sum(tl.exp(value - new[:, None]), axis=1)
+            total = total * tl.exp(top - new) + share
+            top = new
+        else:
+            total += tl.sum(tl.where(mask, _softplus(value), 0.0), axis=1)
+        if DECIDED:
+            together_d += tl.sum(decision)
+            if SOFTMAX:
+                decision = tl.where(there, decision, -float("inf"))
+                new_d = tl.maximum(top_d, tl.max(decision))
+                share_d = tl.sum(tl.exp(decision - new_d))
+                total_d = total_d * tl.exp(top_d - new_d) + share_d
+                top_d = new_d
+            else:
+                total_d += tl.sum(tl.where(there, _softplus(decision), 0.0))
+    if SOFTMAX:
+        total = top + tl.log(total)
+        total_d = top_d + tl.log(total_d)
+    place = head.to(tl.int64) * rows + row
+    tl.store(sums + place, total, mask=mine)
+    tl.store(plain + place, together, mask=mine)
+    if DECIDED:
+        tl.store(sums + heads * rows + row, total_d)
+        tl.store(plain + heads * rows + row, together_d)
+
+
+@no_type_check
+def _into_gradients(
+    scores,
+    weights,
+    sums,
+    of_rows,
+    grad_weights,
+    numbers,
+    size,
+    smooth,
+    rows,
+    DETACHED: tl.constexpr,
+    heads: tl.constexpr,
+    DECIDED: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Turn a query's scores into their gradients, as if none of them were of a true triple."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    mine = head < heads
+    base = (head.to(tl.int64) * rows + row) * size
+    of_row = tl.load(of_rows + row).to(tl.float32)
+    of_negative = tl.load(numbers)
+    log_sum = tl.load(sums + head.to(tl.int64) * rows + row, mask=mine, other=0)
+    weight = tl.zeros([HEADS], tl.float32)
+    log_sum_d = 0.0
+    if DECIDED:
+        weight = tl.load(weights + row * heads + head, mask=mine, other=0)
+        log_sum_d = tl.load(sums + heads * rows + row)
+    along = tl.zeros([HEADS], tl.float32)
+    for first in range(0, size, COLUMNS):
+        col = first + tl.arange(0, COLUMNS)
+        there = col < size
+        mask = mine[:, None] & there[None, :]
+        place = scores + base[:, None] + col[None, :]
+        value = tl.load(place, mask=mask, other=0).to(tl.float32)
+        if SOFTMAX:
+            slope = (tl.exp(value - log_sum[:, None]) - smooth) * of_row
+        else:
+            slope = (_sigmoid(value) - smooth) * of_negative
+        if DECIDED:
+            decision = tl.sum(weight[:, None] * value, axis=0)
+            if SOFTMAX:
+                slope_d = (tl.exp(decision - log_sum_d) - smooth) * of_row
+            else:
+                slope_d = (_sigmoid(decision) - smooth) * of_negative
+            slope_d = tl.where(there, slope_d, 0.0)
+            along += tl.sum(slope_d[None, :] * value, axis=1)
+            if not DETACHED:
+                slope += weight[:, None] * slope_d[None, :]
+        tl.store(place, slope.to(scores.dtype.element_ty), mask=mask)
+    if DECIDED:
+        tl.store(grad_weights + row * heads + head, along, mask=mine)
+
+
+@no_type_check
+def _softplus(x):
+    """log(1 + exp(x))."""
+    return tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
+
+
+@no_type_check
+def _sigmoid(x):
+    """1 / (1 + exp(-x)), without overflow."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, small) / (1 + small)
+
+
+_KERNELS = (_sum_up, _into_gradients, _softplus, _sigmoid)
