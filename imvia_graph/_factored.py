@@ -67,6 +67,14 @@ def _at_least_one(number: int | Tensor) -> int | Tensor:
     return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)
 
 
+def fits_at_once(
+    rows: int, heads: int, num_candidates: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether so many queries are done in one block, by the kernels for a GPU."""
+    size = heads * num_candidates * torch.empty((), dtype=dtype).element_size()
+    return rows * size <= SCORES_AT_A_TIME and _gpu_scores.usable(device, dtype)
+
+
 class FactoredCompletion(torch.autograd.Function):
     """Loss of (B, d) queries and (N, d) candidates, a pair a head, and (B, M) weights or None.
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from imvia_graph import _gpu
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import OutOfMemoryError
 
@@ -132,15 +133,30 @@ class Health:
         shards: Shards | None = None,
     ) -> None:
         gradients = {name: grad for name, grad in gradients.items() if grad.numel()}
-        self.names = [*losses, *gradients]
-        self.num_losses = len(losses)
-        values = [value.detach().float() for value in losses.values()]
-        numbers = torch.stack([*values, *_told(list(gradients.values()))])
+        numbers = self.numbers_of(losses, gradients)
         self.bad = (~numbers.isfinite().all()).float()
         self._elsewhere = False
         if shards is not None and not shards.alone:
             mine = self.bad.clone()
             self._elsewhere = bool(shards.max_(self.bad) > mine)
+        self._watch([*losses, *gradients], len(losses), numbers)
+
+    @staticmethod
+    def numbers_of(losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
+        """(losses + gradients,) numbers that are finite where these are; gradients not empty."""
+        values = [value.detach().float() for value in losses.values()]
+        return torch.stack([*values, *_told(list(gradients.values()))])
+
+    @classmethod
+    def of(cls, names: Sequence[str], num_losses: int, numbers: Tensor) -> Health:
+        """The health of a step whose `numbers_of` are known; it has no ``bad``."""
+        health = cls.__new__(cls)
+        health._elsewhere = False
+        health._watch(names, num_losses, numbers)
+        return health
+
+    def _watch(self, names: Sequence[str], num_losses: int, numbers: Tensor) -> None:
+        self.names, self.num_losses = list(names), num_losses
         self._numbers = numbers
         self._event = None
         if numbers.device.type == "cuda":
@@ -171,7 +187,7 @@ def _told(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     """A scalar a gradient that is finite if, and only if, all of the gradient is."""
     if not gradients:
         return []
-    if gradients[0].device.type == "cpu":
+    if not _gpu.is_waited_for(gradients[0].device):
         # A sum is finite only where all is, and much sooner there; the sum of a gradient that is
         # finite and huge may not be.
         sums = [gradient.sum().float() for gradient in gradients]

@@ -26,7 +26,7 @@ from imvia_graph.model import DECISION, IMVIA
 
 #: Queries and candidates of a tile at most: what scores of four heads a core's cache holds, and
 #: what keeps a GPU busy.
-_SIDE, _SIDE_ON_GPU = 256, 1024
+_SIDE, _SIDE_ON_GPU = 256, 4096
 #: From so many candidates on, tiles are twice as long and as wide: their products are faster, and
 #: the answers' tiles cost next to nothing beside them.
 _MANY = 2**16

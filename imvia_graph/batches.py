@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imvia_graph.answers import AnswerIndex, expand
+from imvia_graph.answers import AnswerIndex, expand, pointer
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import Positives, Sampled
 from imvia_graph.settings import Settings
@@ -23,7 +23,8 @@ class Batch:
 
     Where all entities are candidates, ``candidate`` and ``sampled`` are None. In the regime
     *sampled* ``sampled`` has those that the queries share, or ``candidate`` is (B, 1 + negatives)
-    int64, each query's own with the answer in column 0.
+    int64, each query's own with the answer in column 0. ``most_relations`` is how many relations
+    are distinct at most, where that is known.
     """
 
     entity: Tensor
@@ -31,12 +32,13 @@ class Batch:
     positives: Positives
     candidate: Tensor | None = None
     sampled: Sampled | None = None
+    most_relations: int | None = None
 
     def of(self, rows: Tensor) -> Batch:
         """The batch of some of the queries."""
         place = torch.full_like(self.entity, -1)
         place[rows] = torch.arange(len(rows), device=rows.device)
-        row, col, weight = self.positives
+        row, col, weight, _ = self.positives
         row = place[row]
         weight = None if weight is None else weight[rows]
         positives = Positives(row[row >= 0], col[row >= 0], weight)
@@ -81,6 +83,9 @@ class Batches:
         #: What `batch_size` counts.
         kvsall = settings.regime == "kvsall"
         self.size = len(self.answers.key) if kvsall else len(self.answers.answer)
+        #: How many positives and distinct relations a batch of `filled` has at most.
+        self.most_positives = self.most_relations = 0
+        self._told: tuple[Tensor, Tensor] | None = None
         self.ranges = None
         if settings.candidates == "relation" and self.size:
             counts = self._relations().unique(return_counts=True)[1].tolist()
@@ -97,6 +102,11 @@ class Batches:
             return len(self.ranges)
         return math.ceil(self.size / self.settings.batch_size)
 
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest batch."""
+        return math.ceil(self.num_rows / max(len(self), 1))
+
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch()
 
@@ -106,17 +116,67 @@ class Batches:
         ``order_state`` is the generator's state that the epoch's order was drawn in, ``drawn`` the
         one that the last batch was.
         """
-        if done:
-            now = self.generator.get_state()
-            self.generator.set_state(self.order_state)
-            parts = self._parts()
-            self.generator.set_state(now)
-        else:
-            self.order_state = self.generator.get_state()
-            parts = self._parts()
-        for part in parts[done:]:
+        for part in self._begin(done)[done:]:
             self.drawn = self.generator.get_state()
             yield self._batch(self._rows(part.to(self.answers.key.device)))
+
+    def _begin(self, done: int) -> list[Tensor]:
+        """The places of an epoch's batches, drawn anew, or again where some are done."""
+        if not done:
+            self.order_state = self.generator.get_state()
+            return self._parts()
+        now = self.generator.get_state()
+        self.generator.set_state(self.order_state)
+        parts = self._parts()
+        self.generator.set_state(now)
+        return parts
+
+    def rows_of_epoch(self, done: int = 0) -> Iterator[Tensor]:
+        """What `epoch` makes batches of, for `filled` to make them of: (B, 3) int64 on the device.
+
+        Before the first one `most_positives` and `most_relations` are set so that they hold for all
+        batches of the epoch; they never fall.
+        """
+        parts = self._begin(done)
+        self._measure(parts)
+        rows = self._rows(torch.cat(parts).to(self.answers.key.device))
+        for part in rows.split([len(part) for part in parts])[done:]:
+            self.drawn = self.generator.get_state()
+            yield part
+
+    def _measure(self, parts: Sequence[Tensor]) -> None:
+        if self._told is None:
+            place = torch.arange(self.num_rows, device=self.answers.key.device)
+            self._told = self._rows(place)[:, 2].cpu(), self._relations().cpu()
+        count, relation = self._told
+        positives = max(int(count[part].sum()) for part in parts)
+        relations = max(len(relation[part].unique()) for part in parts)
+        # With room for the epochs to come.
+        if positives > self.most_positives:
+            self.most_positives = -(-positives * 9 // 8 // 128) * 128
+        if relations > self.most_relations:
+            self.most_relations = -(-relations * 9 // 8 // 16) * 16
+
+    def filled(self, rows: Tensor) -> Batch:
+        """The batch of (B, 3) rows, in shapes that depend on B alone: see `Positives.counts`.
+
+        For the regimes in which all entities are candidates. The host does not wait for the device.
+        """
+        query, start, count = rows.unbind(1)
+        key = self.answers.key[query]
+        ptr = pointer(count)
+        place = torch.arange(self.most_positives, device=rows.device)
+        at = torch.minimum(place, ptr[-1] - 1)
+        row = torch.searchsorted(ptr, at, right=True) - 1
+        col = self.answers.answer[start[row] + at - ptr[row]]
+        positives = Positives(row, col, self._weight(count), (place == at).float())
+        entity, relation = key % self.num_entities, key // self.num_entities
+        return Batch(entity, relation, positives, most_relations=self.most_relations)
+
+    def _weight(self, count: Tensor) -> Tensor | None:
+        """(B,) weights of rows with so many answers each."""
+        weighted = self.settings.regime == "1vsall" and self.settings.loss == "softmax"
+        return count.float() if weighted else None
 
     def _rows(self, place: Tensor) -> Tensor:
         """(n, 3) int64 of (n,) rows: query, first of its answers, how many."""
@@ -149,8 +209,7 @@ class Batches:
         if self.settings.regime == "kvsall":
             return Batch(entity, relation, Positives(row, answer))
         if self.settings.regime == "1vsall":
-            weight = count.float() if self.settings.loss == "softmax" else None
-            return Batch(entity, relation, Positives(row, answer, weight))
+            return Batch(entity, relation, Positives(row, answer, self._weight(count)))
         if self.sampler is not None:
             return self._with_shared(query, entity, relation, answer)
         negative = self._entities(len(rows), self.settings.negatives)

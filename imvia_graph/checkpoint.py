@@ -46,6 +46,7 @@ from imvia_graph.distributed import Shards
 from imvia_graph.errors import CheckpointError, StorageError
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.model import IMVIA
+from imvia_graph.optimizers import plain_groups
 from imvia_graph.settings import Settings
 from imvia_graph.training import Callback, Progress, Trainer
 
@@ -412,7 +413,7 @@ def save_trainer(path: Path, trainer: Trainer) -> None:
     plain: dict[str, Any] = {}
     for label, optimizer in _optimizers(trainer).items():
         state = optimizer.state_dict()
-        plain[label] = state["param_groups"]
+        plain[label] = plain_groups(optimizer)
         followed = [p for group in optimizer.param_groups for p in group["params"]]
         for index, entries in state["state"].items():
             for name, value in entries.items():
@@ -422,7 +423,8 @@ def save_trainer(path: Path, trainer: Trainer) -> None:
     tensors["random/data"] = trainer.batches.generator.get_state()
     if trainer.progress.batch:
         tensors["random/order"] = trainer.batches.order_state
-        tensors.update({f"sums/{name}": value for name, value in trainer.sums.items()})
+        # Clones: they may lie in one tensor.
+        tensors.update({f"sums/{name}": value.clone() for name, value in trainer.sums.items()})
     tensors["random/cpu"] = torch.get_rng_state()
     if trainer.model.device.type == "cuda":
         tensors["random/cuda"] = torch.cuda.get_rng_state(trainer.model.device)
@@ -480,6 +482,7 @@ def load_trainer(path: Path, trainer: Trainer) -> None:
     if "best" in groups:
         trainer.best_state = groups["best"]  # on the host, and mapped: it is wanted at the end
     tables = {id(table.weight) for table in trainer.model.entity_tables}
+    trainer.recorded = None  # it knows the tensors that are replaced
     try:
         plain = json.loads(metadata["optimizers"])
         for label, optimizer in _optimizers(trainer).items():

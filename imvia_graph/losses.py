@@ -698,6 +698,7 @@ def dura(
     num_answers: int | None = None,
     shards: Shards | None = None,
     mine: Tensor | None = None,
+    times: Tensor | None = None,
 ) -> Tensor:
     r"""DURA of one head: the squares of what is multiplied in the scores of true triples.
 
@@ -723,6 +724,8 @@ def dura(
         that of all queries; the value is that of all.
     mine : Tensor, optional
         (B,) bool of all queries: which are this process's. Default: its part of them.
+    times : Tensor, optional
+        (P,) how often each row of ``answer`` counts in the mean, of one process. Default: once.
 
     Examples
     --------
@@ -734,7 +737,8 @@ def dura(
     parts = (_at_least_float32(part).square().sum(1) for part in (head, query, answer))
     heads, queries, answers = parts
     if shards is None or shards.alone:
-        return _weighted_mean(heads + queries, weight) + answers.mean()
+        mean = answers.mean() if times is None else _weighted_mean(answers, times)
+        return _weighted_mean(heads + queries, weight) + mean
     if weight is None:
         raise SettingsError("dura: with several processes, expected the weights of all queries.")
     own = weight[shards.part(len(weight)) if mine is None else mine].to(heads.dtype)

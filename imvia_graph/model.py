@@ -108,8 +108,6 @@ class IMVIA(nn.Module):
         self.shards = Shards(num_entities) if shards is None else shards
         s = self.settings = settings or Settings()
         self.num_entities, self.num_relations = num_entities, num_relations
-        #: How many relations a batch has at most, where that is known to be fewer than there are.
-        self.most_relations: int | None = None
         relation_dim = s.relation_dim
         self.modalities = list(views)
         self.view_scale = {modality: moderate(feat) for modality, (feat, _) in views.items()}
@@ -273,14 +271,15 @@ class IMVIA(nn.Module):
             heads[JOINT] = self.joint(list(heads.values()))
         return Embedding(heads, views_present(self.views, entity))
 
-    def decode(self, embedding: Embedding, relation: Tensor) -> dict[str, Tensor]:
-        """Query vectors (B, dim) of embedded entities and (B,) relations, head by head."""
-        return self._decode(embedding, self.groups(relation, self.shards))
+    def decode(
+        self, embedding: Embedding, relation: Tensor, most_relations: int | None = None
+    ) -> dict[str, Tensor]:
+        """Query vectors (B, dim) of embedded entities and (B,) relations, head by head.
 
-    def groups(self, relation: Tensor, shards: Shards | None = None) -> RelationGroups:
-        """(B,) relations in groups."""
-        most = 2 * self.num_relations if self.most_relations is None else self.most_relations
-        return group_by_relation(relation, shards, most)
+        ``most_relations`` is how many are distinct at most, where that is known.
+        """
+        most = 2 * self.num_relations if most_relations is None else most_relations
+        return self._decode(embedding, group_by_relation(relation, self.shards, most))
 
     def _decode(self, embedding: Embedding, groups: RelationGroups) -> dict[str, Tensor]:
         residual = self.relation_residual or [None] * len(self.heads)
@@ -309,7 +308,7 @@ class IMVIA(nn.Module):
         embedded = self._embed(
             entity, lambda table: self.shards.all_rows_of(table, entity), relation
         )
-        return self._decode(embedded, self.groups(relation))
+        return self._decode(embedded, group_by_relation(relation, most=2 * self.num_relations))
 
     def candidates(
         self, relation: Tensor | None = None, entity: Tensor | None = None

@@ -62,7 +62,8 @@ class Adagrad(torch.optim.Adagrad):
             grad = torch.where(self.found_inf > 0, 0.0, grad)
         state["step"] += 1
         state["sum"].addcmul_(grad, grad)
-        parameter.addcdiv_(grad, state["sum"].sqrt().add_(group["eps"]), value=-group["lr"])
+        # The rate may be a tensor on the device, which a recorded step finds changed.
+        parameter.sub_(grad / state["sum"].sqrt().add_(group["eps"]) * group["lr"])
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -153,6 +154,34 @@ class RowOptimizer(torch.optim.Optimizer):
         weight[row] = value - lr * grad / ((square / (1 - second**count)).sqrt() + self.eps)
 
 
+def to_record(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Have an optimizer's step in a form that a CUDA graph can hold."""
+    for group in optimizer.param_groups:
+        if not isinstance(group["lr"], Tensor):
+            group["lr"] = torch.full((), group["lr"], device=device)
+        if "capturable" in group:
+            group["capturable"] = True
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The groups of parameters of its state, as they are where nothing is recorded."""
+    groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
+    for group in groups:
+        group["lr"] = float(group["lr"])
+        if "capturable" in group:
+            group["capturable"] = False
+    return groups
+
+
 def follows_rows(settings: Settings) -> bool:
     """Whether entity tables are updated row by row.
 
@@ -173,4 +202,13 @@ def follows_rows(settings: Settings) -> bool:
     return True
 
 
-__all__ = ["Adagrad", "RowOptimizer", "follows_rows", "make_optimizer", "table_optimizer"]
+__all__ = [
+    "Adagrad",
+    "RowOptimizer",
+    "follows_rows",
+    "make_optimizer",
+    "plain_groups",
+    "set_rate",
+    "table_optimizer",
+    "to_record",
+]

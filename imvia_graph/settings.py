@@ -225,6 +225,12 @@ class Settings(BaseModel):
         " that only those of a batch go to the device, or on the device if they take no more than"
         " half of its free memory (auto).",
     )
+    cuda_graph: bool = Field(
+        True,
+        description="Whether a GPU records the steps of training and repeats them, which is faster;"
+        " where their shapes allow it: all entities are candidates (candidates: shared), one"
+        " process, no ema_decay, not float16.",
+    )
     ranking_batch_size: int = Field(1024, ge=1, description="Queries ranked at a time.")
 
     @classmethod

@@ -12,7 +12,7 @@ import math
 import mmap
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from imvia_graph._recorded import RecordedSteps, can_record
 from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Parts, listed
 from imvia_graph.batches import Batch, Batches
 from imvia_graph.errors import SettingsError, TrainingError
@@ -35,7 +36,13 @@ from imvia_graph.losses import (
 )
 from imvia_graph.model import DECISION, IMVIA
 from imvia_graph.nn.multi_view_encoder import views_present
-from imvia_graph.optimizers import RowOptimizer, follows_rows, make_optimizer, table_optimizer
+from imvia_graph.optimizers import (
+    RowOptimizer,
+    follows_rows,
+    make_optimizer,
+    set_rate,
+    table_optimizer,
+)
 from imvia_graph.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -92,7 +99,8 @@ class _Step(NamedTuple):
 
     health: Health
     before: Before
-    batch: Batch
+    #: Or the rows that it is made of.
+    batch: Batch | Tensor
     #: Its place in the epoch and in all, and the state that its batch was drawn in.
     place: int
     number: int
@@ -221,6 +229,18 @@ class Trainer:
             model.device.type, enabled=self.precision == torch.float16
         )
         self.average = Average(model, settings.ema_decay) if settings.ema_decay else None
+        #: On a GPU: steps that were recorded.
+        self.recorded: RecordedSteps | None = None
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """All of them."""
+        every = (
+            self.optimizer,
+            self.table_optimizer,
+            self.row_optimizer,
+            self.estimator_optimizer,
+        )
+        return [optimizer for optimizer in every if optimizer is not None]
 
     @property
     def epochs(self) -> int:
@@ -337,10 +357,10 @@ class Trainer:
         """One pass over the queries, or what is left of it: the mean of each loss."""
         self._keep_best()
         self.model.train()
-        progress, sums = self.progress, self.sums
-        for batch in self.batches.epoch(progress.batch):
+        progress = self.progress
+        for step in self._steps():
             self._set_learning_rate(progress.batch)
-            losses = self.train_step(batch)
+            losses = step()
             progress.batch += 1
             progress.step += 1
             self._holes.look()
@@ -351,6 +371,7 @@ class Trainer:
                 self._stop()
         self._settle()
         self._check_scale()
+        sums = self.sums
         if not sums["steps"]:
             raise TrainingError(
                 f"Epoch {progress.epoch + 1}: not one of its steps was finite. {_ADVICE}"
@@ -360,12 +381,23 @@ class Trainer:
             name: (value / sums["steps"]).item() for name, value in sums.items() if name != "steps"
         }
 
+    def _steps(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        """Yield the steps of an epoch, or what is left of it."""
+        done = self.progress.batch
+        if not can_record(self):
+            for batch in self.batches.epoch(done):
+                yield functools.partial(self.train_step, batch)
+            return
+        if self.recorded is None:
+            self.recorded = RecordedSteps(self)
+        self.recorded.begin()
+        for rows in self.batches.rows_of_epoch(done):
+            yield functools.partial(self.recorded.step, rows)
+
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: losses of Eq. 8, backward, optimizers. Returns detached losses."""
         before = Before(self.buffers, self.model.device)
-        losses, estimation = self._gradients(batch, before)
-        gradients = {name: p.grad for name, p in self.named.items() if p.grad is not None}
-        gradients.update({name: table.gradients()[1] for name, table in self.tables.items()})
+        losses, estimation, gradients = self.gradients_of(batch, before)
         health = Health(
             losses if estimation is None else {**losses, "estimation": estimation},
             # In float16 the scaler sees to the gradients: some overflow until it has found a scale.
@@ -374,16 +406,12 @@ class Trainer:
         )
         # A GPU is not waited for: it leaves a bad step out itself, and the host learns of it while
         # the next one is under way, before that changes anything.
-        self._settle()
-        progress = self.progress
-        self._unsettled = _Step(
-            health, before, batch, progress.batch, progress.step, self.batches.drawn
-        )
+        self.follow(health, before, batch)
         if self.model.device.type == "cuda":
             before.restore_buffers(where=health.bad)
-            self._update(health.bad)
+            self.update(health.bad)
         elif self._settle():
-            self._update()
+            self.update()
             self._check_scale()
         else:
             before.restore_buffers()
@@ -392,24 +420,48 @@ class Trainer:
             self.sums[name] = self.sums[name] + added if name in self.sums else added
         return losses
 
-    def _gradients(self, batch: Batch, before: Before) -> tuple[dict[str, Tensor], Tensor | None]:
+    def follow(self, health: Health, before: Before, batch: Batch | Tensor) -> None:
+        """Take note of a step that is under way, and settle the one before it."""
+        self._settle()
+        progress = self.progress
+        self._unsettled = _Step(
+            health, before, batch, progress.batch, progress.step, self.batches.drawn
+        )
+
+    def gradients_of(
+        self, batch: Batch, before: Before | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None, dict[str, Tensor]]:
+        """Detached losses of a batch, that of L1's estimators, and the gradients, by name.
+
+        With what was ``before``, the batch is done in parts where memory runs out.
+        """
+        losses, estimation = self._gradients(batch, before)
+        gradients = {name: p.grad for name, p in self.named.items() if p.grad is not None}
+        gradients.update({name: table.gradients()[1] for name, table in self.tables.items()})
+        return losses, estimation, gradients
+
+    def _gradients(
+        self, batch: Batch, before: Before | None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Detached losses of a batch, whose gradients are in the parameters; fit into memory."""
         while True:
             try:
                 return self._backward(batch)
             except MEMORY_ERRORS as error:
-                if not self.shards.alone:  # the others wait for this one's part of the step
+                # With several processes the others wait for this one's part of the step.
+                if before is None or not self.shards.alone:
                     raise
                 self.parts.halve(error, len(batch.entity))
             # Only here are the tensors of the step that failed let go of.
-            self._zero_grad()
+            self.forget_gradients()
             before.restore_random_states()
             before.restore_buffers()
             give_back_freed_memory()
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _zero_grad(self) -> None:
+    def forget_gradients(self) -> None:
+        """Let go of the last step's gradients."""
         for parameter in self.named.values():
             parameter.grad = None
         for table in self.tables.values():
@@ -417,7 +469,7 @@ class Trainer:
 
     def _backward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         # Before the forward pass: the last step's gradients need not be held beside it.
-        self._zero_grad()
+        self.forget_gradients()
         with torch.autocast(
             self.model.device.type, self.precision, enabled=self.precision != torch.float32
         ):
@@ -434,7 +486,7 @@ class Trainer:
         self.shards.sum_gradients(self.replicated)
         return {name: value.detach() for name, value in losses.items()}, estimation
 
-    def _update(self, bad: Tensor | None = None) -> None:
+    def update(self, bad: Tensor | None = None) -> None:
         """Step the optimizers; on a GPU they leave it out where ``bad`` is 1."""
         if self.estimator_optimizer is not None:
             self.estimator_optimizer.found_inf = bad  # type: ignore[attr-defined]
@@ -503,6 +555,8 @@ class Trainer:
         if parameters:
             told.append(f"the gradient of {listed(parameters)} is not finite")
         kg, batch = self.kg, step.batch
+        if isinstance(batch, Tensor):
+            batch = self.batches.filled(batch)
         relation = int(batch.relation[0])
         inverse = ", inverse" if relation >= kg.num_relations else ""
         return (
@@ -535,8 +589,8 @@ class Trainer:
             (self.row_optimizer, rate),
         ]
         for optimizer, rate in rates:
-            for group in [] if optimizer is None else optimizer.param_groups:
-                group["lr"] = rate * factor
+            if optimizer is not None:
+                set_rate(optimizer, rate * factor)
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         """The total and its parts (Eq. 4, 5, 7, 8), and the loss of L1's estimators."""
@@ -544,7 +598,7 @@ class Trainer:
         rows = len(batch.entity)
         # Embedded and decoded is this process's part of the queries.
         embedding = model.embed(batch.entity, batch.relation)
-        queries = model.decode(embedding, batch.relation)
+        queries = model.decode(embedding, batch.relation, batch.most_relations)
         l3, regularization = self._completion(batch, embedding.heads, queries)
         l1 = l2 = l3.new_zeros(())
         estimation = None
@@ -674,15 +728,21 @@ class Trainer:
         weight = positives.weight
         if weight is None and not shards.alone:
             weight = torch.ones(len(batch.entity), device=loss.device)
+        times = None
+        if positives.counts is not None:
+            # Of all candidates, how often each answers: in one shape, whatever the answers are.
+            times = torch.zeros(model.num_entities, device=loss.device)
+            times.index_add_(0, answers, positives.counts)
         terms = [
             dura(
                 heads[head],
                 queries[head],
-                tables[head][answers],
+                tables[head] if times is not None else tables[head][answers],
                 weight,
                 len(positives.col),
                 shards,
                 mine,
+                times,
             )
             for head in model.heads
         ]

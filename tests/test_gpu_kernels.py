@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import ring_kg, settings
 from test_fused_triton import (  # noqa: F401
     INTERPRETED,
     ON_GPU,
@@ -10,10 +11,14 @@ from test_fused_triton import (  # noqa: F401
     needs_triton,
 )
 from test_losses import POSITIVES, WEIGHTED, factored_case, plainly
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import imvia_graph as ig
 from imvia_graph import _factored
 from imvia_graph._gpu import grouped
+from imvia_graph._recorded import RecordedSteps, has_one_shape
 from imvia_graph.losses import Positives, factored_completion
+from imvia_graph.training import Trainer
 
 
 @needs_triton
@@ -141,3 +146,73 @@ def test_losses_of_large_scores_are_finite(device, on_gpu):  # noqa: F811
         expected = plainly([queries], [candidates], None, loss, 0.1)
         torch.testing.assert_close(found.cpu(), expected)
         assert torch.autograd.grad(found, queries)[0].isfinite().all()
+
+
+# -- steps in one shape ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"regime": "kvsall"},
+        {"loss": "binary"},
+        {"regime": "kvsall", "loss": "binary", "label_smoothing": 0.1},
+        {"decision": "trained", "batch_norm": True, "lambda_alignment": 0.1},
+        {"table_optimizer": "same", "gradient_clip": 0.5, "relation_residual": False},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "defaults",
+)
+def test_steps_in_one_shape_are_those_of_the_batches(device, on_gpu, changes):  # noqa: F811
+    """Not recorded, but what is recorded: the same numbers, and nothing that asks the device."""
+    trainers = [trainer_of(device, changes) for _ in range(2)]
+    recorded = RecordedSteps(trainers[1], on_gpu=False)
+    recorded.begin()
+    steps = trainers[0].batches.epoch(), trainers[1].batches.rows_of_epoch()
+    with NoWordToTheHost() as heard:
+        for batch, rows in zip(*steps, strict=True):
+            heard.listening = False
+            torch.manual_seed(1)
+            plain = trainers[0].train_step(batch)
+            torch.manual_seed(1)
+            heard.listening = device.type == "cuda" or INTERPRETED
+            told = recorded.step(rows)
+            heard.listening = False
+            assert list(told) == list(plain)
+            for name, value in plain.items():
+                torch.testing.assert_close(told[name], value, rtol=1e-4, atol=1e-5)
+    assert trainers[0].sums.keys() == trainers[1].sums.keys()
+    assert trainers[1].sums["steps"] == len(trainers[1].batches)
+    for one, other in zip(*(t.model.state_dict().values() for t in trainers), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def trainer_of(device, changes):  # noqa: F811
+    torch.manual_seed(0)
+    chosen = settings(device=str(device), batch_size=16, precision="float32", backend="triton", **changes)
+    kg = ring_kg()
+    model = ig.IMVIA.from_kg(kg, chosen).to(device)
+    trainer = Trainer(model.train(), kg, chosen)
+    for group in trainer.estimator_optimizer.param_groups:
+        group["fused"] = True  # as it is on a GPU
+    assert has_one_shape(trainer)
+    return trainer
+
+
+class NoWordToTheHost(TorchDispatchMode):
+    """Raises where the host would have to wait for a GPU, or a shape depends on what it knows."""
+
+    ASKS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.listening = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if self.listening:
+            assert not name.startswith(self.ASKS), name
+            assert not (name == "repeat_interleave" and func.overloadname == "Tensor")
+            if name in ("index", "index_put_", "index_put"):
+                assert all(one is None or one.dtype != torch.bool for one in args[1]), name
+        return func(*args, **(kwargs or {}))

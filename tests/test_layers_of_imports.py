@@ -15,6 +15,7 @@ HOUSE = [
     {"run"},
     {"checkpoint", "tracking"},
     {"training", "inference"},
+    {"_recorded"},
     {"batches", "optimizers"},
     {"evaluation"},
     {"_tiles"},
@@ -30,8 +31,8 @@ HOUSE = [
     {"datasets", "splits", "kg"},
     {"_dgl", "_labels", "_linked", "_tables", "answers"},
     {"_parquet"},
-    {"_files", "_gpu", "_guards", "_kernels", "_owner"},
-    {"distributed"},
+    {"_files", "_guards", "_kernels", "_owner"},
+    {"_gpu", "distributed"},
     {"errors", "_display", "_graphbolt", "_version"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(HOUSE) for name in names}

@@ -62,6 +62,7 @@ OTHER = {
     "device": "cpu",
     "precision": "float16",
     "views_on": "host",
+    "cuda_graph": False,
     "ranking_batch_size": 99,
 }
 KEYS = list(Settings.model_fields)

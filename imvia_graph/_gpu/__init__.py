@@ -24,6 +24,14 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def is_waited_for(device: torch.device) -> bool:
+    """Whether the host would have to wait for a device to learn what it computed.
+
+    Triton's interpreter counts as one, so that there, too, nobody asks.
+    """
+    return device.type == "cuda" or runs_on(device)
+
+
 def load(module: dict[str, Any], kernels: Sequence[Callable[..., Any]]) -> bool:
     """Make kernels of a module's functions, the first time; False where Triton is not installed.
 

@@ -103,7 +103,9 @@ def gradients(
         less = less if counts is None else less * counts
     if decided:
         # What the second pass takes for the slope of a positive in the decision, put right.
-        correction = torch.zeros_like(grad_weights).index_add_(0, row, (less * true).T)
+        correction = torch.zeros_like(grad_weights)
+        # Not by index_add_, whose sums on a GPU are in an order that differs from run to run.
+        correction.index_put_((row,), (less * true).T, accumulate=True)
         slope = slope[:-1] if detached else slope[:-1] + slope[-1:] * weights[row].T
     numbers = of_negative.float().reshape(1)
     _launch(

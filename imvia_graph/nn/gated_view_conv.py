@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imvia_graph import _gpu
 from imvia_graph._dgl import dgl
 from imvia_graph.answers import pointer
 from imvia_graph.ops import Backend, ViewWeights, gated_view_aggregate, picking
@@ -246,7 +247,7 @@ class GatedViewConv(nn.Module):
         # The sums are in float32 at least; a layer in half precision gives half precision.
         out = out.to(torch.promote_types(view_feat.dtype, self.absent.dtype))
         # A GPU would have to be waited for, to know whether any is missing.
-        if out.is_cuda or not has_view.all():
+        if _gpu.is_waited_for(out.device) or not has_view.all():
             out = torch.where(has_view[:, None], out, self.absent.to(out.dtype))
         else:
             out = _Involved.apply(out, self.absent)
@@ -282,7 +283,7 @@ def _worth_gating(count: Tensor) -> Tensor | None:
 
     That is so where most have several, and on a GPU, which would have to be waited for.
     """
-    if count.is_cuda or torch.compiler.is_compiling() or not len(count):
+    if torch.compiler.is_compiling() or not len(count) or _gpu.is_waited_for(count.device):
         return None
     several = (count > 1).nonzero().flatten()
     return several if 4 * len(several) <= 3 * len(count) else None

@@ -1,0 +1,201 @@
+"""Steps of training that a GPU has recorded and repeats: CUDA graphs.
+
+A step of a small graph is some hundred short kernels, and the host takes longer to ask for them
+than the GPU to run them. Recorded, they are asked for all at once. What a step does is then the
+same down to the shapes: the batches are filled up (`imvia_graph.batches.Batches.filled`), and what
+differs from step to step - rows, learning rates, whether a step is bad - lies in tensors that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from imvia_graph._factored import fits_at_once
+from imvia_graph._guards import MEMORY_ERRORS, Before, Health
+from imvia_graph.errors import TrainingError
+from imvia_graph.ops import fused_triton, picking
+from imvia_graph.optimizers import to_record
+
+if TYPE_CHECKING:
+    from imvia_graph.training import Trainer
+
+#: Steps that are done before one is recorded: they compile kernels and make optimizers' states.
+WARM_UP = 3
+#: Losses of a step at most.
+_LOSSES = 16
+
+
+class Told(NamedTuple):
+    """What a step leaves, in tensors that the next one of its shape overwrites."""
+
+    names: list[str]
+    losses: Tensor
+    watched: list[str]
+    numbers: Tensor
+
+
+class _Graph(NamedTuple):
+    rows: Tensor
+    graph: Any
+    told: Told
+
+
+class RecordedSteps:
+    """The steps of a trainer, each shape of batch recorded once and then replayed.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        One that `can_record`.
+    on_gpu : bool, optional
+        Whether steps are recorded. Else they are done, one after the other, as they would be:
+        that is for tests.
+    """
+
+    def __init__(self, trainer: Trainer, on_gpu: bool = True) -> None:
+        self.trainer, self.on_gpu = trainer, on_gpu
+        device = trainer.model.device
+        self.bad = torch.zeros((), device=device)
+        self.sums = torch.zeros(_LOSSES, device=device)
+        self.before: Mapping[str, Tensor] = {}
+        self.graphs: dict[int, _Graph] = {}
+        self.shape = (0, 0)
+        self.done = 0
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        self.pool: Any = None
+        for optimizer in trainer.optimizers():
+            to_record(optimizer, device)
+
+    def begin(self) -> None:
+        """Before an epoch, or what is left of one."""
+        trainer = self.trainer
+        # What was added up of the epoch before it was broken off.
+        self.before = dict(trainer.sums)
+        self.sums.zero_()
+        self.bad.zero_()
+
+    def step(self, rows: Tensor) -> dict[str, Tensor]:
+        """`Trainer.train_step` of the batch of some rows."""
+        trainer = self.trainer
+        if trainer.parts.count > 1:  # memory ran out before
+            return trainer.train_step(trainer.batches.filled(rows))
+        before = Before([], trainer.model.device)
+        shape = trainer.batches.most_positives, trainer.batches.most_relations
+        if shape != self.shape:
+            self.graphs.clear()
+            self.shape, self.pool = shape, None
+        if not self.on_gpu or self.done < WARM_UP:
+            whole = Before(trainer.buffers, trainer.model.device)
+            try:
+                told = self._do(rows)
+            except MEMORY_ERRORS as error:
+                trainer.parts.halve(error, len(rows))
+                whole.restore_random_states()
+                whole.restore_buffers()
+                return trainer.train_step(trainer.batches.filled(rows))
+        else:
+            graph = self.graphs.get(len(rows))
+            if graph is None:
+                graph = self.graphs[len(rows)] = self._record(rows)
+            graph.rows.copy_(rows)
+            graph.graph.replay()
+            told = graph.told
+        self.done += 1
+        health = Health.of(told.watched, len(told.names), told.numbers)
+        trainer.follow(health, before, rows)
+        names = [*told.names, "steps"]
+        for name, value in self.before.items():
+            self.sums[names.index(name)] += value
+        self.before = {}
+        trainer.sums = dict(zip(names, self.sums.unbind(), strict=False))
+        # Of their own: the next step writes where these are.
+        return dict(zip(told.names, told.losses.clone().unbind(), strict=True))
+
+    def _do(self, rows: Tensor) -> Told:
+        """A step as it is, in the stream that others are recorded in."""
+        if self.stream is None:
+            return self._work(rows)
+        here = torch.cuda.current_stream(self.trainer.model.device)
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            told = self._work(rows)
+        here.wait_stream(self.stream)
+        return told
+
+    def _record(self, rows: Tensor) -> _Graph:
+        own = rows.clone()
+        graph = torch.cuda.CUDAGraph()
+        self.trainer.forget_gradients()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                told = self._work(own)
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise TrainingError(
+                f"A step could not be recorded for the GPU to repeat ({reason}). Resume with the"
+                " setting cuda_graph=false, which does without."
+            ) from error
+        self.pool = graph.pool()
+        return _Graph(own, graph, told)
+
+    def _work(self, rows: Tensor) -> Told:
+        """What is recorded: a step whole, with no word to the host."""
+        trainer = self.trainer
+        kept = [value.clone() for value in trainer.buffers]
+        losses, estimation, gradients = trainer.gradients_of(trainer.batches.filled(rows))
+        watched = dict(losses) if estimation is None else {**losses, "estimation": estimation}
+        numbers = Health.numbers_of(watched, gradients)
+        bad = (~numbers.isfinite().all()).float()
+        if trainer.settings.non_finite == "stop":
+            # The host learns of it while later steps are under way: those change nothing, too.
+            bad = torch.maximum(bad, self.bad)
+            self.bad.copy_(bad)
+        with torch.no_grad():
+            for buffer, value in zip(trainer.buffers, kept, strict=True):
+                buffer.copy_(torch.where(bad > 0, value, buffer))
+        trainer.update(bad)
+        told = torch.stack([*losses.values(), torch.ones_like(bad)])
+        self.sums[: len(told)].add_(torch.where(bad > 0, 0.0, told))
+        return Told(list(losses), told[:-1], [*watched, *gradients], numbers)
+
+
+def can_record(trainer: Trainer) -> bool:
+    """Whether a trainer's steps have but the shapes and the operations that can be recorded."""
+    model, settings = trainer.model, trainer.settings
+    device = model.device
+    entity = model.entity.weight
+    return (
+        settings.cuda_graph
+        and device.type == "cuda"
+        and trainer.shards.alone
+        and has_one_shape(trainer)
+        and all(
+            fused_triton.usable(feat, entity) and not picking.apart(feat, entity)
+            for feat, _ in model.views.values()
+        )
+        and settings.backend in ("auto", "triton")
+    )
+
+
+def has_one_shape(trainer: Trainer) -> bool:
+    """Whether steps of as many rows can be done in the same shapes, without a word to the host."""
+    settings, model = trainer.settings, trainer.model
+    return (
+        settings.regime != "sampled"
+        and settings.candidates == "shared"
+        and trainer.precision in (torch.float32, torch.bfloat16)
+        and trainer.average is None
+        and trainer.row_optimizer is None
+        and trainer.parts.count == 1
+        and fits_at_once(
+            trainer.batches.most_rows,
+            len(model.heads),
+            model.num_entities,
+            trainer.precision,
+            model.device,
+        )
+    )
