@@ -9,7 +9,7 @@ differs from step to step - rows, learning rates, whether a step is bad - lies i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from imvia_graph._guards import MEMORY_ERRORS, Before, Health
 from imvia_graph.errors import TrainingError
 from imvia_graph.ops import fused_triton, picking
 from imvia_graph.optimizers import to_record
-
-if TYPE_CHECKING:
-    from imvia_graph.training import Trainer
 
 #: Steps that are done before one is recorded: they compile kernels and make optimizers' states.
 WARM_UP = 3
@@ -49,14 +46,14 @@ class RecordedSteps:
 
     Parameters
     ----------
-    trainer : Trainer
+    trainer : imvia_graph.training.Trainer
         One that `can_record`.
     on_gpu : bool, optional
         Whether steps are recorded. Else they are done, one after the other, as they would be:
         that is for tests.
     """
 
-    def __init__(self, trainer: Trainer, on_gpu: bool = True) -> None:
+    def __init__(self, trainer: Any, on_gpu: bool = True) -> None:
         self.trainer, self.on_gpu = trainer, on_gpu
         device = trainer.model.device
         self.bad = torch.zeros((), device=device)
@@ -163,7 +160,7 @@ class RecordedSteps:
         return Told(list(losses), told[:-1], [*watched, *gradients], numbers)
 
 
-def can_record(trainer: Trainer) -> bool:
+def can_record(trainer: Any) -> bool:
     """Whether a trainer's steps have but the shapes and the operations that can be recorded."""
     model, settings = trainer.model, trainer.settings
     device = model.device
@@ -181,7 +178,7 @@ def can_record(trainer: Trainer) -> bool:
     )
 
 
-def has_one_shape(trainer: Trainer) -> bool:
+def has_one_shape(trainer: Any) -> bool:
     """Whether steps of as many rows can be done in the same shapes, without a word to the host."""
     settings, model = trainer.settings, trainer.model
     return (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imvia_graph._gpu import adagrad as _gpu_adagrad
 from imvia_graph.errors import SettingsError
 from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.settings import Settings
@@ -56,6 +57,21 @@ class Adagrad(torch.optim.Adagrad):
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
+        if self.found_inf is not None and _gpu_adagrad.usable(parameter):
+            rate = group["lr"]
+            if not isinstance(rate, Tensor):
+                rate = torch.full((), rate, device=parameter.device)
+            state["step"] += 1
+            _gpu_adagrad.update(
+                parameter,
+                grad,
+                state["sum"],
+                rate,
+                self.found_inf,
+                group["eps"],
+                group["weight_decay"],
+            )
+            return
         if group["weight_decay"]:
             grad = grad.add(parameter, alpha=group["weight_decay"])
         if self.found_inf is not None:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from imvia_graph._recorded import RecordedSteps, can_record
 from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Parts, listed
+from imvia_graph._recorded import RecordedSteps, can_record
 from imvia_graph.batches import Batch, Batches
 from imvia_graph.errors import SettingsError, TrainingError
 from imvia_graph.evaluation import draw_candidates, rank, rank_metrics

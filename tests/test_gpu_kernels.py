@@ -1,4 +1,4 @@
-"""Kernels of products and losses for a GPU: there, or in Triton's interpreter (test_fused_triton)."""
+"""Kernels of products, losses and updates: on a GPU, or in Triton's interpreter."""
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from imvia_graph import _factored
 from imvia_graph._gpu import grouped
 from imvia_graph._recorded import RecordedSteps, has_one_shape
 from imvia_graph.losses import Positives, factored_completion
+from imvia_graph.optimizers import Adagrad
 from imvia_graph.training import Trainer
 
 
@@ -148,6 +149,30 @@ def test_losses_of_large_scores_are_finite(device, on_gpu):  # noqa: F811
         assert torch.autograd.grad(found, queries)[0].isfinite().all()
 
 
+# -- Adagrad ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adagrad_in_one_pass_is_torch_s(device, decay):  # noqa: F811
+    mine, exact = (
+        torch.nn.Parameter(torch.randn(3, 1500, generator=torch.Generator().manual_seed(0)).to(to))
+        for to in (device, torch.float64)
+    )
+    optimizer = Adagrad([mine], lr=0.1, weight_decay=decay)
+    other = torch.optim.Adagrad([exact], lr=0.1, weight_decay=decay)
+    for step, bad in enumerate([0.0, 0.0, 1.0, 0.0]):
+        optimizer.found_inf = torch.tensor(bad, device=device)
+        grad = torch.sin(torch.arange(mine.numel()).double() * (step + 1)).view(mine.shape)
+        mine.grad = torch.full_like(mine, torch.nan) if bad else grad.to(mine)
+        optimizer.step()
+        if not bad:
+            exact.grad = grad
+            other.step()
+    torch.testing.assert_close(mine.cpu().double(), exact, rtol=1e-5, atol=1e-5)
+    total = optimizer.state[mine]["sum"].cpu().double()
+    torch.testing.assert_close(total, other.state[exact]["sum"], rtol=1e-5, atol=1e-6)
+
+
 # -- steps in one shape ---------------------------------------------------------------------------
 
 
@@ -189,7 +214,9 @@ def test_steps_in_one_shape_are_those_of_the_batches(device, on_gpu, changes):  
 
 def trainer_of(device, changes):  # noqa: F811
     torch.manual_seed(0)
-    chosen = settings(device=str(device), batch_size=16, precision="float32", backend="triton", **changes)
+    chosen = settings(
+        device=str(device), batch_size=16, precision="float32", backend="triton", **changes
+    )
     kg = ring_kg()
     model = ig.IMVIA.from_kg(kg, chosen).to(device)
     trainer = Trainer(model.train(), kg, chosen)

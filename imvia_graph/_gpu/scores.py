@@ -49,7 +49,7 @@ def gradients(
     scores : Tensor
         (M, B, N), contiguous.
     row, col : Tensor
-        (P,) int64: the positives.
+        (P,) int64: the positives, rows ascending.
     share : Tensor
         (P,): what each is of its row's.
     counts : Tensor or None
@@ -103,9 +103,20 @@ def gradients(
         less = less if counts is None else less * counts
     if decided:
         # What the second pass takes for the slope of a positive in the decision, put right.
-        correction = torch.zeros_like(grad_weights)
+        correction = torch.empty_like(grad_weights)
+        ptr = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
         # Not by index_add_, whose sums on a GPU are in an order that differs from run to run.
-        correction.index_put_((row,), (less * true).T, accumulate=True)
+        _launch(
+            _sum_of_rows,
+            rows,
+            (less * true).contiguous(),
+            ptr,
+            correction,
+            len(row),
+            heads=heads,
+            HEADS=shape["HEADS"],
+            COLUMNS=64,
+        )
         slope = slope[:-1] if detached else slope[:-1] + slope[-1:] * weights[row].T
     numbers = of_negative.float().reshape(1)
     _launch(
@@ -259,6 +270,26 @@ def _into_gradients(
 
 
 @no_type_check
+def _sum_of_rows(
+    values, ptr, out, size, rows, heads: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Write the sums, a head each, of what is a query's among (heads, size) values."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    mine = head < heads
+    start, stop = tl.load(ptr + row), tl.load(ptr + row + 1)
+    total = tl.zeros([HEADS], tl.float32)
+    for first in range(start, stop, COLUMNS):
+        place = first + tl.arange(0, COLUMNS)
+        mask = mine[:, None] & (place < stop)[None, :]
+        value = tl.load(
+            values + head.to(tl.int64)[:, None] * size + place[None, :], mask=mask, other=0
+        )
+        total += tl.sum(value, axis=1)
+    tl.store(out + row * heads + head, total, mask=mine)
+
+
+@no_type_check
 def _softplus(x):
     """log(1 + exp(x))."""
     return tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
@@ -271,4 +302,4 @@ def _sigmoid(x):
     return tl.where(x >= 0, 1.0, small) / (1 + small)
 
 
-_KERNELS = (_sum_up, _into_gradients, _softplus, _sigmoid)
+_KERNELS = (_sum_up, _into_gradients, _sum_of_rows, _softplus, _sigmoid)
