@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from imvia_graph._gpu import adagrad as _gpu_adagrad
 from imvia_graph.errors import SettingsError
 from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.settings import Settings
+
+
+#: Adagrad's epsilon.
+ADAGRAD_EPS = 1e-10
 
 
 def table_optimizer(settings: Settings) -> tuple[str, float]:
@@ -26,11 +31,11 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer of torch's, fused where every torch has that."""
     if kind == "adagrad" and any(parameter.is_cuda for parameter in parameters):
-        return Adagrad(parameters, lr=lr, weight_decay=weight_decay)
-    kinds = {
+        return Adagrad(parameters, lr=lr, weight_decay=weight_decay, eps=ADAGRAD_EPS)
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
-        "adagrad": torch.optim.Adagrad,
+        "adagrad": functools.partial(torch.optim.Adagrad, eps=ADAGRAD_EPS),
     }
     return kinds[kind](list(parameters), lr=lr, weight_decay=weight_decay, fused=True)
 
@@ -115,7 +120,7 @@ class RowOptimizer(torch.optim.Optimizer):
         rowwise: bool = False,
     ) -> None:
         self.tables, self.kind, self.rowwise = list(tables), kind, rowwise
-        self.betas, self.eps = (0.9, 0.999), 1e-10 if kind == "adagrad" else 1e-8
+        self.betas, self.eps = (0.9, 0.999), ADAGRAD_EPS if kind == "adagrad" else 1e-8
         super().__init__(
             [table.weight for table in tables], {"lr": lr, "weight_decay": weight_decay}
         )
