@@ -14,7 +14,6 @@ from imvia_graph.errors import SettingsError
 from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.settings import Settings
 
-
 #: Adagrad's epsilon. With torch's, 1e-10, an element whose gradient is nothing but what rounding
 #: leaves of terms that cancel moves by the learning rate, too, in a direction that the order of a
 #: sum decides: on MKG-Y two processes then differ from one by 0.0009 of the loss within 50 steps.

@@ -155,7 +155,7 @@ def step(model: ComplEx, optimizer: Any, batch: Batch, weight: float, dtype: tor
 
 def loss(model: ComplEx, batch: Batch, weight: float) -> Tensor:
     """The mean over the triples of a batch of the softmax loss and, times ``weight``, of N3."""
-    row, answer, _ = batch.positives  # a row may stand for several triples
+    row, answer, *_ = batch.positives  # a row may stand for several triples
     query = model.queries(batch.entity, batch.relation)["structure"]
     completion = factored_completion([query], [model.entity.weight], batch.positives)
     head, relation = model.entity(batch.entity[row]), model.relation(batch.relation[row])
