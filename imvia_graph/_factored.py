@@ -18,8 +18,8 @@ from imvia_graph._gpu import scores as _gpu_scores
 from imvia_graph.answers import pointer
 from imvia_graph.distributed import Shards
 
-#: Bytes of scores that are held at a time.
-SCORES_AT_A_TIME = 2**27
+#: Bytes of scores that are held at a time, and on a GPU, whose kernels are the faster the larger.
+SCORES_AT_A_TIME, SCORES_ON_GPU = 2**27, 2**30
 
 
 class Terms(NamedTuple):
@@ -72,7 +72,7 @@ def fits_at_once(
 ) -> bool:
     """Whether so many queries are done in one block, by the kernels for a GPU."""
     size = heads * num_candidates * torch.empty((), dtype=dtype).element_size()
-    return rows * size <= SCORES_AT_A_TIME and _gpu_scores.usable(device, dtype)
+    return rows * size <= SCORES_ON_GPU and _gpu_scores.usable(device, dtype)
 
 
 class FactoredCompletion(torch.autograd.Function):
@@ -161,7 +161,8 @@ class _Work:
         a_row = len(self.queries) * size * self.queries[0].element_size()
         if not (self.fused or self.on_gpu):
             a_row += 4 * size * self.terms.exact.itemsize  # what `_gradients` makes
-        most = min(SCORES_AT_A_TIME // max(a_row, 1), self.terms.num_queries)
+        held = SCORES_ON_GPU if self.on_gpu else SCORES_AT_A_TIME
+        most = min(held // max(a_row, 1), self.terms.num_queries)
         rows = max(1, -(-most // self.terms.parts))
         starts = range(0, self.terms.num_queries, rows)
         return [(start, min(start + rows, self.terms.num_queries)) for start in starts]

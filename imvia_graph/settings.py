@@ -153,7 +153,7 @@ class Settings(BaseModel):
     epochs: int | None = Field(
         None,
         ge=0,
-        description="Epochs at most; null for as many as take 500 steps, and 16 at least.",
+        description="Epochs at most; null for as many as take 500 steps, and 32 at least.",
     )
     batch_size: int = Field(1024, ge=1, description="Queries a batch.")
     optimizer: Literal["adam", "adamw", "adagrad"] = Field(

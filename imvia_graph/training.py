@@ -810,7 +810,7 @@ def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 #: Where the settings name no number of epochs: as many as take so many steps, but at least …
-_STEPS, _EPOCHS = 500, 16
+_STEPS, _EPOCHS = 500, 32
 
 #: What to try where numbers are none.
 _ADVICE = (
