@@ -123,7 +123,8 @@ class Trainer:
     Attributes
     ----------
     settings : Settings
-        Those given, with a number of ``epochs`` where they leave it open.
+        Those given, with a number of ``epochs`` and a ``lambda_regularization`` where they leave
+        these open.
     progress : Progress
         How far it has come.
     best_state : dict of str to Tensor or None
@@ -162,6 +163,9 @@ class Trainer:
         if settings.epochs is None:
             enough = math.ceil(_STEPS / max(len(self.batches), 1))
             settings = settings.replace(epochs=max(_EPOCHS, enough))
+        if settings.lambda_regularization is None:
+            weight = _WEIGHTS[kg.num_entities >= _MANY]
+            settings = settings.replace(lambda_regularization=weight)
         self.settings = settings
         self.precision = training_dtype(settings, model.device)
         self.known = kg.answers()
@@ -781,6 +785,22 @@ class Trainer:
         finally:
             self.average.exchange()
 
+    def _warn_of_chance(self, mrr: float) -> None:
+        """Say, once, that nothing was learned in the first epoch."""
+        several = self._ranked_against
+        number = self.kg.num_entities if several is None else len(several)
+        by_chance = torch.arange(1, number + 1).double().reciprocal().mean().item() if number else 0
+        first = self.progress.epoch == 1 and self.shards.is_first
+        if first and number >= _TELLING and mrr < 2 * by_chance:
+            logger.warning(
+                "After an epoch the validation MRR is %.2g, and by chance it would be %.2g: nothing"
+                " was learned yet. If that stays so, try a smaller lambda_regularization (it is"
+                " %g), or another learning rate.",
+                mrr,
+                by_chance,
+                self.settings.lambda_regularization,
+            )
+
     def _validate(self) -> dict[str, float]:
         ranking = rank(
             self.model,
@@ -793,6 +813,7 @@ class Trainer:
         )
         metrics = rank_metrics(torch.cat([ranking.head[DECISION], ranking.tail[DECISION]]))
         progress = self.progress
+        self._warn_of_chance(metrics["mrr"])
         if progress.best_mrr is None or metrics["mrr"] > progress.best_mrr:
             progress.best_mrr, progress.best_epoch = metrics["mrr"], progress.epoch
             progress.waited = 0
@@ -811,6 +832,11 @@ def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 #: Where the settings name no number of epochs: as many as take so many steps, but at least …
 _STEPS, _EPOCHS = 500, 32
+
+#: Where the settings name no weight of the regularisation: below so many entities, and from there.
+_MANY, _WEIGHTS = 50_000, (0.1, 0.01)
+#: Entities from which on ranks like those of chance are told of: fewer are soon ranked better.
+_TELLING = 10_000
 
 #: What to try where numbers are none.
 _ADVICE = (

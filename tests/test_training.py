@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import imvia_graph as ig
+from imvia_graph import training
 from imvia_graph.answers import with_inverses
 from imvia_graph.batches import Batch, Batches, pack
 from imvia_graph.evaluation import evaluate, rank, rank_metrics
@@ -119,7 +120,7 @@ def test_alignment_and_information_take_part_where_their_weights_are_not_zero(al
     assert record["alignment"] > 0
     assert record["information"] != 0
     expected = record["completion"] + 0.1 * record["alignment"] + 0.5 * record["information"]
-    expected += ig.Settings().lambda_regularization * record["regularization"]
+    expected += 0.1 * record["regularization"]  # what it is for so few entities
     assert record["loss"] == pytest.approx(expected, rel=1e-5)
     trained(kg, [none], epochs=1, lambda_alignment=0, lambda_information=0)
     assert none.records[0]["alignment"] == none.records[0]["information"] == 0
@@ -596,6 +597,28 @@ def test_training_ends_when_validation_has_not_improved_for_patience_times():
     assert trainer.progress.ended == "patience"
     assert trainer.progress.best_epoch == 1
     assert trainer.progress.epoch == len(records.records) == 4
+
+
+@pytest.mark.parametrize(("many", "weight"), [(13, 0.1), (12, 0.01)])
+def test_many_entities_are_regularised_less(monkeypatch, many, weight):
+    monkeypatch.setattr(training, "_MANY", many)
+    kg = ring_kg(12)
+    for changes, expected in [({}, weight), ({"lambda_regularization": 0.25}, 0.25)]:
+        chosen = settings(**changes)
+        trainer = Trainer(ig.IMVIA.from_kg(kg, chosen), kg, chosen)
+        assert trainer.settings.lambda_regularization == expected
+
+
+@pytest.mark.parametrize(("telling", "mrr", "told"), [(12, 0.4, 1), (12, 0.6, 0), (13, 0.4, 0)])
+def test_an_epoch_that_taught_nothing_is_told_of_once(monkeypatch, caplog, telling, mrr, told):
+    # By chance the MRR of 12 entities is 0.259.
+    monkeypatch.setattr(training, "_TELLING", telling)
+    monkeypatch.setattr(training, "rank_metrics", lambda ranks: {"mrr": mrr})
+    trained(ring_kg(12), epochs=3)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == told
+    assert all("by chance it would be 0.26" in line for line in lines)
+    assert all("lambda_regularization (it is 0.1)" in line for line in lines)
 
 
 def test_patience_counts_validations_not_epochs():
