@@ -140,8 +140,8 @@ class Settings(BaseModel):
     lambda_regularization: float | None = Field(
         None,
         ge=0,
-        description="Weight of DURA, the regularisation of what a score multiplies; null for 0.1 or,"
-        " with 50,000 entities or more, 0.01: 0.1 pulls their scores to zero before they have"
+        description="Weight of DURA, the regularisation of what a score multiplies; null for 0.1"
+        " or, with 50,000 entities or more, 0.01: 0.1 pulls their scores to zero before they have"
         " learned.",
     )
     alignment: Literal["contrastive", "printed"] = Field(
