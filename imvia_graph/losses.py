@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from imvia_graph._factored import FactoredCompletion, Terms
@@ -734,16 +735,48 @@ def dura(
     >>> dura(torch.ones(2, 3), torch.zeros(2, 3), torch.full((4, 3), 2.0))
     tensor(15.)
     """
-    parts = (_at_least_float32(part).square().sum(1) for part in (head, query, answer))
-    heads, queries, answers = parts
-    if shards is None or shards.alone:
-        mean = answers.mean() if times is None else _weighted_mean(answers, times)
-        return _weighted_mean(heads + queries, weight) + mean
+    alone = shards is None or shards.alone
     if weight is None:
-        raise SettingsError("dura: with several processes, expected the weights of all queries.")
-    own = weight[shards.part(len(weight)) if mine is None else mine].to(heads.dtype)
-    terms = (heads + queries) @ own / weight.sum()
-    return shards.total(terms + answers.sum() / max(num_answers or 0, 1))
+        if not alone:
+            raise SettingsError(
+                "dura: with several processes, expected the weights of all queries."
+            )
+        weight = torch.ones(len(head), device=head.device)
+    dtype = torch.promote_types(head.dtype, torch.float32)
+    weight = weight.to(dtype)
+    share = weight / weight.sum()
+    if alone and times is None:
+        times = torch.ones(len(answer), device=answer.device)
+    if alone:
+        assert times is not None
+        of_answers = times.to(dtype) / times.sum().clamp(min=1)
+    else:
+        assert shards is not None
+        share = share[shards.part(len(weight)) if mine is None else mine]
+        of_answers = weight.new_full((len(answer),), 1 / max(num_answers or 0, 1))
+    total = weight.new_zeros(())
+    for part, its_share in ((head, share), (query, share), (answer, of_answers)):
+        total = total + _Squares.apply(part, its_share)
+    return total if shards is None else shards.total(total)
+
+
+class _Squares(torch.autograd.Function):
+    """The sum of the squares of (B, d), its rows weighted by (B,), in two passes over them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, share: Tensor) -> Tensor:
+        exact = _at_least_float32(rows)
+        share = share.to(exact.dtype)
+        ctx.save_for_backward(rows, share)
+        with torch.autocast(rows.device.type, enabled=False):
+            return torch.linalg.vecdot(exact, exact) @ share
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rows, share = ctx.saved_tensors
+        slope = (2 * grad * share)[:, None]
+        return (rows * slope).to(rows.dtype), None
 
 
 # -- Eq. 8 ----------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from imvia_graph import _gpu
 from imvia_graph._gpu import grouped
@@ -275,10 +276,40 @@ def complex_product(left: Tensor, right: Tensor) -> Tensor:
     >>> complex_product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))  # (1 + 2i) (3 + 4i)
     tensor([[-5., 10.]])
     """
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    out: Tensor = _ComplexProduct.apply(left.to(dtype), right.to(dtype))
+    return out
+
+
+class _ComplexProduct(torch.autograd.Function):
+    """In a third of the passes over memory that products of halves take, and their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return _complex_product(left, right, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        return _complex_product(grad, right, -1), _complex_product(grad, left, -1)
+
+
+def _complex_product(left: Tensor, right: Tensor, sign: int) -> Tensor:
+    """Products of numbers with others, whose imaginary parts count with a sign."""
     half = left.shape[1] // 2
     sizes = [half, half, left.shape[1] % 2]
+    out = torch.empty_like(left)
     (a, b, last), (c, d, times) = left.split(sizes, dim=1), right.split(sizes, dim=1)
-    return torch.cat([a * c - b * d, a * d + b * c, last * times], dim=1)
+    real, imaginary, rest = out.split(sizes, dim=1)
+    torch.mul(a, c, out=real)
+    real.addcmul_(b, d, value=-sign)
+    torch.mul(b, c, out=imaginary)
+    imaginary.addcmul_(a, d, value=sign)
+    if sizes[2]:
+        torch.mul(last, times, out=rest)
+    return out
 
 
 def _normalise(norm: nn.BatchNorm1d | None, feat: Tensor, share: Share | None = None) -> Tensor:
