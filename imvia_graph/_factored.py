@@ -101,6 +101,10 @@ class FactoredCompletion(torch.autograd.Function):
             queries = [part.detach().to(terms.dtype) for part in inputs[:heads]]
             candidates = [part.detach().to(terms.dtype) for part in inputs[heads:]]
             work = _Work(queries, candidates, of_rows, weights, terms)
+            if counts is not None and not work.on_gpu:
+                # Elsewhere what is repeated need not be there.
+                once = counts > 0
+                row, col, share, counts = row[once], col[once], share[once], None
             for start, stop in work.blocks():
                 work.do(start, stop, row, col, share, counts)
             if terms.shards is not None:

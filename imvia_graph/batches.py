@@ -138,6 +138,8 @@ class Batches:
         batches of the epoch; they never fall.
         """
         parts = self._begin(done)
+        if not parts:
+            return
         self._measure(parts)
         rows = self._rows(torch.cat(parts).to(self.answers.key.device))
         for part in rows.split([len(part) for part in parts])[done:]:

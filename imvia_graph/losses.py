@@ -512,6 +512,7 @@ def factored_completion(
         num_candidates = shards.num_entities
         mine = shards.owned(col)
         row, col, share = row[mine], col[mine] - shards.start, share[mine]
+        counts = None if counts is None else counts[mine]
     terms = Terms(
         loss,
         label_smoothing,

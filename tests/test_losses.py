@@ -408,6 +408,25 @@ def test_factored_completion_weighs_the_rows(kernel, blocks, dtype, detached):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("loss", COMPLETION)
+def test_positives_that_are_repeated_count_once(kernel, blocks, loss):
+    queries, candidates, weights = factored_case(2, torch.float32)
+    inputs = [*queries, *candidates, weights]
+    order = torch.argsort(POSITIVES.row, stable=True)
+    place = torch.arange(9).clamp(max=len(order) - 1)
+    counts = (torch.arange(9) < len(order)).float()
+    repeated = Positives(POSITIVES.row[order][place], POSITIVES.col[order][place], None, counts)
+    found, expected = (
+        factored_completion(queries, candidates, positives, weights, loss, 0.1)
+        for positives in (repeated, POSITIVES)
+    )
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        *(torch.autograd.grad(x, inputs) for x in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_binary_loss_has_no_weights_of_rows():
     with pytest.raises(SettingsError, match=r"'binary' has no weights.*softmax"):
         completion({"structure": torch.zeros(3, 5)}, WEIGHTED, "binary")
