@@ -88,7 +88,7 @@ def moved(positives, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("number", [None, 9], ids=["as-they-are", "filled-up"])
-@pytest.mark.parametrize("heads", [1, 3, 4])
+@pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("decided", ["trained", "detached", "not"])
 @pytest.mark.parametrize("size", [5, 333])
 @pytest.mark.parametrize(
@@ -180,13 +180,17 @@ def test_adagrad_in_one_pass_is_torch_s(device, decay):  # noqa: F811
     "changes",
     [
         {},
-        {"regime": "kvsall"},
-        {"loss": "binary"},
         {"regime": "kvsall", "loss": "binary", "label_smoothing": 0.1},
-        {"decision": "trained", "batch_norm": True, "lambda_alignment": 0.1},
-        {"table_optimizer": "same", "gradient_clip": 0.5, "relation_residual": False},
+        {
+            "decision": "trained",
+            "batch_norm": True,
+            "lambda_alignment": 0.1,
+            "table_optimizer": "same",
+            "gradient_clip": 0.5,
+            "relation_residual": False,
+        },
     ],
-    ids=lambda changes: "-".join(map(str, changes.values())) or "defaults",
+    ids=["defaults", "kvsall-binary", "everything-else"],
 )
 def test_steps_in_one_shape_are_those_of_the_batches(device, on_gpu, changes):  # noqa: F811
     """Not recorded, but what is recorded: the same numbers, and nothing that asks the device."""
@@ -215,7 +219,7 @@ def test_steps_in_one_shape_are_those_of_the_batches(device, on_gpu, changes):  
 def trainer_of(device, changes):  # noqa: F811
     torch.manual_seed(0)
     chosen = settings(
-        device=str(device), batch_size=16, precision="float32", backend="triton", **changes
+        device=str(device), batch_size=20, precision="float32", backend="triton", **changes
     )
     kg = ring_kg()
     model = ig.IMVIA.from_kg(kg, chosen).to(device)
