@@ -7,6 +7,7 @@ memory is its own; the script measures it and prints what it found as the last l
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -71,6 +72,11 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _row(context: click.Context, parameter: click.Parameter, value: str | None) -> Row | None:
     return json.loads(value) if value else None
+
+
+def has(package: str) -> bool:
+    """Whether a package is installed: rows of what is not are left out."""
+    return importlib.util.find_spec(package) is not None
 
 
 # -- clocks ---------------------------------------------------------------------------------------

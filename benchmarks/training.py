@@ -99,7 +99,7 @@ def main(
         return not only or name.startswith(only)
 
     rows = []
-    if wanted(PYKEEN):
+    if wanted(PYKEEN) and measure.has("pykeen"):
         rows.append(measure.in_process(__file__, {**common, "form": PYKEEN}, threads))
         measure.told(rows[-1], PYKEEN)
     for setting in SETTINGS:
