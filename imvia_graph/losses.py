@@ -693,16 +693,16 @@ def _check_loss(loss: str) -> None:
 
 
 def dura(
-    head: Tensor,
-    query: Tensor,
-    answer: Tensor,
+    head: Tensor | Sequence[Tensor],
+    query: Tensor | Sequence[Tensor],
+    answer: Tensor | Sequence[Tensor],
     weight: Tensor | None = None,
     num_answers: int | None = None,
     shards: Shards | None = None,
     mine: Tensor | None = None,
     times: Tensor | None = None,
 ) -> Tensor:
-    r"""DURA of one head: the squares of what is multiplied in the scores of true triples.
+    r"""DURA: the squares of what is multiplied in the scores of true triples.
 
     .. math:: \frac{1}{B} \sum_i \left( \|h_i\|^2 + \|q_i\|^2 + \|t_i\|^2 \right), \qquad
         q = \mathcal W \times_1 h \times_2 r
@@ -713,9 +713,10 @@ def dura(
 
     Parameters
     ----------
-    head, query : Tensor
-        (B, d): entities of the queries, and their query vectors.
-    answer : Tensor
+    head, query : Tensor or sequence of Tensor
+        (B, d): entities of the queries, and their query vectors; or those of several heads, which
+        are added up.
+    answer : Tensor or sequence of Tensor
         (P, d): the true answers; the mean is over those.
     weight : Tensor, optional
         (B,) weights of the queries in their mean. Default: equal ones.
@@ -736,48 +737,62 @@ def dura(
     >>> dura(torch.ones(2, 3), torch.zeros(2, 3), torch.full((4, 3), 2.0))
     tensor(15.)
     """
+    heads, queries, answers = (
+        [given] if isinstance(given, Tensor) else list(given) for given in (head, query, answer)
+    )
     alone = shards is None or shards.alone
+    dtype = torch.promote_types(heads[0].dtype, torch.float32)
     if weight is None:
         if not alone:
             raise SettingsError(
                 "dura: with several processes, expected the weights of all queries."
             )
-        weight = torch.ones(len(head), device=head.device)
-    dtype = torch.promote_types(head.dtype, torch.float32)
+        weight = heads[0].new_ones(len(heads[0]))
     weight = weight.to(dtype)
     share = weight / weight.sum()
-    if alone and times is None:
-        times = torch.ones(len(answer), device=answer.device)
-    if alone:
-        assert times is not None
-        of_answers = times.to(dtype) / times.sum().clamp(min=1)
-    else:
-        assert shards is not None
+    if shards is not None and not alone:
         share = share[shards.part(len(weight)) if mine is None else mine]
-        of_answers = weight.new_full((len(answer),), 1 / max(num_answers or 0, 1))
-    total = weight.new_zeros(())
-    for part, its_share in ((head, share), (query, share), (answer, of_answers)):
-        total = total + _Squares.apply(part, its_share)
+    if times is not None:
+        of_answers = times.to(dtype) / times.sum()
+    else:
+        number = len(answers[0]) if num_answers is None else num_answers
+        of_answers = weight.new_full((len(answers[0]),), 1 / max(number, 1))
+    total: Tensor = _Squares.apply(share, of_answers, *heads, *queries, *answers)
     return total if shards is None else shards.total(total)
 
 
 class _Squares(torch.autograd.Function):
-    """The sum of the squares of (B, d), its rows weighted by (B,), in two passes over them."""
+    """Squares of rows, weighted and added up, in two passes over them.
+
+    The rows are M (B, d), M (B, d), whose weights are (B,), and M (P, d) with weights (P,).
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, share: Tensor) -> Tensor:
-        exact = _at_least_float32(rows)
-        share = share.to(exact.dtype)
-        ctx.save_for_backward(rows, share)
-        with torch.autocast(rows.device.type, enabled=False):
-            return torch.linalg.vecdot(exact, exact) @ share
+    def forward(ctx: Any, share: Tensor, of_answers: Tensor, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(share, of_answers, *parts)
+        sizes = []
+        for part in parts:
+            exact = _at_least_float32(part)
+            sizes.append(torch.linalg.vecdot(exact, exact).to(share.dtype))
+        count = len(parts) // 3
+        with torch.autocast(share.device.type, enabled=False):
+            of_queries = torch.stack(sizes[: 2 * count]).sum(0) @ share
+            return of_queries + torch.stack(sizes[2 * count :]).sum(0) @ of_answers
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows, share = ctx.saved_tensors
-        slope = (2 * grad * share)[:, None]
-        return (rows * slope).to(rows.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        share, of_answers, *parts = ctx.saved_tensors
+        count = len(parts) // 3
+        slopes = [(2 * grad * weight)[:, None] for weight in (share, of_answers)]
+        return (
+            None,
+            None,
+            *(
+                (part * slopes[place >= 2 * count]).to(part.dtype)
+                for place, part in enumerate(parts)
+            ),
+        )
 
 
 # -- Eq. 8 ----------------------------------------------------------------------------------------

@@ -737,20 +737,14 @@ class Trainer:
             # Of all candidates, how often each answers: in one shape, whatever the answers are.
             times = torch.zeros(model.num_entities, device=loss.device)
             times.index_add_(0, answers, positives.counts)
-        terms = [
-            dura(
-                heads[head],
-                queries[head],
-                tables[head] if times is not None else tables[head][answers],
-                weight,
-                len(positives.col),
-                shards,
-                mine,
-                times,
-            )
-            for head in model.heads
+        of_heads = [heads[head] for head in model.heads]
+        of_queries = [queries[head] for head in model.heads]
+        every = [
+            tables[head] if times is not None else tables[head][answers] for head in model.heads
         ]
-        return loss, torch.stack(terms).sum()
+        return loss, dura(
+            of_heads, of_queries, every, weight, len(positives.col), shards, mine, times
+        )
 
     def _looked_up(self) -> list[Tensor]:
         return [rows for table in self.tables.values() for rows in table.looked_up()]
