@@ -128,6 +128,9 @@ def cells(rows: Sequence[Row]) -> list[str]:
     validated = [row["valid"]["mrr"] for row in rows if row["epochs_of"] == row["seed"]]
     test = [spread([row["test"][name] for row in rows]) for name in METRICS]
     minutes = f"{mean(row['seconds'] for row in rows) / 60:.1f}"
+    # On a core of a CPU, unless said otherwise.
+    devices = sorted({row["device"] for row in rows} - {"cpu"})
+    minutes = ", ".join([minutes, *devices])
     return [spread(validated), *test, str(len(rows)), minutes]
 
 
