@@ -8,7 +8,8 @@ differs from step to step - rows, learning rates, whether a step is bad - lies i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from imvia_graph._factored import fits_at_once
 from imvia_graph._guards import MEMORY_ERRORS, Before, Health
-from imvia_graph.errors import TrainingError
+from imvia_graph.errors import SettingsError
 from imvia_graph.ops import fused_triton, picking
 from imvia_graph.optimizers import to_record
 
@@ -33,6 +34,13 @@ class Told(NamedTuple):
     losses: Tensor
     watched: list[str]
     numbers: Tensor
+
+
+class _Begun(NamedTuple):
+    kept: list[Tensor]
+    losses: dict[str, Tensor]
+    watched: dict[str, Tensor]
+    gradients: dict[str, Tensor]
 
 
 class _Graph(NamedTuple):
@@ -61,7 +69,8 @@ class RecordedSteps:
         self.before: Mapping[str, Tensor] = {}
         self.graphs: dict[int, _Graph] = {}
         self.shape = (0, 0)
-        self.done = 0
+        #: Steps of each number of rows that were done without recording.
+        self.done: Counter[int] = Counter()
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.pool: Any = None
         for optimizer in trainer.optimizers():
@@ -71,37 +80,18 @@ class RecordedSteps:
         """Before an epoch, or what is left of one."""
         trainer = self.trainer
         # What was added up of the epoch before it was broken off.
-        self.before = dict(trainer.sums)
+        self.before = {name: value.clone() for name, value in trainer.sums.items()}
+        trainer.sums = dict(self.before)
         self.sums.zero_()
         self.bad.zero_()
 
     def step(self, rows: Tensor) -> dict[str, Tensor]:
         """`Trainer.train_step` of the batch of some rows."""
         trainer = self.trainer
-        if trainer.parts.count > 1:  # memory ran out before
-            return trainer.train_step(trainer.batches.filled(rows))
         before = Before([], trainer.model.device)
-        shape = trainer.batches.most_positives, trainer.batches.most_relations
-        if shape != self.shape:
-            self.graphs.clear()
-            self.shape, self.pool = shape, None
-        if not self.on_gpu or self.done < WARM_UP:
-            whole = Before(trainer.buffers, trainer.model.device)
-            try:
-                told = self._do(rows)
-            except MEMORY_ERRORS as error:
-                trainer.parts.halve(error, len(rows))
-                whole.restore_random_states()
-                whole.restore_buffers()
-                return trainer.train_step(trainer.batches.filled(rows))
-        else:
-            graph = self.graphs.get(len(rows))
-            if graph is None:
-                graph = self.graphs[len(rows)] = self._record(rows)
-            graph.rows.copy_(rows)
-            graph.graph.replay()
-            told = graph.told
-        self.done += 1
+        told = self._told(rows)
+        if told is None:
+            return trainer.train_step(trainer.batches.filled(rows))
         health = Health.of(told.watched, len(told.names), told.numbers)
         trainer.follow(health, before, rows)
         names = [*told.names, "steps"]
@@ -112,11 +102,33 @@ class RecordedSteps:
         # Of their own: the next step writes where these are.
         return dict(zip(told.names, told.losses.clone().unbind(), strict=True))
 
-    def _do(self, rows: Tensor) -> Told:
+    def _told(self, rows: Tensor) -> Told | None:
+        """What a step leaves; None where memory is too short to do it so."""
+        trainer = self.trainer
+        if trainer.parts.count > 1:  # memory ran out before
+            return None
+        shape = trainer.batches.most_positives, trainer.batches.most_relations
+        if shape != self.shape:
+            self.graphs.clear()
+            self.shape, self.pool = shape, None
+        # Each number of rows once: kernels are compiled for what numbers are divisible by.
+        warm = self.done.total() >= WARM_UP and self.done[len(rows)]
+        if not self.on_gpu or not warm:
+            self.done[len(rows)] += 1
+            return self._do(rows)
+        graph = self.graphs.get(len(rows))
+        if graph is None:
+            graph = self.graphs[len(rows)] = self._record(rows)
+        graph.rows.copy_(rows)
+        graph.graph.replay()
+        return graph.told
+
+    def _do(self, rows: Tensor) -> Told | None:
         """A step as it is, in the stream that others are recorded in."""
+        trainer = self.trainer
         if self.stream is None:
             return self._work(rows)
-        here = torch.cuda.current_stream(self.trainer.model.device)
+        here = torch.cuda.current_stream(trainer.model.device)
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
             told = self._work(rows)
@@ -129,22 +141,50 @@ class RecordedSteps:
         self.trainer.forget_gradients()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                told = self._work(own)
+                told = self._finish(*self._begin(own))
         except RuntimeError as error:
+            # What is random on the device may be left in a state that nothing can go on from.
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise TrainingError(
-                f"A step could not be recorded for the GPU to repeat ({reason}). Resume with the"
-                " setting cuda_graph=false, which does without."
+            raise SettingsError(
+                f"A step of training could not be recorded for the GPU to repeat ({reason}). Set"
+                " cuda_graph=false, which does without; `fit --resume` takes it, too."
             ) from error
         self.pool = graph.pool()
         return _Graph(own, graph, told)
 
-    def _work(self, rows: Tensor) -> Told:
-        """What is recorded: a step whole, with no word to the host."""
+    def _work(self, rows: Tensor) -> Told | None:
+        """A step whole; None, and nothing is changed, where memory runs out."""
+        trainer = self.trainer
+        before = Before(trainer.buffers, trainer.model.device)
+        begun = None
+        try:
+            begun = self._begin(rows)
+        except MEMORY_ERRORS as error:
+            trainer.parts.halve(error, len(rows))
+        if begun is not None:
+            return self._finish(*begun)
+        # Only here are the tensors of the step that failed let go of.
+        trainer.take_back(before)
+        return None
+
+    def _begin(self, rows: Tensor) -> _Begun:
+        """Losses and gradients of a step. With `_finish`, what is recorded: no word to the host."""
         trainer = self.trainer
         kept = [value.clone() for value in trainer.buffers]
         losses, estimation, gradients = trainer.gradients_of(trainer.batches.filled(rows))
         watched = dict(losses) if estimation is None else {**losses, "estimation": estimation}
+        gradients = {name: grad for name, grad in gradients.items() if grad.numel()}
+        return _Begun(kept, losses, watched, gradients)
+
+    def _finish(
+        self,
+        kept: Sequence[Tensor],
+        losses: Mapping[str, Tensor],
+        watched: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+    ) -> Told:
+        """The update of a step, unless it is bad."""
+        trainer = self.trainer
         numbers = Health.numbers_of(watched, gradients)
         bad = (~numbers.isfinite().all()).float()
         if trainer.settings.non_finite == "stop":

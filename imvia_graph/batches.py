@@ -150,14 +150,19 @@ class Batches:
         if self._told is None:
             place = torch.arange(self.num_rows, device=self.answers.key.device)
             self._told = self._rows(place)[:, 2].cpu(), self._relations().cpu()
+            # The same whichever epoch is the first that this process sees.
+            drawn = torch.Generator().manual_seed(0)
+            for _ in range(_MEASURED):
+                order = torch.randperm(self.num_rows, generator=drawn)
+                self._measure(order.tensor_split(len(parts)))
         count, relation = self._told
         positives = max(int(count[part].sum()) for part in parts)
         relations = max(len(relation[part].unique()) for part in parts)
         # With room for the epochs to come.
         if positives > self.most_positives:
-            self.most_positives = -(-positives * 9 // 8 // 128) * 128
+            self.most_positives = -(-positives * 5 // 4 // 128) * 128
         if relations > self.most_relations:
-            self.most_relations = -(-relations * 9 // 8 // 16) * 16
+            self.most_relations = -(-relations * 5 // 4 // 16) * 16
 
     def filled(self, rows: Tensor) -> Batch:
         """The batch of (B, 3) rows, in shapes that depend on B alone: see `Positives.counts`.
@@ -381,6 +386,9 @@ def _cut(
 #: How many queries of the regime 1vsall that differ in nothing but the answer are one row. All of
 #: them would crowd a batch where most entities answer.
 _ANSWERS_AT_A_TIME = 32
+
+#: Epochs that are drawn to learn how large the batches of `Batches.filled` may be.
+_MEASURED = 4
 
 #: How often sampled negatives that are true answers are drawn anew. What is true still after that
 #: belongs to a query that most entities answer.

@@ -770,12 +770,12 @@ class _Squares(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, share: Tensor, of_answers: Tensor, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(share, of_answers, *parts)
-        sizes = []
-        for part in parts:
-            exact = _at_least_float32(part)
-            sizes.append(torch.linalg.vecdot(exact, exact).to(share.dtype))
         count = len(parts) // 3
         with torch.autocast(share.device.type, enabled=False):
+            sizes = []
+            for part in parts:
+                exact = _at_least_float32(part)
+                sizes.append(torch.linalg.vecdot(exact, exact).to(share.dtype))
             of_queries = torch.stack(sizes[: 2 * count]).sum(0) @ share
             return of_queries + torch.stack(sizes[2 * count :]).sum(0) @ of_answers
 

@@ -218,7 +218,8 @@ def fit(
     resume : bool
         Whether to go on with the run in ``out``, with its graph and its settings; of the
         settings given, only `RESUMABLE` may differ: ``epochs``, ``patience``, ``device``,
-        ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``, ``views_on``.
+        ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``, ``views_on``,
+        ``cuda_graph``.
         A run that ended is taken as it is, unless there are more epochs to go.
     callbacks : sequence of Callback
         See `imvia_graph.training.Callback`.
@@ -367,6 +368,7 @@ RESUMABLE = (
     "non_finite",
     "disk_full",
     "views_on",
+    "cuda_graph",
 )
 
 

@@ -231,9 +231,10 @@ class Settings(BaseModel):
     )
     cuda_graph: bool = Field(
         True,
-        description="Whether a GPU records the steps of training and repeats them, which is faster;"
-        " where their shapes allow it: all entities are candidates (candidates: shared), one"
-        " process, no ema_decay, not float16.",
+        description="Whether a GPU records the steps of training and repeats them, which is faster."
+        " That is done where all entities are candidates (not regime: sampled, candidates: shared)"
+        " and scores of a batch take no more than 1 GiB, in one process, with the views on the"
+        " device, backend auto or triton, without ema_decay, not in float16; it needs Triton.",
     )
     ranking_batch_size: int = Field(1024, ge=1, description="Queries ranked at a time.")
 

@@ -233,6 +233,8 @@ class Trainer:
             model.device.type, enabled=self.precision == torch.float16
         )
         self.average = Average(model, settings.ema_decay) if settings.ema_decay else None
+        #: Sums of the last epoch that was trained whole.
+        self._summed: dict[str, Tensor] = {}
         #: On a GPU: steps that were recorded.
         self.recorded: RecordedSteps | None = None
 
@@ -332,7 +334,6 @@ class Trainer:
         settings, progress = self.settings, self.progress
         self._started = time.perf_counter() - progress.elapsed
         skipped = progress.skipped
-        sums = self.sums
         losses = self.train_epoch()
         progress.epoch += 1
         record: dict[str, Any] = {"epoch": progress.epoch, **losses}
@@ -345,7 +346,7 @@ class Trainer:
                 record["valid"] = self.validate()
             except _Stopped:  # without its validation it is not over
                 progress.epoch -= 1
-                progress.batch, self.sums = len(self.batches), sums
+                progress.batch, self.sums = len(self.batches), self._summed
                 raise
         give_back_freed_memory()  # saving is next
         progress.seconds += time.perf_counter() - self._started
@@ -380,7 +381,7 @@ class Trainer:
             raise TrainingError(
                 f"Epoch {progress.epoch + 1}: not one of its steps was finite. {_ADVICE}"
             )
-        progress.batch, self.sums = 0, {}
+        progress.batch, self.sums, self._summed = 0, {}, sums
         return {
             name: (value / sums["steps"]).item() for name, value in sums.items() if name != "steps"
         }
@@ -457,12 +458,16 @@ class Trainer:
                     raise
                 self.parts.halve(error, len(batch.entity))
             # Only here are the tensors of the step that failed let go of.
-            self.forget_gradients()
-            before.restore_random_states()
-            before.restore_buffers()
-            give_back_freed_memory()
-            if self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.take_back(before)
+
+    def take_back(self, before: Before) -> None:
+        """Let go of a step whose memory ran out, as if it had not been begun."""
+        self.forget_gradients()
+        before.restore_random_states()
+        before.restore_buffers()
+        give_back_freed_memory()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def forget_gradients(self) -> None:
         """Let go of the last step's gradients."""
@@ -780,16 +785,19 @@ class Trainer:
             self.average.exchange()
 
     def _warn_of_chance(self, mrr: float) -> None:
-        """Say, once, that nothing was learned in the first epoch."""
+        """Say, at the first validation, that nothing was learned before it."""
         several = self._ranked_against
         number = self.kg.num_entities if several is None else len(several)
-        by_chance = torch.arange(1, number + 1).double().reciprocal().mean().item() if number else 0
-        first = self.progress.epoch == 1 and self.shards.is_first
-        if first and number >= _TELLING and mrr < 2 * by_chance:
+        first = self.progress.best_mrr is None and self.progress.epoch > 0
+        if not (first and self.shards.is_first and number >= _TELLING):
+            return
+        by_chance = (math.log(number) + 0.5772) / number  # the mean of 1, 1/2, …, 1/number
+        if mrr < 2 * by_chance:
             logger.warning(
-                "After an epoch the validation MRR is %.2g, and by chance it would be %.2g: nothing"
+                "After epoch %d the validation MRR is %.2g, and by chance it would be %.2g: nothing"
                 " was learned yet. If that stays so, try a smaller lambda_regularization (it is"
                 " %g), or another learning rate.",
+                self.progress.epoch,
                 mrr,
                 by_chance,
                 self.settings.lambda_regularization,

@@ -1,5 +1,8 @@
 """Kernels of products, losses and updates: on a GPU, or in Triton's interpreter."""
 
+import weakref
+from functools import partial
+
 import pytest
 import torch
 from helpers import ring_kg, settings
@@ -14,12 +17,13 @@ from test_losses import POSITIVES, WEIGHTED, factored_case, plainly
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imvia_graph as ig
-from imvia_graph import _factored
+from imvia_graph import TrainingError, _factored, training
 from imvia_graph._gpu import grouped
 from imvia_graph._recorded import RecordedSteps, has_one_shape
+from imvia_graph.checkpoint import load_trainer, save_trainer
 from imvia_graph.losses import Positives, factored_completion
 from imvia_graph.optimizers import Adagrad
-from imvia_graph.training import Trainer
+from imvia_graph.training import Callback, Trainer
 
 
 @needs_triton
@@ -192,13 +196,15 @@ def test_adagrad_in_one_pass_is_torch_s(device, decay):  # noqa: F811
     ],
     ids=["defaults", "kvsall-binary", "everything-else"],
 )
-def test_steps_in_one_shape_are_those_of_the_batches(device, on_gpu, changes):  # noqa: F811
+def test_steps_in_one_shape_are_those_of_the_batches(
+    device, on_gpu, monkeypatch, changes  # noqa: F811
+):  # fmt: skip
     """Not recorded, but what is recorded: the same numbers, and nothing that asks the device."""
     trainers = [trainer_of(device, changes) for _ in range(2)]
     recorded = RecordedSteps(trainers[1], on_gpu=False)
     recorded.begin()
     steps = trainers[0].batches.epoch(), trainers[1].batches.rows_of_epoch()
-    with NoWordToTheHost() as heard:
+    with NoWordToTheHost(monkeypatch) as heard:
         for batch, rows in zip(*steps, strict=True):
             heard.listening = False
             torch.manual_seed(1)
@@ -230,14 +236,143 @@ def trainer_of(device, changes):  # noqa: F811
     return trainer
 
 
+@pytest.fixture
+def fitted(device, on_gpu, monkeypatch):  # noqa: F811
+    """A trainer whose steps are such steps, of a graph without views; and plain ones."""
+
+    def make(in_one_shape, *callbacks, **changes):
+        monkeypatch.setattr(training, "can_record", lambda trainer: in_one_shape)
+        monkeypatch.setattr(training, "RecordedSteps", partial(RecordedSteps, on_gpu=False))
+        chosen = settings(
+            device=str(device), batch_size=20, precision="float32", epochs=2, **changes
+        )
+        kg = ring_kg(views=False)
+        torch.manual_seed(0)
+        model = ig.IMVIA.from_kg(kg, chosen).to(device)
+        return Trainer(model, kg, chosen, callbacks)
+
+    return make
+
+
+class Records(Callback):
+    """Keeps what is told of epochs; stops after a step or in a validation."""
+
+    def __init__(self, after=None, in_validation=False):
+        self.after, self.in_validation, self.records = after, in_validation, []
+
+    def on_step(self, trainer, losses):
+        if trainer.progress.step == self.after:
+            trainer.stop()
+
+    def on_epoch(self, trainer, record):
+        self.records.append(record)
+
+
+@pytest.mark.parametrize("how", ["again", "from-a-checkpoint"])
+@pytest.mark.parametrize("stop", [1, "validation"])
+def test_training_that_was_stopped_goes_on_as_if_it_had_not_been(
+    fitted, tmp_path, monkeypatch, stop, how
+):
+    unbroken = Records()
+    expected = fitted(True, unbroken)
+    expected.fit()
+    records = Records(after=stop if stop == 1 else None)
+    trainer = fitted(True, records)
+    with monkeypatch.context() as patch:
+        if stop == "validation":
+            validate = Trainer.validate
+            patch.setattr(Trainer, "validate", lambda self: self.stop() or validate(self))
+        trainer.fit()
+    assert not trainer.progress.ended
+    assert not records.records
+    if how == "from-a-checkpoint":
+        save_trainer(tmp_path / "last.safetensors", trainer)
+        trainer = fitted(True, records)
+        load_trainer(tmp_path / "last.safetensors", trainer)
+    else:
+        trainer._stopping = False
+    records.after = None
+    trainer.fit()
+    assert [r["loss"] for r in records.records] == pytest.approx(
+        [r["loss"] for r in unbroken.records], rel=1e-6
+    )
+    for one, other in zip(
+        trainer.model.state_dict().values(), expected.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("non_finite", ["stop", "skip"])
+def test_a_bad_step_changes_nothing_and_is_told_of(fitted, non_finite):
+    class Spoil(Records):
+        def on_step(self, trainer, losses):
+            table = trainer.model.entity.weight
+            if trainer.progress.step == 1:
+                self.kept = table[0].clone()
+                table.data[0] = torch.nan
+            else:
+                table.data[0] = self.kept
+
+    trainer = fitted(True, Spoil(), non_finite=non_finite)
+    if non_finite == "skip":
+        trainer.fit()
+        assert trainer.progress.skipped == 1
+        assert all(p.isfinite().all() for p in trainer.model.parameters())
+    else:
+        with pytest.raises(TrainingError, match=r"Epoch 1, batch 2 of 2 \(.*the first of 'e\d+'"):
+            trainer.fit()
+        assert trainer.progress.step == 1
+
+
+def test_memory_that_runs_out_halves_the_step_and_lets_go_of_the_first_try(fitted, monkeypatch):
+    trainers = [fitted(True), fitted(True)]
+    plain = trainers[1].gradients_of
+    tried = []
+
+    def short(batch, before=None):
+        if not tried:
+            kept = torch.zeros(3)
+            tried.append(weakref.ref(kept))
+            raise MemoryError
+        assert tried[0]() is None
+        return plain(batch, before)
+
+    monkeypatch.setattr(trainers[1], "gradients_of", short)
+    for trainer in trainers:
+        trainer.train_epoch()
+    assert trainers[1].parts.count == 2
+    states = (trainer.model.state_dict().values() for trainer in trainers)
+    for one, other in zip(*states, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 class NoWordToTheHost(TorchDispatchMode):
     """Raises where the host would have to wait for a GPU, or a shape depends on what it knows."""
 
-    ASKS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "equal")
+    ASKS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "_unique",
+        "unique",
+        "masked_select",
+        "bincount",
+        "equal",
+    )
+    #: What is no operation on the CPU, and nothing that the interpreter itself does.
+    WORDS = ("tolist",)
 
-    def __init__(self):
+    def __init__(self, monkeypatch):
         super().__init__()
         self.listening = False
+        for name in self.WORDS:
+            monkeypatch.setattr(torch.Tensor, name, self.asked(getattr(torch.Tensor, name)))
+
+    def asked(self, method):
+        def ask(tensor, *args, **kwargs):
+            assert not self.listening, method
+            return method(tensor, *args, **kwargs)
+
+        return ask
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__

@@ -452,6 +452,14 @@ def test_dura_matches_the_loop():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dura_is_in_float32_under_autocast(dtype):
+    parts = [300 * torch.rand(rows, 4) for rows in (3, 3, 5)]  # squares that float16 cannot hold
+    with torch.autocast("cpu", dtype):
+        found = dura(*parts)
+    torch.testing.assert_close(found, dura(*parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss", COMPLETION)
 def test_factored_completion_under_autocast_is_close(kernel, loss, dtype):
     queries, candidates, weights = factored_case(2, torch.float32, 999)

@@ -129,7 +129,7 @@ def cells(rows: Sequence[Row]) -> list[str]:
     test = [spread([row["test"][name] for row in rows]) for name in METRICS]
     minutes = f"{mean(row['seconds'] for row in rows) / 60:.1f}"
     # On a core of a CPU, unless said otherwise.
-    devices = sorted({row["device"] for row in rows} - {"cpu"})
+    devices = sorted({row.get("device", "cpu") for row in rows} - {"cpu"})
     minutes = ", ".join([minutes, *devices])
     return [spread(validated), *test, str(len(rows)), minutes]
 

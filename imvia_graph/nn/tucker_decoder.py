@@ -69,7 +69,9 @@ def group_by_relation(
     No more than ``most`` are distinct; None for any number.
     """
     alone = shards is None or shards.alone
-    if alone and len(relation) and _gpu.runs_on(relation.device) and grouped.loads():
+    # Where no gradient is wanted, waiting costs less than matrices of relations that are not there.
+    wanted = alone and len(relation) and torch.is_grad_enabled()
+    if wanted and _gpu.runs_on(relation.device) and grouped.loads():
         return _without_counts(relation, most)
     everything = relation
     if shards is not None:
@@ -201,7 +203,9 @@ class TuckerDecoder(nn.Module):
         Tensor
             (B, entity_feats).
         """
-        groups = group_by_relation(relation) if isinstance(relation, Tensor) else relation
+        groups = relation
+        if isinstance(groups, Tensor):
+            groups = group_by_relation(groups, most=len(rel_feat))
         share = groups.share
         head = _normalise(self.input_norm, head, share)
         # A product of matrices, which autocast knows on every device; tensordot it does not on all.
