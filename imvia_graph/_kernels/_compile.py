@@ -9,7 +9,12 @@ import numba
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function at its first call, for threads; keep it on disk where one may write."""
+    """Compile a function at its first call, for threads; keep it on disk where one may write.
+
+    What is divided by zero is infinite or NaN. As in Python, an error, it would be looked for at
+    every division, and no vector register divides.
+    """
+    options = {"error_model": "numpy", **options}
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:

@@ -13,7 +13,7 @@ from numba.extending import intrinsic, overload
 from imvia_graph._kernels import _compile
 
 # Sums may be taken in any order, as vector registers do; NaN and infinity keep their meaning.
-_FREELY = {"reassoc", "contract", "nsz", "arcp"}
+_FREELY = {"reassoc", "contract", "nsz"}
 compiled = _compile.compiled(fastmath=_FREELY)
 #: For what loops call: a function of its own would be another one in the process that compiles it
 #: than in those that read what was compiled, and differ in which products and sums are contracted.

@@ -61,13 +61,15 @@ def binary_head(row: Any, positives: Any, smoothing: Any, positive: Any, negativ
     for start in range(0, row.size, 64):
         factor = np.float32(1)
         linear = np.float32(0)
-        for n in range(start, min(start + 64, row.size)):
-            s = row[n]
+        # From 0: of an index that may be negative, as far as the compiler knows, no vector is read.
+        part = row[start : start + 64]
+        for n in range(part.size):
+            s = part[n]
             e = exp(-abs(s))
             factor *= np.float32(1) + e
             linear += max(s, np.float32(0)) - smooth * s
             sigmoid = (np.float32(1) if s >= 0 else e) / (np.float32(1) + e)
-            row[n] = negative * (sigmoid - smooth)
+            part[n] = negative * (sigmoid - smooth)
         loss += negative * (linear + np.log(factor))
     for k in range(positives.size):
         s = kept[k]

@@ -1,4 +1,9 @@
-"""The gated view aggregation: Eq. 2 and 3 and their gradients, a view at a time."""
+"""The gated view aggregation: Eq. 2 and 3 and their gradients, a view at a time.
+
+Constants are made in the type of the arrays: with an integer, float32 becomes float64, and a vector
+register holds half as many of those. What is done for each view takes no row of an array that the
+threads share: the row would be counted as one more owner of its memory, by all threads in one place.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,10 @@ _SMALL, _LARGE = 1e-12, 1e12
 
 
 @inlined
-def ask_for(feat: Any, position: Any) -> None:
+def ask_for(address: Any, size: Any) -> None:
     """Have a view on its way into the cache: entities lie apart in memory."""
-    first = feat.ctypes.data + position * feat.strides[0]
-    for offset in range(0, feat.shape[1] * feat.itemsize, 64):
-        prefetch(first + offset)
+    for offset in range(0, size, 64):
+        prefetch(address + offset)
 
 
 @inlined
@@ -29,19 +33,18 @@ def unit_gate(gate: Any, scaled: Any) -> Any:
     for j in range(1, gate.size):
         largest = max(largest, abs(scaled[j]))
     if largest == 0:
-        largest = largest + 1
+        largest = scaled.dtype.type(1)
     for j in range(gate.size):
         scaled[j] = scaled[j] / largest
     return largest
 
 
 @inlined
-def three_sums(row: Any, gate: Any, scale: Any) -> Any:
-    """Sum g x^2, sum g^2 x^2 and sum x^2 of a view x times a scale."""
-    a = b = c = gate[0] * 0
+def three_sums(row: Any, gate: Any) -> Any:
+    """Sum g x^2, sum g^2 x^2 and sum x^2 of a view x."""
+    a = b = c = gate.dtype.type(0)
     for j in range(row.size):
-        x = row[j] * scale
-        square = x * x
+        square = row[j] * row[j]
         gated = gate[j] * square
         a += gated
         b += gate[j] * gated
@@ -69,8 +72,9 @@ def forward(
     """
     width = gate.shape[1]
     unit = np.empty(width, out.dtype)
-    row = np.empty(width, out.dtype)
-    one, tiny = np.ones(1, out.dtype)[0], np.finfo(out.dtype).tiny
+    row, scaled = np.empty(width, out.dtype), np.empty(width, out.dtype)
+    zero, one, tiny = out.dtype.type(0), out.dtype.type(1), np.finfo(out.dtype).tiny
+    data, stride, size = feat.ctypes.data, feat.strides[0], width * feat.itemsize
     for i in range(start, stop):
         sums = out[i]
         sums[:] = 0
@@ -79,25 +83,26 @@ def forward(
         if count == 0:
             continue
         unit_gate(gate[i], unit)
-        total = shift = one * 0
+        total = shift = zero
         following = ptr[entity[i + 1]] if i + 1 < stop else first
         for k in range(count):
-            ask_for(feat, following + k)
-            source = feat[first + k]
+            ask_for(data + (following + k) * stride, size)
             for j in range(width):
-                row[j] = widened(source[j])
+                row[j] = widened(feat[first + k, j])
             scale = one
-            a, b, c = three_sums(row, unit, scale)
+            a, b, c = three_sums(row, unit)
             if not (_SMALL < b < _LARGE and _SMALL < c < _LARGE):
-                largest = abs(row[0]) * one
+                largest = abs(row[0])
                 for j in range(width):
                     largest = max(largest, abs(row[j]))
                 if largest != 0:
                     # The inverse of a subnormal number would be infinite.
                     scale = one / max(largest, tiny)
-                a, b, c = three_sums(row, unit, scale)
+                for j in range(width):
+                    scaled[j] = row[j] * scale
+                a, b, c = three_sums(scaled, unit)
             kept[at + k, 0] = scale
-            cosine = one * 0
+            cosine = zero
             if b * c == 0:
                 kept[at + k, 1:] = 0
             else:
@@ -121,9 +126,9 @@ def forward(
 
 
 @inlined
-def similarity_gradient(grad_out: Any, out: Any, row: Any) -> float:
+def similarity_gradient(grad_out: Any, out: Any, row: Any) -> Any:
     """How the loss changes with the weight of a view, less the mean of that over the views."""
-    total = grad_out[0] * 0
+    total = row.dtype.type(0)
     for j in range(row.size):
         total += grad_out[j] * (row[j] - out[j])
     return total
@@ -156,6 +161,8 @@ def backward(
     unit = np.empty(width, out.dtype)
     row = np.empty(width, out.dtype)
     plain, gated = np.empty(width, out.dtype), np.empty(width, out.dtype)
+    one, two = out.dtype.type(1), out.dtype.type(2)
+    data, stride, size = feat.ctypes.data, feat.strides[0], width * feat.itemsize
     for place in range(start, stop):
         i = order[place]
         first, at = ptr[entity[i]], weight_ptr[i]
@@ -165,32 +172,34 @@ def backward(
             mine[:] = 0
             continue
         largest = unit_gate(gate[i], unit)
+        above, result = grad_out[i], out[i]
         plain[:] = 0
         gated[:] = 0
-        mean = largest * 0
+        mean = out.dtype.type(0)
         for k in range(count):
             mean += weight[at + k] * grad_weight[at + k]
         following = ptr[entity[order[place + 1]]] if place + 1 < stop else first
         for k in range(count):
-            ask_for(feat, following + k)
-            source = feat[first + k]
+            ask_for(data + (following + k) * stride, size)
             for j in range(width):
-                row[j] = widened(source[j])
-            slope = similarity_gradient(grad_out[i], out[i], row)
+                row[j] = widened(feat[first + k, j])
+            slope = similarity_gradient(above, result, row)
             slope = weight[at + k] * (slope + grad_weight[at + k] - mean)
             scale, ab, ac = kept[at + k, 0], kept[at + k, 2], kept[at + k, 3]
             p = slope * kept[at + k, 1]
             q = p * ab
+            # In a loop of its own, or the compiler might square the scale, which need not be finite.
+            if scale != one:
+                for j in range(width):
+                    row[j] *= scale
             for j in range(width):
-                x = row[j] * scale
-                square = x * x
+                square = row[j] * row[j]
                 plain[j] += p * square
                 gated[j] += q * square
             if grad_feat.shape[0]:
-                theirs = grad_feat[first + k]
-                share = weight[at + k]
+                share, slant = weight[at + k], p * scale
                 for j in range(width):
-                    x = row[j] * scale * (unit[j] * (2 - unit[j] * ab) - ac)
-                    theirs[j] += share * grad_out[i, j] + p * scale * x
+                    x = row[j] * (unit[j] * (two - unit[j] * ab) - ac)
+                    grad_feat[first + k, j] += share * above[j] + slant * x
         for j in range(width):
             mine[j] = narrowed((plain[j] - unit[j] * gated[j]) / largest, mine[j])
