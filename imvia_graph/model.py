@@ -16,7 +16,12 @@ from imvia_graph.losses import Alignment, MutualInformation
 from imvia_graph.nn import DecisionFusion, JointFusion, MultiViewEncoder, TuckerDecoder
 from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.nn.multi_view_encoder import views_present
-from imvia_graph.nn.tucker_decoder import RelationGroups, group_by_relation
+from imvia_graph.nn.tucker_decoder import (
+    RelationGroups,
+    complex_product,
+    conjugate,
+    group_by_relation,
+)
 from imvia_graph.settings import Settings
 
 #: Heads beside those of the modalities.
@@ -159,7 +164,16 @@ class IMVIA(nn.Module):
         several = len(sources) > 1
         self.alignment = Alignment(s.alignment, s.temperature) if several else None
         self.information = MutualInformation(sources, s.dim, s.information_dim) if several else None
+        if s.lambda_relation:
+            self._check_blocks()
         self.reset_parameters()
+
+    def _check_blocks(self) -> None:
+        if not self.relation_residual:
+            raise SettingsError(
+                "Setting lambda_relation: relations are predicted by their own blocks, which there"
+                " are with relation_residual: true alone. Set that, or lambda_relation: 0."
+            )
 
     @classmethod
     def from_kg(
@@ -346,6 +360,31 @@ class IMVIA(nn.Module):
         scores = {head: inner(queries[head], candidates[head]) for head in self.heads}
         scores[DECISION] = self.decide(list(scores.values()), relation)
         return scores
+
+    def relation_scores(
+        self, heads: Mapping[str, Tensor], tails: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        r"""Scores (P, 2R) of all relations, head by head, for pairs of entities.
+
+        By the relations' own blocks, :math:`\operatorname{Re} \langle e_h, c_r, \overline{e_t}
+        \rangle`: the core's part of a score takes d times as long for all relations.
+
+        Parameters
+        ----------
+        heads, tails : mapping
+            (P, dim) a head.
+
+        Raises
+        ------
+        SettingsError
+            Without the setting ``relation_residual`` there are no blocks.
+        """
+        self._check_blocks()
+        pairs = zip(self.heads, self.relation_residual, strict=True)
+        return {
+            head: complex_product(tails[head], conjugate(heads[head])) @ blocks.weight.T
+            for head, blocks in pairs
+        }
 
     def decide(self, scores: Sequence[Tensor], relation: Tensor) -> Tensor:
         """The relation-aware decision over the heads' scores."""

@@ -144,6 +144,12 @@ class Settings(BaseModel):
         " or, with 50,000 entities or more, 0.01: 0.1 pulls their scores to zero before they have"
         " learned.",
     )
+    lambda_relation: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of relation prediction: which relation joins the two entities of a"
+        " training triple (not in the paper). It needs relation_residual.",
+    )
     alignment: Literal["contrastive", "printed"] = Field(
         "contrastive", description="Form of L2: contrastive, or Eq. 5 as printed."
     )

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Parts, listed
@@ -31,6 +32,7 @@ from imvia_graph.losses import (
     completion,
     dura,
     factored_completion,
+    relation_prediction,
     sampled_completion,
     total_loss,
 )
@@ -606,16 +608,16 @@ class Trainer:
         model, settings, shards = self.model, self.settings, self.shards
         rows = len(batch.entity)
         # Embedded and decoded is this process's part of the queries.
-        embedding = model.embed(batch.entity, batch.relation)
-        queries = model.decode(embedding, batch.relation, batch.most_relations)
-        l3, regularization = self._completion(batch, embedding.heads, queries)
+        embedded = model.embed(batch.entity, batch.relation)
+        queries = model.decode(embedded, batch.relation, batch.most_relations)
+        l3, regularization, tables = self._completion(batch, embedded.heads, queries)
         l1 = l2 = l3.new_zeros(())
         estimation = None
         # Autocast makes the products in them; the sums over what comes of those want float32.
-        sources = {name: embedding.heads[name].float() for name in model.sources}
+        sources = {name: embedded.heads[name].float() for name in model.sources}
         aligned = model.alignment is not None and settings.lambda_alignment
         informed = model.information is not None and settings.lambda_information
-        present = embedding.present
+        present = embedded.present
         if (aligned or informed) and not shards.alone:
             # These compare the rows of a batch with each other: every process has all of them.
             sources = {name: shards.gather(value, rows) for name, value in sources.items()}
@@ -637,12 +639,40 @@ class Trainer:
         if settings.lambda_regularization:
             total = total + settings.lambda_regularization * regularization
             parts["regularization"] = regularization
+        if settings.lambda_relation:
+            parts["relation"] = self._relation(batch, tables)
+            total = total + settings.lambda_relation * parts["relation"]
         return {"loss": total, **parts}, estimation
+
+    def _relation(self, batch: Batch, tables: Mapping[str, Tensor] | None) -> Tensor:
+        """Relation prediction, added up over the heads; ``tables`` of all entities, or None.
+
+        Both entities are embedded free of the relation, which the gates would give away.
+        """
+        model, shards = self.model, self.shards
+        row, answer, _, counts = batch.positives
+        asked, relation, number = batch.entity[row], batch.relation[row], len(row)
+        if batch.candidate is not None:
+            answer = batch.candidate[row, answer]
+        elif batch.sampled is not None:
+            answer = batch.sampled.entity[answer]
+        if tables is not None:
+            pairs = torch.cat([asked, answer])
+            rows = {head: embedding(pairs, table) for head, table in tables.items()}
+            heads = {head: part[:number] for head, part in rows.items()}
+            tails = {head: part[number:] for head, part in rows.items()}
+        else:
+            heads, tails = model.embed(asked).heads, model.embed(answer).heads
+            relation = relation[shards.part(number)]
+        total = torch.zeros((), device=model.device)
+        for scores in model.relation_scores(heads, tails).values():
+            total = total + relation_prediction(scores, relation, number, counts)
+        return shards.total(total)
 
     def _completion(
         self, batch: Batch, heads: Mapping[str, Tensor], queries: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """L3 and the regularisation of a batch.
+    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor] | None]:
+        """L3 and the regularisation of a batch, and the candidates where they are all entities.
 
         ``heads`` and ``queries`` are the embeddings and vectors of this process's part of its
         queries. With ``candidates="relation"`` the tables are made a relation.
@@ -650,7 +680,9 @@ class Trainer:
         shards, rows = self.shards, len(batch.entity)
         asked = {head: shards.gather(query, rows) for head, query in queries.items()}
         if self.settings.candidates == "shared":
-            return self._part(batch, heads, queries, asked)
+            loss, regularization, tables = self._part(batch, heads, queries, asked)
+            whole = shards.alone and batch.candidate is None and batch.sampled is None
+            return loss, regularization, tables if whole else None
         part = shards.part(rows)
         total = torch.zeros(2, device=self.model.device)
         weight = batch.positives.weight
@@ -659,7 +691,7 @@ class Trainer:
         for one in batch.relation.unique():
             all_rows = (batch.relation == one).nonzero().flatten()
             mine = all_rows[(all_rows >= part.start) & (all_rows < part.stop)] - part.start
-            losses = self._part(
+            *losses, _ = self._part(
                 batch.of(all_rows),
                 {head: value[mine] for head, value in heads.items()},
                 {head: query[mine] for head, query in queries.items()},
@@ -668,7 +700,7 @@ class Trainer:
                 (all_rows >= part.start) & (all_rows < part.stop),
             )
             total = total + torch.stack(losses) * (weight[all_rows].sum() / weight.sum())
-        return total[0], total[1]
+        return total[0], total[1], None
 
     def _part(
         self,
@@ -678,7 +710,7 @@ class Trainer:
         asked: Mapping[str, Tensor],
         relation: Tensor | None = None,
         mine: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
         """`_completion` of queries whose candidates are the same, or are sampled for each.
 
         ``asked`` are the vectors of all queries; ``heads`` and ``queries`` of those that are this
@@ -733,7 +765,7 @@ class Trainer:
             if not shards.alone:
                 answers = answers[shards.owned(answers)] - shards.start
         if not settings.lambda_regularization:
-            return loss, torch.zeros_like(loss)
+            return loss, torch.zeros_like(loss), tables
         weight = positives.weight
         if weight is None and not shards.alone:
             weight = torch.ones(len(batch.entity), device=loss.device)
@@ -747,9 +779,8 @@ class Trainer:
         every = [
             tables[head] if times is not None else tables[head][answers] for head in model.heads
         ]
-        return loss, dura(
-            of_heads, of_queries, every, weight, len(positives.col), shards, mine, times
-        )
+        squares = dura(of_heads, of_queries, every, weight, len(positives.col), shards, mine, times)
+        return loss, squares, tables
 
     def _looked_up(self) -> list[Tensor]:
         return [rows for table in self.tables.values() for rows in table.looked_up()]

@@ -2,7 +2,7 @@
 
 Constants are made in the type of the arrays: with an integer, float32 becomes float64, and a vector
 register holds half as many of those. What is done for each view takes no row of an array that the
-threads share: the row would be counted as one more owner of its memory, by all threads in one place.
+threads share, which all of them would count as one more owner of its memory.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def backward(
             scale, ab, ac = kept[at + k, 0], kept[at + k, 2], kept[at + k, 3]
             p = slope * kept[at + k, 1]
             q = p * ab
-            # In a loop of its own, or the compiler might square the scale, which need not be finite.
+            # In a loop of its own, or the compiler might square the scale, which may overflow.
             if scale != one:
                 for j in range(width):
                     row[j] *= scale

@@ -285,6 +285,19 @@ def complex_product(left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
+def conjugate(numbers: Tensor) -> Tensor:
+    """The conjugates of (B, d) numbers as `complex_product` has them.
+
+    >>> import torch
+    >>> from imvia_graph.nn.tucker_decoder import conjugate
+    >>> conjugate(torch.tensor([[1.0, 2.0]]))
+    tensor([[ 1., -2.]])
+    """
+    half = numbers.shape[1] // 2
+    real, imaginary, rest = numbers.split([half, half, numbers.shape[1] % 2], dim=1)
+    return torch.cat([real, -imaginary, rest], dim=1)
+
+
 class _ComplexProduct(torch.autograd.Function):
     """In a third of the passes over memory that products of halves take, and their gradients."""
 
