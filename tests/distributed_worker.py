@@ -39,6 +39,8 @@ CASES = {
         "ema_decay": 0.9,
     },
     "structure alone": {"modalities": []},
+    "relations predicted": {"lambda_relation": 0.5},
+    "relations predicted, sampled": {"lambda_relation": 0.5, "regime": "sampled"},
 }
 STEPS = 8
 

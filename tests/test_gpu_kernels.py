@@ -184,7 +184,7 @@ def test_adagrad_in_one_pass_is_torch_s(device, decay):  # noqa: F811
     "changes",
     [
         {},
-        {"regime": "kvsall", "loss": "binary", "label_smoothing": 0.1},
+        {"regime": "kvsall", "loss": "binary", "label_smoothing": 0.1, "lambda_relation": 0.5},
         {
             "decision": "trained",
             "batch_norm": True,

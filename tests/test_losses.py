@@ -21,6 +21,7 @@ from imvia_graph.losses import (
     dura,
     factored_completion,
     printed_alignment,
+    relation_prediction,
     softmax_completion,
     total_loss,
 )
@@ -457,6 +458,28 @@ def test_dura_is_in_float32_under_autocast(dtype):
     with torch.autocast("cpu", dtype):
         found = dura(*parts)
     torch.testing.assert_close(found, dura(*parts))
+
+
+def test_relation_prediction_matches_the_loop():
+    scores = double(4, 3)
+    relation = torch.tensor([2, 0, 0, 1])
+    losses = []
+    for row, right in zip(numbers(scores), relation.tolist(), strict=True):
+        losses.append(loops.log(sum(loops.exp(x) for x in row)) - row[right])
+    assert_agree(relation_prediction(scores, relation), tensor(sum(losses) / 4), [scores])
+    assert_agree(relation_prediction(scores, relation, 10), tensor(sum(losses) / 10), [scores])
+    counts = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    of_two = tensor((losses[0] + losses[2]) / 2)
+    assert_agree(relation_prediction(scores, relation, counts=counts), of_two, [scores])
+    nothing = relation_prediction(scores[:0], relation[:0])
+    assert nothing == 0
+
+
+def test_relation_prediction_is_in_float32_at_least():
+    scores = torch.full((2, 3), 1e4, dtype=torch.float16)
+    found = relation_prediction(scores, torch.tensor([0, 1]))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor(3.0).log())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -251,6 +251,21 @@ def test_inner_products_of_both_kinds_agree():
     torch.testing.assert_close(inner(query, table.expand(3, 5, 4)), inner(query, table))
 
 
+@pytest.mark.parametrize("dim", [6, 7])
+def test_scores_of_all_relations_are_those_of_their_blocks(odd_kg, dim):
+    model = model_of(odd_kg, dim=dim)
+    for decoder in model.decoder:
+        torch.nn.init.zeros_(decoder.core)
+    heads, tails = model.embed(torch.tensor([0, 3])), model.embed(torch.tensor([2, 2]))
+    found = model.relation_scores(heads.heads, tails.heads)
+    assert list(found) == model.heads
+    for relation in range(2 * odd_kg.num_relations):
+        queries = model.decode(heads, torch.tensor([relation, relation]))
+        for head, scores in found.items():
+            expected = (queries[head] * tails.heads[head]).sum(1)
+            torch.testing.assert_close(scores[:, relation], expected)
+
+
 def test_residual_is_added_to_each_modality(odd_kg):
     model = model_of(odd_kg)
     without = model_of(odd_kg, residual=False)

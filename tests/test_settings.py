@@ -37,6 +37,7 @@ OTHER = {
     "lambda_alignment": 0.25,
     "lambda_completion": 2.5,
     "lambda_regularization": 0.25,
+    "lambda_relation": 0.75,
     "alignment": "printed",
     "temperature": 0.5,
     "information_dim": 12,

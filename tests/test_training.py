@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import imvia_graph as ig
-from imvia_graph import training
+from imvia_graph import SettingsError, training
 from imvia_graph.answers import with_inverses
 from imvia_graph.batches import Batch, Batches, pack
 from imvia_graph.evaluation import evaluate, rank, rank_metrics
@@ -168,6 +168,55 @@ def test_without_regularization_there_is_none():
     records = Records()
     trained(ring_kg(), [records], epochs=1, lambda_regularization=0)
     assert "regularization" not in records.records[0]
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"regime": "1vsall"},
+        {"regime": "kvsall", "loss": "binary"},
+        {"regime": "sampled"},
+        {"regime": "sampled", "negative_sampling": "query", "joint": False},
+    ],
+)
+def test_relations_are_predicted_from_entities_that_do_not_know_them(changes, candidates):
+    kg = ring_kg(valid=0)
+    chosen = settings(candidates=candidates, lambda_relation=0.5, **changes, **without_dropout())
+    torch.manual_seed(0)
+    model = IMVIA.from_kg(kg, chosen).eval()
+    trainer = Trainer(model, kg, chosen)
+    batch = next(iter(trainer.batches))
+    losses, _ = trainer.losses(batch)
+    row, answers, _, _ = batch.positives
+    if batch.candidate is not None:
+        answers = batch.candidate[row, answers]
+    if batch.sampled is not None:
+        answers = batch.sampled.entity[answers]
+    expected = 0.0
+    half = chosen.dim // 2
+    for head, blocks in zip(model.heads, model.relation_residual, strict=True):
+        table = model.embed(None).heads[head].double()
+        numbers = torch.complex(table[:, :half], table[:, half:])
+        weight = blocks.weight.double()
+        weight = torch.complex(weight[:, :half], weight[:, half:])
+        for i, answer in zip(row.tolist(), answers.tolist(), strict=True):
+            asked, relation = batch.entity[i], batch.relation[i]
+            scores = (numbers[asked] * weight * numbers[answer].conj()).sum(1).real
+            expected += (scores.exp().sum().log() - scores[relation]).item() / len(row)
+    assert losses["relation"].item() == pytest.approx(expected, rel=1e-5)
+    without = {name: value for name, value in losses.items() if name not in ("loss", "relation")}
+    total = without["completion"] + 0.1 * without["regularization"]
+    total = total + 1e-4 * without["information"] + 0.5 * losses["relation"]
+    assert losses["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_relations_are_predicted_by_their_blocks_alone():
+    with pytest.raises(SettingsError, match=r"lambda_relation.*relation_residual: true"):
+        IMVIA.from_kg(ring_kg(), settings(lambda_relation=1.0, relation_residual=False))
+    records = Records()
+    trained(ring_kg(), [records], epochs=1)
+    assert "relation" not in records.records[0]
 
 
 # -- the schedule and the average -----------------------------------------------------------------
