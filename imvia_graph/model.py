@@ -380,11 +380,12 @@ class IMVIA(nn.Module):
             Without the setting ``relation_residual`` there are no blocks.
         """
         self._check_blocks()
-        pairs = zip(self.heads, self.relation_residual, strict=True)
-        return {
-            head: complex_product(tails[head], conjugate(heads[head])) @ blocks.weight.T
-            for head, blocks in pairs
-        }
+        found: dict[str, Tensor] = {}
+        for head, blocks in zip(self.heads, self.relation_residual, strict=True):
+            assert isinstance(blocks, nn.Embedding)
+            pairs = complex_product(tails[head], conjugate(heads[head]))
+            found[head] = pairs @ blocks.weight.T
+        return found
 
     def decide(self, scores: Sequence[Tensor], relation: Tensor) -> Tensor:
         """The relation-aware decision over the heads' scores."""
