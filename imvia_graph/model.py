@@ -367,7 +367,7 @@ class IMVIA(nn.Module):
         r"""Scores (P, 2R) of all relations, head by head, for pairs of entities.
 
         By the relations' own blocks, :math:`\operatorname{Re} \langle e_h, c_r, \overline{e_t}
-        \rangle`: the core's part of a score takes d times as long for all relations.
+        \rangle`, without the core, which each pair would have to be multiplied with.
 
         Parameters
         ----------

@@ -1,8 +1,7 @@
 """The gated view aggregation: Eq. 2 and 3 and their gradients, a view at a time.
 
 Constants are made in the type of the arrays: with an integer, float32 becomes float64, and a vector
-register holds half as many of those. What is done for each view takes no row of an array that the
-threads share, which all of them would count as one more owner of its memory.
+register holds half as many of those.
 """
 
 from __future__ import annotations
