@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -92,6 +93,7 @@ def command_line() -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; an `IMVIAError` becomes one paragraph and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _share_the_cores()
     try:
         with _terminable():
             code = command_line.main(args=arguments, prog_name="imvia-graph", standalone_mode=False)
@@ -113,6 +115,19 @@ def main(arguments: list[str] | None = None) -> Any:
         # What the system refuses (a folder that cannot be written, say) is for the user to mend.
         sys.exit(1 if is_full(error) else 2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _share_the_cores() -> None:
+    """Have torch's threads give their cores away soon when they wait, unless the user has spoken.
+
+    GNU OpenMP reads this when torch is loaded. Its threads otherwise stay on their cores for
+    milliseconds at the end of each operation, and where another program has work for these cores,
+    the last thread of an operation waits for one: a step takes several times as long. What is set
+    here is GNU OpenMP's own choice where it sees more threads than cores; the other program it
+    cannot see.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def _let_the_first_speak() -> None:

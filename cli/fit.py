@@ -173,6 +173,7 @@ _RESTARTS = 10
 
 def _launch(processes: int, source: str | None, out: Path | None) -> None:
     """Run this command in several processes; where one is killed, all go on from the checkpoint."""
+    import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -192,6 +193,8 @@ def _launch(processes: int, source: str | None, out: Path | None) -> None:
         max_restarts=0,
         monitor_interval=0.2,
     )
+    # Each would take all cores, and all of them together would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     for attempt in range(_RESTARTS + 1):
         try:
             elastic_launch(config, sys.executable)("-m", "imvia_graph", *arguments)

@@ -129,6 +129,46 @@ def test_importing_the_package_imports_no_torch(tmp_path):
     assert run_python("-c", program, cwd=tmp_path).stdout == "[]\n"
 
 
+@pytest.mark.parametrize(
+    ("said", "spins"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "70"}, "70"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"),
+    ],
+)
+def test_waiting_threads_give_their_cores_away_unless_told_otherwise(
+    said, spins, tmp_path, monkeypatch
+):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    arguments = ["-m", "imvia_graph", "inspect", "countries"]
+    done = run_python(*arguments, cwd=tmp_path, OMP_DISPLAY_ENV="verbose", **said)
+    if "GOMP_" not in done.stderr:
+        pytest.skip("torch computes on threads of another library than GNU OpenMP")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cores", "said", "threads"), [(8, None, "4"), (1, None, "1"), (8, "3", "3")]
+)
+def test_processes_of_one_machine_share_its_cores(cores, said, threads, monkeypatch, tmp_path):
+    found = []
+
+    def launch(config, program):
+        return lambda *arguments: found.append(os.environ["OMP_NUM_THREADS"])
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", launch)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    # Set first, so that what the command sets is undone.
+    monkeypatch.setenv("OMP_NUM_THREADS", said or "")
+    if said is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    done = invoke("fit", "countries", "--processes", "2", "--out", str(tmp_path / "run"))
+    assert done.exit_code == 0
+    assert found == [threads]
+
+
 # -- fit ------------------------------------------------------------------------------------------
 
 
