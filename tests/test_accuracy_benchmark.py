@@ -441,9 +441,18 @@ def test_the_ablation_is_the_difference_seed_by_seed(table):
         made_up("MKG-W", "full", 0, 0.3),
     ]
     assert table.differences(rows, "MKG-Y", "without-joint") == pytest.approx([-0.01, -0.02])
-    lines = table.ablation_table(rows).splitlines()
-    assert lines[0] == "|  | MKG-Y |"
-    assert lines[-1] == "| without-joint | -1.50 ± 0.71 |"
+    assert table.ablation_table(rows).splitlines() == [
+        "|  | variant | MKG-Y |",
+        "| --- | --- | --- |",
+        "| all parts: test MRR | `full` | 35.00 ± 7.07 |",
+        "| **Without a part of the paper** |  |  |",
+        "| no joint head | `without-joint` | -1.50 ± 0.71 |",
+    ]
+
+
+def test_the_ablation_names_every_variant_that_there_is(table):
+    named = {variant for group in table.ABLATION.values() for variant in group}
+    assert named == set(table.variants()) - {table.FULL, table.DEFAULTS, table.BASELINE}
 
 
 def test_rows_are_gathered_tables_go_between_the_markers_and_the_picture_is_drawn(table, tmp_path):
@@ -468,7 +477,7 @@ def test_rows_are_gathered_tables_go_between_the_markers_and_the_picture_is_draw
     found = [(one["variant"], one["seed"]) for one in json.loads(out.read_text())]
     assert found == [("full", 0), ("full", 1), ("without-joint", 0), ("without-joint", 1)]
     text = page.read_text()
-    assert text.startswith("a\n<!-- accuracy:ablation -->\n|  | MKG-Y |\n")
+    assert text.startswith("a\n<!-- accuracy:ablation -->\n|  | variant | MKG-Y |\n")
     assert "old" not in text
     assert "(ablation.svg)\n<!-- /accuracy:ablation -->\nb\n" in text
     assert "Not measured.\n<!-- /accuracy:countries -->" in text

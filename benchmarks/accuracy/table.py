@@ -40,7 +40,7 @@ PUBLISHED = {
     "MKG-W": {"mrr": 35.62, "hits@1": 30.22, "hits@10": 46.35},
     "MKG-Y": {"mrr": 37.97, "hits@1": 35.15, "hits@10": 43.47},
 }
-#: What the rows of a table are called; the ablation's are called as their files.
+#: What the rows of a table are called.
 NAMES = {
     FULL: "IMVIA, structure and names",
     DEFAULTS: "the same, default settings",
@@ -50,6 +50,34 @@ NAMES = {
     BASELINE: "ComplEx-N3",
 }
 SINGLE = ("structure-alone", "image-alone", "text-alone")
+#: The ablation: what a group of variants and each of them is called.
+ABLATION = {
+    "Without a part of the paper": {
+        "without-structure": "no structural head",
+        "without-image": "no pictures",
+        "without-text": "no texts",
+        "without-joint": "no joint head",
+        "without-information": "no L1, mutual information",
+        "gate-entity": "a gate that sees the entity and not the relation",
+        "uniform-views": "no gate: views of equal weight",
+        "mean-decision": "the heads' plain mean, whatever the relation",
+    },
+    "One modality alone": {name: NAMES[name] for name in SINGLE},
+    "With a part of the paper that the defaults leave out": {
+        "with-alignment": "L2, alignment, as in CLIP",
+        "printed-alignment": "L2 as printed, Eq. 5",
+        "candidates-relation": "candidates, too, seen under the relation",
+        "trained-decision": "heads trained by their decision, too",
+        "binary-loss": "binary loss, Eq. 7; no settings of its own",
+        "published-losses": "all losses as printed; no settings of their own",
+    },
+    "Without a part that the paper does not have": {
+        "without-residual": "no free vector beside the views",
+        "without-relation-residual": "no matrix of a relation's own",
+        "without-regularization": "no regularisation",
+        "one-optimizer": "one optimizer for layers and tables",
+    },
+}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
@@ -149,24 +177,33 @@ def differences(rows: Sequence[Row], dataset: str, variant: str) -> list[float]:
     return [row["test"]["mrr"] - full[row["seed"]] for row in mine if row["seed"] in full]
 
 
-def ablation(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Data sets and variants that the ablation has rows of."""
-    others = [name for name in variants() if name not in (FULL, DEFAULTS, BASELINE)]
-    datasets = [d for d in ALL if any(differences(rows, d, variant) for variant in others)]
-    return datasets, [v for v in others if any(differences(rows, d, v) for d in datasets)]
+def ablation(rows: Sequence[Row]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Data sets, and groups of variants and their names, that the ablation has rows of."""
+    grouped = {variant for group in ABLATION.values() for variant in group}
+    rest = [name for name in variants() if name not in {FULL, DEFAULTS, BASELINE, *grouped}]
+    every = {**ABLATION, "Others": {name: name.replace("-", " ") for name in rest}}
+    groups = {
+        title: {v: name for v, name in group.items() if any(differences(rows, d, v) for d in ALL)}
+        for title, group in every.items()
+    }
+    groups = {title: group for title, group in groups.items() if group}
+    there = [variant for group in groups.values() for variant in group]
+    return [d for d in ALL if any(differences(rows, d, v) for v in there)], groups
 
 
 def ablation_table(rows: Sequence[Row]) -> str:
     """What each part is worth: the difference that leaving it out or changing it makes."""
-    datasets, names = ablation(rows)
-    if not names:
+    datasets, groups = ablation(rows)
+    if not groups:
         return ""
-    lines = [
-        [name, *(spread(differences(rows, dataset, name), "{:+.2f}") for dataset in datasets)]
-        for name in names
-    ]
     full = [spread([row["test"]["mrr"] for row in of(rows, d, FULL)]) for d in datasets]
-    return markdown(["", *datasets], [["full: test MRR", *full], *lines])
+    lines = [["all parts: test MRR", f"`{FULL}`", *full]]
+    for title, group in groups.items():
+        lines.append([f"**{title}**", *[""] * (1 + len(datasets))])
+        for variant, name in group.items():
+            found = [spread(differences(rows, d, variant), "{:+.2f}") for d in datasets]
+            lines.append([name, f"`{variant}`", *found])
+    return markdown(["", "variant", *datasets], lines)
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -200,7 +237,8 @@ def fill(page: Path, rows: Sequence[Row], picture: Path) -> None:
 
 def draw(rows: Sequence[Row], out: Path) -> None:
     """The ablation as bars: a group a variant, a bar a data set."""
-    datasets, names = ablation(rows)
+    datasets, groups = ablation(rows)
+    names = [variant for group in groups.values() for variant in group]
     # The same picture of the same figures, byte for byte; letters in the reader's own font.
     matplotlib.rcParams.update({"svg.hashsalt": "imvia-graph", "svg.fonttype": "none"})
     matplotlib.rcParams.update({"font.family": "sans-serif", "font.size": 10})
