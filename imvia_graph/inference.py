@@ -429,9 +429,8 @@ class Predictor:
         for modality, (feat, ptr) in model.views.items():
             own = given.get(modality, feat[:0])
             csr[modality] = (own, pointer(ptr.new_tensor([len(own)])))
-        heads = model.encoder.encode(
-            csr, torch.zeros_like(relation), structure, model.relation[0](relation)
-        )
+        rel_feat = model.gate_relation(relation)
+        heads = model.encoder.encode(csr, torch.zeros_like(relation), structure, rel_feat)
         for modality, table in zip(model.modalities, model.residual, strict=False):
             heads[modality] = heads[modality] + table.get_parameter("weight").mean(0)
         return Embedding(
@@ -717,7 +716,7 @@ def view_weights(model: IMVIA, entity: int, relation: int | None = None) -> dict
     entities = torch.tensor([entity], device=device)
     rel_feat = None
     if relation is not None:
-        rel_feat = model.relation[0](torch.tensor([relation], device=device))
+        rel_feat = model.gate_relation(torch.tensor([relation], device=device))
     weights = {}
     for modality, (feat, ptr) in model.views.items():
         # The entity's own views only: nothing of the others is looked at.

@@ -252,6 +252,16 @@ class IMVIA(nn.Module):
             self.register_buffer(name, feat.to(device) if moves else feat, persistent=False)
         return self
 
+    @property
+    def gate_sees_relations(self) -> bool:
+        """Whether the weights of views depend on the relation that is asked about."""
+        return self.settings.gate == "relation"
+
+    def gate_relation(self, relation: Tensor) -> Tensor | None:
+        """(B, relation_dim) features of (B,) relations for the gates; None if they see none."""
+        found: Tensor = self.relation[0](relation)
+        return found if self.gate_sees_relations else None
+
     def embed(self, entity: Tensor | None = None, relation: Tensor | None = None) -> Embedding:
         """Embeddings of (B,) entities, or all, under (B,) relations, or one relation, or none."""
         if entity is None:
@@ -267,7 +277,7 @@ class IMVIA(nn.Module):
     ) -> Embedding:
         """`embed` of (n,) entities with the rows of theirs in each table."""
         structure = rows(self.entity)
-        if self.settings.gate != "relation":
+        if not self.gate_sees_relations:
             relation = None
         rel_feat = None
         if relation is not None:

@@ -449,6 +449,24 @@ def test_a_second_run_finds_what_was_done_and_encodes_what_is_new(tmp_path):
     assert first.views.source == sorted(first.views.source)
 
 
+def test_a_cache_that_holds_an_input_twice_gives_each_its_own_features(tmp_path):
+    # As two runs that encode at the same time leave it, whose batches are not the same.
+    images = make_pictures(tmp_path / "images", ["a", "b"], 10)
+    raw = ig.io.read_images(images, ["a", "b"])
+    cache = tmp_path / "cache"
+    encode_views(raw, Mean(), batch_size=4, cache=cache)
+    encode_views(raw, Mean(), batch_size=3, cache=tmp_path / "other")
+    for part in (tmp_path / "other").rglob("part-*"):
+        (target,) = cache.iterdir()
+        part.rename(target / part.name)
+    for seed in (97, 98, 99):
+        (images / "a" / f"new{seed}.png").write_bytes(png(seed=seed))
+    raw = ig.io.read_images(images, ["a", "b"])
+    found = encode_views(raw, Mean(), batch_size=2, cache=cache)
+    assert (found.report.encoded, found.report.reused) == (3, 10)
+    assert torch.equal(found.views.feat, encode_views(raw, Mean()).views.feat)
+
+
 def test_killed_and_run_again_it_goes_on(tmp_path, clip):
     kg = ring_kg(views=False)
     kg.save(tmp_path / "kg")

@@ -104,6 +104,24 @@ def test_each_end_is_weighted_as_it_is_looked_at_and_weights_sum_to_1(run):
     assert max(map(abs, weights)) > 1e-3
 
 
+@pytest.mark.parametrize("gate", ["entity", "none"])
+def test_a_gate_that_sees_no_relation_sees_none_here_either(gate):
+    run = make_run(ring_kg(), gate=gate)
+    model, kg = run.model, run.kg
+    for entity in range(kg.num_entities):
+        plain = view_weights(model, entity)
+        for relation in range(2 * kg.num_relations):
+            found = view_weights(model, entity, relation)
+            assert all(torch.equal(found[modality], plain[modality]) for modality in plain)
+    feat, ptr = kg.views("text")
+    new = {"text": feat[ptr[4] : ptr[5]]}
+    before = ig.Predictor(model, kg).predict_new(new, relation="after", k=99)
+    for conv in model.encoder.convs:
+        torch.nn.init.normal_(conv.gate_relation.weight)
+    after = ig.Predictor(model, kg).predict_new(new, relation="after", k=99)
+    assert [(a.entity, a.score) for a in after] == [(b.entity, b.score) for b in before]
+
+
 def test_an_entity_without_views_has_none(run):
     found = run.explain(head="e0", relation="after", tail="e1")
     assert found.head.views == {"image": [], "text": []}

@@ -338,6 +338,24 @@ def test_dgl_masks_may_lack_validation_and_leave_edges_out():
     assert len(load_kg(graph, split=False).train) == 4
 
 
+@pytest.mark.parametrize("reverse", [True, False])
+def test_reverse_edges_of_dgls_own_data_sets_are_left_out(reverse):
+    from dgl.data.knowledge_graph import build_knowledge_graph
+
+    parts = {"train": [[0, 0, 1], [3, 0, 2], [1, 1, 2]], "valid": [[2, 0, 3]], "test": [[0, 1, 3]]}
+    arrays = [torch.tensor(part).numpy() for part in parts.values()]
+    graph, found = build_knowledge_graph(4, 2, *arrays, reverse=reverse)
+    names = ("train_edge_mask", "valid_edge_mask", "test_edge_mask")
+    names = ("etype", "ntype", *names, "train_mask", "val_mask", "test_mask")
+    for name, value in zip(names, found, strict=True):
+        if name != "ntype":
+            graph.edata[name] = torch.as_tensor(value)
+    kg = load_kg(graph, "published")
+    assert kg.relations == ["0", "1"]
+    assert {split: kg.triples(split).tolist() for split in parts} == parts
+    assert ("5 edges" in " ".join(kg.notes)) == reverse
+
+
 def test_homogeneous_dgl_graph_without_relations_is_an_error():
     with pytest.raises(DataError, match=r"do not say their relation.*relation_attribute"):
         load_kg(dgl.graph((torch.tensor([0]), torch.tensor([1]))))

@@ -686,3 +686,85 @@ def test_dropout_at_the_ends_is_torchs(p):
 def test_dropout_does_nothing_in_evaluation():
     feat = torch.rand(4, 4)
     assert Dropout(0.5).eval()(feat) is feat
+
+
+# -- mistakes -------------------------------------------------------------------------------------
+
+
+def mostly_without_views():
+    """Entities of three views, one, none: few have several, so that those alone are gated."""
+    return dgl.heterograph(
+        {("view", "of", "entity"): ([0, 1, 2, 3], [0, 0, 0, 1])},
+        {"view": 4, "entity": 5},
+    )
+
+
+@pytest.mark.parametrize(
+    ("views", "entities", "match"),
+    [
+        (5, 5, r"number of nodes: view_feat has 5 rows.*4 srcnodes"),
+        (3, 5, r"number of nodes: view_feat has 3 rows"),
+        (4, 6, r"number of nodes: entity_feat has 6 rows.*5 dstnodes"),
+        (4, 4, r"number of nodes: entity_feat has 4 rows"),
+    ],
+)
+def test_features_of_other_nodes_than_the_graphs_are_refused(views, entities, match):
+    conv = GatedViewConv(2, 3, allow_zero_in_degree=True)
+    with pytest.raises(dgl.DGLError, match=match):
+        conv(mostly_without_views(), (torch.rand(views, 2), torch.rand(entities, 3)))
+
+
+@pytest.mark.parametrize("name", ["entity_feat", "rel_feat", "relation"])
+def test_a_row_of_everything_is_wanted_for_each_query(name):
+    conv = GatedViewConv(2, 3, 4)
+    given = {"entity_feat": torch.rand(5, 3), "rel_feat": torch.rand(5, 4)}
+    if name == "relation":
+        given["relation"] = torch.zeros(5, dtype=torch.int64)
+    views = torch.rand(4, 2), torch.tensor([0, 3, 4, 4, 4, 4])
+    for rows in (4, 6):
+        wrong = {**given, name: given[name].new_zeros(rows, *given[name].shape[1:])}
+        with pytest.raises(ig.IMVIAError, match=rf"a row of {name} for each of 5.*\({rows}"):
+            conv.aggregate(*views, torch.arange(5), **wrong)
+    assert conv.aggregate(*views, torch.arange(5), **given).shape == (5, 2)
+
+
+@pytest.mark.parametrize("graph", [mostly_without_views(), dgl.graph(([0, 1, 2], [0, 0, 0]))])
+def test_one_row_of_a_relation_serves_all(graph):
+    conv = GatedViewConv(2, 3, 4, allow_zero_in_degree=True)
+    pair = torch.rand(graph.num_src_nodes(), 2), torch.rand(graph.num_dst_nodes(), 3)
+    relation = torch.rand(1, 4)
+    torch.testing.assert_close(conv(graph, pair, relation), conv(graph, pair, relation[0]))
+
+
+def test_a_pointer_beyond_the_views_is_refused_by_the_layer():
+    conv = GatedViewConv(2, 3)
+    with pytest.raises(ig.IMVIAError, match="number of views, 4"):
+        conv.aggregate(torch.rand(4, 2), torch.tensor([0, 3, 5]), torch.arange(2), torch.rand(2, 3))
+    with pytest.raises(ig.IMVIAError, match="received -1"):
+        conv.aggregate(
+            torch.rand(4, 2), torch.tensor([0, 3, 4]), torch.tensor([-1]), torch.rand(1, 3)
+        )
+
+
+@pytest.mark.parametrize("scores", [[(3, 5)], [(3, 5)] * 3, [(3, 5), (2, 5)]])
+def test_a_decision_wants_a_score_of_each_head_and_query(scores):
+    with pytest.raises(ig.IMVIAError, match=r"2 heads.*3 queries; received"):
+        DecisionFusion(4, 2)(torch.rand(3, 4), [torch.rand(shape) for shape in scores])
+
+
+def test_a_decision_takes_one_candidate_a_query():
+    fusion = randomised(DecisionFusion(4, 2))
+    relation, scores = torch.rand(3, 4), torch.rand(2, 3)
+    expected = fusion(relation, scores[:, :, None])
+    torch.testing.assert_close(fusion(relation, scores), expected[:, 0])
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 8), (5, 4, 8), (5, 3, 7)])
+def test_joint_fusion_wants_its_modalities(shape):
+    with pytest.raises(ig.IMVIAError, match=r"3 modalities of \(B, 8\).*received"):
+        JointFusion(8, 3)(torch.rand(shape))
+
+
+def test_a_decoder_wants_a_relation_for_each_row():
+    with pytest.raises(ig.IMVIAError, match=r"received 3 for \(5, 6\)"):
+        TuckerDecoder(6, 4)(torch.rand(5, 6), torch.rand(3, 4), torch.tensor([0, 2, 1]))

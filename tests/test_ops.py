@@ -373,3 +373,23 @@ def test_wrong_shapes_are_named(wrong):
     arguments[wrong] = arguments[wrong][None]
     with pytest.raises(IMVIAError, match=r"feat \(V, d\).*received"):
         gated_view_aggregate(*arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch_scatter", "numba"])
+@pytest.mark.parametrize(
+    ("views", "entity", "match"),
+    [
+        ([2, 1], [0, 2], r"from 0 to 1.*received 2"),
+        ([2, 1], [1, -1], r"from 0 to 1.*received -1"),
+        ([2, 2], [0, 1], r"number of views, 3;.*0 to 4"),
+        ([2, -1, 2], [0, 1], r"ascends.*and fall"),
+    ],
+)
+def test_entities_and_pointers_that_lead_outside_the_views_are_refused(
+    backend, views, entity, match
+):
+    # Compiled loops would read and write elsewhere in memory.
+    feat, ptr = torch.rand(3, 2), torch.tensor([0, *views]).cumsum(0)
+    gate = torch.rand(2, 2, requires_grad=True)
+    with pytest.raises(IMVIAError, match=match):
+        gated_view_aggregate(feat, ptr, torch.tensor(entity), gate, backend=backend)

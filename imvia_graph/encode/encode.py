@@ -263,7 +263,9 @@ class _Done:
         return digest in self.row or digest in self.broken
 
     def _keep(self, digests: list[bytes], feat: Tensor) -> None:
-        self.row.update({digest: len(self.row) + i for i, digest in enumerate(digests)})
+        # Not from the number of digests, of which a cache that several runs wrote repeats some.
+        first = sum(map(len, self.chunks))
+        self.row.update({digest: first + i for i, digest in enumerate(digests)})
         self.chunks.append(feat)
 
     def encode(self, batch: dict[bytes, tuple[str, Any]], broken: dict[bytes, str]) -> None:

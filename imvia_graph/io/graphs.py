@@ -18,11 +18,12 @@ from imvia_graph.kg import SPLITS, MultiViewKG, Split, Views
 
 #: Edge attributes and edge data in which the relation is looked for, in this order.
 RELATION_NAMES = ("relation", "rel", "predicate", "label", "type", "etype", "rel_type", "r")
-#: Edge data by which DGL's own data sets tell the splits.
+#: Edge data by which DGL's own data sets tell the splits. Those of the first kind are there where
+#: each triple has a reverse edge, too, which they leave out and the others do not.
 MASKS: dict[Split, tuple[str, ...]] = {
-    "train": ("train_mask", "train_edge_mask"),
-    "valid": ("valid_mask", "val_mask", "valid_edge_mask", "val_edge_mask"),
-    "test": ("test_mask", "test_edge_mask"),
+    "train": ("train_edge_mask", "train_mask"),
+    "valid": ("valid_edge_mask", "val_edge_mask", "valid_mask", "val_mask"),
+    "test": ("test_edge_mask", "test_mask"),
 }
 
 
@@ -218,8 +219,14 @@ def from_dgl(
     options = {}
     if outside:
         note = f"{outside} edges lie in no mask of {', '.join(parts)} and are left out."
+        if "train_edge_mask" in graph.edges[facts[0]].data:
+            note = (
+                f"{outside} edges lie in none of train_edge_mask, …, the reverse edges that DGL's"
+                " data sets add among them, and are left out."
+            )
         options["notes"] = [note]
-    labels, relation_labels = numbered({"all": triples}, labels, relations)
+    kept = torch.cat(list(parts.values())) if parts else triples
+    labels, relation_labels = numbered({"all": kept}, labels, relations)
     kind = "homogeneous" if len(graph.canonical_etypes) == 1 else "heterogeneous"
     how = f"relations in the edge data {attribute!r}" if attribute else "edge types are relations"
     return Source(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from imvia_graph.errors import IMVIAError
+
 
 class DecisionFusion(nn.Module):
     r"""Relation-aware gated decision of IMVIA (section II-C).
@@ -49,9 +51,40 @@ class DecisionFusion(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
 
     def forward(self, rel_feat: Tensor, scores: Sequence[Tensor]) -> Tensor:
-        """Fuse M score tensors (B, N) into one, under (B, rel_feats)."""
+        """Fuse the scores of M heads.
+
+        Parameters
+        ----------
+        rel_feat : Tensor
+            (B, rel_feats).
+        scores : sequence of Tensor
+            M times (B, N), or (B,) of one candidate a query; or a tensor of these, (M, B, N).
+
+        Returns
+        -------
+        Tensor
+            Of the shape of a head's.
+
+        Raises
+        ------
+        IMVIAError
+            Another number of heads, or of queries.
+        """
         weights = self.weights(rel_feat)
+        shapes = [tuple(score.shape) for score in scores]
+        if len(shapes) != weights.shape[1] or any(
+            shape[:1] != rel_feat.shape[:1] for shape in shapes
+        ):
+            raise IMVIAError(
+                f"DecisionFusion: expected scores of {weights.shape[1]} heads, each with a row for"
+                f" {len(rel_feat)} queries; received {len(shapes)} of shapes {shapes[:4]}."
+            )
         total = torch.zeros_like(scores[0])
         for m, score in enumerate(scores):
-            total = total + weights[:, m, None].to(score.dtype) * score
+            weight = weights[:, m].to(score.dtype)
+            total = total + weight.reshape(-1, *[1] * (score.dim() - 1)) * score
         return total
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of the layer."""
+        return f"rel_feats={self.linear.in_features}, num_heads={self.linear.out_features}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from imvia_graph import _gpu
 from imvia_graph._dgl import dgl
 from imvia_graph.answers import pointer
+from imvia_graph.errors import IMVIAError
 from imvia_graph.ops import Backend, ViewWeights, gated_view_aggregate, picking
 
 
@@ -49,6 +50,9 @@ class GatedViewConv(nn.Module):
     An entity without views (zero in-degree) gets the learned vector ``absent``, never NaN. As in
     DGL's own layers `forward` raises unless ``allow_zero_in_degree`` says that this is meant.
     ``dgl.nn.HeteroGraphConv`` sets it.
+
+    Gradients are of first order, except with the backend ``reference``: a
+    gradient of theirs (a gradient penalty, a Hessian) wants that one.
 
     Examples
     --------
@@ -133,8 +137,8 @@ class GatedViewConv(nn.Module):
             nodes, entity_feats). A single tensor serves as both; on a block its first rows are the
             destinations'.
         rel_feat : Tensor, optional
-            (destination nodes, rel_feats), or (rel_feats,) for all; None for the relation-free
-            gate.
+            (destination nodes, rel_feats), or (rel_feats,) or (1, rel_feats) for all; None for the
+            relation-free gate.
         get_weight : bool, optional
             Whether to return the weight of each edge too.
 
@@ -148,7 +152,8 @@ class GatedViewConv(nn.Module):
         Raises
         ------
         DGLError
-            A destination without in-edges while ``allow_zero_in_degree`` is False.
+            A destination without in-edges while ``allow_zero_in_degree`` is False; features of
+            another number of nodes than the graph has.
         """
         degrees = graph.in_degrees()
         if not self.allow_zero_in_degree and (degrees == 0).any():
@@ -158,6 +163,17 @@ class GatedViewConv(nn.Module):
                 " set_allow_zero_in_degree(True), to give them the learned vector 'absent'."
             )
         view_feat, entity_feat = dgl.utils.expand_as_pair(feat, graph)
+        source_type, _, destination_type = graph.canonical_etypes[0]
+        for name, part, nodes, side in (
+            ("view_feat", view_feat, graph.num_src_nodes(source_type), "src"),
+            ("entity_feat", entity_feat, graph.num_dst_nodes(destination_type), "dst"),
+        ):
+            if len(part) != nodes:
+                raise dgl.DGLError(
+                    f"Expect number of features to match number of nodes: {name} has {len(part)}"
+                    f" rows, but the graph has {nodes} {side}nodes. A block takes the features of"
+                    f" its own nodes: feat[block.{side}data[dgl.NID]]."
+                )
         device = entity_feat.device
         source, destination = graph.edges(order="eid")
         order = torch.argsort(destination, stable=True)
@@ -204,7 +220,8 @@ class GatedViewConv(nn.Module):
         entity_feat : Tensor
             (B, entity_feats).
         rel_feat : Tensor, optional
-            (B, rel_feats), or (rel_feats,) for all; None for the relation-free gate.
+            (B, rel_feats), or (rel_feats,) or (1, rel_feats) for all; None for the relation-free
+            gate.
         get_weight : bool, optional
             Whether to return the weights of the views too.
         relation : Tensor, optional
@@ -217,7 +234,15 @@ class GatedViewConv(nn.Module):
             (B, view_feats).
         ViewWeights, optional
             With ``get_weight``.
+
+        Raises
+        ------
+        IMVIAError
+            Features of another number of rows than there are queries; on a CPU also entities and a
+            pointer that lead outside the views.
         """
+        rel_feat = self._check_rows(entity, entity_feat, rel_feat, relation)
+        picking.check_range(view_feat, ptr, entity)
         if picking.apart(view_feat, entity):
             view_feat, ptr, entity = picking.pick_views(view_feat, ptr, entity)
         count = ptr[entity + 1] - ptr[entity]
@@ -252,6 +277,27 @@ class GatedViewConv(nn.Module):
         else:
             out = _Involved.apply(out, self.absent)
         return out if weights is None else (out, weights)
+
+    @staticmethod
+    def _check_rows(
+        entity: Tensor, entity_feat: Tensor, rel_feat: Tensor | None, relation: Tensor | None
+    ) -> Tensor | None:
+        """The relation features, once it is sure that there is a row of everything a query."""
+        rows = {"entity_feat": entity_feat}
+        if relation is not None:
+            rows["relation"] = relation
+        elif rel_feat is not None and rel_feat.dim() == 2:
+            if len(rel_feat) == 1:
+                rel_feat = rel_feat[0]
+            else:
+                rows["rel_feat"] = rel_feat
+        for name, part in rows.items():
+            if len(part) != len(entity):
+                raise IMVIAError(
+                    f"GatedViewConv: expected a row of {name} for each of {len(entity)} queries;"
+                    f" received {tuple(part.shape)}."
+                )
+        return rel_feat
 
     def gate(
         self, entity_feat: Tensor, rel_feat: Tensor | None = None, relation: Tensor | None = None

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from imvia_graph.errors import IMVIAError
+
 
 class JointFusion(nn.Module):
     r"""The joint representation of IMVIA (section II-C).
@@ -55,9 +57,23 @@ class JointFusion(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Fuse (B, M, in_feats), or M times (B, in_feats), into (B, in_feats).
 
-        With ``get_attention`` the (B, M) weights of the modalities come too.
+        With ``get_attention`` the (B, M) weights of the modalities come too. Gradients are of first
+        order: a gradient of theirs cannot be taken.
+
+        Raises
+        ------
+        IMVIAError
+            Another number of modalities, or rows of other widths.
         """
         parts = feat.unbind(1) if isinstance(feat, Tensor) else feat
+        shapes = [tuple(part.shape) for part in parts]
+        wanted = len(shapes) == self.num_modalities and len(set(shapes)) == 1
+        if not wanted or shapes[0][1:] != (self.in_feats,):
+            raise IMVIAError(
+                f"JointFusion: expected {self.num_modalities} modalities of (B, {self.in_feats}),"
+                f" or one tensor (B, {self.num_modalities}, {self.in_feats}); received"
+                f" {len(shapes)} of shapes {shapes[:4]}."
+            )
         joint, attention = _Fuse.apply(self.attention, *parts)
         return (joint, attention) if get_attention else joint
 

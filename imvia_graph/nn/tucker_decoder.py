@@ -12,6 +12,7 @@ from imvia_graph import _gpu
 from imvia_graph._gpu import grouped
 from imvia_graph.answers import pointer
 from imvia_graph.distributed import Shards
+from imvia_graph.errors import IMVIAError
 from imvia_graph.nn.dropout import Dropout
 
 
@@ -202,11 +203,25 @@ class TuckerDecoder(nn.Module):
         -------
         Tensor
             (B, entity_feats).
+
+        Raises
+        ------
+        IMVIAError
+            Another number of relations than of rows of ``head``.
+
+        Notes
+        -----
+        With ``rel_blocks`` gradients are of first order: a gradient of theirs cannot be taken.
         """
         groups = relation
         if isinstance(groups, Tensor):
             groups = group_by_relation(groups, most=len(rel_feat))
         share = groups.share
+        if share is None and len(head) != len(groups.order):
+            raise IMVIAError(
+                "TuckerDecoder: expected a relation for each row of head; received"
+                f" {len(groups.order)} for {tuple(head.shape)}."
+            )
         head = _normalise(self.input_norm, head, share)
         # A product of matrices, which autocast knows on every device; tensordot it does not on all.
         matrix = nn.functional.embedding(groups.distinct, rel_feat) @ self.core.flatten(1)

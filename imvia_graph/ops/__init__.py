@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imvia_graph.errors import IMVIAError
-from imvia_graph.ops import fused_cpu, fused_triton, reference, scatter
+from imvia_graph.ops import fused_cpu, fused_triton, picking, reference, scatter
 
 Backend = Literal["auto", "reference", "torch_scatter", "numba", "triton"]
 Aggregate: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -120,7 +120,9 @@ def gated_view_aggregate(
     Raises
     ------
     IMVIAError
-        Shapes that do not fit, or a backend that is unknown or not installed.
+        Shapes that do not fit, or a backend that is unknown or not installed; on a CPU also
+        entities and a pointer that lead outside the views. On a GPU, which would have to be waited
+        for, these are not looked at.
 
     Examples
     --------
@@ -181,3 +183,4 @@ def _check(feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor) -> None:
             f" received {tuple(feat.shape)}, {tuple(ptr.shape)}, {tuple(entity.shape)},"
             f" {tuple(gate.shape)}."
         )
+    picking.check_range(feat, ptr, entity)

@@ -9,12 +9,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from imvia_graph import _gpu
 from imvia_graph.answers import expand, pointer
+from imvia_graph.errors import IMVIAError
 
 
 def apart(feat: Tensor, entity: Tensor) -> bool:
     """Whether features are on another device than the queries, so that they have to be picked."""
     return feat.device != entity.device
+
+
+def check_range(feat: Tensor, ptr: Tensor, entity: Tensor) -> None:
+    """Refuse entities that are not there, and views of theirs that are not.
+
+    Compiled loops would read, and write, what is not theirs. A device that would have to be waited
+    for is not asked.
+
+    Parameters
+    ----------
+    feat : Tensor
+        (V, d).
+    ptr : Tensor
+        (N + 1,) int64 pointer into them.
+    entity : Tensor
+        (B,) int64.
+
+    Raises
+    ------
+    IMVIAError
+        Entities beyond 0 … N - 1, or a pointer beyond 0 … V or that falls.
+    """
+    device = entity.device
+    if torch.compiler.is_compiling() or not len(entity) or _gpu.is_waited_for(device):
+        return
+    low, high = int(entity.min()), int(entity.max())
+    if low < 0 or high >= len(ptr) - 1:
+        raise IMVIAError(
+            f"Expected entities from 0 to {len(ptr) - 2}, of which ptr (N + 1,) tells the views;"
+            f" received {low if low < 0 else high}."
+        )
+    start, stop = ptr[entity], ptr[entity + 1]
+    if (stop < start).any() or int(start.min()) < 0 or int(stop.max()) > len(feat):
+        raise IMVIAError(
+            f"Expected a pointer that ascends from 0 to the number of views, {len(feat)}; received"
+            f" one whose entries for these entities go from {int(start.min())} to"
+            f" {int(stop.max())}{', and fall' * bool((stop < start).any())}. Is it that of other"
+            " views?"
+        )
 
 
 def pick_views(feat: Tensor, ptr: Tensor, entity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
