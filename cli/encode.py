@@ -23,6 +23,7 @@ from imvia_graph.io import RawViews, read_literals, read_names, read_texts
 from imvia_graph.io.names import joined
 from imvia_graph.io.tables import form_of
 from imvia_graph.io.views import Column
+from imvia_graph.kg import is_whole
 from imvia_graph.training import resolve_device
 
 #: Broken inputs that are listed; all of them are in encode.json.
@@ -170,8 +171,8 @@ def encode(
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a folder to write. Name another.")
     # What a run that was stopped left there, even half-written, is no reason to refuse the run that
-    # goes on: it has .encode and, since that is written last, no kg.json.
-    unfinished = (out / ".encode").is_dir() and not (out / "kg.json").exists()
+    # goes on: it has .encode and no graph that was written to its end.
+    unfinished = (out / ".encode").is_dir() and not is_whole(out)
     if out.exists() and not overwrite and not unfinished and any(out.iterdir()):
         raise DataError(f"{out} is not empty. Name another folder, or give --overwrite.")
     kg = load_kg(graph, "published", **loading)

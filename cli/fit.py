@@ -16,7 +16,7 @@ from imvia_graph import _files, load_kg
 from imvia_graph.checkpoint import is_run
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import ProgressBar, console, log_to_terminal, metrics_table, say
-from imvia_graph.cli.options import loading_options, views_option
+from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
 from imvia_graph.distributed import NOT_JOINED, RESTARTED, has_restarted, is_first, is_launched
 from imvia_graph.errors import SettingsError
 from imvia_graph.io import with_views
@@ -40,6 +40,7 @@ from imvia_graph.training import Callback, keep_freed_memory
     help="Ready features of a modality: safetensors, npz, npy, HDF5 or .pth; a row an entity in id"
     " order, or with an entity column.",
 )
+@skip_unknown_option
 @loading_options
 @click.option("--epochs", type=int, help="Epochs at most.")
 @click.option("--seed", type=int, help="Seed of training; the setting split_seed is the data's.")
@@ -69,6 +70,7 @@ def fit(
     source: str | None,
     out: Path | None,
     features: tuple[str, ...],
+    skip_unknown: bool,
     loading: dict[str, Any],
     epochs: int | None,
     seed: int | None,
@@ -140,7 +142,7 @@ def fit(
             # fit itself sees to the validation set.
             kg = load_kg(source, "published", settings.split_seed, **loading)
             if features:
-                kg = with_views(kg, views_option(features))
+                kg = with_views(kg, views_option(features), skip_unknown=skip_unknown)
             if is_first():
                 say(repr(kg), *kg.notes)
             out = out or _free_folder(kg.name)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from imvia_graph._display import printable
 from imvia_graph.cli.display import cell, json_text
-from imvia_graph.cli.options import loading_options, views_option
+from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
 from imvia_graph.inspection import inspect_kg
 from imvia_graph.io import load_kg, with_views
 from imvia_graph.io.load import Validation
@@ -44,6 +44,7 @@ VIEW_ROWS = {
     metavar="NAME=FILE",
     help="Ready features of a modality to look at with it, as for `imvia-graph fit`.",
 )
+@skip_unknown_option
 @loading_options
 @click.option(
     "--validation",
@@ -64,6 +65,7 @@ VIEW_ROWS = {
 def inspect(
     source: str,
     features: tuple[str, ...],
+    skip_unknown: bool,
     loading: dict[str, Any],
     validation: Validation,
     shown: int,
@@ -85,7 +87,7 @@ def inspect(
     """
     kg = load_kg(source, validation, **loading)
     if features:
-        kg = with_views(kg, views_option(features))
+        kg = with_views(kg, views_option(features), skip_unknown=skip_unknown)
     found = inspect_kg(kg)
     if as_json:
         click.echo(json_text(found))

@@ -108,6 +108,13 @@ def loading_options(command: Command) -> Command:
     return cast(Command, wrapped)
 
 
+def skip_unknown_option(command: Command) -> Command:
+    """What becomes of views whose entity is not in the graph."""
+    return click.option(
+        "--skip-unknown", is_flag=True, help="Leave out views of entities not in SOURCE."
+    )(command)
+
+
 def views_option(values: tuple[str, ...]) -> dict[str, str]:
     """Modality to file, from ``NAME=FILE`` given any number of times."""
     files: dict[str, str] = {}

@@ -12,7 +12,7 @@ from rich.table import Table
 from imvia_graph import load_kg
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import cell, console, log_to_terminal, say
-from imvia_graph.cli.options import loading_options, views_option
+from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
 from imvia_graph.errors import SettingsError
 from imvia_graph.io import with_views
 from imvia_graph.settings import Settings
@@ -55,6 +55,7 @@ LISTED = 5
     metavar="NAME=FILE",
     help="Ready features of a modality, as in image=visual.pth. Any number.",
 )
+@skip_unknown_option
 @loading_options
 @click.option("--epochs", type=int, help="Epochs of a trial at most.")
 @click.option("--device", help="cpu, cuda, cuda:1, … or auto.")
@@ -75,6 +76,7 @@ def tune(
     timeout: float | None,
     space_file: Path | None,
     features: tuple[str, ...],
+    skip_unknown: bool,
     loading: dict[str, Any],
     epochs: int | None,
     device: str | None,
@@ -117,7 +119,7 @@ def tune(
     keep_freed_memory()
     kg = load_kg(source, "published", settings.split_seed, **loading)
     if features:
-        kg = with_views(kg, views_option(features))
+        kg = with_views(kg, views_option(features), skip_unknown=skip_unknown)
     say(repr(kg), *kg.notes)
     line = _Line(trials, settings.epochs)
 

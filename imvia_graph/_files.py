@@ -425,7 +425,8 @@ def storing(path: Path) -> Iterator[None]:
             raise
         raise StorageError(
             f"{path} cannot be written: the disk is full, or a quota or the limit of a file's size"
-            f" is reached ({error}). What was there is as it was. Free some space and go on."
+            f" is reached ({error}). A file of this name that was there is as it was. Free some"
+            " space and go on."
         ) from error
 
 

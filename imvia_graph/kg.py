@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 #: What ``kg.json`` says of the folder's format.
 FORMAT, FORMAT_VERSION = "imvia-graph/kg", 1
+#: What ``kg.json`` says of a folder while it is being written.
+UNFINISHED = "unfinished"
 #: Names that a modality cannot take: node types of the graph and heads of the model.
 RESERVED_MODALITIES = ("entity", "structure", "joint", "decision")
 
@@ -559,6 +561,10 @@ class MultiViewKG:
                 if labels is not None:
                     _files.check_tsv_labels(folder / file, labels)
         folder.mkdir(parents=True, exist_ok=True)
+        left_over = _old_modalities(folder)
+        # A folder that is not written to its end is none that `load` takes.
+        unfinished = {"format": FORMAT, "version": FORMAT_VERSION, UNFINISHED: True}
+        _files.write_json(folder / "kg.json", unfinished)
         for file, column, labels, names in tables:
             _files.write_label_table(folder / file, column, labels, names)
         for part in PARTS:
@@ -568,10 +574,6 @@ class MultiViewKG:
                 _tables.write_table(path, frame)
             else:
                 path.unlink(missing_ok=True)  # of a graph that was saved here before
-        for modality in _old_modalities(folder):
-            if modality not in self._held:
-                for ending in (".safetensors", ".csv"):
-                    (folder / "views" / f"{modality}{ending}").unlink(missing_ok=True)
         links = {}
         for modality, held in self._held.items():
             path = folder / "views" / f"{modality}.safetensors"
@@ -580,6 +582,10 @@ class MultiViewKG:
                 links[modality] = linked
             owners = self._entities.gather(pl.Series(held.entity.numpy()))
             _files.write_view_table(path.with_suffix(".csv"), owners, held.source)
+        for modality in left_over:
+            if modality not in self._held:
+                for ending in (".safetensors", ".csv"):
+                    (folder / "views" / f"{modality}{ending}").unlink(missing_ok=True)
         about: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -596,7 +602,6 @@ class MultiViewKG:
                 about["roots_signature"] = signature
         if links:
             about["links"] = links
-        # Last, so that a folder with a kg.json is whole.
         _files.write_json(folder / "kg.json", about)
         return folder
 
@@ -802,6 +807,11 @@ def _read_about(folder: Path) -> dict[str, Any]:
     about = _files.read_json(path)
     if not isinstance(about, dict) or about.get("format", FORMAT) != FORMAT:
         raise DataError(f"{path}: expected the description of a KG folder ({FORMAT!r}).")
+    if about.get(UNFINISHED):
+        raise DataError(
+            f"{path}: the graph was not written to its end: writing it was stopped, or there was no"
+            " room left. Write it again."
+        )
     for key in ("modalities", "notes"):
         listed = about.get(key, [])
         if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
@@ -836,12 +846,23 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a graph that `MultiViewKG.save` has written to its end."""
+    path = folder / "kg.json"
+    if not path.is_file():
+        return False
+    about = _files.read_json(path)
+    return not (isinstance(about, dict) and about.get(UNFINISHED))
+
+
 def _old_modalities(folder: Path) -> list[str]:
     """Modalities of a graph that was saved here before; their files would be taken for ours."""
     if not (folder / "kg.json").is_file():
         return []
+    there = [path.stem for path in (folder / "views").glob("*.safetensors")]
+    if not is_whole(folder):
+        return there  # of that graph, or of one before it
     names = _read_about(folder).get("modalities") or []
-    there = {path.stem for path in (folder / "views").glob("*.safetensors")}
     return [name for name in names if name in there]
 
 

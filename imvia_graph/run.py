@@ -219,7 +219,8 @@ def fit(
         Whether to go on with the run in ``out``, with its graph and its settings; of the
         settings given, only `RESUMABLE` may differ: ``epochs``, ``patience``, ``device``,
         ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``, ``views_on``,
-        ``cuda_graph``.
+        ``cuda_graph``. What is null in them and the run has chosen (``epochs``,
+        ``lambda_regularization``) stays as the run has it.
         A run that ended is taken as it is, unless there are more epochs to go.
     callbacks : sequence of Callback
         See `imvia_graph.training.Callback`.
@@ -372,8 +373,15 @@ RESUMABLE = (
 )
 
 
+#: Settings that may be left open: training chooses, and the run has what it chose.
+_LEFT_OPEN = ("epochs", "lambda_regularization")
+
+
 def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, Any]) -> Run:
     graph, settings = checkpoint.open_run(folder)
+    overrides = {
+        key: value for key, value in overrides.items() if value is not None or key not in _LEFT_OPEN
+    }
     changed = settings.replace(**overrides)
     for key in overrides:
         if key not in RESUMABLE and getattr(changed, key) != getattr(settings, key):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy
 import pytest
 import torch
 from click.testing import CliRunner
@@ -284,6 +285,28 @@ def test_a_source_is_read_as_told_whatever_the_command(command, out, tmp_path, m
     kg = ig.MultiViewKG.load(out)
     facts = {(kg.entities[h], kg.relations[r], kg.entities[t]) for h, r, t in kg.train.tolist()}
     assert facts == {(f"e{i}", "next", f"e{(i + 1) % 9}") for i in range(9)}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["fit", "--epochs", "1", *SET, "--out", "out"],
+        ["inspect", "--json"],
+        ["tune", "--study", "study.db", "--timeout", "0"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_views_of_unknown_entities_can_be_left_out_as_the_error_says(
+    command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    ring_kg().save("graph")
+    numpy.savez("look.npz", feat=numpy.ones((2, 3), "float32"), entity=["e1", "nobody"])
+    given = [*command, "graph", "--views", "look=look.npz"]
+    refused = invoke(*given)
+    assert refused.exit_code != 0
+    assert "--skip-unknown" in str(refused.exception) + refused.stderr
+    assert invoke(*given, "--skip-unknown").exit_code == 0
 
 
 def test_a_run_on_a_source_that_was_read_as_told_needs_the_source_no_more(tmp_path):

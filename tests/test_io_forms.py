@@ -16,7 +16,14 @@ from helpers import write_folder
 import imvia_graph as ig
 from imvia_graph import DataError, MultiViewKG, Views, load_kg
 from imvia_graph._dgl import dgl
-from imvia_graph.io import to_arrays, to_dgl, to_networkx, to_pykeen, write_kg
+from imvia_graph.io import (
+    to_arrays,
+    to_dgl,
+    to_networkx,
+    to_pykeen,
+    views_from_array,
+    write_kg,
+)
 from imvia_graph.kg import SPLITS
 
 #: Labels that forms like to break: quotes, escapes, comments, look-alikes of ids, IRIs and numbers.
@@ -217,6 +224,36 @@ def test_what_a_form_does_not_carry_is_said(tmp_path):
     assert write_kg(kg, tmp_path / "kg") == []
 
 
+@pytest.mark.parametrize("form", ["tsv", "csv", "parquet", "npz", "openke", "momok", "mygo", "kg"])
+def test_triples_that_only_filter_and_unused_relations_are_carried_or_said_to_be_lost(
+    form, tmp_path
+):
+    kg = MultiViewKG(
+        ["a", "b", "c"],
+        ["r", "never"],
+        torch.tensor([[0, 0, 1], [1, 0, 2], [2, 0, 0]]),
+        known=torch.tensor([[0, 0, 2]]),
+    )
+    lost = " ".join(write_kg(kg, tmp_path / "kg", form))
+    again = load_kg(tmp_path / "kg", "published", format=form, split=False)
+    assert len(again.known) == int("1 triples that are in no split" not in lost)
+    assert len(again.relations) == 2 - ("1 relations without a triple" in lost)
+    assert (lost == "") == (form == "kg")
+
+
+def test_a_kg_folder_over_another_form_leaves_nothing_of_that(tmp_path):
+    kg = MultiViewKG.from_labels([("a", "r", "b")], test=[("b", "r", "a")])
+    write_kg(kg, tmp_path / "g", "csv")
+    (tmp_path / "g" / "notes.md").write_text("mine")
+    write_kg(kg, tmp_path / "g", "kg", overwrite=True)
+    names = {path.name for path in (tmp_path / "g").iterdir()}
+    assert names == {
+        *("kg.json", "entities.tsv", "relations.tsv", "notes.md"),
+        *("train.tsv", "valid.tsv", "test.tsv"),
+    }
+    assert labelled(load_kg(tmp_path / "g", "published")) == labelled(kg)
+
+
 # -- recognising ----------------------------------------------------------------------------------
 
 ROWS = [("a", "r", "b"), ("b", "r", "c"), ("c", "s", "a")]
@@ -268,6 +305,60 @@ def test_a_file_is_recognised_or_can_be_told(name, content, options, tmp_path):
         for h, r, t in kg.train
     ]
     assert found == ROWS
+
+
+@pytest.mark.parametrize(
+    "name", ["val.tsv", "dev.tsv", "validation.csv", "valid.tsv.gz", "VAL.TSV"]
+)
+def test_splits_beside_a_train_tsv_are_read_under_any_of_their_names(name, tmp_path):
+    (tmp_path / "train.tsv").write_text(text())
+    (tmp_path / "test.tsv").write_text("c\tr\ta\n")
+    valid = b"a\tr\tc\n" if "tsv" in name.lower() else b"a,r,c\n"
+    (tmp_path / name).write_bytes(gzip.compress(valid) if name.endswith(".gz") else valid)
+    kg = load_kg(tmp_path, "published")
+    assert set(labelled(kg)["valid"]) == {("a", "r", "c")}
+    assert set(labelled(kg)["test"]) == {("c", "r", "a")}
+    assert len(kg.train) == 3
+
+
+def test_a_split_that_a_kg_folder_would_not_read_is_an_error(tmp_path):
+    kg = MultiViewKG.from_labels([("a", "r", "b")], test=[("b", "r", "a")])
+    folder = kg.save(tmp_path)
+    (folder / "kg.json").unlink()
+    (folder / "valid.tsv").rename(folder / "val.tsv")
+    with pytest.raises(DataError, match=r"val\.tsv: a KG folder's valid triples are in valid\.tsv"):
+        load_kg(tmp_path, "published")
+
+
+@pytest.mark.parametrize("name", ["train.tsv", "train.csv", "train2id.txt"])
+def test_a_folder_that_holds_train_alone_is_split_where_shares_are_given(name, tmp_path):
+    rows = [(f"e{i}", "r", f"e{j}") for i in range(10) for j in range(i)]
+    kg = MultiViewKG.from_labels(rows)
+    form = {"train.tsv": "kg", "train.csv": "csv", "train2id.txt": "openke"}[name]
+    write_kg(kg, tmp_path / "g", form)
+    whole = load_kg(tmp_path / "g", "published")
+    assert (len(whole.train), len(whole.valid), len(whole.test)) == (45, 0, 0)
+    parts = load_kg(tmp_path / "g", "published", split=(0.6, 0.2, 0.2))
+    assert (len(parts.train), len(parts.valid), len(parts.test)) == (27, 9, 9)
+    assert "split into 27 train, 9 valid, 9 test (seed 0)" in parts.notes[-1]
+    assert sum(part.total() for part in labelled(parts).values()) == 45
+
+
+@pytest.mark.parametrize("owners", ["ids", "rows"])
+def test_ids_that_are_labels_of_other_entities_are_warned_of(owners, caplog):
+    kg = MultiViewKG.from_labels([("2", "r", "0"), ("0", "r", "1")])
+    feat = torch.rand(3, 4)
+    given = {"entity": torch.arange(3)} if owners == "ids" else {}
+    with caplog.at_level("WARNING"):
+        views_from_array(feat, kg, **given)
+    assert "0 is taken as a place, that of the entity labelled '2'" in caplog.text
+    caplog.clear()
+    in_order = MultiViewKG.from_labels([("0", "r", "1"), ("1", "r", "2")])
+    others = MultiViewKG.from_labels([("7", "r", "8"), ("8", "r", "9")])
+    for graph in (in_order, others):
+        views_from_array(feat, graph, **given)
+    views_from_array(feat, kg, entity=["0", "1", "2"])
+    assert caplog.text == ""
 
 
 def test_it_says_what_it_took_the_source_for(tmp_path, caplog):

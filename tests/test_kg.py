@@ -480,6 +480,26 @@ def test_the_kg_folder_holds_the_files_that_its_layout_names(tmp_path):
     )
 
 
+def test_a_folder_that_was_not_written_to_its_end_does_not_pass_for_a_graph(tmp_path, monkeypatch):
+    old = ring_kg()
+    folder = old.save(tmp_path / "kg")
+    new = ring_kg().replace(views={"image": old._views("image")}, train=old.train[:-1])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("imvia_graph._linked.put", full)
+        with pytest.raises(OSError, match="No space left"):
+            new.save(folder)
+    with pytest.raises(DataError, match=r"kg\.json: the graph was not written to its end"):
+        MultiViewKG.load(folder)
+    assert (folder / "views" / "text.safetensors").exists()  # what it does not have goes last
+    new.save(folder)
+    assert_same_kg(MultiViewKG.load(folder), new.replace(name=old.name))
+    assert not (folder / "views" / "text.safetensors").exists()
+
+
 @pytest.mark.parametrize("label", ["tab\there", "line\nend", "carriage\rreturn"])
 @pytest.mark.parametrize("field", ["entities", "relations", "entity_names"])
 def test_a_label_that_a_tsv_file_cannot_carry_stops_saving_before_anything_is_written(

@@ -531,6 +531,17 @@ def test_a_resumed_run_takes_the_same_settings_again(tmp_path):
     assert resumed.progress.epoch == 2
 
 
+def test_resume_takes_a_settings_file_that_leaves_open_what_the_run_has_chosen(tmp_path):
+    # As `imvia-graph settings` prints it: every setting, with null where training chooses.
+    settings = ig.Settings(**{**ig.Settings().model_dump(), **TINY, "epochs": None, "dim": 4})
+    run = ig.fit(ring_kg(), out=tmp_path / "run", settings=settings)
+    chosen = run.settings
+    assert None not in (chosen.epochs, chosen.lambda_regularization)
+    again = ig.fit(out=tmp_path / "run", resume=True, settings=settings)
+    assert again.settings == chosen
+    assert again.progress.epoch == run.progress.epoch
+
+
 def test_resume_needs_a_run_folder(tmp_path):
     with pytest.raises(CheckpointError, match="give the run folder as out"):
         ig.fit(resume=True)

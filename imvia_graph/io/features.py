@@ -26,7 +26,7 @@ from torch import Tensor
 
 from imvia_graph import _files
 from imvia_graph.errors import DataError
-from imvia_graph.io.views import Entities, resolve, unreadable
+from imvia_graph.io.views import Entities, resolve, unreadable, warn_of_numeric_labels
 from imvia_graph.kg import MultiViewKG, Views
 
 #: Names under which a file of several arrays keeps features, whose they are, and who has some.
@@ -266,6 +266,7 @@ def views_from_array(
             f" {len(feat)} rows. If they belong to some entities only, say to which (entity=…, or"
             " an array 'entity' in the file)."
         )
+    warn_of_numeric_labels(torch.arange(len(labels)), labels, where)
     has = None if present is None else _present(present, of, where, skip_unknown)
     masks: list[Tensor] = []  # (n,) or (n, k)
 

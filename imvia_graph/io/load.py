@@ -49,7 +49,7 @@ def load_kg(
     *,
     hold_out_by: By | Literal["auto"] = "auto",
     format: str | None = None,
-    split: Sequence[float] | bool = (0.8, 0.1, 0.1),
+    split: Sequence[float] | bool = True,
     columns: Columns | None = None,
     header: bool | None = None,
     separator: str | None = None,
@@ -93,10 +93,13 @@ def load_kg(
     format : str, optional
         What a file or folder is, where its name does not tell: ``kg``, ``openke``, ``momok``,
         ``mygo``, ``tsv``, ``csv``, ``text``, ``parquet``, ``ntriples``, ``turtle``, ``npz``.
-    split : sequence of float, or False
-        Shares of train, validation and test for a source without splits, by the rules of
+    split : sequence of float, or bool
+        Shares of train, validation and test for a source without splits (True: 0.8, 0.1, 0.1), by
+        the rules of
         `imvia_graph.splits.split_triples`: each entity and relation stays in train, triples between
-        the same two entities stay together. False leaves all triples in train.
+        the same two entities stay together. False leaves all triples in train. A folder whose only
+        triples are those of ``train`` is such a source where shares are given; else all stay in
+        train.
     columns : sequence of int or of str, optional
         Tables: places (from 0) or names of the head, relation and tail columns.
     header : bool, optional
@@ -163,25 +166,42 @@ def load_kg(
     }
     options = {name: value for name, value in options.items() if value is not None}
     read = _read(source, format, options)
-    if isinstance(read, MultiViewKG):
-        return with_validation(read, validation, seed, hold_out_by)
-    return with_validation(_built(read, split, seed), validation, seed, hold_out_by)
+    if isinstance(read, Source):
+        # A folder that holds train alone is split where that is asked for.
+        read.whole |= _is_asked_for(split) and set(read.parts) == {"train"}
+        read = _built(read, split, seed)
+    elif _is_asked_for(split) and not (len(read.valid) or len(read.test)):
+        parts, note = _split(read.train, split, seed)
+        read = read.replace(**parts, notes=[*read.notes, note])
+    return with_validation(read, validation, seed, hold_out_by)
 
 
 def _built(source: Source, split: Sequence[float] | bool, seed: int) -> MultiViewKG:
     """The graph, split if the source is whole, with notes of what was done."""
     notes = [f"Read as {source.took}.", *source.options.pop("notes", [])]
     if source.whole and split is not False:
-        shares = (0.8, 0.1, 0.1) if split is True else split
-        parts = split_triples(source.parts["train"], shares, seed)
-        source.parts = dict(zip(SPLITS, parts, strict=True))
-        sizes = ", ".join(f"{len(part)} {name}" for name, part in source.parts.items())
-        notes.append(
-            f"The source has no splits; split into {sizes} (seed {seed}), each entity and relation"
-            " kept in train, triples between the same two entities kept together."
-        )
+        source.parts, note = _split(source.parts["train"], split, seed)
+        notes.append(note)
     logger.info("%s: %s", source.options.get("name") or "graph", " ".join(notes))
     return source.build(notes=notes)
+
+
+def _is_asked_for(split: Sequence[float] | bool) -> bool:
+    """Whether someone has said how to split, and not only not how not to."""
+    return not isinstance(split, bool)
+
+
+def _split(
+    triples: Tensor, split: Sequence[float] | bool, seed: int
+) -> tuple[dict[Split, Tensor], str]:
+    """Triples by split, and a note that says so."""
+    shares = (0.8, 0.1, 0.1) if isinstance(split, bool) else split
+    parts = dict(zip(SPLITS, split_triples(triples, shares, seed), strict=True))
+    sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+    return parts, (
+        f"The source has no splits; split into {sizes} (seed {seed}), each entity and relation"
+        " kept in train, triples between the same two entities kept together."
+    )
 
 
 def _read(source: Any, format: str | None, options: dict[str, Any]) -> Source | MultiViewKG:
@@ -301,8 +321,10 @@ def _read_folder(folder: Path, format: str | None, options: dict[str, Any]) -> S
     if format is None:
         if has("train2id.txt") and not has("train.tsv"):
             format = "openke"
-        elif has("train.tsv") and (has("kg.json") or not (tables_meant or _has_header(folder))):
+        elif has("kg.json") and has("train.tsv"):
             format = "kg"
+        elif has("train.tsv") and not (tables_meant or _has_header(folder)):
+            format = "kg" if _is_called_as_in_a_kg_folder(folder) else None
         elif releases.is_momok(folder):
             format = "momok"
         elif releases.is_mygo(folder):
@@ -327,6 +349,24 @@ def _read_folder(folder: Path, format: str | None, options: dict[str, Any]) -> S
             f" .txt, .nt, .ttl), found {', '.join(found) or 'nothing'}."
         )
     return _read_files(files, format, options, whole=False, name=folder.resolve().name)
+
+
+def _is_called_as_in_a_kg_folder(folder: Path) -> bool:
+    """Whether a folder with a train.tsv has no file of a split that a KG folder has not.
+
+    A DataError where it has, beside files that only a KG folder has.
+    """
+    files = {path.name: tables.split_of_file(path) for path in folder.iterdir() if path.is_file()}
+    for name, split in sorted(files.items()):
+        if split in (None, "train") or f"{split}.tsv" in files:
+            continue
+        if any((folder / own).exists() for own in ("entities.tsv", "relations.tsv", "views")):
+            raise DataError(
+                f"{folder / name}: a KG folder's {split} triples are in {split}.tsv (head,"
+                " relation, tail labels, separated by tabs). Call it so, or move it away."
+            )
+        return False
+    return True
 
 
 def _has_header(folder: Path) -> bool:

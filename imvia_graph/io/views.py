@@ -489,9 +489,34 @@ def resolve(
                 f" {int(ids[row])} in row {row + 1}; expected 0 to {len(labels) - 1}.",
                 skip_unknown,
             )
+        warn_of_numeric_labels(ids[keep], labels, where)
         return keep, ids[keep]
     keep, ids = resolve_any([values], of, where, skip_unknown)
     return keep, ids[keep]
+
+
+def warn_of_numeric_labels(ids: Tensor, labels: Sequence[str], where: str) -> None:
+    """Say so where ids, which are places, are labels of other entities, too.
+
+    Files of triples whose labels are numbers are numbered in the order in which these appear.
+    """
+    distinct = ids.unique()
+    as_label = pl.Series(distinct.numpy()).cast(pl.String)
+    own = pl.Series("label", labels, dtype=pl.String).gather(pl.Series(distinct.numpy()))
+    if not own.head(1000).str.contains(r"^\d+$").all():
+        return
+    moved = own != as_label
+    if moved.any() and as_label.is_in(own.implode()).all():
+        first = int(moved.arg_max() or 0)
+        logger.warning(
+            "%s: the entities' labels are numbers, and not in their order: %d is taken as a place,"
+            " that of the entity labelled %r. If labels are meant, give them as text, or load the"
+            " graph with its labels in order (load_kg(..., entities=[...]), or a KG folder's"
+            " entities.tsv).",
+            where,
+            int(distinct[first]),
+            own[first],
+        )
 
 
 def resolve_any(

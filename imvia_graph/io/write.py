@@ -11,7 +11,7 @@ import torch
 from imvia_graph.errors import DataError
 from imvia_graph.io import arrays, rdf, releases, tables
 from imvia_graph.io.openke import write_openke_files
-from imvia_graph.kg import SPLITS, MultiViewKG
+from imvia_graph.kg import PARTS, SPLITS, MultiViewKG
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ LAYOUT_FILES = frozenset(
     }
 )
 
+#: The files of a KG folder, features aside.
+KG_FILES = ("kg.json", "entities.tsv", "relations.tsv", *(f"{part}.tsv" for part in PARTS))
 #: Forms that a graph is written in.
 WRITTEN = ("kg", "openke", "momok", "mygo", *tables.TABLES, "ntriples", "turtle", "npz")
 
@@ -106,9 +108,10 @@ def write_kg(
         )
     written = _write(kg, target, format, compression)
     # Only now, so that a graph that cannot be written does not cost the one that is there.
-    if folder.is_dir() and format != "kg":
+    if folder.is_dir():
+        kept = {folder / name for name in KG_FILES} if format == "kg" else set(written)
         for path in _graph_files(folder):
-            if path not in written:
+            if path not in kept:
                 path.unlink()
     return _lost(kg, format, written == [target] and format not in ("kg", "npz"))
 
@@ -148,22 +151,27 @@ def _lost(kg: MultiViewKG, format: str, one_file: bool) -> list[str]:
             f"{views} views of {len(kg.modalities)} modalities ({', '.join(kg.modalities)}) are"
             " left out; only the form kg carries views."
         )
+    if format != "kg" and len(kg.known):
+        lost.append(
+            f"{len(kg.known)} triples that are in no split and only filter ranks, as a validation"
+            " set that was put aside, are left out; only the form kg carries them."
+        )
     if one_file and any(len(kg.triples(split)) for split in SPLITS[1:]):
         lost.append("The splits are not kept: one file holds all triples.")
     if format in (*tables.TABLES, "ntriples", "turtle"):
-        used = _used(kg)
-        if used < kg.num_entities:
-            lost.append(
-                f"{kg.num_entities - used} entities without a triple are left out; forms of labels"
-                " hold triples alone."
-            )
+        triples = torch.cat([kg.triples(split) for split in SPLITS])
+        for what, column, count in (
+            ("entities", triples[:, [0, 2]], kg.num_entities),
+            ("relations", triples[:, 1], kg.num_relations),
+        ):
+            unused = count - len(column.unique())
+            if unused:
+                lost.append(
+                    f"{unused} {what} without a triple are left out; forms of labels hold triples"
+                    " alone."
+                )
     if format not in ("kg", "openke") and (
         kg.entity_names != kg.entities or kg.relation_names != kg.relations
     ):
         lost.append("Display names are left out.")
     return lost
-
-
-def _used(kg: MultiViewKG) -> int:
-    ends = torch.cat([kg.triples(split)[:, [0, 2]].flatten() for split in SPLITS])
-    return len(ends.unique())
