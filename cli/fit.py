@@ -15,13 +15,14 @@ import click
 from imvia_graph import _files, load_kg
 from imvia_graph.checkpoint import is_run
 from imvia_graph.cli import stopped
-from imvia_graph.cli.display import ProgressBar, console, log_to_terminal, metrics_table, say
+from imvia_graph.cli.display import console, log_to_terminal, metrics_table, say
 from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
 from imvia_graph.distributed import NOT_JOINED, RESTARTED, has_restarted, is_first, is_launched
 from imvia_graph.errors import SettingsError
 from imvia_graph.io import with_views
 from imvia_graph.run import fit as fit_model
 from imvia_graph.settings import Settings
+from imvia_graph.tracking import ProgressBar
 from imvia_graph.training import Callback, keep_freed_memory
 
 
@@ -120,7 +121,7 @@ def fit(
     changes.update({key: value for key, value in named.items() if value is not None})
     settings = Settings.create(changes)
     keep_freed_memory()
-    bar = ProgressBar() if is_first() else Callback()
+    bar = ProgressBar(console) if is_first() else Callback()
     try:
         if resume:
             if out is None:

@@ -18,7 +18,17 @@ from imvia_graph._graphbolt import stand_in_where_needed
 from imvia_graph._version import __version__
 
 if TYPE_CHECKING:
+    from imvia_graph import answers as answers
     from imvia_graph import datasets, encode, io, losses, nn, ops
+    from imvia_graph import distributed as distributed
+    from imvia_graph import evaluation as evaluation
+    from imvia_graph import explore as explore
+    from imvia_graph import inference as inference
+    from imvia_graph import model as model
+    from imvia_graph import run as run
+    from imvia_graph import splits as splits
+    from imvia_graph import training as training
+    from imvia_graph import tuning as tuning
     from imvia_graph.errors import (
         CheckpointError,
         DataError,
@@ -40,7 +50,7 @@ if TYPE_CHECKING:
     from imvia_graph.report import write_report
     from imvia_graph.run import Run, fit, load
     from imvia_graph.settings import Settings
-    from imvia_graph.tracking import TensorBoard
+    from imvia_graph.tracking import ProgressBar, TensorBoard
     from imvia_graph.training import Callback, Trainer
     from imvia_graph.tuning import Tuned, tune
 
@@ -73,13 +83,17 @@ _HOME = {
     "fit": "run",
     "load": "run",
     "Settings": "settings",
+    "ProgressBar": "tracking",
     "TensorBoard": "tracking",
     "Callback": "training",
     "Trainer": "training",
     "Tuned": "tuning",
     "tune": "tuning",
 }
-_MODULES = ("datasets", "encode", "io", "losses", "nn", "ops")
+_MODULES = (
+    *("answers", "datasets", "distributed", "encode", "evaluation", "explore", "inference", "io"),
+    *("losses", "model", "nn", "ops", "run", "splits", "training", "tuning"),
+)
 
 __all__ = [
     "IMVIA",
@@ -93,6 +107,7 @@ __all__ = [
     "OutOfMemoryError",
     "Prediction",
     "Predictor",
+    "ProgressBar",
     "Run",
     "Settings",
     "SettingsError",

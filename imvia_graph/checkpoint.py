@@ -109,8 +109,10 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def start_run(folder: Path, kg: MultiViewKG, settings: Settings) -> None:
+def start_run(folder: Path, kg: MultiViewKG, settings: Settings, resumable: bool = True) -> None:
     """Make a run folder; to be called with it `locked`.
+
+    ``resumable`` says whether there will be checkpoints that training goes on from.
 
     Raises
     ------
@@ -126,10 +128,37 @@ def start_run(folder: Path, kg: MultiViewKG, settings: Settings) -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    _files.write_json(
-        folder / "run.json",
-        {"format": FORMAT, "version": FORMAT_VERSION, "kg": kg.name, "versions": versions},
-    )
+    about = {"format": FORMAT, "version": FORMAT_VERSION, "kg": kg.name, "versions": versions}
+    if not resumable:
+        about["resumable"] = False
+    _files.write_json(folder / "run.json", about)
+
+
+def save_run(
+    folder: Path,
+    kg: MultiViewKG,
+    settings: Settings,
+    model: IMVIA,
+    progress: Progress,
+    history: Sequence[Mapping[str, Any]],
+) -> None:
+    """Make a run folder of a model that is trained; several processes all call this.
+
+    Raises
+    ------
+    CheckpointError
+        The folder holds something already; nothing in it is touched.
+    """
+    shards = model.shards
+    if shards.is_first:
+        check_free(folder)
+        with locked(folder):
+            start_run(folder, kg, settings, resumable=False)
+            lines = (json.dumps(record, ensure_ascii=False) for record in history)
+            _files.write_text(folder / METRICS, "".join(f"{line}\n" for line in lines))
+    shards.wait()
+    save_model(folder / BEST, model.state_dict(), progress, shards, split_names(model))
+    shards.wait()
 
 
 def is_run(folder: Path) -> bool:
@@ -273,6 +302,17 @@ def read_metrics(folder: Path) -> list[str]:
     if not path.is_file():
         return []
     return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def history_of(folder: Path) -> list[dict[str, Any]]:
+    """The records of the epochs; a line of ``metrics.jsonl`` that was cut short is left out."""
+    found = []
+    for line in read_metrics(folder):
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    return [record for record in found if isinstance(record, dict) and "epoch" in record]
 
 
 def _epoch_of(line: str) -> float:
@@ -448,6 +488,11 @@ def load_last(folder: Path, trainer: Trainer) -> None:
     """
     last, previous = (_files.inside(folder, name) for name in (LAST, PREVIOUS))
     if not last.is_file() and not previous.is_file():
+        if _files.read_json(folder / "run.json").get("resumable") is False:
+            raise CheckpointError(
+                f"{folder} holds a model that was saved after training, without what going on with"
+                " it needs. To be able to resume, train with a run folder: fit(..., out=...)."
+            )
         return
     first = trainer.shards.is_first
     try:
@@ -633,6 +678,7 @@ __all__ = [
     "RunFolder",
     "check_free",
     "fitting_model",
+    "history_of",
     "is_run",
     "load_best",
     "load_last",
@@ -641,6 +687,7 @@ __all__ = [
     "locked",
     "open_run",
     "save_model",
+    "save_run",
     "save_trainer",
     "start_run",
     "upgrade",

@@ -41,6 +41,8 @@ class Run:
         Epochs trained, the best epoch and its validation MRR, seconds.
     folder : Path or None
         The run folder, if there is one.
+    history : list of dict
+        Losses and validation metrics, epoch by epoch.
 
     Examples
     --------
@@ -57,9 +59,49 @@ class Run:
         settings: Settings,
         progress: Progress,
         folder: Path | None = None,
+        history: list[dict[str, Any]] | None = None,
     ) -> None:
         self.model, self.kg, self.settings = model, kg, settings
         self.progress, self.folder = progress, folder
+        self._history = [] if history is None else history
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """A record an epoch: ``epoch``, ``loss``, its parts, ``seconds``, ``valid`` metrics."""
+        return self._history if self.folder is None else checkpoint.history_of(self.folder)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write a run folder, which `load` reads: the model, its graph, settings and history.
+
+        What was trained with ``out`` has one already. What is saved afterwards can do all but be
+        resumed.
+
+        Parameters
+        ----------
+        folder : path
+            Not there yet, or empty.
+
+        Returns
+        -------
+        Path
+
+        Raises
+        ------
+        CheckpointError
+            The folder holds something already; nothing in it is touched.
+
+        Examples
+        --------
+        >>> import imvia_graph as ig, pathlib, tempfile
+        >>> run = ig.fit("countries", epochs=1, dim=8)
+        >>> folder = run.save(pathlib.Path(tempfile.mkdtemp()) / "run")
+        >>> ig.load(folder).evaluate() == run.evaluate()
+        True
+        """
+        path, history = Path(folder), self.history
+        checkpoint.save_run(path, self.kg, self.settings, self.model, self.progress, history)
+        self.folder = path if self.folder is None else self.folder
+        return path
 
     def evaluate(self, split: Split = "test", **options: Any) -> dict[str, Any]:
         """Filtered ranking metrics of a split; see `imvia_graph.evaluate`.
@@ -281,7 +323,8 @@ def fit(
     torch.manual_seed(chosen.seed)
     shards = Shards.of_world(graph.num_entities)
     model = IMVIA.from_kg(graph, chosen, shards).to(device)
-    trainer = Trainer(model, graph, chosen, callbacks)
+    records = _Records()
+    trainer = Trainer(model, graph, chosen, [*callbacks, records])
     if folder is None:
         progress = trainer.fit()
     else:
@@ -290,7 +333,17 @@ def fit(
                 checkpoint.start_run(folder, graph, trainer.settings)
             shards.wait()
             progress = _fit_in(folder, trainer)
-    return Run(trainer.model.eval(), graph, trainer.settings, progress, folder)
+    return Run(trainer.model.eval(), graph, trainer.settings, progress, folder, records.found)
+
+
+class _Records(Callback):
+    """Keeps what is known of each epoch."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Any]] = []
+
+    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self.found.append(record)
 
 
 def _device(settings: Settings) -> torch.device:

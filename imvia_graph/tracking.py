@@ -1,4 +1,4 @@
-"""What a training tells others: its losses and metrics in TensorBoard.
+"""What a training tells others: a progress bar, and losses and metrics in TensorBoard.
 
 `Callback` is all that another tracker needs: `on_epoch` gets the record that ``metrics.jsonl``
 holds of each epoch.
@@ -7,11 +7,106 @@ holds of each epoch.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
 from imvia_graph.errors import IMVIAError
 from imvia_graph.training import Callback, Trainer
+
+
+class ProgressBar(Callback):
+    """A progress bar with loss and the last validation MRR; plain lines without a terminal.
+
+    Parameters
+    ----------
+    console : rich.console.Console, optional
+        Where to show it. Default: standard error.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig
+    >>> run = ig.fit("countries", epochs=1, dim=8, callbacks=[ig.ProgressBar()])
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = Console(stderr=True, highlight=False) if console is None else console
+        # A notebook is no terminal, and shows a bar.
+        self.live = self.console.is_terminal or self.console.is_jupyter
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.loss: Tensor | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Show the bar: a unit a step."""
+        steps = len(trainer.batches)
+        self.task = self.progress.add_task(
+            "Training",
+            total=trainer.epochs * steps,
+            completed=trainer.progress.epoch * steps + trainer.progress.batch,
+            status="",
+        )
+        if self.live:
+            self.progress.start()
+
+    def on_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
+        """Advance; the loss is read once an epoch, so that a GPU is not waited for."""
+        self.loss = losses["loss"]
+        self.progress.advance(self.task)
+
+    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """Show loss and validation MRR; without a terminal a line for every tenth of the way."""
+        valid = record.get("valid")
+        status = f"epoch {record['epoch']}/{trainer.epochs}  loss {record['loss']:.4g}"
+        if valid:
+            status += f"  valid MRR {100 * valid['mrr']:.2f} %"
+        if trainer.progress.best_mrr is not None:
+            status += (
+                f"  best {100 * trainer.progress.best_mrr:.2f} % (epoch"
+                f" {trainer.progress.best_epoch})"
+            )
+        self.progress.update(self.task, status=status)
+        every = max(1, trainer.epochs // 10)
+        if not self.live and (record["epoch"] % every == 0 or trainer.progress.ended):
+            print(f"{status}  {record['seconds']:.1f} s", file=sys.stderr, flush=True)
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Take the bar away: a word about the stop follows."""
+        self.close()
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Say why training ended."""
+        self.close()
+        progress = trainer.progress
+        reason = {
+            "epochs": "all epochs are done",
+            "patience": f"no better validation MRR for {progress.waited} validations",
+        }[progress.ended]
+        chosen = (
+            f"the best epoch is {progress.best_epoch}"
+            if progress.best_mrr is not None
+            else "nothing was validated, the last epoch is kept"
+        )
+        left = f" {progress.skipped} steps were left out." if progress.skipped else ""
+        self.console.print(
+            f"Trained {progress.epoch} epochs in {progress.seconds:.0f} s: {reason}; {chosen}."
+            f"{left}"
+        )
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self.live:
+            self.progress.stop()
 
 
 class TensorBoard(Callback):

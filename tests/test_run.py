@@ -743,3 +743,34 @@ def test_a_resumed_run_refuses_a_settings_object_that_differs(tmp_path):
     with pytest.raises(SettingsError, match="Setting dim"):
         ig.fit(out=run.folder, resume=True, settings=settings(dim=9))
     assert ig.fit(out=run.folder, resume=True, settings=settings(epochs=2)).progress.epoch == 2
+
+
+# -- saving afterwards ----------------------------------------------------------------------------
+
+
+def test_a_run_that_was_saved_afterwards_loads_as_it_is(tmp_path):
+    run = ig.fit(ring_kg(), settings=settings())
+    assert [record["epoch"] for record in run.history] == [1, 2, 3]
+    assert {"loss", "completion", "seconds", "valid"} <= run.history[0].keys()
+    assert run.save(tmp_path / "run") == run.folder == tmp_path / "run"
+    again = ig.load(tmp_path / "run", device="cpu")
+    assert same_weights(again.model, run.model)
+    assert_same_kg(again.kg, run.kg)
+    assert (again.settings, again.progress) == (run.settings, run.progress)
+    assert again.history == run.history
+    assert again.evaluate() == run.evaluate()
+    before = contents(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        run.save(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"saved after training.*fit\(\.\.\., out=\.\.\.\)"):
+        ig.fit(out=tmp_path / "run", resume=True, epochs=9)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_run_with_a_folder_can_be_saved_elsewhere_and_has_the_history_of_all_its_parts(tmp_path):
+    ig.fit(ring_kg(), out=tmp_path / "run", settings=settings(epochs=1))
+    run = ig.fit(out=tmp_path / "run", resume=True, epochs=3)
+    assert [record["epoch"] for record in run.history] == [1, 2, 3]
+    run.save(tmp_path / "copy")
+    assert run.folder == tmp_path / "run"
+    assert ig.load(tmp_path / "copy", device="cpu").history == run.history

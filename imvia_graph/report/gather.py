@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from imvia_graph import _files
 from imvia_graph._version import __version__
-from imvia_graph.checkpoint import read_metrics
+from imvia_graph.checkpoint import history_of
 from imvia_graph.errors import DataError
 from imvia_graph.evaluation import Ranking, rank, rank_metrics
 from imvia_graph.inference import Predictor, Side, decision_weights, explain, view_weights
@@ -117,20 +116,13 @@ def gather(run: Run, name: str, pictures: Pictures) -> Numbers:
 
 
 def _epochs(folder: Path | None) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; a line that was cut short is left out."""
-    found = []
-    for line in [] if folder is None else read_metrics(folder):
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
+    """The records of the epochs that can be drawn."""
+    found = [] if folder is None else history_of(folder)
     return [record for record in found if _is_record(record)]
 
 
 def _is_record(record: Any) -> bool:
     """Whether a line of metrics is one of ours: numbers, and numbers of the validation."""
-    if not isinstance(record, dict) or "epoch" not in record:
-        return False
     valid = record.get("valid", {})
     numbers = [value for key, value in record.items() if key != "valid"]
     return isinstance(valid, dict) and all(
