@@ -203,7 +203,7 @@ class MultiViewKG:
         train, valid, test : iterable of (head, relation, tail)
             Labels.
         views : mapping, optional
-            Modality to ``(feat, entity labels)`` or `Views`.
+            Modality to ``(feat, entity labels)`` or `Views`, whose ``entity`` may be labels here.
         **options
             Further arguments of `MultiViewKG`.
 
@@ -226,12 +226,16 @@ class MultiViewKG:
         entities, relations, triples = index_triples(frames)
         known: dict[str, Views] = {}
         for modality, value in (views or {}).items():
-            if isinstance(value, Views):
-                known[modality] = value
-            else:
-                feat, labels = value
-                ids = encode_labels(labels, entities, f"views[{modality!r}]")
-                known[modality] = Views(feat, ids)
+            where = f"views[{modality!r}]"
+            if not isinstance(value, tuple) or len(value) not in (2, len(Views._fields)):
+                raise DataError(
+                    f"{where}: expected Views, or a pair of features (views, width) and the label"
+                    f" of the entity of each; received {type(value).__name__}."
+                )
+            found = value if isinstance(value, Views) else Views(*value)
+            if not isinstance(found.entity, Tensor):
+                found = found._replace(entity=encode_labels(found.entity, entities, where))
+            known[modality] = found
         return cls(entities, relations, triples[0], triples[1], triples[2], views=known, **options)
 
     def _checked_triples(self, triples: Tensor | None, split: Split) -> Tensor:

@@ -37,7 +37,8 @@ class MutualInformation(nn.Module):
         \qquad x = \hat e_m, \; y = \hat e_n
 
     The estimators learn by maximum likelihood (`estimation_loss`) on detached embeddings, with an
-    optimizer of their own; `forward` then bounds with the estimators as they are.
+    optimizer of their own; `forward` then bounds with the estimators as they are, and gives them no
+    gradient: who made the bound small would else make it wrong.
 
     Parameters
     ----------
@@ -84,7 +85,7 @@ class MutualInformation(nn.Module):
         Tensor
             A scalar; 0 where there is nothing to bound.
         """
-        return self.both(embeddings, present)[0]
+        return self._both(embeddings, present, frozen=True)[0]
 
     def estimation_loss(
         self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
@@ -101,9 +102,17 @@ class MutualInformation(nn.Module):
         Here the second is not detached from what the estimators see: who trains asks for the
         gradients of the model from the first and for the estimators' from the second.
         """
+        return self._both(embeddings, present, frozen=False)
+
+    def _both(
+        self,
+        embeddings: Mapping[str, Tensor],
+        present: Mapping[str, Tensor] | None,
+        frozen: bool,
+    ) -> tuple[Tensor, Tensor]:
         if not self.pairs:
             return _zero(embeddings), _zero(embeddings)
-        mean, log_variance = self._moments(embeddings)
+        mean, log_variance = self._moments(embeddings, frozen)
         # All pairs at once: (P, B, d).
         y = torch.stack([embeddings[n] for _, n in self.pairs])
         rows = torch.stack([_present_mask(embeddings, present, *pair) for pair in self.pairs])
@@ -115,20 +124,24 @@ class MutualInformation(nn.Module):
         surprise = 0.5 * ((y.detach() - mean) ** 2 * precision + log_variance).sum(-1)
         return (gain * share).sum(), (surprise * share).sum()
 
-    def _moments(self, embeddings: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _moments(self, embeddings: Mapping[str, Tensor], frozen: bool) -> tuple[Tensor, Tensor]:
         """(P, B, d) means and log-variances, those of one modality's estimators in two products."""
+
+        def of(parameter: Tensor) -> Tensor:
+            return parameter.detach() if frozen else parameter
+
         means, log_variances = [], []
         estimators: list[Any] = list(self.estimators)
         others = len(self.modalities) - 1
         for first, name in enumerate(self.modalities):
             x, mine = embeddings[name], estimators[first * others : (first + 1) * others]
             networks = [part.mean for part in mine] + [part.log_variance for part in mine]
-            weight = torch.cat([network[0].weight for network in networks])
-            bias = torch.cat([network[0].bias for network in networks])
+            weight = torch.cat([of(network[0].weight) for network in networks])
+            bias = torch.cat([of(network[0].bias) for network in networks])
             hidden = functional.linear(x, weight, bias).relu()
             hidden = hidden.unflatten(1, (len(networks), -1)).transpose(0, 1)
-            out = hidden @ torch.stack([network[2].weight.T for network in networks])
-            bias = torch.stack([network[2].bias for network in networks])
+            out = hidden @ torch.stack([of(network[2].weight).T for network in networks])
+            bias = torch.stack([of(network[2].bias) for network in networks])
             mean, log_variance = (out.to(x.dtype) + bias[:, None]).split(others)
             means.append(mean)
             log_variances.append(log_variance.tanh())
@@ -320,7 +333,7 @@ def _comparable(similarity: Tensor, entity: Tensor | None, present: Tensor | Non
 
 
 def _num_present(similarity: Tensor, present: Tensor | None) -> Tensor | int:
-    return len(similarity) if present is None else present.sum().clamp(min=1)
+    return max(len(similarity), 1) if present is None else present.sum().clamp(min=1)
 
 
 # -- L3: completion -------------------------------------------------------------------------------

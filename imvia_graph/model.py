@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from imvia_graph import _files
 from imvia_graph.distributed import Shards
-from imvia_graph.errors import SettingsError
+from imvia_graph.errors import IMVIAError, SettingsError
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import Alignment, MutualInformation
 from imvia_graph.nn import DecisionFusion, JointFusion, MultiViewEncoder, TuckerDecoder
@@ -98,6 +98,12 @@ class IMVIA(nn.Module):
     >>> list(scores)
     ['structure', 'image', 'text', 'joint', 'decision']
     >>> scores["decision"].shape == (1, kg.num_entities)
+    True
+
+    **Triples** are scored by a call:
+
+    >>> tail = torch.tensor([kg.id_of("Spain")])
+    >>> torch.allclose(model(head, relation, tail), scores["decision"][0, tail], atol=1e-6)
     True
     """
 
@@ -251,6 +257,32 @@ class IMVIA(nn.Module):
             assert feat is not None
             self.register_buffer(name, feat.to(device) if moves else feat, persistent=False)
         return self
+
+    def forward(self, head: Tensor, relation: Tensor, tail: Tensor) -> Tensor:
+        """Scores of triples, by the decision.
+
+        Scores rank the answers to one query; those of different queries do not compare.
+
+        Parameters
+        ----------
+        head, relation, tail : Tensor
+            (B,) int64 ids. ``(tail, relation + num_relations, head)`` asks for the head.
+
+        Returns
+        -------
+        Tensor
+            (B,), with gradients where they are wanted.
+
+        Raises
+        ------
+        IMVIAError
+            Of several processes, each of which has a part of the entities.
+        """
+        if not self.shards.alone:
+            raise IMVIAError("IMVIA: triples are scored in one process; `imvia_graph.load` has it.")
+        own = self.embed(tail, None if self.settings.candidates == "shared" else relation).heads
+        tables = {name: part[:, None] for name, part in own.items()}
+        return self.scores(self.queries(head, relation), tables, relation)[DECISION][:, 0]
 
     @property
     def gate_sees_relations(self) -> bool:

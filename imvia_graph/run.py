@@ -134,6 +134,50 @@ class Run:
             include_self=include_self,
         )
 
+    @torch.no_grad()
+    def score(self, triples: Sequence[Sequence[str]], batch_size: int = 1024) -> Tensor:
+        """Scores of triples as answers to (head, relation, ?).
+
+        Parameters
+        ----------
+        triples : sequence of (head, relation, tail)
+            Labels, or display names that one entity bears.
+        batch_size : int, optional
+
+        Returns
+        -------
+        Tensor
+            (n,) on the CPU. They rank the answers to one query; those of different queries do not
+            compare.
+
+        Raises
+        ------
+        UnknownLabelError
+        DataError
+            A row that is no triple.
+
+        Examples
+        --------
+        >>> import imvia_graph as ig
+        >>> run = ig.fit("countries", epochs=1, dim=16)
+        >>> run.score([("France", "borders", "Spain"), ("France", "borders", "Peru")]).shape
+        torch.Size([2])
+        """
+        ids = []
+        for row, triple in enumerate(triples):
+            if isinstance(triple, str) or len(triple) != 3:
+                raise DataError(
+                    f"Expected (head, relation, tail) in row {row}, received {triple!r}."
+                )
+            head, relation, tail = triple
+            ids.append(
+                (self.kg.id_of(head), self.kg.id_of(relation, "relation"), self.kg.id_of(tail))
+            )
+        numbers = torch.tensor(ids, dtype=torch.int64, device=self.model.device).reshape(-1, 3)
+        with inference.evaluating(self.model) as model:
+            parts = [model(*part.unbind(1)).cpu() for part in numbers.split(batch_size)]
+        return torch.cat(parts)
+
     def explain(self, *, head: str, relation: str, tail: str) -> inference.Explanation:
         """What the model makes of a triple; see `imvia_graph.inference.explain`."""
         return inference.explain(self.model, self.kg, head=head, relation=relation, tail=tail)

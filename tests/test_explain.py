@@ -51,6 +51,34 @@ def test_ranks_and_scores_are_those_of_evaluate_and_predict(candidates):
             assert {n: j.score for n, j in judgements.items() if n != "decision"} == mine.modalities
 
 
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+def test_scores_of_triples_are_those_that_explain_says(candidates):
+    run = make_run(ring_kg(), candidates=candidates)
+    kg = run.kg
+    triples = [
+        (kg.entities[h], kg.relations[r], kg.entities[t]) for h, r, t in all_triples(kg).tolist()
+    ]
+    found = run.score(triples, batch_size=3)
+    assert len(found) == len(triples) > 3
+    for score, (head, relation, tail) in zip(found.tolist(), triples, strict=True):
+        judged = run.explain(head=head, relation=relation, tail=tail).judgements["tail"]
+        assert score == pytest.approx(judged["decision"].score, abs=1e-5)
+    assert run.score([]).shape == (0,)
+    # Called, the model gives the same, with gradients.
+    scores = run.model(*all_triples(kg).unbind(1))
+    torch.testing.assert_close(scores.detach(), found)
+    scores.sum().backward()
+    assert run.model.decision.linear.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("triple", ["France", ("e1", "after")])
+def test_what_is_no_triple_is_not_scored(run, triple):
+    with pytest.raises(ig.DataError, match=r"\(head, relation, tail\) in row 1"):
+        run.score([("e1", "after", "e2"), triple])
+    with pytest.raises(ig.UnknownLabelError, match="'nobody'"):
+        run.score([("e1", "after", "nobody")])
+
+
 def test_decision_weights_sum_to_1_and_give_the_decision(run):
     found = run.explain(head="e1", relation="after", tail="e7")
     for judgements in found.judgements.values():

@@ -382,6 +382,22 @@ def test_arrays_and_lists_may_hold_labels():
         assert kg.relations == ["r", "s"]
 
 
+def test_pandas_frames_are_read_as_polars_frames_are():
+    pandas = pytest.importorskip("pandas")
+    rows = [("a", 1, "b"), ("b", 2, "c")]
+    frame = pandas.DataFrame(rows, columns=["head", "relation", "tail"])
+    kg = load_kg(frame, split=False)
+    assert labelled(kg) == labelled(
+        load_kg(pl.DataFrame(rows, schema=list(frame.columns), orient="row"), split=False)
+    )
+    assert kg.relations == ["1", "2"]
+    other = frame.rename(columns={"head": "who", "tail": "whom", "relation": "how"})
+    assert labelled(load_kg({"train": other}, columns=["who", "how", "whom"])) == labelled(kg)
+    frame.loc[1, "tail"] = None
+    with pytest.raises(DataError):
+        load_kg(frame)
+
+
 def test_networkx_graphs_say_the_relation_by_key_or_attribute():
     keyed = nx.MultiDiGraph()
     keyed.add_edge("a", "b", key="r")

@@ -92,6 +92,19 @@ def test_views_from_labels_go_to_the_entities_that_bear_them():
     assert feat.flatten().tolist() == [2.0, 1.0, 3.0]
 
 
+def test_views_from_labels_may_say_where_they_are_from():
+    views = Views(torch.tensor([[1.0], [2.0]]), ["y", "x"], ["of y", "of x"])
+    kg = MultiViewKG.from_labels([("x", "r", "y")], views={"text": views})
+    assert kg.view_sources("text") == ["of x", "of y"]
+    assert kg.views("text")[0].tolist() == [[2.0], [1.0]]
+
+
+@pytest.mark.parametrize("given", [torch.rand(2, 3), [1], (torch.rand(2, 3),)])
+def test_views_from_labels_that_are_no_pair_say_what_was_expected(given):
+    with pytest.raises(DataError, match=r"views\['text'\]: expected Views, or a pair"):
+        MultiViewKG.from_labels([("x", "r", "y")], views={"text": given})
+
+
 def test_unsorted_views_come_out_sorted_by_entity_with_their_sources():
     entity = torch.tensor([2, 0, 2, 1, 0])
     feat = torch.arange(5.0)[:, None]

@@ -65,7 +65,9 @@ def test_mutual_information_is_the_sampled_club_bound(masked):
             "text": torch.tensor([True, False, True, True, True, False]),
         }
     torch.manual_seed(7)
-    found = information(embeddings, present or None)
+    found, _ = information.both(embeddings, present or None)
+    torch.manual_seed(7)
+    alone = information(embeddings, present or None)
 
     torch.manual_seed(7)
     drawn = torch.rand(6, 6)  # a number a pair and row, by which its rows are sorted
@@ -76,7 +78,13 @@ def test_mutual_information_is_the_sampled_club_bound(masked):
         x, y = ([numbers(embeddings[name])[i] for i in rows] for name in (m, n))
         shuffle = torch.argsort(numbers_drawn[rows]).tolist()
         expected = expected + loops.club(x, y, shuffle, *estimator_networks(estimator))
-    assert_agree(found, tensor(expected), [*embeddings.values(), *information.parameters()])
+    inputs = list(embeddings.values())
+    assert_agree(found, tensor(expected), [*inputs, *information.parameters()])
+    # Asked for alone it is as large, and the estimators do not learn to make it smaller.
+    assert_agree(alone, tensor(expected), inputs)
+    information.zero_grad()
+    information(embeddings, present or None).backward()
+    assert all(parameter.grad is None for parameter in information.parameters())
 
 
 def test_estimation_loss_is_the_negative_log_likelihood():
@@ -532,3 +540,11 @@ def test_total_loss_is_eq_8():
     assert_agree(found, parts[0] + 0.3 * parts[1] + 1.7 * parts[2], [parts])
     with_all = total_loss(*parts, 1e-4, 0.3, 1.7)
     assert_agree(with_all, 1e-4 * parts[0] + 0.3 * parts[1] + 1.7 * parts[2], [parts])
+
+
+@pytest.mark.parametrize("form", ["contrastive", "printed"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_an_empty_batch_has_nothing_to_align(form, masked):
+    empty = {name: torch.zeros(0, 4, requires_grad=True) for name in ("a", "b")}
+    present = {"a": torch.zeros(0, dtype=torch.bool)} if masked else None
+    assert Alignment(form)(empty, present=present).item() == 0

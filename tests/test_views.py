@@ -315,6 +315,14 @@ def test_views_of_a_kg_folder_are_features_too(tmp_path):
     assert again.view_sources("text") == kg.view_sources("text")
 
 
+def test_views_may_be_given_with_whose_they_are():
+    feat = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    seen = io.with_views(ring_kg(), {"sound": (feat, ["e3", "e1", "e3"])})
+    found, ptr = seen.views("sound")
+    assert found[:, 0].tolist() == [2.0, 1.0, 3.0]
+    assert ptr.diff().nonzero().flatten().tolist() == [seen.id_of("e1"), seen.id_of("e3")]
+
+
 def test_the_other_modalities_are_kept():
     kg = ring_kg()
     seen = io.with_views(kg, {"image": torch.ones(12, 2), "sound": torch.ones(12, 1)})

@@ -45,7 +45,7 @@ Owners = Sequence[str] | Sequence[int] | Tensor | np.ndarray
 
 def with_views(
     kg: MultiViewKG,
-    views: Mapping[str, str | os.PathLike[str] | Views | Tensor | np.ndarray],
+    views: Mapping[str, Any],
     *,
     skip_unknown: bool = False,
 ) -> MultiViewKG:
@@ -56,8 +56,8 @@ def with_views(
     kg : MultiViewKG
         The graph.
     views : mapping
-        Modality to a file (`read_features`), an array (`views_from_array`) or `Views`. A modality
-        that the graph has already is replaced.
+        Modality to a file (`read_features`), an array or a pair of an array and whose each of its
+        rows is (`views_from_array`), or `Views`. A modality that the graph has already is replaced.
     skip_unknown : bool
         Whether rows of entities that are not in the graph are left out, or an error.
 
@@ -82,6 +82,11 @@ def with_views(
             given[modality] = value
         elif isinstance(value, Tensor | np.ndarray):
             given[modality] = views_from_array(value, kg, where=where)
+        elif isinstance(value, tuple):
+            feat, entity = value
+            given[modality] = views_from_array(
+                feat, kg, entity=entity, skip_unknown=skip_unknown, where=where
+            )
         else:
             given[modality] = read_features(value, kg, skip_unknown=skip_unknown)
     kept = {

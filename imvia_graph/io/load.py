@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -73,8 +74,8 @@ def load_kg(
           the forms below;
         - a file of triples: TSV, CSV, text with spaces between the columns (``.txt``), Parquet,
           N-Triples, Turtle, npz or npy; text also as ``.gz`` or ``.zst``;
-        - a networkx ``DiGraph`` or ``MultiDiGraph``, a DGL graph, a polars frame, an (n, 3) numpy
-          or torch array of ids or labels, a PyKEEN factory or data set;
+        - a networkx ``DiGraph`` or ``MultiDiGraph``, a DGL graph, a polars or pandas frame, an
+          (n, 3) numpy or torch array of ids or labels, a PyKEEN factory or data set;
         - a dict of such files, frames, arrays or factories by split (``train``, ``valid``,
           ``test``);
         - a `MultiViewKG`, which is taken as it is.
@@ -221,12 +222,29 @@ def _read(source: Any, format: str | None, options: dict[str, Any]) -> Source | 
         return graphs.from_networkx(source, **_only(options, "graphs", "a networkx graph"))
     if graphs.is_dgl(source):
         return graphs.from_dgl(source, **_only(options, "graphs", "a DGL graph"))
+    if _is_pandas(source):
+        source = _from_pandas(source)
     if isinstance(source, pl.DataFrame) or arrays.is_pykeen(source) or _is_array(source):
         return _read_parts({"train": source}, format, options, whole=True)
     raise DataError(
         f"load_kg: expected a path, a data set's name, a graph, an array, a frame, a factory or a"
         f" dict of these by split; received {type(source).__name__}."
     )
+
+
+def _is_pandas(value: Any) -> bool:
+    """Whether a value is a pandas frame; without importing pandas."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(value, pandas.DataFrame)
+
+
+def _from_pandas(frame: Any) -> pl.DataFrame:
+    """Its columns; not by `polars.from_pandas`, which needs pyarrow."""
+    columns = {
+        str(name): column.astype(object).where(column.notna(), None).tolist()
+        for name, column in frame.items()
+    }
+    return pl.DataFrame(columns, strict=False)
 
 
 def _is_array(value: Any) -> bool:
@@ -261,6 +279,9 @@ def _read_parts(
             parts[name] = value
     if "train" not in parts:
         raise DataError("load_kg: expected a dict with train (and valid, test); there is no train.")
+    parts = {
+        name: _from_pandas(value) if _is_pandas(value) else value for name, value in parts.items()
+    }
     values = list(parts.values())
     if all(isinstance(value, (str, os.PathLike)) for value in values):
         paths = {name: Path(value).expanduser() for name, value in parts.items()}

@@ -152,7 +152,7 @@ class MultiViewEncoder(nn.Module):
         Tensor
             With ``aggregate``.
         """
-        out = {}
+        out, shown = {}, "entity"
         for modality, conv, projection in self._layers():
             edge_type = modality if isinstance(modality, tuple) else (modality, "of", "entity")
             source, _, destination = edge_type
@@ -164,7 +164,8 @@ class MultiViewEncoder(nn.Module):
             else:
                 pair = feat[source], feat[destination][: part.num_dst_nodes()]
             out[modality] = _project(projection, conv(part, pair, rel_feat))
-        return self._together(out)
+            shown = destination
+        return self._together(out, shown)
 
     def encode(
         self,
@@ -225,7 +226,7 @@ class MultiViewEncoder(nn.Module):
             out[modality] = _in_parts(part, len(entity)) if picked else part(slice(None))
         return self._together(out)
 
-    def _together(self, parts: dict[str, Tensor]) -> Any:
+    def _together(self, parts: dict[str, Tensor], destination: str = "entity") -> Any:
         """The modalities' tensors as ``aggregate`` wants them."""
         if self.aggregate is None:
             return parts
@@ -233,7 +234,7 @@ class MultiViewEncoder(nn.Module):
             combine = self.aggregate
         else:
             combine = dgl.nn.pytorch.hetero.get_aggregate_fn(self.aggregate)
-        return combine(list(parts.values()), "entity")
+        return combine(list(parts.values()), destination)
 
     def _layers(self) -> list[tuple[str, Any, Any]]:
         return list(zip(self.modalities, self.convs, self.projections, strict=True))
