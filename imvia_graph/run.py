@@ -217,9 +217,10 @@ class Run:
 class EntityEncoder(nn.Module):
     """What a trained IMVIA knows of its entities, as a layer: ids in, embeddings out.
 
-    It shares parameters and views with the model, so that training the one trains the other;
-    ``copy.deepcopy`` makes one that stands alone, ``requires_grad_(False)`` a frozen one. What only
-    scores triples, the decoders and the decision, is no part of it.
+    It shares parameters and views with the model, so that training the one trains the other, and
+    moving or converting the one moves the other; ``copy.deepcopy`` makes one that stands alone,
+    ``requires_grad_(False)`` a frozen one. What only scores triples, the decoders and the decision,
+    is no part of it.
 
     Parameters
     ----------
@@ -256,6 +257,19 @@ class EntityEncoder(nn.Module):
         parts = {name: getattr(model, name) for name in ("entity", "residual", "encoder", "joint")}
         half._modules = {**parts, "relation": nn.ModuleList(model.relation[:1])}
         self.model = half
+        #: Not as a module of this one. A copy has none.
+        self._whole = [model]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EntityEncoder:
+        """Move or convert the whole model, of which a half would not fit the other."""
+        for model in self._whole:
+            model._apply(fn, recurse)
+            return self
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_whole": []}
 
     def forward(
         self, entity: Tensor | None = None, relation: Tensor | None = None

@@ -766,6 +766,24 @@ def test_encoder_of_a_run_feeds_an_r_gcn_frozen_or_not(run, frozen):
         assert torch.equal(value, before[name])
 
 
+def test_converting_the_encoder_of_a_run_converts_the_run_and_not_a_half_of_it(run):
+    mine = ig.Run(copy.deepcopy(run.model), run.kg, run.settings, run.progress)
+    asked = {"head": run.kg.entities[0], "relation": run.kg.relations[0]}
+    apart = copy.deepcopy(mine.encoder)
+    model = torch.nn.Sequential(mine.encoder).double()
+    assert {p.dtype for p in mine.model.parameters()} == {torch.float64}
+    assert all(part.dtype == torch.float64 for part in model[0]().values())
+    for found, expected in zip(mine.predict(**asked), run.predict(**asked), strict=True):
+        assert found.score == pytest.approx(expected.score, abs=1e-4)
+    # A copy stands alone.
+    assert {p.dtype for p in apart.parameters()} == {torch.float32}
+    apart.double()
+    assert {p.dtype for p in apart.parameters()} == {torch.float64}
+    mine.model.float()
+    assert {p.dtype for p in apart.parameters()} == {torch.float64}
+    assert all(part.dtype == torch.float64 for part in apart().values())
+
+
 def test_training_the_encoder_of_a_run_trains_the_run(run):
     encoder = copy.deepcopy(run).encoder
     assert encoder.model.entity.weight is not run.model.entity.weight
