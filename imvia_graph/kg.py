@@ -227,15 +227,16 @@ class MultiViewKG:
         known: dict[str, Views] = {}
         for modality, value in (views or {}).items():
             where = f"views[{modality!r}]"
-            if not isinstance(value, tuple) or len(value) not in (2, len(Views._fields)):
+            if not isinstance(value, Views) and not (isinstance(value, tuple) and len(value) == 2):
                 raise DataError(
                     f"{where}: expected Views, or a pair of features (views, width) and the label"
                     f" of the entity of each; received {type(value).__name__}."
                 )
-            found = value if isinstance(value, Views) else Views(*value)
-            if not isinstance(found.entity, Tensor):
-                found = found._replace(entity=encode_labels(found.entity, entities, where))
-            known[modality] = found
+            feat, whose = value[0], value[1]
+            ids = whose if isinstance(whose, Tensor) else encode_labels(whose, entities, where)
+            known[modality] = (
+                value._replace(entity=ids) if isinstance(value, Views) else Views(feat, ids)
+            )
         return cls(entities, relations, triples[0], triples[1], triples[2], views=known, **options)
 
     def _checked_triples(self, triples: Tensor | None, split: Split) -> Tensor:
