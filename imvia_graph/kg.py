@@ -443,6 +443,10 @@ class MultiViewKG:
         """
         if kind not in self._lookup:
             raise UnknownLabelError(f"There is no kind {kind!r}; expected entity or relation.")
+        if not isinstance(label, str):
+            raise UnknownLabelError(
+                f"Expected the label of one {kind}, a text; received {label!r}."
+            )
         labels, names = self._lookup[kind]
         if label in labels:
             return labels[label]

@@ -105,6 +105,12 @@ def test_views_from_labels_that_are_no_pair_say_what_was_expected(given):
         MultiViewKG.from_labels([("x", "r", "y")], views={"text": given})
 
 
+@pytest.mark.parametrize("label", [3, ["a", "b"], None])
+def test_what_is_no_label_is_said_to_be_none(label):
+    with pytest.raises(UnknownLabelError, match=r"label of one entity, a text; received"):
+        small_kg().id_of(label)
+
+
 def test_unsorted_views_come_out_sorted_by_entity_with_their_sources():
     entity = torch.tensor([2, 0, 2, 1, 0])
     feat = torch.arange(5.0)[:, None]
