@@ -122,9 +122,9 @@ def _share_the_cores() -> None:
 
     GNU OpenMP reads this when torch is loaded. Its threads otherwise stay on their cores for
     milliseconds at the end of each operation, and where another program has work for these cores,
-    the last thread of an operation waits for one: a step takes several times as long. What is set
-    here is GNU OpenMP's own choice where it sees more threads than cores; the other program it
-    cannot see.
+    the last thread of an operation waits for one: a step takes several times as long. Where it sees
+    more threads of its own than cores, GNU OpenMP lowers its 300,000 spins in the same way
+    (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html); other programs it cannot see.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "1000"

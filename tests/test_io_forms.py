@@ -344,6 +344,17 @@ def test_a_folder_that_holds_train_alone_is_split_where_shares_are_given(name, t
     assert sum(part.total() for part in labelled(parts).values()) == 45
 
 
+def test_a_graph_is_split_as_told_and_takes_no_option_of_files():
+    rows = [(f"e{i}", "r", f"e{j}") for i in range(10) for j in range(i)]
+    kg = MultiViewKG.from_labels(rows)
+    assert load_kg(kg, "published") is kg
+    parts = load_kg(kg, "published", split=(0.6, 0.2, 0.2))
+    assert (len(parts.train), len(parts.valid), len(parts.test)) == (27, 9, 9)
+    assert load_kg(parts, "published", split=(0.6, 0.2, 0.2)) is parts
+    with pytest.raises(DataError, match="columns: a MultiViewKG has no such option"):
+        load_kg(kg, columns=[0, 2, 1])
+
+
 @pytest.mark.parametrize("owners", ["ids", "rows"])
 def test_ids_that_are_labels_of_other_entities_are_warned_of(owners, caplog):
     kg = MultiViewKG.from_labels([("2", "r", "0"), ("0", "r", "1")])

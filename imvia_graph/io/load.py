@@ -78,7 +78,7 @@ def load_kg(
           (n, 3) numpy or torch array of ids or labels, a PyKEEN factory or data set;
         - a dict of such files, frames, arrays or factories by split (``train``, ``valid``,
           ``test``);
-        - a `MultiViewKG`, which is taken as it is.
+        - a `MultiViewKG`, of which validation and, without splits, ``split`` make another.
     validation : {"auto", "published", "held-out"}
         ``published`` takes the source's validation set as it is; ``held-out`` carves 5 % of the
         training triples instead (see `imvia_graph.splits.hold_out`) and puts the source's
@@ -153,8 +153,6 @@ def load_kg(
             f"hold_out_by: expected one of auto, {', '.join(get_args(By))}; received"
             f" {hold_out_by!r}."
         )
-    if isinstance(source, MultiViewKG):
-        return with_validation(source, validation, seed, hold_out_by)
     options = {
         "columns": columns,
         "header": header,
@@ -166,7 +164,12 @@ def load_kg(
         "relations": relations,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    read = _read(source, format, options)
+    read: Source | MultiViewKG
+    if isinstance(source, MultiViewKG):
+        _only(options, "folders", "a MultiViewKG")
+        read = source
+    else:
+        read = _read(source, format, options)
     if isinstance(read, Source):
         # A folder that holds train alone is split where that is asked for.
         read.whole |= _is_asked_for(split) and set(read.parts) == {"train"}
