@@ -151,13 +151,10 @@ def fit(
                 kg, out=out, settings=settings, callbacks=_callbacks(bar, tensorboard, out)
             )
     except KeyboardInterrupt as error:
-        _close(bar)
         more = ""
         if out is not None and is_run(out):
             more = f" Go on with: imvia-graph fit --resume --out {shlex.quote(str(out))}"
         raise stopped(error, f"Stopped.{more}") from None
-    finally:
-        _close(bar)
     assert run.folder is not None
     for split in ("test", "valid"):
         if len(run.kg.triples(split)):
@@ -211,11 +208,6 @@ def _launch(processes: int, source: str | None, out: Path | None) -> None:
                 raise
             click.echo("A process was killed; all go on from the last checkpoint.", err=True)
             os.environ[RESTARTED] = "1"
-
-
-def _close(bar: Callback) -> None:
-    if isinstance(bar, ProgressBar):
-        bar.close()
 
 
 def _callbacks(bar: Callback, tensorboard: bool, out: Path) -> list[Callback]:

@@ -88,7 +88,7 @@ _LOADING = {
         "--split",
         callback=_shares,
         help="Shares of train, validation and test for a source without splits; none: all in"
-        " train.  [default: 0.8,0.1,0.1]",
+        " train.  [default: 0.8,0.1,0.1 for a file; a folder with train alone stays whole]",
     ),
 }
 

@@ -55,6 +55,14 @@ def map_features(path: Path) -> tuple[Tensor, Mapped | None]:
     return _files.read_features(path), None  # which says why it cannot be read
 
 
+def is_at(path: Path, source: Mapped | None) -> bool:
+    """Whether what features are mapped from is a path."""
+    try:
+        return source is not None and path.samefile(source.path)
+    except OSError:
+        return False
+
+
 def put(path: Path, feat: Tensor, source: Mapped | None, may_link: bool) -> dict[str, Any] | None:
     """Have features at a path: a clone, a link or a copy, as told above.
 
@@ -140,4 +148,4 @@ def _cloned(source: Path, path: Path) -> bool:
     return True
 
 
-__all__ = ["LARGE", "Mapped", "check", "is_record", "map_features", "put"]
+__all__ = ["LARGE", "Mapped", "check", "is_at", "is_record", "map_features", "put"]

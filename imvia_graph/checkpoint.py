@@ -43,7 +43,7 @@ from torch import Tensor
 from imvia_graph import _files
 from imvia_graph._version import __version__
 from imvia_graph.distributed import Shards
-from imvia_graph.errors import CheckpointError, StorageError
+from imvia_graph.errors import CheckpointError, DataError, IMVIAError, StorageError
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.model import IMVIA
 from imvia_graph.optimizers import plain_groups
@@ -79,7 +79,7 @@ def check_free(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / LOCK).is_file() or is_run(folder):
-        hint = "; --resume (resume=True) goes on with it" if is_run(folder) else ""
+        hint = "; --resume (resume=True) goes on with it" if is_resumable(folder) else ""
         raise CheckpointError(f"{folder} exists and is not empty{hint}. Choose another folder.")
 
 
@@ -109,10 +109,8 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def start_run(folder: Path, kg: MultiViewKG, settings: Settings, resumable: bool = True) -> None:
+def start_run(folder: Path, kg: MultiViewKG, settings: Settings) -> None:
     """Make a run folder; to be called with it `locked`.
-
-    ``resumable`` says whether there will be checkpoints that training goes on from.
 
     Raises
     ------
@@ -120,18 +118,23 @@ def start_run(folder: Path, kg: MultiViewKG, settings: Settings, resumable: bool
         The folder holds something already; nothing in it is touched.
     """
     check_free(folder)
+    _write_graph(folder, kg, settings)
+    _files.write_json(folder / "run.json", _about(kg))
+
+
+def _write_graph(folder: Path, kg: MultiViewKG, settings: Settings) -> None:
     shutil.rmtree(folder / "kg", ignore_errors=True)  # of a process that was killed making it
     kg.save(folder / "kg", may_link=True)
     _files.write_text(folder / "settings.yaml", settings.to_yaml())
+
+
+def _about(kg: MultiViewKG) -> dict[str, Any]:
     versions = {
         "imvia-graph": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    about = {"format": FORMAT, "version": FORMAT_VERSION, "kg": kg.name, "versions": versions}
-    if not resumable:
-        about["resumable"] = False
-    _files.write_json(folder / "run.json", about)
+    return {"format": FORMAT, "version": FORMAT_VERSION, "kg": kg.name, "versions": versions}
 
 
 def save_run(
@@ -147,18 +150,35 @@ def save_run(
     Raises
     ------
     CheckpointError
-        The folder holds something already; nothing in it is touched.
+        The folder holds something already, in which nothing is touched; or is another process's.
     """
-    shards = model.shards
-    if shards.is_first:
-        check_free(folder)
-        with locked(folder):
-            start_run(folder, kg, settings, resumable=False)
-            lines = (json.dumps(record, ensure_ascii=False) for record in history)
-            _files.write_text(folder / METRICS, "".join(f"{line}\n" for line in lines))
+    shards, refused = model.shards, None
+    with contextlib.ExitStack() as stack:
+        if shards.is_first:
+            try:
+                check_free(folder)
+                stack.enter_context(locked(folder))
+                _write_graph(folder, kg, settings)
+                lines = (json.dumps(record, ensure_ascii=False) for record in history)
+                _files.write_text(folder / METRICS, "".join(f"{line}\n" for line in lines))
+            except IMVIAError as error:
+                refused = error
+        told = shards.first_tells(None if refused is None else str(refused))
+        if told is not None:
+            raise refused or CheckpointError(told)
+        save_model(folder / BEST, model.state_dict(), progress, shards, split_names(model))
+        if shards.is_first:  # last, so that what is a run has a model
+            _files.write_json(folder / "run.json", {**_about(kg), "resumable": False})
     shards.wait()
-    save_model(folder / BEST, model.state_dict(), progress, shards, split_names(model))
-    shards.wait()
+
+
+def is_resumable(folder: Path) -> bool:
+    """Whether a run folder is one that training goes on with, by what its ``run.json`` says."""
+    try:
+        about = _files.read_json(folder / "run.json")
+    except (OSError, DataError):
+        return False
+    return isinstance(about, dict) and about.get("resumable") is not False
 
 
 def is_run(folder: Path) -> bool:
@@ -488,7 +508,7 @@ def load_last(folder: Path, trainer: Trainer) -> None:
     """
     last, previous = (_files.inside(folder, name) for name in (LAST, PREVIOUS))
     if not last.is_file() and not previous.is_file():
-        if _files.read_json(folder / "run.json").get("resumable") is False:
+        if not is_resumable(folder):
             raise CheckpointError(
                 f"{folder} holds a model that was saved after training, without what going on with"
                 " it needs. To be able to resume, train with a run folder: fit(..., out=...)."

@@ -203,7 +203,8 @@ class MultiViewKG:
         train, valid, test : iterable of (head, relation, tail)
             Labels.
         views : mapping, optional
-            Modality to ``(feat, entity labels)`` or `Views`, whose ``entity`` may be labels here.
+            Modality to ``(feat, entity)`` or `Views`; whose each row of ``feat`` is, by labels or
+            by ids.
         **options
             Further arguments of `MultiViewKG`.
 
@@ -227,13 +228,17 @@ class MultiViewKG:
         known: dict[str, Views] = {}
         for modality, value in (views or {}).items():
             where = f"views[{modality!r}]"
-            if not isinstance(value, Views) and not (isinstance(value, tuple) and len(value) == 2):
+            pair = isinstance(value, (tuple, list)) and len(value) == 2
+            if not (pair or isinstance(value, Views)):
                 raise DataError(
                     f"{where}: expected Views, or a pair of features (views, width) and the label"
                     f" of the entity of each; received {type(value).__name__}."
                 )
-            feat, whose = value[0], value[1]
-            ids = whose if isinstance(whose, Tensor) else encode_labels(whose, entities, where)
+            feat, ids = value[0], value[1]
+            if not isinstance(ids, Tensor):
+                whose = pl.Series("label", ids)
+                is_text = whose.dtype == pl.String
+                ids = encode_labels(whose, entities, where) if is_text else torch.as_tensor(ids)
             known[modality] = (
                 value._replace(entity=ids) if isinstance(value, Views) else Views(feat, ids)
             )
@@ -570,10 +575,25 @@ class MultiViewKG:
                 if labels is not None:
                     _files.check_tsv_labels(folder / file, labels)
         folder.mkdir(parents=True, exist_ok=True)
+        # What takes long and room goes beside what is there, which is whole until that is done.
+        links, staged = {}, {}
+        try:
+            for modality, held in self._held.items():
+                path = folder / "views" / f"{modality}.safetensors"
+                if not _linked.is_at(path, held.file):
+                    staged[path] = path.with_name(f"{path.name}.new")
+                    staged[path].unlink(missing_ok=True)
+                linked = _linked.put(staged.get(path, path), held.feat, held.file, may_link)
+                if linked is not None:
+                    links[modality] = linked
+        except BaseException:
+            for new in staged.values():
+                new.unlink(missing_ok=True)
+            raise
         left_over = _old_modalities(folder)
-        # A folder that is not written to its end is none that `load` takes.
-        unfinished = {"format": FORMAT, "version": FORMAT_VERSION, UNFINISHED: True}
-        _files.write_json(folder / "kg.json", unfinished)
+        # From here to the end the folder is none that `load` takes.
+        marked = {"format": FORMAT, "version": FORMAT_VERSION, UNFINISHED: True}
+        _files.write_json(folder / "kg.json", {**_old_about(folder), **marked})
         for file, column, labels, names in tables:
             _files.write_label_table(folder / file, column, labels, names)
         for part in PARTS:
@@ -583,12 +603,10 @@ class MultiViewKG:
                 _tables.write_table(path, frame)
             else:
                 path.unlink(missing_ok=True)  # of a graph that was saved here before
-        links = {}
+        for path, new in staged.items():
+            new.replace(path)
         for modality, held in self._held.items():
             path = folder / "views" / f"{modality}.safetensors"
-            linked = _linked.put(path, held.feat, held.file, may_link)
-            if linked is not None:
-                links[modality] = linked
             owners = self._entities.gather(pl.Series(held.entity.numpy()))
             _files.write_view_table(path.with_suffix(".csv"), owners, held.source)
         for modality in left_over:
@@ -819,7 +837,8 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if about.get(UNFINISHED):
         raise DataError(
             f"{path}: the graph was not written to its end: writing it was stopped, or there was no"
-            " room left. Write it again."
+            " room left. Write it again; or, if that cannot be, remove 'unfinished' from this file:"
+            " the triples, labels and views in the folder are then of two graphs."
         )
     for key in ("modalities", "notes"):
         listed = about.get(key, [])
@@ -862,6 +881,15 @@ def is_whole(folder: Path) -> bool:
         return False
     about = _files.read_json(path)
     return not (isinstance(about, dict) and about.get(UNFINISHED))
+
+
+def _old_about(folder: Path) -> dict[str, Any]:
+    """What kg.json says of a folder that is written over; nothing where it says nothing."""
+    try:
+        about = _files.read_json(folder / "kg.json")
+    except (OSError, DataError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _old_modalities(folder: Path) -> list[str]:

@@ -37,8 +37,8 @@ class MutualInformation(nn.Module):
         \qquad x = \hat e_m, \; y = \hat e_n
 
     The estimators learn by maximum likelihood (`estimation_loss`) on detached embeddings, with an
-    optimizer of their own; `forward` then bounds with the estimators as they are, and gives them no
-    gradient: who made the bound small would else make it wrong.
+    optimizer of their own. `forward` bounds with the estimators as they are and gives them no
+    gradient: trained to make L1 small, they would no longer estimate, and it would bound nothing.
 
     Parameters
     ----------

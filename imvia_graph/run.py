@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ class Run:
         """Write a run folder, which `load` reads: the model, its graph, settings and history.
 
         What was trained with ``out`` has one already. What is saved afterwards can do all but be
-        resumed.
+        resumed. Of several processes all call this.
 
         Parameters
         ----------
@@ -182,7 +181,7 @@ class Run:
         """What the model makes of a triple; see `imvia_graph.inference.explain`."""
         return inference.explain(self.model, self.kg, head=head, relation=relation, tail=tail)
 
-    @cached_property
+    @property
     def encoder(self) -> EntityEncoder:
         """The embedding half of the model, a source of features for other models."""
         return EntityEncoder(self.model)
@@ -257,11 +256,12 @@ class EntityEncoder(nn.Module):
         parts = {name: getattr(model, name) for name in ("entity", "residual", "encoder", "joint")}
         half._modules = {**parts, "relation": nn.ModuleList(model.relation[:1])}
         self.model = half
-        #: Not as a module of this one. A copy has none.
+        #: The model that this is a part of. In a list, which keeps it out of the modules; a copy,
+        #: which shares nothing with it, has an empty one.
         self._whole = [model]
 
     def _apply(self, fn: Any, recurse: bool = True) -> EntityEncoder:
-        """Move or convert the whole model, of which a half would not fit the other."""
+        """Move or convert the model that this is a part of, so that its parts stay alike."""
         for model in self._whole:
             model._apply(fn, recurse)
             return self

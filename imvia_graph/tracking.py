@@ -7,7 +7,6 @@ holds of each epoch.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,7 +55,7 @@ class ProgressBar(Callback):
             completed=trainer.progress.epoch * steps + trainer.progress.batch,
             status="",
         )
-        if self.live:
+        if self.live and trainer.shards.is_first:
             self.progress.start()
 
     def on_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
@@ -77,16 +76,19 @@ class ProgressBar(Callback):
             )
         self.progress.update(self.task, status=status)
         every = max(1, trainer.epochs // 10)
-        if not self.live and (record["epoch"] % every == 0 or trainer.progress.ended):
-            print(f"{status}  {record['seconds']:.1f} s", file=sys.stderr, flush=True)
+        tells = not self.live and trainer.shards.is_first
+        if tells and (record["epoch"] % every == 0 or trainer.progress.ended):
+            self.console.print(f"{status}  {record['seconds']:.1f} s", soft_wrap=True)
 
-    def on_stop(self, trainer: Trainer) -> None:
-        """Take the bar away: a word about the stop follows."""
-        self.close()
+    def on_close(self, trainer: Trainer) -> None:
+        """Take the bar away."""
+        self.progress.stop()
 
     def on_end(self, trainer: Trainer) -> None:
         """Say why training ended."""
-        self.close()
+        if not trainer.shards.is_first:
+            return
+        self.progress.stop()
         progress = trainer.progress
         reason = {
             "epochs": "all epochs are done",
@@ -102,11 +104,6 @@ class ProgressBar(Callback):
             f"Trained {progress.epoch} epochs in {progress.seconds:.0f} s: {reason}; {chosen}."
             f"{left}"
         )
-
-    def close(self) -> None:
-        """Take the bar off the terminal."""
-        if self.live:
-            self.progress.stop()
 
 
 class TensorBoard(Callback):
@@ -173,4 +170,4 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-__all__ = ["TensorBoard", "scalars"]
+__all__ = ["ProgressBar", "TensorBoard", "scalars"]

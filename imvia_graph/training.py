@@ -71,6 +71,9 @@ class Callback:
     def on_end(self, trainer: Trainer) -> None:
         """After the last epoch."""
 
+    def on_close(self, trainer: Trainer) -> None:
+        """Last of all, however training ended: by an error, too."""
+
 
 class _Stopped(Exception):  # noqa: N818 - it was asked for
     """Training was asked to stop."""
@@ -279,6 +282,14 @@ class Trainer:
         more_patience = settings.patience is None or progress.waited < settings.patience
         if progress.epoch < epochs and more_patience:
             progress.ended = ""  # a run that ended, resumed with more epochs or patience
+        try:
+            return self._fit(epochs)
+        finally:
+            for callback in self.callbacks:
+                callback.on_close(self)
+
+    def _fit(self, epochs: int) -> Progress:
+        progress = self.progress
         for callback in self.callbacks:
             callback.on_start(self)
         try:

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_same_kg, contents, ring_kg, write_folder
 
 import imvia_graph as ig
-from imvia_graph import DataError, MultiViewKG, UnknownLabelError, Views
+from imvia_graph import DataError, MultiViewKG, UnknownLabelError, Views, _linked
 
 SPLITS = ("train", "valid", "test")
 
@@ -96,6 +96,14 @@ def test_views_from_labels_may_say_where_they_are_from():
     views = Views(torch.tensor([[1.0], [2.0]]), ["y", "x"], ["of y", "of x"])
     kg = MultiViewKG.from_labels([("x", "r", "y")], views={"text": views})
     assert kg.view_sources("text") == ["of x", "of y"]
+    assert kg.views("text")[0].tolist() == [[2.0], [1.0]]
+
+
+@pytest.mark.parametrize("whose", [[1, 0], torch.tensor([1, 0]), ["y", "x"]])
+@pytest.mark.parametrize("form", [tuple, list, lambda pair: Views(*pair)])
+def test_views_from_labels_are_told_apart_by_labels_or_ids(whose, form):
+    given = form([torch.tensor([[1.0], [2.0]]), whose])
+    kg = MultiViewKG.from_labels([("x", "r", "y")], views={"text": given})
     assert kg.views("text")[0].tolist() == [[2.0], [1.0]]
 
 
@@ -499,21 +507,45 @@ def test_the_kg_folder_holds_the_files_that_its_layout_names(tmp_path):
     )
 
 
-def test_a_folder_that_was_not_written_to_its_end_does_not_pass_for_a_graph(tmp_path, monkeypatch):
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_where_there_is_no_room_for_features_the_graph_that_was_there_stays(tmp_path, monkeypatch):
     old = ring_kg()
     folder = old.save(tmp_path / "kg")
-    new = ring_kg().replace(views={"image": old._views("image")}, train=old.train[:-1])
+    before = contents(folder)
+    image = old._views("image")
+    new = old.replace(views={"image": image._replace(feat=image.feat + 1)}, train=old.train[:-1])
+    put = _linked.put
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def then_full(*arguments):
+        put(*arguments)
+        full_disk()
 
     with monkeypatch.context() as patch:
-        patch.setattr("imvia_graph._linked.put", full)
+        patch.setattr("imvia_graph._linked.put", then_full)
+        with pytest.raises(OSError, match="No space left"):
+            new.save(folder)
+    assert contents(folder) == before
+    new.save(folder)
+    assert_same_kg(MultiViewKG.load(folder), new.replace(name=old.name))
+    assert not list((folder / "views").glob("text*"))
+
+
+def test_a_folder_that_was_not_written_to_its_end_does_not_pass_for_a_graph(tmp_path, monkeypatch):
+    old = ring_kg().replace(notes=["Read somewhere."])
+    folder = old.save(tmp_path / "kg")
+    new = old.replace(views={"image": old._views("image")}, train=old.train[:-1])
+    with monkeypatch.context() as patch:
+        patch.setattr("imvia_graph._tables.write_table", full_disk)
         with pytest.raises(OSError, match="No space left"):
             new.save(folder)
     with pytest.raises(DataError, match=r"kg\.json: the graph was not written to its end"):
         MultiViewKG.load(folder)
-    assert (folder / "views" / "text.safetensors").exists()  # what it does not have goes last
+    about = json.loads((folder / "kg.json").read_text())
+    assert (about["name"], about["notes"]) == (old.name, old.notes)
+    assert (folder / "views" / "text.safetensors").exists()  # what the new one lacks goes last
     new.save(folder)
     assert_same_kg(MultiViewKG.load(folder), new.replace(name=old.name))
     assert not (folder / "views" / "text.safetensors").exists()

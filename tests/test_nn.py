@@ -736,6 +736,15 @@ def test_one_row_of_a_relation_serves_all(graph):
     torch.testing.assert_close(conv(graph, pair, relation), conv(graph, pair, relation[0]))
 
 
+def test_one_relation_of_a_table_serves_all():
+    conv = GatedViewConv(2, 3, 4)
+    views = torch.rand(4, 2), torch.tensor([0, 3, 4, 4, 4, 4])
+    entity, table = torch.rand(5, 3), torch.rand(6, 4)
+    expected = conv.aggregate(*views, torch.arange(5), entity, table[2])
+    found = conv.aggregate(*views, torch.arange(5), entity, table, relation=torch.tensor([2]))
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_pointer_beyond_the_views_is_refused_by_the_layer():
     conv = GatedViewConv(2, 3)
     with pytest.raises(ig.IMVIAError, match="number of views, 4"):

@@ -775,6 +775,11 @@ def test_converting_the_encoder_of_a_run_converts_the_run_and_not_a_half_of_it(r
     assert all(part.dtype == torch.float64 for part in model[0]().values())
     for found, expected in zip(mine.predict(**asked), run.predict(**asked), strict=True):
         assert found.score == pytest.approx(expected.score, abs=1e-4)
+    # So does a copy of the run, whose encoder is its own.
+    other = copy.deepcopy(run)
+    other.encoder.double()
+    assert {p.dtype for p in other.model.parameters()} == {torch.float64}
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
     # A copy stands alone.
     assert {p.dtype for p in apart.parameters()} == {torch.float32}
     apart.double()

@@ -767,6 +767,26 @@ def test_a_run_that_was_saved_afterwards_loads_as_it_is(tmp_path):
     assert contents(tmp_path / "run") == before
 
 
+def test_a_run_that_could_not_be_saved_can_be_saved_there_again(tmp_path, monkeypatch):
+    run = ig.fit(ring_kg(), settings=settings(epochs=1))
+
+    def full(*_):
+        raise ig.StorageError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_model", full)
+        with pytest.raises(ig.StorageError):
+            run.save(tmp_path / "run")
+    assert run.folder is None
+    with pytest.raises(CheckpointError, match=r"no run\.json"):
+        ig.load(tmp_path / "run")
+    run.save(tmp_path / "run")
+    assert ig.load(tmp_path / "run", device="cpu").evaluate() == run.evaluate()
+    with pytest.raises(CheckpointError, match="not empty") as refused:
+        run.save(tmp_path / "run")
+    assert "resume" not in str(refused.value)
+
+
 def test_a_run_with_a_folder_can_be_saved_elsewhere_and_has_the_history_of_all_its_parts(tmp_path):
     ig.fit(ring_kg(), out=tmp_path / "run", settings=settings(epochs=1))
     run = ig.fit(out=tmp_path / "run", resume=True, epochs=3)

@@ -1,11 +1,13 @@
 """TensorBoard gets what metrics.jsonl gets, also from a run that is resumed."""
 
+import io
 import json
 import sys
 
 import pytest
 from click.testing import CliRunner
 from helpers import TINY, ring_kg, settings
+from rich.console import Console
 
 import imvia_graph as ig
 from imvia_graph.cli import command_line
@@ -60,3 +62,28 @@ def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ig.IMVIAError, match=r"pip install 'imvia-graph\[tensorboard\]'"):
         ig.TensorBoard(tmp_path)
+
+
+# -- the progress bar -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_tells_epochs_on_the_console_that_it_is_given(terminal, capsys):
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=terminal, width=100, highlight=False)
+    ig.fit(ring_kg(), settings=settings(), callbacks=[ig.ProgressBar(console)])
+    assert "epoch 3/3  loss" in shown.getvalue()
+    assert "Trained 3 epochs" in shown.getvalue()
+    assert capsys.readouterr().err == ""
+
+
+class Fails(ig.Callback):
+    def on_epoch(self, trainer, record):
+        raise KeyError("mine")
+
+
+def test_the_bar_is_taken_away_whatever_ends_training():
+    bar = ig.ProgressBar(Console(file=io.StringIO(), force_terminal=True))
+    with pytest.raises(KeyError, match="mine"):
+        ig.fit(ring_kg(), settings=settings(), callbacks=[bar, Fails()])
+    assert not bar.progress.live.is_started

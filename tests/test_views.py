@@ -323,6 +323,11 @@ def test_views_may_be_given_with_whose_they_are():
     assert ptr.diff().nonzero().flatten().tolist() == [seen.id_of("e1"), seen.id_of("e3")]
 
 
+def test_what_is_no_pair_of_features_and_whose_they_are_says_what_was_expected():
+    with pytest.raises(ig.DataError, match=r"views\['sound'\]: expected .* received 1 things"):
+        io.with_views(ring_kg(), {"sound": (torch.ones(2, 2),)})
+
+
 def test_the_other_modalities_are_kept():
     kg = ring_kg()
     seen = io.with_views(kg, {"image": torch.ones(12, 2), "sound": torch.ones(12, 1)})

@@ -21,6 +21,7 @@ import torch
 
 import imvia_graph as ig
 from imvia_graph.io import read_names
+from imvia_graph.kg import is_whole
 
 DATASETS = ("MKG-Y", "MKG-W", "DB15K")
 #: Those and the one that comes with the package, views included.
@@ -65,7 +66,7 @@ def main(names: tuple[str, ...], data: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     for name in names or DATASETS:
         out = data / name
-        if (out / "kg.json").exists():
+        if is_whole(out):
             click.echo(f"{out} is there.")
         else:
             make(name, out)

@@ -83,6 +83,11 @@ def with_views(
         elif isinstance(value, Tensor | np.ndarray):
             given[modality] = views_from_array(value, kg, where=where)
         elif isinstance(value, tuple):
+            if len(value) != 2:
+                raise DataError(
+                    f"{where}: expected a file, an array, Views, or a pair of an array and whose"
+                    f" each of its rows is; received {len(value)} things."
+                )
             feat, entity = value
             given[modality] = views_from_array(
                 feat, kg, entity=entity, skip_unknown=skip_unknown, where=where

@@ -191,7 +191,7 @@ def _built(source: Source, split: Sequence[float] | bool, seed: int) -> MultiVie
 
 
 def _is_asked_for(split: Sequence[float] | bool) -> bool:
-    """Whether someone has said how to split, and not only not how not to."""
+    """Whether shares were given, rather than the default taken."""
     return not isinstance(split, bool)
 
 

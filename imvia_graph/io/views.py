@@ -510,9 +510,9 @@ def warn_of_numeric_labels(ids: Tensor, labels: Sequence[str], where: str) -> No
         first = int(moved.arg_max() or 0)
         logger.warning(
             "%s: the entities' labels are numbers, and not in their order: %d is taken as a place,"
-            " that of the entity labelled %r. If labels are meant, give them as text, or load the"
-            " graph with its labels in order (load_kg(..., entities=[...]), or a KG folder's"
-            " entities.tsv).",
+            " that of the entity labelled %r. That is right where places are meant (rows in the"
+            " order of kg.entities). If labels are, give them as text, or load the graph with its"
+            " labels in order (load_kg(..., entities=[...]), or a KG folder's entities.tsv).",
             where,
             int(distinct[first]),
             own[first],

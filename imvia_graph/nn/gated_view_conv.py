@@ -225,8 +225,8 @@ class GatedViewConv(nn.Module):
         get_weight : bool, optional
             Whether to return the weights of the views too.
         relation : Tensor, optional
-            (B,) int64 rows of ``rel_feat``, which is then (relations, rel_feats): their half of the
-            gate is made once for all queries of a relation.
+            (B,) int64 rows of ``rel_feat``, which is then (relations, rel_feats), or (1,) for all:
+            their half of the gate is made once for all queries of a relation.
 
         Returns
         -------
@@ -241,7 +241,12 @@ class GatedViewConv(nn.Module):
             Features of another number of rows than there are queries; on a CPU also entities and a
             pointer that lead outside the views.
         """
-        rel_feat = self._check_rows(entity, entity_feat, rel_feat, relation)
+        if rel_feat is not None and rel_feat.dim() == 2:  # one row that is meant for all
+            if relation is None and len(rel_feat) == 1:
+                rel_feat = rel_feat[0]
+            elif relation is not None and len(relation) == 1:
+                rel_feat, relation = rel_feat[relation[0]], None
+        self._check_rows(entity, entity_feat, rel_feat, relation)
         picking.check_range(view_feat, ptr, entity)
         if picking.apart(view_feat, entity):
             view_feat, ptr, entity = picking.pick_views(view_feat, ptr, entity)
@@ -281,23 +286,18 @@ class GatedViewConv(nn.Module):
     @staticmethod
     def _check_rows(
         entity: Tensor, entity_feat: Tensor, rel_feat: Tensor | None, relation: Tensor | None
-    ) -> Tensor | None:
-        """The relation features, once it is sure that there is a row of everything a query."""
+    ) -> None:
         rows = {"entity_feat": entity_feat}
         if relation is not None:
             rows["relation"] = relation
         elif rel_feat is not None and rel_feat.dim() == 2:
-            if len(rel_feat) == 1:
-                rel_feat = rel_feat[0]
-            else:
-                rows["rel_feat"] = rel_feat
+            rows["rel_feat"] = rel_feat
         for name, part in rows.items():
             if len(part) != len(entity):
                 raise IMVIAError(
                     f"GatedViewConv: expected a row of {name} for each of {len(entity)} queries;"
                     f" received {tuple(part.shape)}."
                 )
-        return rel_feat
 
     def gate(
         self, entity_feat: Tensor, rel_feat: Tensor | None = None, relation: Tensor | None = None
