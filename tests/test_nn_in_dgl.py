@@ -58,7 +58,8 @@ def graph(request):
 
 
 def pair_of(graph, dtype=torch.float32):
-    sources, destinations = graph.num_src_nodes(), graph.num_dst_nodes()
+    source, _, destination = graph.canonical_etypes[0]
+    sources, destinations = graph.num_src_nodes(source), graph.num_dst_nodes(destination)
     return torch.randn(sources, WIDTH, dtype=dtype), torch.randn(destinations, 4, dtype=dtype)
 
 
