@@ -338,7 +338,7 @@ def plot(report: dict[str, Any], picture: Path) -> None:
     rows = report["rows"]
     sizes = [row["entities"] for row in rows]
     figure, (time_axes, memory_axes, rate_axes) = pyplot.subplots(
-        1, 3, figsize=(10.5, 3.6), layout="constrained"
+        1, 3, figsize=(10.5, 4.2), layout="constrained"
     )
     lines: dict[str, list[float]] = {
         "epoch of training": [row["steps_an_epoch"] * row["step_median"] for row in rows],
@@ -371,9 +371,13 @@ def plot(report: dict[str, Any], picture: Path) -> None:
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        # Below, where no line runs through it.
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+        axes.legend(frameon=False, fontsize=8, **below)
     about = report["machine"]
-    figure.suptitle(f"{about['device']}, {about['threads']} threads", fontsize=10)
+    figure.suptitle(
+        f"{about['device']}, {about['threads']} thread{'s' * (about['threads'] != 1)}", fontsize=10
+    )
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, metadata={"Date": None})
     click.echo(f"Written to {picture}")
