@@ -152,7 +152,8 @@ def save_run(
     CheckpointError
         The folder holds something already, in which nothing is touched; or is another process's.
     """
-    shards, refused = model.shards, None
+    shards = model.shards
+    refused: Exception | None = None
     with contextlib.ExitStack() as stack:
         if shards.is_first:
             try:
@@ -161,7 +162,7 @@ def save_run(
                 _write_graph(folder, kg, settings)
                 lines = (json.dumps(record, ensure_ascii=False) for record in history)
                 _files.write_text(folder / METRICS, "".join(f"{line}\n" for line in lines))
-            except IMVIAError as error:
+            except (IMVIAError, OSError) as error:  # the others wait to hear of it
                 refused = error
         told = shards.first_tells(None if refused is None else str(refused))
         if told is not None:

@@ -44,7 +44,6 @@ class ProgressBar(Callback):
             TimeRemainingColumn(),
             console=self.console,
         )
-        self.loss: Tensor | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         """Show the bar: a unit a step."""
@@ -59,8 +58,7 @@ class ProgressBar(Callback):
             self.progress.start()
 
     def on_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
-        """Advance; the loss is read once an epoch, so that a GPU is not waited for."""
-        self.loss = losses["loss"]
+        """Advance; the loss is that of the epoch's record, for which no GPU is waited."""
         self.progress.advance(self.task)
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
