@@ -13,23 +13,20 @@ entities rest on; nothing else does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imvia_graph import _kernels
 from imvia_graph.answers import AnswerIndex, pointer
 from imvia_graph.distributed import Shards
 from imvia_graph.model import DECISION, IMVIA
 
-#: Queries and candidates of a tile at most: what scores of four heads a core's cache holds, and
+#: Queries and candidates of a tile at most: scores of four heads that a CPU's last cache holds, and
 #: what keeps a GPU busy.
-_SIDE, _SIDE_ON_GPU = 256, 4096
-#: From so many candidates on, tiles are twice as long and as wide: their products are faster, and
-#: the answers' tiles cost next to nothing beside them.
-_MANY = 2**16
+_SIDE, _SIDE_ON_GPU = 768, 4096
 #: Tiles whose candidates are made at a time.
 _MADE = 4
 #: Queries of a tile are filled up to a multiple: products of a row or two are computed otherwise.
@@ -38,6 +35,8 @@ _ROWS = 16
 _KEPT = 2**28
 #: Bytes of query vectors that such tables are used for at a time.
 _QUERIES = 2**28
+#: Bytes of relation matrices, of one head, that are made at a time.
+_MATRICES = 2**26
 
 
 class Batch(NamedTuple):
@@ -45,8 +44,8 @@ class Batch(NamedTuple):
 
     Attributes
     ----------
-    vectors : dict of str to Tensor
-        (B', d) a head; rows from B on are zeros.
+    vectors : Tensor
+        (heads, B', d); rows from B on are zeros.
     weights : Tensor
         (B, heads) of the decision.
     truth : Tensor
@@ -61,7 +60,7 @@ class Batch(NamedTuple):
         (B, heads + 1, 2) int64: better and tied candidates.
     """
 
-    vectors: dict[str, Tensor]
+    vectors: Tensor
     weights: Tensor
     truth: Tensor
     left_out: Tensor
@@ -111,8 +110,6 @@ class Counter:
             own = chosen.new_tensor([shards.start, shards.stop])
             self.first, self.last = torch.searchsorted(chosen, own).tolist()
         side = _SIDE if self.device.type == "cpu" else _SIDE_ON_GPU
-        if self.size >= _MANY:
-            side *= 2
         tiles = max(1, -(-self.size // side))
         self.width = _up(-(-self.size // tiles), 16)
         tiles = max(1, -(-self.size // self.width))
@@ -122,7 +119,7 @@ class Counter:
         dtype = model.entity.weight.dtype
         a_row = len(model.heads) * model.settings.dim * dtype.itemsize
         self.keeps = self.size * a_row <= _KEPT
-        self._kept: dict[str, Tensor] | None = None
+        self._kept: Tensor | None = None
         #: Queries, at least, to be given at a time, so that tables are not made too often.
         self.queries = 1 if self.keeps else max(1, _QUERIES // a_row)
         kernels = _kernels.load("scores") if self.device.type == "cpu" else None
@@ -143,13 +140,14 @@ class Counter:
         entity, relation, answer : Tensor
             (Q,) int64; known answers of a query and the answer itself do not compete.
         batch_size : int
-            Queries whose vectors are made at a time.
+            Queries whose vectors are made at a time, at most: fewer where they have many relations.
         on_part : callable, optional
             Called with the share that is done.
         """
         if not len(entity):
             return torch.zeros(0, len(self.wanted), 2, dtype=torch.int64, device=self.device)
-        parts = [part.split(batch_size) for part in (entity, relation, answer)]
+        sizes = self._sizes(relation, batch_size)
+        parts = [part.split(sizes) for part in (entity, relation, answer)]
         batches = [self.batch(*one) for one in zip(*parts, strict=True)]
         steps = len(batches) * len(self._chunks())
         done = 0
@@ -161,15 +159,20 @@ class Counter:
                     on_part(done / steps)
         return self.shards.sum_(torch.cat([batch.counts for batch in batches]))
 
+    def _sizes(self, relation: Tensor, batch_size: int) -> list[int]:
+        """Into what (Q,) sorted queries are split: matrices of their relations take memory, too."""
+        is_new = torch.ones_like(relation)
+        is_new[1:] = relation[1:] != relation[:-1]
+        a_matrix = self.model.settings.dim**2 * self.model.entity.weight.itemsize
+        many = (is_new.cumsum(0) - 1) // max(1, _MATRICES // a_matrix)
+        _, counts = torch.unique_consecutive(many, return_counts=True)
+        return [min(batch_size, n - i) for n in counts.tolist() for i in range(0, n, batch_size)]
+
     def batch(self, entity: Tensor, relation: Tensor, answer: Tensor) -> Batch:
         """What is to be known of (B,) queries before their candidates are looked at."""
         rows = len(entity)
-        vectors = {
-            head: _filled(vector, _up(rows, _ROWS))
-            for head, vector in self.model.queries_alike(entity, relation).items()
-        }
-        weights = self.model.decision_weights(relation)
-        weights = weights.to(vectors[self.model.heads[0]].dtype).contiguous()
+        vectors = _stacked(self.model.queries_alike(entity, relation), _up(rows, _ROWS))
+        weights = self.model.decision_weights(relation).to(vectors.dtype).contiguous()
         truth = self._truth(vectors, weights, answer)
         # Known answers and the answer itself, once each, as positions in this process's range.
         row, col = self.known.pairs(entity, relation)
@@ -202,39 +205,36 @@ class Counter:
             return range(0)
         return range(self.first // self.made * self.made, self.last, self.made)
 
-    def _tables(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yield where a chunk begins, and its candidates' vectors (made, d) a head."""
+    def _tables(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield where a chunk begins, and its candidates' vectors (heads, made, d)."""
         if self._kept is not None:
             for i, start in enumerate(self._chunks()):
-                rows = slice(i * self.made, (i + 1) * self.made)
-                yield start, {head: table[rows] for head, table in self._kept.items()}
+                yield start, self._kept[:, i * self.made : (i + 1) * self.made]
         else:
             for start in self._chunks():
                 yield start, self._make(start)
 
-    def _make(self, start: int) -> dict[str, Tensor]:
-        """Vectors (made, d) a head of the candidates from a position on."""
+    def _make(self, start: int) -> Tensor:
+        """Vectors (heads, made, d) of the candidates from a position on."""
         place = torch.arange(start, start + self.made, device=self.device).clamp_(max=self.size - 1)
         entity = place if self.chosen is None else self.chosen[place]
         # Those of other processes, too: what is made of theirs does not count, but how the rest is
         # made could depend on it.
-        return self.model.candidates(self.relation, entity)
+        return _stacked(self.model.candidates(self.relation, entity), self.made)
 
-    def _keep(self) -> dict[str, Tensor]:
-        """All vectors of this process, chunk after chunk."""
+    def _keep(self) -> Tensor:
+        """All vectors of this process, (heads, n, d), chunk after chunk."""
         if self._kept is None:
-            kept: dict[str, Tensor] = {}
             chunks = self._chunks()
+            heads, dim = len(self.model.heads), self.model.settings.dim
+            size = (heads, len(chunks) * self.made, dim)
+            self._kept = self.model.entity.weight.new_empty(size)
             for i, start in enumerate(chunks):
-                for head, part in self._make(start).items():
-                    if head not in kept:
-                        kept[head] = part.new_empty(len(chunks) * self.made, part.shape[1])
-                    kept[head][i * self.made : (i + 1) * self.made] = part
-            self._kept = kept
+                self._kept[:, i * self.made : (i + 1) * self.made] = self._make(start)
         return self._kept
 
-    def _answers(self, answer: Tensor) -> list[Tensor]:
-        """Vectors (B, d) of (B,) answers, head by head, on every process."""
+    def _answers(self, answer: Tensor) -> Tensor:
+        """Vectors (heads, B, d) of (B,) answers, on every process."""
         heads, dim = self.model.heads, self.model.settings.dim
         out = self.model.entity.weight.new_zeros(len(heads), len(answer), dim)
         mine = self.shards.owned(answer)
@@ -242,8 +242,7 @@ class Counter:
             if self.first < self.last:
                 place = answer.clamp(self.first, self.last - 1)
                 begin = self._chunks().start
-                for m, head in enumerate(heads):
-                    out[m] = self._keep()[head][place - begin]
+                torch.index_select(self._keep(), 1, place - begin, out=out)
         elif len(self.shards):
             for first in range(0, len(answer), self.made):
                 # As many as are made elsewhere, so that they are made in the same way.
@@ -254,7 +253,7 @@ class Counter:
                     out[m, first : first + len(part)] = made[head][: len(part)]
         if not self.shards.alone:
             self.shards.sum_(out.masked_fill_(~mine[None, :, None], 0))
-        return list(out)
+        return out
 
     # -- scores -----------------------------------------------------------------------------------
 
@@ -264,21 +263,12 @@ class Counter:
             stop = min(start + self.width, rows)
             yield slice(start, stop), slice(start, _up(stop, _ROWS))
 
-    def _scores(self, vectors: dict[str, Tensor], rows: slice, tables: Sequence[Tensor]) -> Tensor:
-        """(heads, rows, width) scores."""
-        first = tables[0]
-        out = first.new_empty(len(tables), rows.stop - rows.start, self.width)
-        for m, (head, table) in enumerate(zip(self.model.heads, tables, strict=True)):
-            torch.mm(vectors[head][rows], table.T, out=out[m])
-        return out
-
-    def _truth(self, vectors: dict[str, Tensor], weights: Tensor, answer: Tensor) -> Tensor:
+    def _truth(self, vectors: Tensor, weights: Tensor, answer: Tensor) -> Tensor:
         """(B, heads + 1) scores of the answers."""
         answers = self._answers(answer)
         found = weights.new_empty(len(answer), len(self.wanted))
         for rows, filled in self._slices(len(answer)):
-            tables = [_filled(table[rows], self.width) for table in answers]
-            scores = self._scores(vectors, filled, tables)
+            scores = _scores(vectors[:, filled], _filled(answers[:, rows], self.width))
             if self.kernels is not None:
                 given = (scores, weights[rows], found[rows])
                 cuts = _kernels.even_cuts(rows.stop - rows.start)
@@ -289,17 +279,16 @@ class Counter:
                     found[rows, m] = part.diagonal()
         return found
 
-    def _count_chunk(self, batch: Batch, start: int, tables: dict[str, Tensor]) -> None:
+    def _count_chunk(self, batch: Batch, start: int, tables: Tensor) -> None:
         """Count the candidates of a chunk that begins at a position."""
         for begin in range(start, start + self.made, self.width):
             low, high = max(self.first - begin, 0), min(self.last - begin, self.width)
             if low >= high:
                 continue
-            tile = slice(begin - start, begin - start + self.width)
-            mine = [tables[head][tile] for head in self.model.heads]
+            mine = tables[:, begin - start : begin - start + self.width]
             place = torch.tensor([begin, low, high])
             for rows, filled in self._slices(len(batch.truth)):
-                scores = self._scores(batch.vectors, filled, mine)
+                scores = _scores(batch.vectors[:, filled], mine)
                 if self.kernels is None:
                     self._count_plainly(batch, rows, scores, begin, low, high)
                     continue
@@ -366,13 +355,19 @@ class Counter:
             counts[:, m, 1] += tied
 
 
+def _scores(queries: Tensor, candidates: Tensor) -> Tensor:
+    """(heads, rows, width) scores of a tile."""
+    return torch.bmm(queries, candidates.transpose(1, 2))
+
+
 def _filled(rows: Tensor, count: int) -> Tensor:
-    """(n, d) rows with as many zeros behind them as make the count."""
-    if len(rows) == count:
-        return rows
-    out = rows.new_zeros(count, rows.shape[1])
-    out[: len(rows)] = rows
-    return out
+    """(heads, n, d) rows with as many zeros behind them as make the count."""
+    return nn.functional.pad(rows, (0, 0, 0, count - rows.shape[1]))
+
+
+def _stacked(rows: Mapping[str, Tensor], count: int) -> Tensor:
+    """(heads, count, d) of (n, d) rows a head, with zeros behind them."""
+    return _filled(torch.stack(list(rows.values())), count)
 
 
 def _up(number: int, multiple: int) -> int:

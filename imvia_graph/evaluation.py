@@ -142,7 +142,7 @@ def rank(
     model: IMVIA,
     triples: Tensor,
     known: AnswerIndex,
-    batch_size: int = 1024,
+    batch_size: int = 4096,
     heads: Sequence[str] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
     candidates: Tensor | None = None,
@@ -165,7 +165,7 @@ def rank(
     known : AnswerIndex
         Answers that do not compete: all that is known (`MultiViewKG.answers`), as is customary.
     batch_size : int
-        Queries at a time.
+        Queries whose vectors are made at a time, at most.
     heads : sequence of str, optional
         Which of the model's heads to rank beside ``decision``. Default: all.
     on_batch : callable, optional
@@ -325,7 +325,7 @@ def evaluate(
     model: IMVIA,
     kg: MultiViewKG,
     split: Split = "test",
-    batch_size: int = 1024,
+    batch_size: int = 4096,
     on_batch: Callable[[int, int], None] | None = None,
     candidates: int | Tensor | None = None,
     seed: int = 0,

@@ -460,7 +460,8 @@ def predict_all(
         k=k,
         include_known=include_known,
         include_self=include_self,
-        batch_size=run.settings.ranking_batch_size,
+        # All scores of these are held, which ranking does not do.
+        batch_size=min(run.settings.ranking_batch_size, 1024),
     )
     answer = found.entity
     given, asked_relation = entity[found.query], relation[found.query]

@@ -242,7 +242,7 @@ class Settings(BaseModel):
         " and scores of a batch take no more than 1 GiB, in one process, with the views on the"
         " device, backend auto or triton, without ema_decay, not in float16; it needs Triton.",
     )
-    ranking_batch_size: int = Field(1024, ge=1, description="Queries ranked at a time.")
+    ranking_batch_size: int = Field(4096, ge=1, description="Queries ranked at a time.")
 
     @classmethod
     def create(cls, *layers: Mapping[str, Any]) -> Settings:

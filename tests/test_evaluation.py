@@ -209,13 +209,13 @@ def as_lists(side):
 def little_tiles(monkeypatch, keeps=True):
     """Tiles of 16 candidates, two made at a time; tables are kept, or made for 32 queries.
 
-    Those that are not kept have tiles of 32 where there are 64 candidates.
+    Beside those that are not kept two relations have their matrices made at a time.
     """
     monkeypatch.setattr(_tiles, "_SIDE", 16)
     monkeypatch.setattr(_tiles, "_MADE", 2)
     if not keeps:
         monkeypatch.setattr(_tiles, "_KEPT", 0)
-        monkeypatch.setattr(_tiles, "_MANY", 64)
+        monkeypatch.setattr(_tiles, "_MATRICES", 2 * 4 * 4 * 8)
         monkeypatch.setattr(_tiles, "_QUERIES", 32 * 4 * 4 * 4)
 
 
