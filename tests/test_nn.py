@@ -451,6 +451,26 @@ def test_tucker_scores_match_the_loop():
     assert_agree(found, tensor(expected), [head, rel_feat, tails, decoder.core])
 
 
+def test_relations_with_few_queries_and_with_many_have_products_of_their_own():
+    sizes = {5: 1, 0: 1, 7: 2, 2: 3, 9: 4, 3: 7, 8: 5, 6: 66, 1: 70, 10: 66}
+    relation = torch.tensor([i for i, size in sizes.items() for _ in range(size)])
+    relation = relation[torch.randperm(len(relation))]
+    decoder = randomised(TuckerDecoder(3, 2, batch_norm=False)).double()
+    head, rel_feat = double(len(relation), 3), double(12, 2)
+    core, h, r = (numbers(part) for part in (decoder.core, head, rel_feat))
+    units = torch.eye(3).tolist()
+    expected = [
+        [loops.tucker(core, h[b], r[i], unit) for unit in units]
+        for b, i in enumerate(relation.tolist())
+    ]
+    assert_agree(
+        decoder(head, rel_feat, relation), tensor(expected), [head, rel_feat, decoder.core]
+    )
+    small = relation[:9]  # a gradient of the gradient, too
+    inputs = (double(9, 3), double(12, 2))
+    assert torch.autograd.gradgradcheck(lambda x, y: decoder(x, y, small), inputs)
+
+
 @pytest.mark.parametrize("width", [1, 3, 4])  # an odd one has a last number that is real
 def test_tucker_scores_with_blocks_match_the_loop(width):
     decoder = randomised(TuckerDecoder(width, 2, batch_norm=False)).double()

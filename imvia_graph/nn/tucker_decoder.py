@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -37,13 +38,33 @@ class Share(NamedTuple):
     num_relations: int
 
 
+class Run(NamedTuple):
+    """Relations, one after the other in their groups, that have about as many queries each.
+
+    Attributes
+    ----------
+    relations, queries : int
+        How many there are.
+    most : int
+        The most queries that one of them has.
+    slot : Tensor or None
+        (queries,) int64: their places where each relation has room for ``most``; None where each
+        has that many.
+    """
+
+    relations: int
+    queries: int
+    most: int
+    slot: Tensor | None
+
+
 class RelationGroups(NamedTuple):
     """Queries grouped by relation.
 
     Attributes
     ----------
     distinct : Tensor
-        (R,) int64, ascending; with ``offsets`` filled up with zeros.
+        (R,) int64: those with few queries first; with ``offsets`` ascending, filled up with zeros.
     order : Tensor
         (B,) int64: positions of the queries of the first of them, then of the second, …
     counts : list of int or None
@@ -53,6 +74,8 @@ class RelationGroups(NamedTuple):
     offsets : Tensor or None
         (R + 1,) int64: where each relation's queries begin in ``order``. On a GPU, which would have
         to be waited for to learn the counts.
+    runs : list of Run or None
+        All of them; None with ``offsets``.
     """
 
     distinct: Tensor
@@ -60,6 +83,7 @@ class RelationGroups(NamedTuple):
     counts: list[int] | None
     share: Share | None = None
     offsets: Tensor | None = None
+    runs: list[Run] | None = None
 
 
 def group_by_relation(
@@ -77,15 +101,48 @@ def group_by_relation(
     everything = relation
     if shards is not None:
         relation = relation[shards.part(len(relation))]
-    order = torch.argsort(relation, stable=True)
-    distinct, counts = torch.unique_consecutive(relation[order], return_counts=True)
-    groups = RelationGroups(distinct, order, counts.tolist())
+    distinct, place, counts = _by_size(relation)
+    order = torch.argsort(place, stable=True)
+    groups = RelationGroups(distinct, order, counts, runs=_runs(counts, relation.device))
     if shards is None or shards.alone:
         return groups
     rows = torch.arange(len(everything), device=relation.device)[shards.part(len(everything))]
-    of_all = everything.unique()
-    place = torch.searchsorted(of_all, distinct)
-    return groups._replace(share=Share(shards, rows, place, len(everything), len(of_all)))
+    of_all, of_query, _ = _by_size(everything)
+    share = Share(shards, rows, of_query[rows[order]], len(everything), len(of_all))
+    first = pointer(torch.tensor(counts, dtype=torch.int64, device=relation.device))[:-1]
+    return groups._replace(share=share._replace(relations=share.relations[first]))
+
+
+#: Queries of a relation from which on it is multiplied by itself, without room for others' sizes.
+_MANY = 64
+
+
+def _size_class(count: int) -> int:
+    """The same for 1, for 2, for 3 to 4, for 5 to 8, … queries; many are a class of their own."""
+    return count if count > _MANY else 1 << (count - 1).bit_length() if count else 0
+
+
+def _by_size(relation: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Distinct relations by how many queries they have, the place of each query's, and how many."""
+    distinct, place, counts = relation.unique(return_inverse=True, return_counts=True)
+    sizes = counts.tolist()
+    order = sorted(range(len(sizes)), key=lambda i: _size_class(sizes[i]))
+    by_size = torch.tensor(order, dtype=torch.int64, device=relation.device)
+    return distinct[by_size], torch.argsort(by_size)[place], [sizes[i] for i in order]
+
+
+def _runs(counts: list[int], device: torch.device) -> list[Run]:
+    """The groups whose relations have so many queries in runs of one size class."""
+    runs = []
+    for _, same in itertools.groupby(counts, _size_class):
+        sizes = list(same)
+        most, queries = max(sizes), sum(sizes)
+        slot = None
+        if len(sizes) * most > queries:
+            slot = torch.tensor([i * most + j for i, n in enumerate(sizes) for j in range(n)])
+            slot = slot.to(device)
+        runs.append(Run(len(sizes), queries, most, slot))
+    return runs
 
 
 def _without_counts(relation: Tensor, most: int | None) -> RelationGroups:
@@ -250,15 +307,30 @@ class TuckerDecoder(nn.Module):
 
 def _products(head: Tensor, matrix: Tensor, groups: RelationGroups) -> Tensor:
     """(B, d) of sorted queries, each with its relation's of (R, d, d) matrices."""
-    counts = groups.counts
+    runs = groups.runs
     if groups.offsets is not None:
         if grouped.usable(head, matrix):
             return grouped.product(head, matrix, groups.offsets)
-        counts = groups.offsets.diff().tolist()
-    assert counts is not None
-    parts = zip(head.split(counts), matrix.unbind(), strict=True)
-    rows = [part @ relation_matrix for part, relation_matrix in parts]
-    return torch.cat(rows) if rows else head
+        runs = _runs(groups.offsets.diff().tolist(), head.device)
+    assert runs is not None
+    if not runs:
+        return head
+    # Under autocast the matrices are in half precision: converted once, not for every product.
+    head = head.to(matrix.dtype)
+    parts = head.split([run.queries for run in runs])
+    matrices = matrix.split([run.relations for run in runs])
+    return torch.cat([_run_product(*one) for one in zip(parts, matrices, runs, strict=True)])
+
+
+def _run_product(head: Tensor, matrix: Tensor, run: Run) -> Tensor:
+    """`_products` of the queries of a run, in one batched product."""
+    if not run.queries:
+        return head
+    if run.slot is None:
+        return torch.bmm(head.unflatten(0, (run.relations, run.most)), matrix).flatten(0, 1)
+    room = head.new_zeros(run.relations * run.most, head.shape[1]).index_copy(0, run.slot, head)
+    query = torch.bmm(room.unflatten(0, (run.relations, run.most)), matrix)
+    return query.flatten(0, 1).index_select(0, run.slot)
 
 
 def _of_each(groups: RelationGroups) -> Tensor:
