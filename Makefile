@@ -23,9 +23,10 @@ fit: $(CORE) ## train on the built-in data set: imvia-graph fit countries $(ARGS
 
 # Threads that wait leave their cores soon, as the command has it (docs/benchmarks.md): beside other
 # programs the tests otherwise take several times as long.
+# A process a core, four at most; the tests of a file share what they trained and stay together.
 test: export GOMP_SPINCOUNT ?= 1000
 test: $(FULL) ## run the tests: pytest $(ARGS)
-	@$(VENV)/bin/pytest $(ARGS)
+	@$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 docs: $(FULL) ## build the documentation in docs/_build/html; warnings are errors
 	@rm -rf docs/_api

@@ -98,8 +98,8 @@ EXTRAS = {
     ],
     # The report and the explorer in a browser, and the service under an API tester.
     "browser": ["playwright", "axe-playwright-python", "schemathesis"],
-    # pyarrow: another reader of the Parquet files that are written.
-    "test": ["pytest", "hypothesis", "pyarrow"],
+    # pytest-xdist: a process a core. pyarrow: another reader of the Parquet files that are written.
+    "test": ["pytest", "pytest-xdist", "hypothesis", "pyarrow"],
     # What docs/ is built with.
     "docs": ["sphinx", "furo", "myst-parser", "sphinx-click", "sphinx-copybutton"],
     # An independent evaluator, to compare rankings with.
