@@ -36,7 +36,7 @@ _KEPT = 2**28
 #: Bytes of query vectors that such tables are used for at a time.
 _QUERIES = 2**28
 #: Bytes of relation matrices, of one head, that are made at a time.
-_MATRICES = 2**26
+_MATRICES = 2**24
 
 
 class Batch(NamedTuple):

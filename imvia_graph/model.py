@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -305,7 +305,11 @@ class IMVIA(nn.Module):
         return self._embed(entity[part], lambda table: self.shards.rows_of(table, entity), relation)
 
     def _embed(
-        self, entity: Tensor, rows: Callable[[EntityTable], Tensor], relation: Tensor | None
+        self,
+        entity: Tensor,
+        rows: Callable[[EntityTable], Tensor],
+        relation: Tensor | None,
+        halves: dict[Any, Tensor] | None = None,
     ) -> Embedding:
         """`embed` of (n,) entities with the rows of theirs in each table."""
         structure = rows(self.entity)
@@ -319,7 +323,7 @@ class IMVIA(nn.Module):
             if relation.dim() == 0:
                 rel_feat, relation = rel_feat[relation], None
         heads = {STRUCTURE: structure} if self.settings.structure else {}
-        heads.update(self.encoder.encode(self.views, entity, structure, rel_feat, relation))
+        heads.update(self.encoder.encode(self.views, entity, structure, rel_feat, relation, halves))
         for modality, table in zip(self.modalities, self.residual, strict=False):
             assert isinstance(table, EntityTable)
             heads[modality] = heads[modality] + rows(table)
@@ -367,7 +371,10 @@ class IMVIA(nn.Module):
         return self._decode(embedded, group_by_relation(relation, most=2 * self.num_relations))
 
     def candidates(
-        self, relation: Tensor | None = None, entity: Tensor | None = None
+        self,
+        relation: Tensor | None = None,
+        entity: Tensor | None = None,
+        halves: dict[Any, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Candidate tables (N, dim), head by head.
 
@@ -379,11 +386,15 @@ class IMVIA(nn.Module):
         entity : Tensor, optional
             (N,) int64 candidates; None for all entities. Of several processes, each has its own:
             the rows of other entities are of no meaning.
+        halves : dict, optional
+            Empty at first: what tables of the same entities under other relations share, as long
+            as nothing is learned between them; see `GatedViewConv.aggregate`.
         """
         if entity is None:
-            return self.embed(None, relation).heads
+            own = torch.arange(self.shards.start, self.shards.stop, device=self.device)
+            return self._embed(own, lambda table: table.weight, relation, halves).heads
         own = (entity - self.shards.start).clamp(0, len(self.shards) - 1)
-        return self._embed(entity, lambda table: table(own), relation).heads
+        return self._embed(entity, lambda table: table(own), relation, halves).heads
 
     def scores(
         self, queries: Mapping[str, Tensor], candidates: Mapping[str, Tensor], relation: Tensor

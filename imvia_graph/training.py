@@ -699,6 +699,8 @@ class Trainer:
         weight = batch.positives.weight
         if weight is None:
             weight = torch.ones(rows, device=total.device)
+        # All relations of the batch have the same candidates, unless each query has its own.
+        halves: dict[Any, Tensor] | None = {} if batch.candidate is None else None
         for one in batch.relation.unique():
             all_rows = (batch.relation == one).nonzero().flatten()
             mine = all_rows[(all_rows >= part.start) & (all_rows < part.stop)] - part.start
@@ -709,6 +711,7 @@ class Trainer:
                 {head: query[all_rows] for head, query in asked.items()},
                 one,
                 (all_rows >= part.start) & (all_rows < part.stop),
+                halves,
             )
             total = total + torch.stack(losses) * (weight[all_rows].sum() / weight.sum())
         return total[0], total[1], None
@@ -721,11 +724,13 @@ class Trainer:
         asked: Mapping[str, Tensor],
         relation: Tensor | None = None,
         mine: Tensor | None = None,
+        halves: dict[Any, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
         """`_completion` of queries whose candidates are the same, or are sampled for each.
 
         ``asked`` are the vectors of all queries; ``heads`` and ``queries`` of those that are this
-        process's: of which ``mine`` is true or, where it is None, its part of them.
+        process's: of which ``mine`` is true or, where it is None, its part of them. ``halves`` is
+        for `IMVIA.candidates`.
         """
         model, settings, shards = self.model, self.settings, self.shards
         positives = batch.positives
@@ -745,7 +750,7 @@ class Trainer:
             answers = place[positives.row, positives.col]
         elif batch.sampled is not None:
             sampled, first = batch.sampled.of_process(shards)
-            tables = model.candidates(relation, sampled.entity)
+            tables = model.candidates(relation, sampled.entity, halves)
             scores = self._scores(asked, batch.relation, lambda rows: tables)
             if not learns:
                 del scores[DECISION]
@@ -760,7 +765,7 @@ class Trainer:
                 shards,
             )
         else:
-            tables = model.candidates(relation)
+            tables = model.candidates(relation, halves=halves)
             loss = factored_completion(
                 [asked[head] for head in model.heads],
                 [tables[head] for head in model.heads],

@@ -16,6 +16,7 @@ from imvia_graph.batches import Batch, Batches, pack
 from imvia_graph.evaluation import evaluate, rank, rank_metrics
 from imvia_graph.losses import Positives
 from imvia_graph.model import DECISION, IMVIA
+from imvia_graph.nn import GatedViewConv
 from imvia_graph.training import Callback, Trainer, resolve_device, training_dtype
 
 CPU = torch.device("cpu")
@@ -100,6 +101,29 @@ def test_a_detached_decision_learns_and_leaves_the_heads_alone():
     assert {"entity.weight", "decoder.3.core", "relation.0.weight"} <= set(mean)
     assert [name for name in mean if not torch.allclose(mean[name], detached[name])] == []
     assert not torch.allclose(mean["entity.weight"], both["entity.weight"])
+
+
+@pytest.mark.parametrize("regime", ["1vsall", "kvsall", "sampled"])
+def test_relations_of_a_batch_share_the_entities_half_of_the_gate(monkeypatch, regime):
+    kg, chosen = ring_kg(), {"candidates": "relation", "regime": regime, "batch_size": 1000}
+    made = []
+
+    def watched(layer, feat, apply=torch.nn.Linear.forward):
+        if layer.out_features in (6, 5) and layer.bias is not None:  # as wide as a view
+            made.append(layer)
+        return apply(layer, feat)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    shared = gradients(kg, **chosen)
+    assert len(made) == 2 * 2  # of two modalities: of the queries, and of the candidates
+    made.clear()
+    gate = GatedViewConv.gate
+    monkeypatch.setattr(GatedViewConv, "gate", lambda *given: gate(*given[:4]))
+    alone = gradients(kg, **chosen)
+    assert len(made) == 2 * (1 + 4)  # the candidates' under each of four relations
+    assert shared.keys() == alone.keys()
+    for name, grad in shared.items():
+        torch.testing.assert_close(grad, alone[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "adagrad"])

@@ -201,6 +201,7 @@ class GatedViewConv(nn.Module):
         rel_feat: Tensor | None = None,
         get_weight: bool = False,
         relation: Tensor | None = None,
+        halves: dict[Any, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, ViewWeights]:
         """Aggregate for a batch of queries, straight from the CSR of views.
 
@@ -227,6 +228,9 @@ class GatedViewConv(nn.Module):
         relation : Tensor, optional
             (B,) int64 rows of ``rel_feat``, which is then (relations, rel_feats), or (1,) for all:
             their half of the gate is made once for all queries of a relation.
+        halves : dict, optional
+            Empty at first: the entities' half of the gate, for calls that ask for the same
+            entities, with the same features, under other relations.
 
         Returns
         -------
@@ -254,7 +258,7 @@ class GatedViewConv(nn.Module):
         several = None if get_weight or not len(view_feat) else _worth_gating(count)
         weights = None
         if several is None:
-            gate = self.gate(entity_feat, rel_feat, relation)
+            gate = self.gate(entity_feat, rel_feat, relation, halves)
             result = gated_view_aggregate(
                 view_feat, ptr, entity, gate, backend=self.backend, get_weight=get_weight
             )
@@ -265,6 +269,7 @@ class GatedViewConv(nn.Module):
                 entity_feat[several],
                 rel_feat[several] if own_row and rel_feat is not None else rel_feat,
                 None if relation is None else relation[several],
+                halves,
             )
             gated = gated_view_aggregate(
                 view_feat, ptr, entity[several], gate, backend=self.backend
@@ -300,10 +305,18 @@ class GatedViewConv(nn.Module):
                 )
 
     def gate(
-        self, entity_feat: Tensor, rel_feat: Tensor | None = None, relation: Tensor | None = None
+        self,
+        entity_feat: Tensor,
+        rel_feat: Tensor | None = None,
+        relation: Tensor | None = None,
+        halves: dict[Any, Tensor] | None = None,
     ) -> Tensor:
         """Eq. 1: (B, view_feats) gates; arguments as those of `aggregate`."""
-        gate = self.gate_entity(entity_feat)
+        gate: Tensor | None = None if halves is None else halves.get(self)
+        if gate is None:
+            gate = self.gate_entity(entity_feat)
+            if halves is not None:
+                halves[self] = gate
         if rel_feat is not None:
             if self.gate_relation is None:
                 raise dgl.DGLError(

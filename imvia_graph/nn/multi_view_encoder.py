@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -174,6 +175,7 @@ class MultiViewEncoder(nn.Module):
         entity_feat: Tensor,
         rel_feat: Tensor | None = None,
         relation: Tensor | None = None,
+        halves: dict[Any, Tensor] | None = None,
     ) -> Any:
         """Encode a batch of queries, straight from the CSR of each modality's views.
 
@@ -188,6 +190,9 @@ class MultiViewEncoder(nn.Module):
             (B, entity_feats) and (B, rel_feats) or (rel_feats,) or None.
         relation : Tensor, optional
             (B,) int64 rows of ``rel_feat``, which is then (relations, rel_feats); see
+            `GatedViewConv.aggregate`.
+        halves : dict, optional
+            Empty at first: what calls for the same entities under other relations share; see
             `GatedViewConv.aggregate`.
 
         Returns
@@ -210,6 +215,7 @@ class MultiViewEncoder(nn.Module):
                 csr: tuple[Tensor, Tensor] = views[modality],
                 conv: GatedViewConv = conv,
                 projection: nn.Linear = projection,
+                halves: dict[Any, Tensor] | None = halves,
             ) -> Tensor:
                 a_row_each = relation is None and rel_feat is not None and rel_feat.dim() == 2
                 aggregated = conv.aggregate(
@@ -218,12 +224,16 @@ class MultiViewEncoder(nn.Module):
                     entity_feat[rows],
                     rel_feat[rows] if a_row_each and rel_feat is not None else rel_feat,
                     relation=None if relation is None else relation[rows],
+                    halves=halves,
                 )
                 assert isinstance(aggregated, Tensor)
                 return _project(projection, aggregated)
 
             picked = picking.apart(views[modality][0], entity)
-            out[modality] = _in_parts(part, len(entity)) if picked else part(slice(None))
+            if picked:
+                out[modality] = _in_parts(functools.partial(part, halves=None), len(entity))
+            else:
+                out[modality] = part(slice(None))
         return self._together(out)
 
     def _together(self, parts: dict[str, Tensor], destination: str = "entity") -> Any:
