@@ -45,16 +45,15 @@ class Run(NamedTuple):
     ----------
     relations, queries : int
         How many there are.
-    most : int
-        The most queries that one of them has.
+    room : int
+        For how many queries each relation has room: for as many as the largest has, or some more.
     slot : Tensor or None
-        (queries,) int64: their places where each relation has room for ``most``; None where each
-        has that many.
+        (queries,) int64: their places in these rooms; None where all are full.
     """
 
     relations: int
     queries: int
-    most: int
+    room: int
     slot: Tensor | None
 
 
@@ -113,35 +112,42 @@ def group_by_relation(
     return groups._replace(share=share._replace(relations=share.relations[first]))
 
 
-#: Queries of a relation from which on it is multiplied by itself, without room for others' sizes.
-_MANY = 64
+#: Rooms are powers of two up to this, and multiples of it.
+_ROOM = 64
 
 
-def _size_class(count: int) -> int:
-    """The same for 1, for 2, for 3 to 4, for 5 to 8, … queries; many are a class of their own."""
-    return count if count > _MANY else 1 << (count - 1).bit_length() if count else 0
+def _room(count: int) -> int:
+    """Room for so many queries of a relation.
+
+    Of a few sizes: a CPU's products are compiled for each shape, and what is compiled is kept.
+    """
+    if count > _ROOM:
+        return -(-count // _ROOM) * _ROOM
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def _by_size(relation: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """Distinct relations by how many queries they have, the place of each query's, and how many."""
     distinct, place, counts = relation.unique(return_inverse=True, return_counts=True)
     sizes = counts.tolist()
-    order = sorted(range(len(sizes)), key=lambda i: _size_class(sizes[i]))
+    order = sorted(range(len(sizes)), key=lambda i: _room(sizes[i]))
     by_size = torch.tensor(order, dtype=torch.int64, device=relation.device)
     return distinct[by_size], torch.argsort(by_size)[place], [sizes[i] for i in order]
 
 
 def _runs(counts: list[int], device: torch.device) -> list[Run]:
-    """The groups whose relations have so many queries in runs of one size class."""
+    """The groups of relations that have so many queries in runs of one room, of 2^n relations."""
     runs = []
-    for _, same in itertools.groupby(counts, _size_class):
-        sizes = list(same)
-        most, queries = max(sizes), sum(sizes)
-        slot = None
-        if len(sizes) * most > queries:
-            slot = torch.tensor([i * most + j for i, n in enumerate(sizes) for j in range(n)])
-            slot = slot.to(device)
-        runs.append(Run(len(sizes), queries, most, slot))
+    for room, same in itertools.groupby(counts, _room):
+        left = list(same)
+        while left:
+            number = 1 << (len(left).bit_length() - 1)
+            sizes, left = left[:number], left[number:]
+            slot, queries = None, sum(sizes)
+            if number * room > queries:
+                slot = torch.tensor([i * room + j for i, n in enumerate(sizes) for j in range(n)])
+                slot = slot.to(device)
+            runs.append(Run(number, queries, room, slot))
     return runs
 
 
@@ -327,9 +333,9 @@ def _run_product(head: Tensor, matrix: Tensor, run: Run) -> Tensor:
     if not run.queries:
         return head
     if run.slot is None:
-        return torch.bmm(head.unflatten(0, (run.relations, run.most)), matrix).flatten(0, 1)
-    room = head.new_zeros(run.relations * run.most, head.shape[1]).index_copy(0, run.slot, head)
-    query = torch.bmm(room.unflatten(0, (run.relations, run.most)), matrix)
+        return torch.bmm(head.unflatten(0, (run.relations, run.room)), matrix).flatten(0, 1)
+    rooms = head.new_zeros(run.relations * run.room, head.shape[1]).index_copy(0, run.slot, head)
+    query = torch.bmm(rooms.unflatten(0, (run.relations, run.room)), matrix)
     return query.flatten(0, 1).index_select(0, run.slot)
 
 
