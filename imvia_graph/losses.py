@@ -753,25 +753,90 @@ def dura(
     heads, queries, answers = (
         [given] if isinstance(given, Tensor) else list(given) for given in (head, query, answer)
     )
+    shares = _shares("dura", heads[0], answers[0], weight, num_answers, shards, mine, times)
+    total: Tensor = _Squares.apply(*shares, *heads, *queries, *answers)
+    return total if shards is None else shards.total(total)
+
+
+def n3(
+    head: Tensor,
+    relation: Tensor,
+    answer: Tensor,
+    weight: Tensor | None = None,
+    num_answers: int | None = None,
+    shards: Shards | None = None,
+    mine: Tensor | None = None,
+    times: Tensor | None = None,
+) -> Tensor:
+    r"""N3: the cubes of the moduli of what ComplEx multiplies in the scores of true triples.
+
+    .. math:: \frac{1}{B} \sum_i \left( \|h_i\|_3^3 + \|r_i\|_3^3 + \|t_i\|_3^3 \right)
+
+    `Lacroix, Usunier and Obozinski 2018 <https://arxiv.org/abs/1806.07297>`__. Not in the IMVIA
+    paper.
+
+    Parameters
+    ----------
+    head, relation : Tensor
+        (B, d): entities and relations of the queries. Numbers are as those of
+        `complex_product <imvia_graph.nn.tucker_decoder.complex_product>`: real parts, then
+        imaginary ones, and of an odd d a last one that is real.
+    answer, weight, num_answers, shards, mine, times
+        As for `dura`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.losses import n3
+    >>> one, two = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    >>> n3(one, two, torch.tensor([[3.0, 4.0]]))  # 1 + 8 + 125
+    tensor(134.)
+    """
+    share, of_answers = _shares("n3", head, answer, weight, num_answers, shards, mine, times)
+    # Sums, not products of vectors, which autocast would make in half precision.
+    of_queries = ((_cubes(head) + _cubes(relation)) * share).sum()
+    total = of_queries + (_cubes(answer) * of_answers).sum()
+    return total if shards is None else shards.total(total)
+
+
+def _cubes(numbers: Tensor) -> Tensor:
+    """(n,) sums of the cubes of the moduli of (n, d) numbers."""
+    numbers = _at_least_float32(numbers)
+    half = numbers.shape[1] // 2
+    real, imaginary, rest = numbers.split([half, half, numbers.shape[1] % 2], dim=1)
+    squares = torch.cat([real.square() + imaginary.square(), rest.square()], dim=1)
+    # The root of zero has no gradient; that of its cube is zero.
+    roots = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+    return (squares * roots).sum(1)
+
+
+def _shares(
+    name: str,
+    head: Tensor,
+    answer: Tensor,
+    weight: Tensor | None,
+    num_answers: int | None,
+    shards: Shards | None,
+    mine: Tensor | None,
+    times: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(B,) and (P,) shares of the queries and of the answers in the means of `dura` and `n3`."""
     alone = shards is None or shards.alone
-    dtype = torch.promote_types(heads[0].dtype, torch.float32)
+    dtype = torch.promote_types(head.dtype, torch.float32)
     if weight is None:
         if not alone:
             raise SettingsError(
-                "dura: with several processes, expected the weights of all queries."
+                f"{name}: with several processes, expected the weights of all queries."
             )
-        weight = heads[0].new_ones(len(heads[0]))
+        weight = head.new_ones(len(head))
     weight = weight.to(dtype)
     share = weight / weight.sum()
     if shards is not None and not alone:
         share = share[shards.part(len(weight)) if mine is None else mine]
     if times is not None:
-        of_answers = times.to(dtype) / times.sum()
-    else:
-        number = len(answers[0]) if num_answers is None else num_answers
-        of_answers = weight.new_full((len(answers[0]),), 1 / max(number, 1))
-    total: Tensor = _Squares.apply(share, of_answers, *heads, *queries, *answers)
-    return total if shards is None else shards.total(total)
+        return share, times.to(dtype) / times.sum()
+    number = len(answer) if num_answers is None else num_answers
+    return share, weight.new_full((len(answer),), 1 / max(number, 1))
 
 
 class _Squares(torch.autograd.Function):

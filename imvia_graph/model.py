@@ -25,7 +25,7 @@ from imvia_graph.nn.tucker_decoder import (
 from imvia_graph.settings import Settings
 
 #: Heads beside those of the modalities.
-STRUCTURE, JOINT = "structure", "joint"
+STRUCTURE, JOINT, COMPLEX = "structure", "joint", "complex"
 #: What the fused score is called where scores are listed by head.
 DECISION = "decision"
 
@@ -78,7 +78,10 @@ class IMVIA(nn.Module):
     sources : list of str
         What is aligned, disentangled and joined: ``structure`` and the modalities.
     heads : list of str
-        What scores: the sources and, where there is more than one, ``joint``.
+        What scores: the sources, ``joint`` where there are several of them and, with the setting
+        ``complex_head``, ``complex``.
+    tucker_heads : list of str
+        Those with a Tucker decoder: all but ``complex``.
 
     Notes
     -----
@@ -146,12 +149,18 @@ class IMVIA(nn.Module):
             )
         # With nothing to join, the joint head would repeat the only one.
         self.joint = JointFusion(s.dim, len(sources)) if s.joint and len(sources) > 1 else None
-        self.heads = [*sources, JOINT] if self.joint is not None else list(sources)
+        self.tucker_heads = [*sources, JOINT] if self.joint is not None else list(sources)
+        self.heads = [*self.tucker_heads, COMPLEX] if s.complex_head else self.tucker_heads
+        if s.complex_head and COMPLEX in views:
+            raise SettingsError(
+                f"Setting complex_head: the head is called {COMPLEX!r}, as one of the graph's"
+                " modalities is. Rename that, or set complex_head: false."
+            )
         self.relation = nn.ModuleList(
-            nn.Embedding(2 * num_relations, relation_dim) for _ in self.heads
+            nn.Embedding(2 * num_relations, relation_dim) for _ in self.tucker_heads
         )
         self.relation_residual = nn.ModuleList(
-            nn.Embedding(2 * num_relations, s.dim) for _ in self.heads if s.relation_residual
+            nn.Embedding(2 * num_relations, s.dim) for _ in self.tucker_heads if s.relation_residual
         )
         self.decoder = nn.ModuleList(
             TuckerDecoder(
@@ -162,8 +171,10 @@ class IMVIA(nn.Module):
                 s.hidden_dropout,
                 s.batch_norm,
             )
-            for _ in self.heads
+            for _ in self.tucker_heads
         )
+        self.complex_entity = EntityTable(self.shards, s.dim) if s.complex_head else None
+        self.complex_relation = nn.Embedding(2 * num_relations, s.dim) if s.complex_head else None
         self.decision = (
             DecisionFusion(relation_dim, len(self.heads)) if len(self.heads) > 1 else None
         )
@@ -210,6 +221,12 @@ class IMVIA(nn.Module):
         for table in self.relation_residual:
             assert isinstance(table, nn.Embedding)
             nn.init.normal_(table.weight, std=0.05)
+        # As those have it who train ComplEx with N3.
+        if self.complex_entity is not None and self.complex_relation is not None:
+            self.complex_entity.reset_parameters()
+            with torch.no_grad():
+                self.complex_entity.weight.mul_(1e-3 * self.settings.dim**0.5)
+            nn.init.normal_(self.complex_relation.weight, std=1e-3)
 
     @property
     def device(self) -> torch.device:
@@ -219,12 +236,13 @@ class IMVIA(nn.Module):
     @property
     def entity_tables(self) -> list[EntityTable]:
         """The tables of which each process holds its own entities' rows."""
-        return [table for table in (self.entity, *self.residual) if isinstance(table, EntityTable)]
+        tables = (self.entity, *self.residual, self.complex_entity)
+        return [table for table in tables if isinstance(table, EntityTable)]
 
     @property
     def relation_tables(self) -> list[nn.Embedding]:
         """The tables of relations, their own blocks included."""
-        tables = (*self.relation, *self.relation_residual)
+        tables = (*self.relation, *self.relation_residual, self.complex_relation)
         return [table for table in tables if isinstance(table, nn.Embedding)]
 
     @property
@@ -329,6 +347,8 @@ class IMVIA(nn.Module):
             heads[modality] = heads[modality] + rows(table)
         if self.joint is not None:
             heads[JOINT] = self.joint(list(heads.values()))
+        if self.complex_entity is not None:
+            heads[COMPLEX] = rows(self.complex_entity)
         return Embedding(heads, views_present(self.views, entity))
 
     def decode(
@@ -342,9 +362,9 @@ class IMVIA(nn.Module):
         return self._decode(embedding, group_by_relation(relation, self.shards, most))
 
     def _decode(self, embedding: Embedding, groups: RelationGroups) -> dict[str, Tensor]:
-        residual = self.relation_residual or [None] * len(self.heads)
-        parts = zip(self.heads, self.decoder, self.relation, residual, strict=True)
-        return {
+        residual = self.relation_residual or [None] * len(self.tucker_heads)
+        parts = zip(self.tucker_heads, self.decoder, self.relation, residual, strict=True)
+        queries = {
             head: decoder(
                 embedding.heads[head],
                 table.weight,
@@ -353,6 +373,10 @@ class IMVIA(nn.Module):
             )
             for head, decoder, table, blocks in parts
         }
+        if self.complex_relation is not None:
+            numbers = self.complex_relation(groups.of_each())
+            queries[COMPLEX] = complex_product(embedding.heads[COMPLEX], numbers)
+        return queries
 
     def queries(self, entity: Tensor, relation: Tensor) -> dict[str, Tensor]:
         """Query vectors (B, dim) of (B,) entities and (B,) relations, head by head."""
@@ -434,7 +458,7 @@ class IMVIA(nn.Module):
         """
         self._check_blocks()
         found: dict[str, Tensor] = {}
-        for head, blocks in zip(self.heads, self.relation_residual, strict=True):
+        for head, blocks in zip(self.tucker_heads, self.relation_residual, strict=True):
             assert isinstance(blocks, nn.Embedding)
             pairs = complex_product(tails[head], conjugate(heads[head]))
             found[head] = pairs @ blocks.weight.T

@@ -20,7 +20,7 @@ from imvia_graph.errors import CheckpointError, DataError, SettingsError
 from imvia_graph.evaluation import evaluate
 from imvia_graph.io import load_kg, with_validation
 from imvia_graph.kg import MultiViewKG, Split
-from imvia_graph.model import IMVIA
+from imvia_graph.model import COMPLEX, IMVIA
 from imvia_graph.settings import Settings
 from imvia_graph.training import Callback, Progress, Trainer, resolve_device
 
@@ -198,14 +198,17 @@ class Run:
         """(2 num_relations, relation_dim) on the CPU for each head.
 
         Rows are those of ``kg.relations``, then their inverses. With ``relation_residual`` they are
-        dim wider: the numbers of the relation's own blocks come last.
+        dim wider: the numbers of the relation's own blocks come last. Those of the head
+        ``complex`` are (2 num_relations, dim).
         """
         model = self.model
         found = {}
-        for number, head in enumerate(model.heads):
+        for number, head in enumerate(model.tucker_heads):
             tables = [model.relation[number], *list(model.relation_residual)[number : number + 1]]
             weights = [table.get_parameter("weight").detach().cpu() for table in tables]
             found[head] = torch.cat(weights, dim=1)
+        if model.complex_relation is not None:
+            found[COMPLEX] = model.complex_relation.weight.detach().cpu().clone()
         return found
 
     def __repr__(self) -> str:
@@ -253,7 +256,8 @@ class EntityEncoder(nn.Module):
         # The same model with fewer parts: an unused parameter would be an error to
         # DistributedDataParallel, and dead weight in a state_dict.
         half = copy.copy(model)
-        parts = {name: getattr(model, name) for name in ("entity", "residual", "encoder", "joint")}
+        names = ("entity", "residual", "encoder", "joint", "complex_entity")
+        parts = {name: getattr(model, name) for name in names}
         half._modules = {**parts, "relation": nn.ModuleList(model.relation[:1])}
         self.model = half
         #: The model that this is a part of. In a list, which keeps it out of the modules; a copy,

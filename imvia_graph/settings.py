@@ -85,6 +85,11 @@ class Settings(BaseModel):
         description="Add a free block-diagonal matrix a relation, that of ComplEx, to those that"
         " Tucker's core makes (not in the paper).",
     )
+    complex_head: bool = Field(
+        False,
+        description="Whether there is a head of ComplEx, with tables of its own that N3 keeps"
+        " small, beside the others (not in the paper). What it gets wrong is not what they do.",
+    )
     candidates: Literal["shared", "relation"] = Field(
         "shared",
         description="Candidate tables: relation-free and shared by a batch, or the exact form of"
@@ -143,6 +148,9 @@ class Settings(BaseModel):
         description="Weight of DURA, the regularisation of what a score multiplies; null for 0.1"
         " or, with 50,000 entities or more, 0.01: 0.1 pulls their scores to zero before they have"
         " learned.",
+    )
+    lambda_n3: float = Field(
+        0.05, ge=0, description="Weight of N3, the regularisation of the head of ComplEx."
     )
     lambda_relation: float = Field(
         0.0,

@@ -32,11 +32,12 @@ from imvia_graph.losses import (
     completion,
     dura,
     factored_completion,
+    n3,
     relation_prediction,
     sampled_completion,
     total_loss,
 )
-from imvia_graph.model import DECISION, IMVIA
+from imvia_graph.model import COMPLEX, DECISION, IMVIA
 from imvia_graph.nn.multi_view_encoder import views_present
 from imvia_graph.optimizers import (
     RowOptimizer,
@@ -621,7 +622,7 @@ class Trainer:
         # Embedded and decoded is this process's part of the queries.
         embedded = model.embed(batch.entity, batch.relation)
         queries = model.decode(embedded, batch.relation, batch.most_relations)
-        l3, regularization, tables = self._completion(batch, embedded.heads, queries)
+        (l3, regularization, cubes), tables = self._completion(batch, embedded.heads, queries)
         l1 = l2 = l3.new_zeros(())
         estimation = None
         # Autocast makes the products in them; the sums over what comes of those want float32.
@@ -650,6 +651,9 @@ class Trainer:
         if settings.lambda_regularization:
             total = total + settings.lambda_regularization * regularization
             parts["regularization"] = regularization
+        if settings.complex_head and settings.lambda_n3:
+            total = total + settings.lambda_n3 * cubes
+            parts["n3"] = cubes
         if settings.lambda_relation:
             parts["relation"] = self._relation(batch, tables)
             total = total + settings.lambda_relation * parts["relation"]
@@ -682,8 +686,8 @@ class Trainer:
 
     def _completion(
         self, batch: Batch, heads: Mapping[str, Tensor], queries: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor] | None]:
-        """L3 and the regularisation of a batch, and the candidates where they are all entities.
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Mapping[str, Tensor] | None]:
+        """L3, DURA and N3 of a batch, and the candidates where they are all entities.
 
         ``heads`` and ``queries`` are the embeddings and vectors of this process's part of its
         queries. With ``candidates="relation"`` the tables are made a relation.
@@ -691,11 +695,11 @@ class Trainer:
         shards, rows = self.shards, len(batch.entity)
         asked = {head: shards.gather(query, rows) for head, query in queries.items()}
         if self.settings.candidates == "shared":
-            loss, regularization, tables = self._part(batch, heads, queries, asked)
+            losses, tables = self._part(batch, heads, queries, asked)
             whole = shards.alone and batch.candidate is None and batch.sampled is None
-            return loss, regularization, tables if whole else None
+            return losses, tables if whole else None
         part = shards.part(rows)
-        total = torch.zeros(2, device=self.model.device)
+        total = torch.zeros(3, device=self.model.device)
         weight = batch.positives.weight
         if weight is None:
             weight = torch.ones(rows, device=total.device)
@@ -704,7 +708,7 @@ class Trainer:
         for one in batch.relation.unique():
             all_rows = (batch.relation == one).nonzero().flatten()
             mine = all_rows[(all_rows >= part.start) & (all_rows < part.stop)] - part.start
-            *losses, _ = self._part(
+            losses, _ = self._part(
                 batch.of(all_rows),
                 {head: value[mine] for head, value in heads.items()},
                 {head: query[mine] for head, query in queries.items()},
@@ -714,7 +718,7 @@ class Trainer:
                 halves,
             )
             total = total + torch.stack(losses) * (weight[all_rows].sum() / weight.sum())
-        return total[0], total[1], None
+        return (total[0], total[1], total[2]), None
 
     def _part(
         self,
@@ -725,7 +729,7 @@ class Trainer:
         relation: Tensor | None = None,
         mine: Tensor | None = None,
         halves: dict[Any, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Mapping[str, Tensor]]:
         """`_completion` of queries whose candidates are the same, or are sampled for each.
 
         ``asked`` are the vectors of all queries; ``heads`` and ``queries`` of those that are this
@@ -780,8 +784,10 @@ class Trainer:
             answers = positives.col
             if not shards.alone:
                 answers = answers[shards.owned(answers)] - shards.start
-        if not settings.lambda_regularization:
-            return loss, torch.zeros_like(loss), tables
+        squares = cubes = torch.zeros_like(loss)
+        of_complex = model.complex_relation is not None and bool(settings.lambda_n3)
+        if not (settings.lambda_regularization or of_complex):
+            return (loss, squares, cubes), tables
         weight = positives.weight
         if weight is None and not shards.alone:
             weight = torch.ones(len(batch.entity), device=loss.device)
@@ -790,13 +796,24 @@ class Trainer:
             # Of all candidates, how often each answers: in one shape, whatever the answers are.
             times = torch.zeros(model.num_entities, device=loss.device)
             times.index_add_(0, answers, positives.counts)
-        of_heads = [heads[head] for head in model.heads]
-        of_queries = [queries[head] for head in model.heads]
-        every = [
-            tables[head] if times is not None else tables[head][answers] for head in model.heads
-        ]
-        squares = dura(of_heads, of_queries, every, weight, len(positives.col), shards, mine, times)
-        return loss, squares, tables
+
+        def true(head: str) -> Tensor:
+            return tables[head] if times is not None else tables[head][answers]
+
+        others = weight, len(positives.col), shards, mine, times
+        if settings.lambda_regularization:
+            of_heads = [heads[head] for head in model.tucker_heads]
+            of_queries = [queries[head] for head in model.tucker_heads]
+            every = [true(head) for head in model.tucker_heads]
+            squares = dura(of_heads, of_queries, every, *others)
+        if of_complex and model.complex_relation is not None:
+            relation_of_each = batch.relation
+            if not shards.alone:
+                part = shards.part(len(relation_of_each)) if mine is None else mine
+                relation_of_each = relation_of_each[part]
+            numbers = model.complex_relation(relation_of_each)
+            cubes = n3(heads[COMPLEX], numbers, true(COMPLEX), *others)
+        return (loss, squares, cubes), tables
 
     def _looked_up(self) -> list[Tensor]:
         return [rows for table in self.tables.values() for rows in table.looked_up()]

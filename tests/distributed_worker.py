@@ -39,6 +39,12 @@ CASES = {
         "ema_decay": 0.9,
     },
     "structure alone": {"modalities": []},
+    "with ComplEx": {"complex_head": True},
+    "with ComplEx, sampled, candidates of each relation": {
+        "complex_head": True,
+        "regime": "sampled",
+        "candidates": "relation",
+    },
     "relations predicted": {"lambda_relation": 0.5},
     "relations predicted, sampled": {"lambda_relation": 0.5, "regime": "sampled"},
 }

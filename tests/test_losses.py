@@ -20,6 +20,7 @@ from imvia_graph.losses import (
     contrastive_alignment,
     dura,
     factored_completion,
+    n3,
     printed_alignment,
     relation_prediction,
     softmax_completion,
@@ -460,12 +461,45 @@ def test_dura_matches_the_loop():
     assert_agree(weighted, tensor(expected), [head, query, answer])
 
 
+def cubes(row):
+    """The cubes of the moduli of a row: real parts, imaginary ones, and what is left over."""
+    half = len(row) // 2
+    pairs = zip(row[:half], row[half : 2 * half], strict=True)
+    sizes = [x * x + y * y for x, y in pairs] + [x * x for x in row[2 * half :]]
+    return sum(size**1.5 for size in sizes)
+
+
+@pytest.mark.parametrize("width", [1, 4, 5])
+def test_n3_matches_the_loop(width):
+    head, relation, answer = double(3, width), double(3, width), double(5, width)
+    parts = [head, relation, answer]
+    expected = sum(sum(map(cubes, numbers(part))) / len(part) for part in parts)
+    assert_agree(n3(*parts), tensor(expected), parts)
+    first, *others = (
+        cubes(h) + cubes(r) for h, r in zip(numbers(head), numbers(relation), strict=True)
+    )
+    of_answers = [cubes(row) for row in numbers(answer)]
+    times = torch.tensor([2.0, 0.0, 1.0, 0.0, 1.0])
+    counted = (2 * of_answers[0] + of_answers[2] + of_answers[4]) / 4
+    weighted = n3(*parts, torch.tensor([3, 1, 1]), times=times)
+    assert_agree(weighted, tensor((3 * first + sum(others)) / 5 + counted), parts)
+
+
+def test_n3_of_zeros_has_a_gradient_of_zeros():
+    parts = [torch.zeros(2, 4, requires_grad=True) for _ in range(3)]
+    n3(*parts).backward()
+    assert all(part.grad.eq(0).all() for part in parts)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dura_is_in_float32_under_autocast(dtype):
     parts = [300 * torch.rand(rows, 4) for rows in (3, 3, 5)]  # squares that float16 cannot hold
     with torch.autocast("cpu", dtype):
         found = dura(*parts)
     torch.testing.assert_close(found, dura(*parts))
+    with torch.autocast("cpu", dtype):
+        found = n3(*(part.to(dtype) for part in parts))
+    torch.testing.assert_close(found, n3(*(part.to(dtype).float() for part in parts)))
 
 
 def test_relation_prediction_matches_the_loop():

@@ -62,6 +62,8 @@ def loop_embedding(model, i, relation):
         heads[modality] = out
     if model.joint is not None:
         heads["joint"] = loops.joint(numbers(model.joint.attention), list(heads.values()))
+    if model.complex_entity is not None:
+        heads["complex"] = numbers(model.complex_entity.weight)[i]
     return heads
 
 
@@ -72,11 +74,16 @@ def loop_scores(model, i, relation, j):
         name: loops.tucker(
             numbers(decoder.core), head[name], numbers(table.weight)[relation], tail[name]
         )
-        for name, decoder, table in zip(head, model.decoder, model.relation, strict=True)
+        for name, decoder, table in zip(
+            model.tucker_heads, model.decoder, model.relation, strict=True
+        )
     }
     for name, table in zip(scores, model.relation_residual, strict=False):
         blocks = numbers(table.weight)[relation]
         scores[name] = scores[name] + loops.complex_score(head[name], blocks, tail[name])
+    if model.complex_relation is not None:
+        number = numbers(model.complex_relation.weight)[relation]
+        scores["complex"] = loops.complex_score(head["complex"], number, tail["complex"])
     if model.settings.decision == "mean":
         scores["decision"] = sum(scores.values()) / len(scores)
     else:
@@ -99,6 +106,7 @@ def loop_scores(model, i, relation, j):
         {"structure": False},
         {"gate": "entity"},
         {"gate": "none"},
+        {"complex_head": True},
     ],
     ids=lambda changes: ",".join(map(str, changes.items())) or "all",
 )

@@ -14,7 +14,7 @@ from imvia_graph import SettingsError, training
 from imvia_graph.answers import with_inverses
 from imvia_graph.batches import Batch, Batches, pack
 from imvia_graph.evaluation import evaluate, rank, rank_metrics
-from imvia_graph.losses import Positives
+from imvia_graph.losses import Positives, n3
 from imvia_graph.model import DECISION, IMVIA
 from imvia_graph.nn import GatedViewConv
 from imvia_graph.training import Callback, Trainer, resolve_device, training_dtype
@@ -186,6 +186,54 @@ def test_regularization_is_dura_of_the_queries_and_their_true_answers(regime, ca
     total = losses["completion"] + 1e-4 * losses["information"]
     total = total.item() + 0.1 * expected
     assert losses["loss"].item() == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize("regime", ["1vsall", "kvsall", "sampled"])
+def test_the_head_of_complex_has_n3_in_place_of_dura(regime, candidates):
+    kg = ring_kg(valid=0)
+    changes = {"regime": regime, "candidates": candidates, "complex_head": True, "lambda_n3": 0.3}
+    model = IMVIA.from_kg(kg, settings(**changes, **without_dropout()))
+    for table in (model.complex_entity, model.complex_relation):
+        torch.nn.init.normal_(table.weight)
+    trainer = Trainer(model, kg, model.settings)
+    batch = next(iter(trainer.batches))
+    losses, _ = trainer.losses(batch)
+    relation = batch.relation
+    answers = batch.positives.col
+    if batch.sampled is not None:
+        answers = batch.sampled.entity[answers]
+    weight = batch.positives.weight
+    weight = torch.ones(len(batch.entity)) if weight is None else weight
+    expected = 0.0
+    for one in relation.unique() if candidates == "relation" else [None]:
+        asked = relation == one if one is not None else relation >= 0
+        of_head = model.complex_entity.weight[batch.entity[asked]]
+        of_relation = model.complex_relation.weight[relation[asked]]
+        of_answer = model.complex_entity.weight[answers[asked[batch.positives.row]]]
+        expected += n3(of_head, of_relation, of_answer, weight[asked]) * weight[asked].sum()
+    expected = (expected / weight.sum()).item()
+    assert losses["n3"].item() == pytest.approx(expected, rel=1e-5)
+    rest = losses["completion"] + 1e-4 * losses["information"] + 0.1 * losses["regularization"]
+    assert losses["loss"].item() == pytest.approx(rest.item() + 0.3 * expected, rel=1e-5)
+    losses["n3"].backward()
+    grad = model.entity.weight.grad
+    assert grad is None or not grad.any()
+
+
+def test_the_head_of_complex_learns_and_has_a_name_of_its_own(tmp_path):
+    kg = ring_kg(valid=0)
+    run = ig.fit(kg, settings=settings(complex_head=True, epochs=40, **without_dropout()))
+    found = run.evaluate("train")["modalities"]
+    assert list(found) == ["structure", "image", "text", "joint", "complex"]
+    assert found["complex"]["mrr"] > 0.5
+    assert run.relation_embeddings()["complex"].shape == (4, run.settings.dim)
+    again = ig.load(run.save(tmp_path / "run"))
+    assert again.evaluate("train") == run.evaluate("train")
+    views = {"complex": ig.Views(torch.randn(3, 2), torch.tensor([0, 1, 2]))}
+    named = ig.MultiViewKG(kg.entities, kg.relations, kg.train, views=views)
+    with pytest.raises(SettingsError, match="complex_head"):
+        IMVIA.from_kg(named, settings(complex_head=True))
 
 
 def test_without_regularization_there_is_none():

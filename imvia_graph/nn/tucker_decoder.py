@@ -84,6 +84,10 @@ class RelationGroups(NamedTuple):
     offsets: Tensor | None = None
     runs: list[Run] | None = None
 
+    def of_each(self) -> Tensor:
+        """(B,) int64: the relation of each query."""
+        return torch.empty_like(self.order).index_copy(0, self.order, _of_each(self))
+
 
 def group_by_relation(
     relation: Tensor, shards: Shards | None = None, most: int | None = None
