@@ -211,22 +211,18 @@ class IMVIA(nn.Module):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
-        for table in (self.entity, *self.relation, *self.residual):
+        # What a seed gives depends on the order.
+        others = [self.complex_entity, self.complex_relation]
+        for table in (self.entity, *self.relation, *self.residual, *others):
             if isinstance(table, EntityTable):
                 table.reset_parameters()
-            else:
-                assert isinstance(table, nn.Embedding)
+            elif isinstance(table, nn.Embedding):
+                # Not as small as is usual for ComplEx: Adagrad's epsilon would hide the gradients.
                 nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
         # Small beside the matrices that the core makes: what relations share is learned first.
         for table in self.relation_residual:
             assert isinstance(table, nn.Embedding)
             nn.init.normal_(table.weight, std=0.05)
-        # As those have it who train ComplEx with N3.
-        if self.complex_entity is not None and self.complex_relation is not None:
-            self.complex_entity.reset_parameters()
-            with torch.no_grad():
-                self.complex_entity.weight.mul_(1e-3 * self.settings.dim**0.5)
-            nn.init.normal_(self.complex_relation.weight, std=1e-3)
 
     @property
     def device(self) -> torch.device:
