@@ -443,7 +443,14 @@ def test_the_command_serves_until_it_is_stopped(tmp_path):
     ig.fit(ring_kg(), out=tmp_path / "run", settings=settings(epochs=1))
     command = [sys.executable, "-m", "imvia_graph", "explore", str(tmp_path / "run"), "--port"]
     environment = {**os.environ, "COLUMNS": "200"}
-    server = subprocess.Popen([*command, "0"], stderr=subprocess.PIPE, text=True, env=environment)
+    server = subprocess.Popen(
+        [*command, "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # Where tests run in the background it may be ignored, and what is started inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         line = server.stderr.readline()
         address = re.fullmatch(r"Open (http://127\.0\.0\.1:\d+/)\n", line)[1]
