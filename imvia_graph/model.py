@@ -437,7 +437,7 @@ class IMVIA(nn.Module):
     def relation_scores(
         self, heads: Mapping[str, Tensor], tails: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        r"""Scores (P, 2R) of all relations, head by head, for pairs of entities.
+        r"""Scores (P, 2R) of all relations, by each head but ``complex``, for pairs of entities.
 
         By the relations' own blocks, :math:`\operatorname{Re} \langle e_h, c_r, \overline{e_t}
         \rangle`, without the core, which each pair would have to be multiplied with.
