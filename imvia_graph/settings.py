@@ -88,7 +88,7 @@ class Settings(BaseModel):
     complex_head: bool = Field(
         False,
         description="Whether there is a head of ComplEx, with tables of its own that N3 keeps"
-        " small, beside the others (not in the paper). What it gets wrong is not what they do.",
+        " small, beside the others (not in the paper).",
     )
     candidates: Literal["shared", "relation"] = Field(
         "shared",
