@@ -737,10 +737,7 @@ def view_weights(model: IMVIA, entity: int, relation: int | None = None) -> dict
 @torch.no_grad()
 def decision_weights(model: IMVIA, relation: int) -> dict[str, float]:
     """The weight of each head in the decision under a relation; they sum to 1."""
-    if model.decision is None or model.settings.decision == "mean":
-        return {head: 1 / len(model.heads) for head in model.heads}
-    rel_feat = model.relation[0](torch.tensor([relation], device=model.device))
-    weights = model.decision.weights(rel_feat)[0].tolist()
+    weights = model.decision_weights(torch.tensor([relation], device=model.device))[0].tolist()
     return dict(zip(model.heads, weights, strict=True))
 
 

@@ -176,7 +176,9 @@ class IMVIA(nn.Module):
         self.complex_entity = EntityTable(self.shards, s.dim) if s.complex_head else None
         self.complex_relation = nn.Embedding(2 * num_relations, s.dim) if s.complex_head else None
         self.decision = (
-            DecisionFusion(relation_dim, len(self.heads)) if len(self.heads) > 1 else None
+            DecisionFusion(relation_dim, len(self.tucker_heads))
+            if len(self.tucker_heads) > 1
+            else None
         )
         several = len(sources) > 1
         self.alignment = Alignment(s.alignment, s.temperature) if several else None
@@ -471,20 +473,27 @@ class IMVIA(nn.Module):
         return decided
 
     def decision_weights(self, relation: Tensor) -> Tensor:
-        """(B, heads) weights of the heads in the decision under (B,) relations; rows sum to 1."""
+        """(B, heads) weights of the heads in the decision under (B,) relations; rows sum to 1.
+
+        The head ``complex`` has the weight that the settings name, whatever the relation; the
+        others share the rest.
+        """
+        several = len(self.tucker_heads)
         if self.decision is None or self.settings.decision == "mean":
-            return self.entity.weight.new_full(
-                (len(relation), len(self.heads)), 1 / len(self.heads)
-            )
-        rel_feat = self.relation[0](relation)
-        if self.settings.decision == "detached":
-            rel_feat = rel_feat.detach()
-        weights: Tensor = self.decision.weights(rel_feat)
+            weights = self.entity.weight.new_full((len(relation), several), 1 / several)
+        else:
+            rel_feat = self.relation[0](relation)
+            if self.settings.decision == "detached":
+                rel_feat = rel_feat.detach()
+            weights = self.decision.weights(rel_feat)
+        if self.settings.complex_head:
+            fixed = self.settings.complex_weight
+            weights = nn.functional.pad(weights * (1 - fixed), (0, 1), value=fixed)
         return weights
 
     @property
     def learns_decision(self) -> bool:
-        """Whether the decision has weights to learn; one head, or the mean of all, has not."""
+        """Whether the decision has weights to learn: not of one head, nor those of a mean."""
         return self.decision is not None and self.settings.decision != "mean"
 
 

@@ -90,6 +90,14 @@ class Settings(BaseModel):
         description="Whether there is a head of ComplEx, with tables of its own that N3 keeps"
         " small, beside the others (not in the paper).",
     )
+    complex_weight: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="Weight of the head of ComplEx in the decision, in which the others share the"
+        " rest: by what it learns from the training triples the decision would trust too much in a"
+        " head that knows them by heart.",
+    )
     candidates: Literal["shared", "relation"] = Field(
         "shared",
         description="Candidate tables: relation-free and shared by a batch, or the exact form of"

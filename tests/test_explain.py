@@ -96,6 +96,27 @@ def test_a_single_head_and_a_mean_weigh_alike():
     assert set(decision_weights(mean.model, 0).values()) == {0.25}
 
 
+@pytest.mark.parametrize("decision", ["detached", "trained", "mean"])
+def test_the_head_of_complex_has_its_weight_whatever_the_others_share(decision):
+    kg = ring_kg()
+    model = make_run(kg, complex_head=True, complex_weight=0.25, decision=decision).model
+    if model.decision is not None:
+        torch.nn.init.normal_(model.decision.linear.weight)
+    weights = decision_weights(model, 2)
+    assert weights.pop("complex") == 0.25
+    assert sum(weights.values()) == pytest.approx(0.75)
+    assert (len(set(weights.values())) == 1) == (decision == "mean")
+    with torch.no_grad():
+        entity, relation = torch.tensor([0]), torch.tensor([2])
+        scores = model.scores(model.queries(entity, relation), model.candidates(), relation)
+    expected = 0.25 * scores["complex"] + sum(w * scores[head] for head, w in weights.items())
+    torch.testing.assert_close(scores["decision"], expected)
+    # With a single head beside it there is nothing to learn.
+    alone = make_run(kg, complex_head=True, modalities=[], decision=decision).model
+    assert decision_weights(alone, 0) == {"structure": 0.5, "complex": 0.5}
+    assert not alone.learns_decision
+
+
 def test_view_weights_are_the_layers_own_over_the_whole_graph(run):
     model, kg = run.model, run.kg
     for relation in (None, 0, 1, 2, 3):

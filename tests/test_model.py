@@ -81,9 +81,6 @@ def loop_scores(model, i, relation, j):
     for name, table in zip(scores, model.relation_residual, strict=False):
         blocks = numbers(table.weight)[relation]
         scores[name] = scores[name] + loops.complex_score(head[name], blocks, tail[name])
-    if model.complex_relation is not None:
-        number = numbers(model.complex_relation.weight)[relation]
-        scores["complex"] = loops.complex_score(head["complex"], number, tail["complex"])
     if model.settings.decision == "mean":
         scores["decision"] = sum(scores.values()) / len(scores)
     else:
@@ -92,6 +89,11 @@ def loop_scores(model, i, relation, j):
         scores["decision"] = loops.decision(
             numbers(linear.weight), numbers(linear.bias), rel, list(scores.values())
         )
+    if model.complex_relation is not None:
+        number, decided = numbers(model.complex_relation.weight)[relation], scores.pop("decision")
+        scores["complex"] = loops.complex_score(head["complex"], number, tail["complex"])
+        share = model.settings.complex_weight
+        scores["decision"] = (1 - share) * decided + share * scores["complex"]
     return scores
 
 
@@ -107,6 +109,7 @@ def loop_scores(model, i, relation, j):
         {"gate": "entity"},
         {"gate": "none"},
         {"complex_head": True},
+        {"complex_head": True, "complex_weight": 0.2, "decision": "mean"},
     ],
     ids=lambda changes: ",".join(map(str, changes.items())) or "all",
 )
