@@ -13,6 +13,7 @@ entities rest on; nothing else does.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -44,8 +45,8 @@ class Batch(NamedTuple):
 
     Attributes
     ----------
-    vectors : Tensor
-        (heads, B', d); rows from B on are zeros.
+    vectors : list of Tensor
+        (heads, B', d) of heads of one width after the other; rows from B on are zeros.
     weights : Tensor
         (B, heads) of the decision.
     truth : Tensor
@@ -60,7 +61,7 @@ class Batch(NamedTuple):
         (B, heads + 1, 2) int64: better and tied candidates.
     """
 
-    vectors: Tensor
+    vectors: list[Tensor]
     weights: Tensor
     truth: Tensor
     left_out: Tensor
@@ -117,9 +118,9 @@ class Counter:
         #: Candidates that are made at a time.
         self.made = -(-tiles // chunks) * self.width
         dtype = model.entity.weight.dtype
-        a_row = len(model.heads) * model.settings.dim * dtype.itemsize
+        a_row = sum(model.widths.values()) * dtype.itemsize
         self.keeps = self.size * a_row <= _KEPT
-        self._kept: Tensor | None = None
+        self._kept: list[Tensor] | None = None
         #: Queries, at least, to be given at a time, so that tables are not made too often.
         self.queries = 1 if self.keeps else max(1, _QUERIES // a_row)
         kernels = _kernels.load("scores") if self.device.type == "cpu" else None
@@ -172,7 +173,7 @@ class Counter:
         """What is to be known of (B,) queries before their candidates are looked at."""
         rows = len(entity)
         vectors = _stacked(self.model.queries_alike(entity, relation), _up(rows, _ROWS))
-        weights = self.model.decision_weights(relation).to(vectors.dtype).contiguous()
+        weights = self.model.decision_weights(relation).to(vectors[0].dtype).contiguous()
         truth = self._truth(vectors, weights, answer)
         # Known answers and the answer itself, once each, as positions in this process's range.
         row, col = self.known.pairs(entity, relation)
@@ -205,54 +206,59 @@ class Counter:
             return range(0)
         return range(self.first // self.made * self.made, self.last, self.made)
 
-    def _tables(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield where a chunk begins, and its candidates' vectors (heads, made, d)."""
+    def _tables(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield where a chunk begins, and its candidates' vectors, as `_make` makes them."""
         if self._kept is not None:
             for i, start in enumerate(self._chunks()):
-                yield start, self._kept[:, i * self.made : (i + 1) * self.made]
+                yield start, _rows(self._kept, slice(i * self.made, (i + 1) * self.made))
         else:
             for start in self._chunks():
                 yield start, self._make(start)
 
-    def _make(self, start: int) -> Tensor:
-        """Vectors (heads, made, d) of the candidates from a position on."""
+    def _make(self, start: int) -> list[Tensor]:
+        """Vectors (heads, made, d) of each width, of the candidates from a position on."""
         place = torch.arange(start, start + self.made, device=self.device).clamp_(max=self.size - 1)
         entity = place if self.chosen is None else self.chosen[place]
         # Those of other processes, too: what is made of theirs does not count, but how the rest is
         # made could depend on it.
         return _stacked(self.model.candidates(self.relation, entity), self.made)
 
-    def _keep(self) -> Tensor:
-        """All vectors of this process, (heads, n, d), chunk after chunk."""
+    def _keep(self) -> list[Tensor]:
+        """All vectors of this process, (heads, n, d) of each width, chunk after chunk."""
         if self._kept is None:
             chunks = self._chunks()
-            heads, dim = len(self.model.heads), self.model.settings.dim
-            size = (heads, len(chunks) * self.made, dim)
-            self._kept = self.model.entity.weight.new_empty(size)
+            self._kept = self._empty(len(chunks) * self.made)
             for i, start in enumerate(chunks):
-                self._kept[:, i * self.made : (i + 1) * self.made] = self._make(start)
+                kept = _rows(self._kept, slice(i * self.made, (i + 1) * self.made))
+                for part, made in zip(kept, self._make(start), strict=True):
+                    part.copy_(made)
         return self._kept
 
-    def _answers(self, answer: Tensor) -> Tensor:
-        """Vectors (heads, B, d) of (B,) answers, on every process."""
-        heads, dim = self.model.heads, self.model.settings.dim
-        out = self.model.entity.weight.new_zeros(len(heads), len(answer), dim)
+    def _empty(self, rows: int) -> list[Tensor]:
+        """(heads, rows, d) of each width, filled with whatever."""
+        like = self.model.entity.weight
+        return [like.new_empty(heads, rows, width) for width, heads in _by_width(self.model.widths)]
+
+    def _answers(self, answer: Tensor) -> list[Tensor]:
+        """Vectors (heads, B, d) of each width, of (B,) answers, on every process."""
+        out = self._empty(len(answer))
         mine = self.shards.owned(answer)
         if self.keeps and self.chosen is None:
             if self.first < self.last:
-                place = answer.clamp(self.first, self.last - 1)
-                begin = self._chunks().start
-                torch.index_select(self._keep(), 1, place - begin, out=out)
+                place = answer.clamp(self.first, self.last - 1) - self._chunks().start
+                for part, kept in zip(out, self._keep(), strict=True):
+                    torch.index_select(kept, 1, place, out=part)
         elif len(self.shards):
             for first in range(0, len(answer), self.made):
                 # As many as are made elsewhere, so that they are made in the same way.
                 part = answer[first : first + self.made]
                 filled = torch.cat([part, part[:1].expand(self.made - len(part))])
-                made = self.model.candidates(self.relation, filled)
-                for m, head in enumerate(heads):
-                    out[m, first : first + len(part)] = made[head][: len(part)]
+                vectors = _stacked(self.model.candidates(self.relation, filled), self.made)
+                for whole, made in zip(out, vectors, strict=True):
+                    whole[:, first : first + len(part)] = made[:, : len(part)]
         if not self.shards.alone:
-            self.shards.sum_(out.masked_fill_(~mine[None, :, None], 0))
+            for part in out:
+                self.shards.sum_(part.masked_fill_(~mine[None, :, None], 0))
         return out
 
     # -- scores -----------------------------------------------------------------------------------
@@ -263,12 +269,13 @@ class Counter:
             stop = min(start + self.width, rows)
             yield slice(start, stop), slice(start, _up(stop, _ROWS))
 
-    def _truth(self, vectors: Tensor, weights: Tensor, answer: Tensor) -> Tensor:
+    def _truth(self, vectors: list[Tensor], weights: Tensor, answer: Tensor) -> Tensor:
         """(B, heads + 1) scores of the answers."""
         answers = self._answers(answer)
         found = weights.new_empty(len(answer), len(self.wanted))
         for rows, filled in self._slices(len(answer)):
-            scores = _scores(vectors[:, filled], _filled(answers[:, rows], self.width))
+            mine = [_filled(part, self.width) for part in _rows(answers, rows)]
+            scores = _scores(_rows(vectors, filled), mine)
             if self.kernels is not None:
                 given = (scores, weights[rows], found[rows])
                 cuts = _kernels.even_cuts(rows.stop - rows.start)
@@ -279,16 +286,16 @@ class Counter:
                     found[rows, m] = part.diagonal()
         return found
 
-    def _count_chunk(self, batch: Batch, start: int, tables: Tensor) -> None:
+    def _count_chunk(self, batch: Batch, start: int, tables: list[Tensor]) -> None:
         """Count the candidates of a chunk that begins at a position."""
         for begin in range(start, start + self.made, self.width):
             low, high = max(self.first - begin, 0), min(self.last - begin, self.width)
             if low >= high:
                 continue
-            mine = tables[:, begin - start : begin - start + self.width]
+            mine = _rows(tables, slice(begin - start, begin - start + self.width))
             place = torch.tensor([begin, low, high])
             for rows, filled in self._slices(len(batch.truth)):
-                scores = _scores(batch.vectors[:, filled], mine)
+                scores = _scores(_rows(batch.vectors, filled), mine)
                 if self.kernels is None:
                     self._count_plainly(batch, rows, scores, begin, low, high)
                     continue
@@ -355,9 +362,15 @@ class Counter:
             counts[:, m, 1] += tied
 
 
-def _scores(queries: Tensor, candidates: Tensor) -> Tensor:
+def _scores(queries: Sequence[Tensor], candidates: Sequence[Tensor]) -> Tensor:
     """(heads, rows, width) scores of a tile."""
-    return torch.bmm(queries, candidates.transpose(1, 2))
+    heads = sum(len(part) for part in queries)
+    out = queries[0].new_empty(heads, queries[0].shape[1], candidates[0].shape[1])
+    first = 0
+    for query, candidate in zip(queries, candidates, strict=True):
+        torch.bmm(query, candidate.transpose(1, 2), out=out[first : first + len(query)])
+        first += len(query)
+    return out
 
 
 def _filled(rows: Tensor, count: int) -> Tensor:
@@ -365,9 +378,20 @@ def _filled(rows: Tensor, count: int) -> Tensor:
     return nn.functional.pad(rows, (0, 0, 0, count - rows.shape[1]))
 
 
-def _stacked(rows: Mapping[str, Tensor], count: int) -> Tensor:
-    """(heads, count, d) of (n, d) rows a head, with zeros behind them."""
-    return _filled(torch.stack(list(rows.values())), count)
+def _rows(parts: Sequence[Tensor], rows: slice) -> list[Tensor]:
+    """Some of the rows of (heads, n, d), of each width."""
+    return [part[:, rows] for part in parts]
+
+
+def _by_width(widths: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Widths, and how many heads in succession have each."""
+    return [(width, len(list(same))) for width, same in itertools.groupby(widths.values())]
+
+
+def _stacked(rows: Mapping[str, Tensor], count: int) -> list[Tensor]:
+    """(heads, count, d) of (n, d) rows a head, of each width, with zeros behind them."""
+    same = itertools.groupby(rows.values(), lambda part: part.shape[1])
+    return [_filled(torch.stack(list(parts)), count) for _, parts in same]
 
 
 def _up(number: int, multiple: int) -> int:

@@ -284,7 +284,7 @@ class Predictor:
     def holds(self) -> bool:
         """Whether candidate tables are held."""
         model = self.model
-        return model.num_entities * len(model.heads) * model.settings.dim * 4 <= HELD
+        return model.num_entities * sum(model.widths.values()) * 4 <= HELD
 
     @torch.no_grad()
     def tables(self, relation: Tensor) -> dict[str, Tensor]:

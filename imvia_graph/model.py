@@ -173,8 +173,15 @@ class IMVIA(nn.Module):
             )
             for _ in self.tucker_heads
         )
-        self.complex_entity = EntityTable(self.shards, s.dim) if s.complex_head else None
-        self.complex_relation = nn.Embedding(2 * num_relations, s.dim) if s.complex_head else None
+        #: Width of each head's embeddings and query vectors.
+        self.widths = dict.fromkeys(self.tucker_heads, s.dim)
+        self.complex_entity: EntityTable | None = None
+        self.complex_relation: nn.Embedding | None = None
+        if s.complex_head:
+            width = self.widths[COMPLEX] = 2 * s.complex_rank
+            # As small as is usual for ComplEx: what it starts from is soon forgotten.
+            self.complex_entity = EntityTable(self.shards, width, std=1e-3)
+            self.complex_relation = nn.Embedding(2 * num_relations, width)
         self.decision = (
             DecisionFusion(relation_dim, len(self.tucker_heads))
             if len(self.tucker_heads) > 1
@@ -214,13 +221,14 @@ class IMVIA(nn.Module):
             if callable(reset):
                 reset()
         # What a seed gives depends on the order.
-        others = [self.complex_entity, self.complex_relation]
-        for table in (self.entity, *self.relation, *self.residual, *others):
+        for table in (self.entity, *self.relation, *self.residual):
             if isinstance(table, EntityTable):
                 table.reset_parameters()
             elif isinstance(table, nn.Embedding):
-                # Not as small as is usual for ComplEx: Adagrad's epsilon would hide the gradients.
                 nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
+        if self.complex_entity is not None and self.complex_relation is not None:
+            self.complex_entity.reset_parameters()
+            nn.init.normal_(self.complex_relation.weight, std=self.complex_entity.std)
         # Small beside the matrices that the core makes: what relations share is learned first.
         for table in self.relation_residual:
             assert isinstance(table, nn.Embedding)
@@ -242,6 +250,12 @@ class IMVIA(nn.Module):
         """The tables of relations, their own blocks included."""
         tables = (*self.relation, *self.relation_residual, self.complex_relation)
         return [table for table in tables if isinstance(table, nn.Embedding)]
+
+    @property
+    def complex_tables(self) -> list[EntityTable | nn.Embedding]:
+        """The tables of the head of ComplEx, where there is one."""
+        tables = (self.complex_entity, self.complex_relation)
+        return [table for table in tables if table is not None]
 
     @property
     def views(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -20,6 +20,8 @@ from imvia_graph.settings import Settings
 #: regime sampled, the losses of two processes then part from those of one by 0.0009 within 50
 #: steps; with 1e-6 for all by 2e-5, with these by 5e-7.
 ADAGRAD_EPS, ADAGRAD_EPS_OF_ROWS = 1e-6, 1e-5
+#: That of tables which start so small that others' would hide their gradients: the head of ComplEx.
+ADAGRAD_EPS_OF_SMALL = 1e-10
 
 
 def table_optimizer(settings: Settings) -> tuple[str, float]:
@@ -30,17 +32,30 @@ def table_optimizer(settings: Settings) -> tuple[str, float]:
 
 
 def make_optimizer(
-    kind: str, parameters: Sequence[torch.nn.Parameter], lr: float, weight_decay: float
+    kind: str,
+    parameters: Sequence[torch.nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    small: Sequence[torch.nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """An optimizer of torch's, fused where every torch has that."""
+    """An optimizer of torch's, fused where every torch has that.
+
+    For those of the parameters that are ``small``, too, Adagrad has `ADAGRAD_EPS_OF_SMALL`.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(parameters)}]
+    apart = {id(parameter) for parameter in small}
+    if kind == "adagrad" and any(id(parameter) in apart for parameter in parameters):
+        others = [parameter for parameter in parameters if id(parameter) not in apart]
+        mine = [parameter for parameter in parameters if id(parameter) in apart]
+        groups = [{"params": others}, {"params": mine, "eps": ADAGRAD_EPS_OF_SMALL}]
     if kind == "adagrad" and any(parameter.is_cuda for parameter in parameters):
-        return Adagrad(parameters, lr=lr, weight_decay=weight_decay, eps=ADAGRAD_EPS)
+        return Adagrad(groups, lr=lr, weight_decay=weight_decay, eps=ADAGRAD_EPS)
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
         "adagrad": functools.partial(torch.optim.Adagrad, eps=ADAGRAD_EPS),
     }
-    return kinds[kind](list(parameters), lr=lr, weight_decay=weight_decay, fused=True)
+    return kinds[kind](groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 class Adagrad(torch.optim.Adagrad):
@@ -103,7 +118,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
     With ``rowwise`` v is the mean of the squares of a row, one number, and Adam's m is g: beside a
     row there are two numbers more instead of two rows. For Adagrad v is the sum of the squares, and
-    :math:`\epsilon` is `ADAGRAD_EPS_OF_ROWS`.
+    :math:`\epsilon` is `ADAGRAD_EPS_OF_ROWS` or, of those that are ``small``,
+    `ADAGRAD_EPS_OF_SMALL`.
 
     Parameters
     ----------
@@ -113,6 +129,7 @@ class RowOptimizer(torch.optim.Optimizer):
     lr, weight_decay : float
         The decay, too, is of rows that are touched.
     rowwise : bool
+    small : sequence of EntityTable
     """
 
     def __init__(
@@ -122,9 +139,11 @@ class RowOptimizer(torch.optim.Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         rowwise: bool = False,
+        small: Sequence[EntityTable] = (),
     ) -> None:
         self.tables, self.kind, self.rowwise = list(tables), kind, rowwise
         self.betas, self.eps = (0.9, 0.999), ADAGRAD_EPS_OF_ROWS if kind == "adagrad" else 1e-8
+        self._small = {id(table.weight) for table in small} if kind == "adagrad" else set()
         super().__init__(
             [table.weight for table in tables], {"lr": lr, "weight_decay": weight_decay}
         )
@@ -154,6 +173,7 @@ class RowOptimizer(torch.optim.Optimizer):
     def _update(self, weight: Tensor, row: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         lr, decay = group["lr"], group["weight_decay"]
         state = self.state[weight]
+        eps = ADAGRAD_EPS_OF_SMALL if id(weight) in self._small else self.eps
         value = weight[row]
         if decay and self.kind == "adamw":
             value = value * (1 - lr * decay)
@@ -165,7 +185,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if self.kind == "adagrad":
             square += state["square"][row]
             state["square"][row] = square
-            weight[row] = value - lr * grad / (square.sqrt() + self.eps)
+            weight[row] = value - lr * grad / (square.sqrt() + eps)
             return
         first, second = self.betas
         count = state["count"][row] + 1
@@ -176,7 +196,7 @@ class RowOptimizer(torch.optim.Optimizer):
             mean = torch.lerp(state["mean"][row], grad, 1 - first)
             state["mean"][row] = mean
             grad = mean / (1 - first**count)
-        weight[row] = value - lr * grad / ((square / (1 - second**count)).sqrt() + self.eps)
+        weight[row] = value - lr * grad / ((square / (1 - second**count)).sqrt() + eps)
 
 
 def to_record(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

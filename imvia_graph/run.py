@@ -199,7 +199,7 @@ class Run:
 
         Rows are those of ``kg.relations``, then their inverses. With ``relation_residual`` they are
         dim wider: the numbers of the relation's own blocks come last. Those of the head
-        ``complex`` are (2 num_relations, dim).
+        ``complex`` are (2 num_relations, 2 complex_rank).
         """
         model = self.model
         found = {}
@@ -233,7 +233,7 @@ class EntityEncoder(nn.Module):
     heads : list of str
         ``structure``, each modality and, where the model has it, ``joint``.
     num_entities, out_feats : int
-        Sizes of the result for all entities.
+        Sizes of the result for all entities; the head ``complex`` has a width of its own.
 
     Examples
     --------

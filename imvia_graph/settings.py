@@ -90,6 +90,9 @@ class Settings(BaseModel):
         description="Whether there is a head of ComplEx, with tables of its own that N3 keeps"
         " small, beside the others (not in the paper).",
     )
+    complex_rank: int = Field(
+        256, ge=1, description="Complex numbers that an entity has there, two numbers each."
+    )
     complex_weight: float = Field(
         0.5,
         gt=0,

@@ -38,6 +38,7 @@ from imvia_graph.losses import (
     total_loss,
 )
 from imvia_graph.model import COMPLEX, DECISION, IMVIA
+from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.nn.multi_view_encoder import views_present
 from imvia_graph.optimizers import (
     RowOptimizer,
@@ -207,9 +208,14 @@ class Trainer:
             apart = set()
         layers = [p for p in self.parameters if id(p) not in apart]
         looked_up = [p for p in self.parameters if id(p) in apart]
-        self.optimizer = make_optimizer(settings.optimizer, layers, settings.learning_rate, decay)
+        small = [table.weight for table in model.complex_tables]
+        self.optimizer = make_optimizer(
+            settings.optimizer, layers, settings.learning_rate, decay, small
+        )
         #: That of the tables, where they have one of their own: all rows of each.
-        self.table_optimizer = make_optimizer(kind, looked_up, rate, decay) if looked_up else None
+        self.table_optimizer = (
+            make_optimizer(kind, looked_up, rate, decay, small) if looked_up else None
+        )
         self.row_optimizer = (
             RowOptimizer(
                 model.entity_tables,
@@ -217,6 +223,7 @@ class Trainer:
                 rate,
                 decay,
                 settings.entity_optimizer == "rowwise",
+                [table for table in model.complex_tables if isinstance(table, EntityTable)],
             )
             if by_rows
             else None

@@ -22,6 +22,7 @@ OTHER = {
     "residual": False,
     "relation_residual": False,
     "complex_head": True,
+    "complex_rank": 12,
     "complex_weight": 0.3,
     "candidates": "relation",
     "decision": "mean",

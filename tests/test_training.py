@@ -227,7 +227,7 @@ def test_the_head_of_complex_learns_and_has_a_name_of_its_own(tmp_path):
     found = run.evaluate("train")["modalities"]
     assert list(found) == ["structure", "image", "text", "joint", "complex"]
     assert found["complex"]["mrr"] > 0.5
-    assert run.relation_embeddings()["complex"].shape == (4, run.settings.dim)
+    assert run.relation_embeddings()["complex"].shape == (4, 2 * run.settings.complex_rank)
     again = ig.load(run.save(tmp_path / "run"))
     assert again.evaluate("train") == run.evaluate("train")
     views = {"complex": ig.Views(torch.randn(3, 2), torch.tensor([0, 1, 2]))}

@@ -55,6 +55,7 @@ class ComplEx(nn.Module):
         super().__init__()
         self.num_entities, self.num_relations = num_entities, num_relations
         self.settings = types.SimpleNamespace(candidates="shared", dim=2 * rank)
+        self.widths = {"structure": 2 * rank}
         self.shards = Shards(num_entities)
         #: Real parts, then imaginary ones.
         self.entity = nn.Embedding(num_entities, 2 * rank)

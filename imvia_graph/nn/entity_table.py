@@ -20,9 +20,13 @@ class EntityTable(nn.Embedding):
         Which entities those are; row 0 is that of ``shards.start``.
     dim : int
         Width.
+    std : float, optional
+        Standard deviation of what it starts from. Default: 1 over the root of the width, for rows
+        of length 1 or so, since smaller ones take epochs to grow.
 
     Attributes
     ----------
+    std : float
     lazy : bool
         Whether rows that are looked up while gradients are made are leaves of their own, kept until
         `gradients` is asked for: nothing of the table's size is made in a step.
@@ -40,25 +44,27 @@ class EntityTable(nn.Embedding):
     ([3, 7], [1.0, 2.0], True)
     """
 
-    def __init__(self, shards: Shards, dim: int) -> None:
-        self.shards = shards  # what is drawn while the table is made goes by it
+    def __init__(self, shards: Shards, dim: int, std: float | None = None) -> None:
+        # What is drawn while the table is made goes by these.
+        self.shards, self.std = shards, dim**-0.5 if std is None else std
         super().__init__(len(shards), dim)
         self.lazy = False
         self._looked_up: list[tuple[Tensor, Tensor]] = []
 
     def reset_parameters(self) -> None:
-        """Draw rows of length 1 or so: smaller ones take epochs to grow.
+        """Draw the rows anew.
 
         Every process draws the rows of all, in the same portions, and keeps its own: what a seed
         gives does not depend on their number.
         """
-        shards, std = self.shards, self.embedding_dim**-0.5
+        shards = self.shards
         if self.weight.device.type == "meta":
             return
         with torch.no_grad():
             for first in range(0, shards.num_entities, _PORTION):
                 last = min(first + _PORTION, shards.num_entities)
-                drawn = self.weight.new_empty(last - first, self.embedding_dim).normal_(std=std)
+                drawn = self.weight.new_empty(last - first, self.embedding_dim)
+                drawn.normal_(std=self.std)
                 begin, end = max(first, shards.start), min(last, shards.stop)
                 if begin < end:
                     mine = drawn[begin - first : end - first]
