@@ -42,7 +42,7 @@ PREDICTIONS = ("tsv", "ntriples")
     "--modality",
     "heads",
     multiple=True,
-    help="Head to write: structure, a modality, joint; repeat for more.  [default: all]",
+    help="Head to write: structure, a modality, joint, complex; repeat for more.  [default: all]",
 )
 @click.option("--predictions", is_flag=True, help="Write predictions instead of embeddings.")
 @click.option(

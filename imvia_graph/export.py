@@ -1,8 +1,8 @@
 """Embeddings and predictions of a run, for other programs.
 
-`export_embeddings` writes a table a head (structure, each modality, joint) with the labels of its
-rows; `export_predictions` answers many queries and writes triples. A file is written whole or not
-at all, and none is written over unless that is asked for.
+`export_embeddings` writes a table a head (structure, each modality, joint, complex) with the labels
+of its rows; `export_predictions` answers many queries and writes triples. A file is written whole
+or not at all, and none is written over unless that is asked for.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def export_embeddings(
     what : {"entities", "relations"}
         Whose embeddings.
     heads : sequence of str, optional
-        Heads of the model: ``structure``, modalities, ``joint``. Default: all.
+        Heads of the model: ``structure``, modalities, ``joint``, ``complex``. Default: all.
     force : bool
         Whether files that exist are written over.
 

@@ -36,7 +36,7 @@ class Embedding(NamedTuple):
     Attributes
     ----------
     heads : dict of str to Tensor
-        (B, dim) for ``structure``, each modality and ``joint``.
+        (B, dim) for ``structure``, each modality and ``joint``; for ``complex`` of its own width.
     present : dict of str to Tensor
         (B,) bool for each modality: whether the entity has a view of it.
     """
@@ -80,6 +80,8 @@ class IMVIA(nn.Module):
     heads : list of str
         What scores: the sources, ``joint`` where there are several of them and, with the setting
         ``complex_head``, ``complex``.
+    widths : dict of str to int
+        Of each head's embeddings and query vectors.
     tucker_heads : list of str
         Those with a Tucker decoder: all but ``complex``.
 
@@ -173,7 +175,6 @@ class IMVIA(nn.Module):
             )
             for _ in self.tucker_heads
         )
-        #: Width of each head's embeddings and query vectors.
         self.widths = dict.fromkeys(self.tucker_heads, s.dim)
         self.complex_entity: EntityTable | None = None
         self.complex_relation: nn.Embedding | None = None

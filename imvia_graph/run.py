@@ -231,7 +231,7 @@ class EntityEncoder(nn.Module):
     Attributes
     ----------
     heads : list of str
-        ``structure``, each modality and, where the model has it, ``joint``.
+        ``structure``, each modality and, where the model has them, ``joint`` and ``complex``.
     num_entities, out_feats : int
         Sizes of the result for all entities; the head ``complex`` has a width of its own.
 

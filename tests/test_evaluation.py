@@ -164,7 +164,7 @@ def halves(size):
 
 
 def model_of(kg, **changes):
-    settings = ig.Settings(dim=4, information_dim=4).replace(**changes)
+    settings = ig.Settings(dim=4, complex_rank=3, information_dim=4).replace(**changes)
     return randomised(ig.IMVIA.from_kg(kg, settings)).double()
 
 
