@@ -222,23 +222,28 @@ def little_tiles(monkeypatch, keeps=True):
 @pytest.mark.parametrize("candidates", ["shared", "relation"])
 @pytest.mark.parametrize("batch_size", [1, 4, 1000])
 @pytest.mark.parametrize("keeps", [True, False])
-def test_ranks_match_a_loop_over_all_triples(monkeypatch, candidates, batch_size, keeps):
+@pytest.mark.parametrize("widths", ["one width", "two widths"])
+def test_ranks_match_a_loop_over_all_triples(monkeypatch, candidates, batch_size, keeps, widths):
     little_tiles(monkeypatch, keeps)
     kg = random_kg()
-    model = model_of(kg, candidates=candidates).eval()
+    several = widths == "two widths"
+    model = model_of(kg, candidates=candidates, complex_head=several).eval()
+    assert len(set(model.widths.values())) == 1 + several
     found = rank(model, kg.test, kg.answers(), batch_size)
     tail, head = brute_force(model, kg, kg.test)
     assert torch.equal(found.triples, kg.test)
     assert as_lists(found.tail) == tail
     assert as_lists(found.head) == head
-    assert list(found.tail) == ["structure", "image", "text", "joint", "decision"]
+    heads = ["structure", "image", "text", "joint", *["complex"] * several]
+    assert list(found.tail) == [*heads, "decision"]
 
 
 @pytest.mark.parametrize("views", [True, False])
 @pytest.mark.parametrize("keeps", [True, False, None])
-def test_compiled_ranks_are_those_of_the_scores(monkeypatch, views, keeps):
+@pytest.mark.parametrize("complex_head", [False, True])
+def test_compiled_ranks_are_those_of_the_scores(monkeypatch, views, keeps, complex_head):
     kg = larger_kg(views=views)
-    model = model_of(kg, batch_norm=False).eval().float()
+    model = model_of(kg, batch_norm=False, complex_head=complex_head).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.sign() * (parameter.abs() > 0.4))  # many ties

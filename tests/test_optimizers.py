@@ -66,9 +66,17 @@ def optimized(optimizer):
 
 @pytest.mark.parametrize("table_optimizer", ["same", "adam", "adagrad"])
 @pytest.mark.parametrize("regime", ["1vsall", "sampled"])
-def test_each_parameter_has_one_optimizer_and_tables_their_own(regime, table_optimizer):
+@pytest.mark.parametrize("complex_head", [False, True])
+def test_each_parameter_has_one_optimizer_and_tables_their_own(
+    regime, table_optimizer, complex_head
+):
     kg = ring_kg(8)
-    chosen = settings(regime=regime, table_optimizer=table_optimizer, lambda_information=0.0)
+    chosen = settings(
+        regime=regime,
+        table_optimizer=table_optimizer,
+        complex_head=complex_head,
+        lambda_information=0.0,
+    )
     trainer = Trainer(model_of(kg, chosen), kg, chosen)
     model = trainer.model
     entities = {id(table.weight) for table in model.entity_tables}
@@ -95,6 +103,38 @@ def test_each_parameter_has_one_optimizer_and_tables_their_own(regime, table_opt
         assert trainer.row_optimizer.param_groups[0]["lr"] == rate
         expected = chosen.optimizer if table_optimizer == "same" else table_optimizer
         assert trainer.row_optimizer.kind == expected
+
+
+@pytest.mark.parametrize("regime", ["1vsall", "sampled"])
+@pytest.mark.parametrize("changes", [{}, {"table_optimizer": "same", "optimizer": "adagrad"}])
+def test_adagrad_hides_no_gradients_of_tables_that_start_small(regime, changes):
+    kg = ring_kg(8)
+    chosen = settings(regime=regime, complex_head=True, learning_rate=0.1, **changes)
+    trainer = Trainer(model_of(kg, chosen), kg, chosen)
+    model = trainer.model
+    for table in model.complex_tables:
+        assert 0 < table.weight.abs().max() < 0.01
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for table in (*model.entity_tables, *model.relation_tables):
+        if getattr(table, "lazy", False):
+            table(torch.arange(len(table.weight))).mul(1e-7).sum().backward()
+        else:
+            table.weight.grad = torch.full_like(table.weight, 1e-7)
+    for optimizer in (trainer.optimizer, trainer.table_optimizer, trainer.row_optimizer):
+        if optimizer is not None:
+            optimizer.step()
+    small = {id(table.weight) for table in model.complex_tables}
+    for name, value in model.named_parameters():
+        if id(value) in small:
+            moved = 0.1 / (1 + 1e-10 / 1e-7)
+        elif id(value) in {id(table.weight) for table in model.entity_tables}:
+            moved = 0.1 / (1 + (1e-5 if regime == "sampled" else 1e-6) / 1e-7)
+        elif name.startswith("relation"):
+            moved = 0.1 / (1 + 1e-6 / 1e-7)
+        else:
+            continue
+        expected = before[name] - moved
+        torch.testing.assert_close(value.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
 def model_of(kg, chosen):
