@@ -91,15 +91,15 @@ class Settings(BaseModel):
         " small, beside the others (not in the paper).",
     )
     complex_rank: int = Field(
-        256, ge=1, description="Complex numbers that an entity has there, two numbers each."
+        256, ge=1, description="Rank of the head of ComplEx: complex numbers an entity."
     )
     complex_weight: float = Field(
         0.5,
         gt=0,
         lt=1,
-        description="Weight of the head of ComplEx in the decision, in which the others share the"
-        " rest: by what it learns from the training triples the decision would trust too much in a"
-        " head that knows them by heart.",
+        description="Weight of that head in the decision; the others share the rest. It is not"
+        " learned: on the training triples, which that head soon knows by heart, the decision would"
+        " trust it too much.",
     )
     candidates: Literal["shared", "relation"] = Field(
         "shared",
