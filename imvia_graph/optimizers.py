@@ -36,7 +36,7 @@ def make_optimizer(
     parameters: Sequence[torch.nn.Parameter],
     lr: float,
     weight_decay: float,
-    small: Sequence[torch.nn.Parameter] = (),
+    small: Sequence[Tensor] = (),
 ) -> torch.optim.Optimizer:
     """An optimizer of torch's, fused where every torch has that.
 
