@@ -225,7 +225,8 @@ class IMVIA(nn.Module):
         for table in (self.entity, *self.relation, *self.residual):
             if isinstance(table, EntityTable):
                 table.reset_parameters()
-            elif isinstance(table, nn.Embedding):
+            else:
+                assert isinstance(table, nn.Embedding)
                 nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
         if self.complex_entity is not None and self.complex_relation is not None:
             self.complex_entity.reset_parameters()
