@@ -50,6 +50,7 @@ DEFAULT, PER_RELATION = "ours", "ours, candidates of each relation"
 #: defaults leave out.
 WHOLE = {
     "relation_residual": False,
+    "complex_head": False,
     "decision": "trained",
     "table_optimizer": "same",
     "label_smoothing": 0.1,

@@ -52,9 +52,12 @@ from imvia_graph.training import Callback, Progress, Trainer
 
 logger = logging.getLogger(__name__)
 
-FORMAT, FORMAT_VERSION = "imvia-graph/run", 3
+FORMAT, FORMAT_VERSION = "imvia-graph/run", 4
 #: Settings that folders of older versions do not name, as they were.
-_BEFORE = {3: {"relation_residual": False, "table_optimizer": "same"}}
+_BEFORE = {
+    3: {"relation_residual": False, "table_optimizer": "same"},
+    4: {"complex_head": False},
+}
 BEST, LAST, METRICS = "best.safetensors", "last.safetensors", "metrics.jsonl"
 #: The checkpoint before the last one, and the lock of who trains.
 PREVIOUS, LOCK = "previous.safetensors", ".lock"

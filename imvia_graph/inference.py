@@ -661,7 +661,7 @@ def explain(
     >>> model = ig.IMVIA.from_kg(kg, ig.Settings(dim=16))
     >>> found = ig.explain(model, kg, head="France", relation="borders", tail="Spain")
     >>> found.known, list(found.judgements["tail"])
-    ('train', ['structure', 'image', 'text', 'joint', 'decision'])
+    ('train', ['structure', 'image', 'text', 'joint', 'complex', 'decision'])
     >>> [view.source for view in found.head.views["image"]]
     ['flags/FR.png', 'outlines/FR.png']
     >>> round(sum(view.weight for view in found.head.views["image"]), 6)

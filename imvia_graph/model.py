@@ -101,7 +101,7 @@ class IMVIA(nn.Module):
     >>> queries = model.queries(head, relation)
     >>> scores = model.scores(queries, model.candidates(), relation)
     >>> list(scores)
-    ['structure', 'image', 'text', 'joint', 'decision']
+    ['structure', 'image', 'text', 'joint', 'complex', 'decision']
     >>> scores["decision"].shape == (1, kg.num_entities)
     True
 
@@ -122,7 +122,10 @@ class IMVIA(nn.Module):
     ) -> None:
         super().__init__()
         self.shards = Shards(num_entities) if shards is None else shards
-        s = self.settings = settings or Settings()
+        s = settings or Settings()
+        if s.complex_head is None:
+            s = s.replace(complex_head=num_entities < MANY and COMPLEX not in views)
+        self.settings = s
         self.num_entities, self.num_relations = num_entities, num_relations
         relation_dim = s.relation_dim
         self.modalities = list(views)
@@ -512,6 +515,9 @@ class IMVIA(nn.Module):
         """Whether the decision has weights to learn: not of one head, nor those of a mean."""
         return self.decision is not None and self.settings.decision != "mean"
 
+
+#: So many entities and more have other defaults: no head of ComplEx, and less regularisation.
+MANY = 50_000
 
 #: Largest magnitude of a column of features that is left as it is, and the smallest of them all.
 LARGEST, SMALLEST = 2.0**10, 2.0**-10

@@ -48,7 +48,7 @@ class Run:
     >>> import imvia_graph as ig
     >>> run = ig.fit("countries", epochs=1, dim=16)
     >>> run.predict(head="France", relation="borders", k=3)[0].modalities.keys()
-    dict_keys(['structure', 'image', 'text', 'joint'])
+    dict_keys(['structure', 'image', 'text', 'joint', 'complex'])
     """
 
     def __init__(
@@ -324,7 +324,7 @@ def fit(
         settings given, only `RESUMABLE` may differ: ``epochs``, ``patience``, ``device``,
         ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``, ``views_on``,
         ``cuda_graph``. What is null in them and the run has chosen (``epochs``,
-        ``lambda_regularization``) stays as the run has it.
+        ``lambda_regularization``, ``complex_head``) stays as the run has it.
         A run that ended is taken as it is, unless there are more epochs to go.
     callbacks : sequence of Callback
         See `imvia_graph.training.Callback`.
@@ -489,7 +489,7 @@ RESUMABLE = (
 
 
 #: Settings that may be left open: training chooses, and the run has what it chose.
-_LEFT_OPEN = ("epochs", "lambda_regularization")
+_LEFT_OPEN = ("epochs", "lambda_regularization", "complex_head")
 
 
 def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, Any]) -> Run:

@@ -85,10 +85,11 @@ class Settings(BaseModel):
         description="Add a free block-diagonal matrix a relation, that of ComplEx, to those that"
         " Tucker's core makes (not in the paper).",
     )
-    complex_head: bool = Field(
-        False,
+    complex_head: bool | None = Field(
+        None,
         description="Whether there is a head of ComplEx, with tables of its own that N3 keeps"
-        " small, beside the others (not in the paper).",
+        " small, beside the others (not in the paper); null for graphs of fewer than 50,000"
+        " entities, whose tables take little memory.",
     )
     complex_rank: int = Field(
         256, ge=1, description="Rank of the head of ComplEx: complex numbers an entity."

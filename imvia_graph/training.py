@@ -37,7 +37,7 @@ from imvia_graph.losses import (
     sampled_completion,
     total_loss,
 )
-from imvia_graph.model import COMPLEX, DECISION, IMVIA
+from imvia_graph.model import COMPLEX, DECISION, IMVIA, MANY
 from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.nn.multi_view_encoder import views_present
 from imvia_graph.optimizers import (
@@ -130,8 +130,8 @@ class Trainer:
     Attributes
     ----------
     settings : Settings
-        Those given, with a number of ``epochs`` and a ``lambda_regularization`` where they leave
-        these open.
+        Those given, with ``epochs``, ``lambda_regularization`` and ``complex_head`` where they
+        leave these open.
     progress : Progress
         How far it has come.
     best_state : dict of str to Tensor or None
@@ -171,8 +171,10 @@ class Trainer:
             enough = math.ceil(_STEPS / max(len(self.batches), 1))
             settings = settings.replace(epochs=max(_EPOCHS, enough))
         if settings.lambda_regularization is None:
-            weight = _WEIGHTS[kg.num_entities >= _MANY]
+            weight = _WEIGHTS[kg.num_entities >= MANY]
             settings = settings.replace(lambda_regularization=weight)
+        if settings.complex_head is None:
+            settings = settings.replace(complex_head=model.settings.complex_head)
         self.settings = settings
         self.precision = training_dtype(settings, model.device)
         self.known = kg.answers()
@@ -906,8 +908,8 @@ def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 #: Where the settings name no number of epochs: as many as take so many steps, but at least …
 _STEPS, _EPOCHS = 500, 32
 
-#: Where the settings name no weight of the regularisation: below so many entities, and from there.
-_MANY, _WEIGHTS = 50_000, (0.1, 0.01)
+#: Where the settings name no weight of the regularisation: below `MANY` entities, and from there.
+_WEIGHTS = (0.1, 0.01)
 #: Entities from which on ranks like those of chance are told of: fewer are soon ranked better.
 _TELLING = 10_000
 

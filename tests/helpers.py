@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: A model that trains in no time, the same on every machine.
 TINY = {
     "dim": 8,
+    "complex_head": False,
     "complex_rank": 3,
     "information_dim": 4,
     "batch_size": 16,

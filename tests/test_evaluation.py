@@ -440,7 +440,7 @@ def test_ranks_are_equal_for_any_number_of_processes(
 def test_ties_across_processes_are_at_their_mean_rank(monkeypatch, size):
     little_tiles(monkeypatch)
     kg = larger_kg(views=False)
-    model = model_of(kg, dim=20).eval().float()
+    model = model_of(kg, dim=20, complex_head=False).eval().float()
     with torch.no_grad():
         # Each vector is that of three entities or so, far from each other.
         model.entity.weight.copy_(model.entity.weight[:29].repeat(3, 1)[:83])
@@ -472,7 +472,7 @@ def test_more_processes_than_entities_rank_as_one():
 def test_ranks_do_not_depend_on_the_batch_size(monkeypatch, batch_size):
     little_tiles(monkeypatch)
     kg = larger_kg(views=False)
-    model = model_of(kg, dim=20).eval().float()
+    model = model_of(kg, dim=20, complex_head=False).eval().float()
     # Queries are made alike, whatever the batch.
     table = model.entity.weight.detach()
     monkeypatch.setattr(

@@ -14,6 +14,7 @@ from imvia_graph.model import inner
 
 SMALL = ig.Settings(
     dim=4,
+    complex_head=False,
     complex_rank=2,
     relation_dim=3,
     information_dim=4,

@@ -221,6 +221,25 @@ def test_the_head_of_complex_has_n3_in_place_of_dura(regime, candidates):
     assert grad is None or not grad.any()
 
 
+@pytest.mark.parametrize(("many", "there"), [(13, True), (12, False)])
+def test_many_entities_have_no_head_of_complex_that_was_not_asked_for(
+    monkeypatch, tmp_path, many, there
+):
+    monkeypatch.setattr("imvia_graph.model.MANY", many)
+    kg = ring_kg(12)
+    open_ = settings(complex_head=None, complex_rank=3)
+    run = ig.fit(kg, settings=open_, out=tmp_path / "run")
+    assert ("complex" in run.model.heads) == run.settings.complex_head == there
+    # What was chosen stays, however many entities count as many, and also where it is left open.
+    monkeypatch.setattr("imvia_graph.model.MANY", 25 - many)
+    assert ig.load(tmp_path / "run").model.heads == run.model.heads
+    again = ig.fit(out=tmp_path / "run", resume=True, epochs=4, complex_head=None)
+    assert again.model.heads == run.model.heads
+    for asked in (False, True):
+        heads = IMVIA.from_kg(kg, settings(complex_head=asked)).heads
+        assert ("complex" in heads) == asked
+
+
 def test_the_head_of_complex_learns_and_has_a_name_of_its_own(tmp_path):
     kg = ring_kg(valid=0)
     run = ig.fit(kg, settings=settings(complex_head=True, epochs=40, **without_dropout()))
@@ -234,6 +253,7 @@ def test_the_head_of_complex_learns_and_has_a_name_of_its_own(tmp_path):
     named = ig.MultiViewKG(kg.entities, kg.relations, kg.train, views=views)
     with pytest.raises(SettingsError, match="complex_head"):
         IMVIA.from_kg(named, settings(complex_head=True))
+    assert IMVIA.from_kg(named, settings(complex_head=None)).heads[:2] == ["structure", "complex"]
 
 
 def test_without_regularization_there_is_none():
@@ -722,7 +742,7 @@ def test_training_ends_when_validation_has_not_improved_for_patience_times():
 
 @pytest.mark.parametrize(("many", "weight"), [(13, 0.1), (12, 0.01)])
 def test_many_entities_are_regularised_less(monkeypatch, many, weight):
-    monkeypatch.setattr(training, "_MANY", many)
+    monkeypatch.setattr(training, "MANY", many)
     kg = ring_kg(12)
     for changes, expected in [({}, weight), ({"lambda_regularization": 0.25}, 0.25)]:
         chosen = settings(**changes)

@@ -96,7 +96,9 @@ def run(row: measure.Row) -> measure.Row:
         for part in feat.split(2**16):
             part.copy_(torch.randn(part.shape))
         views = {"text": (feat, torch.arange(size + 1))}
-    model = ig.IMVIA(size, RELATIONS, views, ig.Settings(dim=DIM)).to(device).eval()
+    model = (
+        ig.IMVIA(size, RELATIONS, views, ig.Settings(dim=DIM, complex_head=False)).to(device).eval()
+    )
     triples = torch.stack([torch.randint(most, (20_000,)) for most in (size, RELATIONS, size)], 1)
     known = AnswerIndex.from_triples([triples], size, RELATIONS)
     asked = triples[:TRIPLES]
