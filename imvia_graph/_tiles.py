@@ -9,6 +9,9 @@ numbers in the same places, have the same bits; so all that is counted is the sa
 The true score comes from a tile of the same shape, whose candidates are the queries' answers. That
 it is the score which the answer has in its own place, to the last bit, is what ties with equal
 entities rest on; nothing else does.
+
+The decision is a weighted sum of the heads' scores, which are products. Where no head is asked for
+by itself, it is one product: of the heads' vectors side by side, the query's times their weights.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ class Batch(NamedTuple):
     Attributes
     ----------
     vectors : list of Tensor
-        (heads, B', d) of heads of one width after the other; rows from B on are zeros.
+        (heads, B', d) of heads of one width after the other; rows from B on are zeros. One head,
+        with a weight of 1, where the decision is made as one product.
     weights : Tensor
         (B, heads) of the decision.
     truth : Tensor
@@ -83,7 +87,8 @@ class Counter:
     known : AnswerIndex
         Answers that do not compete.
     wanted : sequence of str
-        Heads, and ``decision``, to count by.
+        Heads, and ``decision``, to count by. By the decision alone its scores are made without
+        those of the heads, and may differ from their sum in the last bits.
     chosen : Tensor, optional
         (C,) int64, ascending and distinct: the candidates. Default: all entities.
     relation : Tensor, optional
@@ -102,8 +107,14 @@ class Counter:
         self.model, self.shards, self.known, self.relation = model, shards, known, relation
         self.chosen = chosen
         self.device = model.device
-        names = [*model.heads, DECISION]
+        self.widths = dict(model.widths)
+        #: Whether the heads' scores are not made, only their sum.
+        self.in_one = list(wanted) == [DECISION] and len(self.widths) > 1
+        if self.in_one:
+            self.widths = {"all": sum(model.widths.values())}
+        names = [*self.widths, DECISION]
         self.wanted = torch.tensor([name in wanted for name in names])
+        self.columns = [names.index(name) for name in wanted]
         # Positions are places in the list of candidates; those of this process are a range of them.
         self.size = shards.num_entities if chosen is None else len(chosen)
         self.first, self.last = shards.start, shards.stop
@@ -118,7 +129,7 @@ class Counter:
         #: Candidates that are made at a time.
         self.made = -(-tiles // chunks) * self.width
         dtype = model.entity.weight.dtype
-        a_row = sum(model.widths.values()) * dtype.itemsize
+        a_row = sum(self.widths.values()) * dtype.itemsize
         self.keeps = self.size * a_row <= _KEPT
         self._kept: list[Tensor] | None = None
         #: Queries, at least, to be given at a time, so that tables are not made too often.
@@ -134,7 +145,7 @@ class Counter:
         batch_size: int,
         on_part: Callable[[float], None] | None = None,
     ) -> Tensor:
-        """(Q, heads + 1, 2) int64: how many candidates are better, and how many tied.
+        """(Q, wanted, 2) int64: how many candidates are better, and how many tied.
 
         Parameters
         ----------
@@ -146,7 +157,7 @@ class Counter:
             Called with the share that is done.
         """
         if not len(entity):
-            return torch.zeros(0, len(self.wanted), 2, dtype=torch.int64, device=self.device)
+            return torch.zeros(0, len(self.columns), 2, dtype=torch.int64, device=self.device)
         sizes = self._sizes(relation, batch_size)
         parts = [part.split(sizes) for part in (entity, relation, answer)]
         batches = [self.batch(*one) for one in zip(*parts, strict=True)]
@@ -158,7 +169,8 @@ class Counter:
                 done += 1
                 if on_part:
                     on_part(done / steps)
-        return self.shards.sum_(torch.cat([batch.counts for batch in batches]))
+        counts = torch.cat([batch.counts[:, self.columns] for batch in batches])
+        return self.shards.sum_(counts)
 
     def _sizes(self, relation: Tensor, batch_size: int) -> list[int]:
         """Into what (Q,) sorted queries are split: matrices of their relations take memory, too."""
@@ -172,8 +184,14 @@ class Counter:
     def batch(self, entity: Tensor, relation: Tensor, answer: Tensor) -> Batch:
         """What is to be known of (B,) queries before their candidates are looked at."""
         rows = len(entity)
-        vectors = _stacked(self.model.queries_alike(entity, relation), _up(rows, _ROWS))
-        weights = self.model.decision_weights(relation).to(vectors[0].dtype).contiguous()
+        query = self.model.queries_alike(entity, relation)
+        weights = self.model.decision_weights(relation)
+        if self.in_one:
+            shares = zip(query.values(), weights.split(1, dim=1), strict=True)
+            query = {"all": torch.cat([part * share for part, share in shares], dim=1)}
+            weights = weights.new_ones(rows, 1)
+        vectors = _stacked(query, _up(rows, _ROWS))
+        weights = weights.to(vectors[0].dtype).contiguous()
         truth = self._truth(vectors, weights, answer)
         # Known answers and the answer itself, once each, as positions in this process's range.
         row, col = self.known.pairs(entity, relation)
@@ -221,7 +239,14 @@ class Counter:
         entity = place if self.chosen is None else self.chosen[place]
         # Those of other processes, too: what is made of theirs does not count, but how the rest is
         # made could depend on it.
-        return _stacked(self.model.candidates(self.relation, entity), self.made)
+        return self._vectors(entity)
+
+    def _vectors(self, entity: Tensor) -> list[Tensor]:
+        """Vectors (heads, made, d) of each width, of as many entities."""
+        parts = self.model.candidates(self.relation, entity)
+        if self.in_one:
+            parts = {"all": torch.cat(list(parts.values()), dim=1)}
+        return _stacked(parts, self.made)
 
     def _keep(self) -> list[Tensor]:
         """All vectors of this process, (heads, n, d) of each width, chunk after chunk."""
@@ -237,7 +262,7 @@ class Counter:
     def _empty(self, rows: int) -> list[Tensor]:
         """(heads, rows, d) of each width, filled with whatever."""
         like = self.model.entity.weight
-        return [like.new_empty(heads, rows, width) for width, heads in _by_width(self.model.widths)]
+        return [like.new_empty(heads, rows, width) for width, heads in _by_width(self.widths)]
 
     def _answers(self, answer: Tensor) -> list[Tensor]:
         """Vectors (heads, B, d) of each width, of (B,) answers, on every process."""
@@ -253,8 +278,7 @@ class Counter:
                 # As many as are made elsewhere, so that they are made in the same way.
                 part = answer[first : first + self.made]
                 filled = torch.cat([part, part[:1].expand(self.made - len(part))])
-                vectors = _stacked(self.model.candidates(self.relation, filled), self.made)
-                for whole, made in zip(out, vectors, strict=True):
+                for whole, made in zip(out, self._vectors(filled), strict=True):
                     whole[:, first : first + len(part)] = made[:, : len(part)]
         if not self.shards.alone:
             for part in out:

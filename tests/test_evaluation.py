@@ -236,6 +236,9 @@ def test_ranks_match_a_loop_over_all_triples(monkeypatch, candidates, batch_size
     assert as_lists(found.head) == head
     heads = ["structure", "image", "text", "joint", *["complex"] * several]
     assert list(found.tail) == [*heads, "decision"]
+    alone = rank(model, kg.test, kg.answers(), batch_size, heads=())
+    assert as_lists(alone.tail) == {"decision": tail["decision"]}
+    assert as_lists(alone.head) == {"decision": head["decision"]}
 
 
 @pytest.mark.parametrize("views", [True, False])
@@ -251,9 +254,10 @@ def test_compiled_ranks_are_those_of_the_scores(monkeypatch, views, keeps, compl
     expected = by_filtered_ranks(model, kg, kg.train)
     if keeps is not None:
         little_tiles(monkeypatch, keeps)
-    compiled = rank(model, kg.train, kg.answers())
+    compiled, alone = (rank(model, kg.train, kg.answers(), heads=h) for h in (None, ()))
     monkeypatch.setattr(_tiles._kernels, "load", lambda name: None)
     plain = rank(model, kg.train, kg.answers())
+    assert_equal_ranks(rank(model, kg.train, kg.answers(), heads=()), alone)
     for found in (compiled, plain):
         assert as_lists(found.tail) == as_lists(expected.tail)
         assert as_lists(found.head) == as_lists(expected.head)
@@ -431,9 +435,10 @@ def test_ranks_are_equal_for_any_number_of_processes(
         monkeypatch.setattr(_tiles._kernels, "load", lambda name: None)
     kg = larger_kg()
     model = model_of(kg, candidates=candidates, dim=20).eval().float()
-    alone = rank(model, kg.test, kg.answers(), 48)
-    for found in rank_together(size, model, kg.test, kg.answers(), 48):
-        assert_equal_ranks(found, alone)
+    for heads in (None, ()):
+        alone = rank(model, kg.test, kg.answers(), 48, heads)
+        for found in rank_together(size, model, kg.test, kg.answers(), 48, heads):
+            assert_equal_ranks(found, alone)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -458,6 +463,24 @@ def test_ties_across_processes_are_at_their_mean_rank(monkeypatch, size):
         model.entity.weight.zero_()
     for found in rank_together(size, model, kg.test, nothing):
         assert found.head["decision"].tolist() == [42.0] * len(kg.test)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_ties_of_a_decision_made_as_one_product_are_ties(monkeypatch, compiled):
+    little_tiles(monkeypatch)
+    if not compiled:
+        monkeypatch.setattr(_tiles._kernels, "load", lambda name: None)
+    kg = larger_kg(views=False)
+    model = model_of(kg, dim=20, complex_head=True, complex_rank=9).eval().float()
+    with torch.no_grad():
+        for table in model.entity_tables:
+            table.weight.copy_(table.weight[:29].repeat(3, 1)[:83])
+    nothing = AnswerIndex.from_triples([kg.test[:0]], kg.num_entities, kg.num_relations)
+    alone = rank(model, kg.test, nothing, heads=())
+    twins = torch.tensor([3 if i % 29 < 83 - 58 else 2 for i in range(83)])
+    assert torch.equal(alone.tail["decision"] % 1 == 0.5, twins[kg.test[:, 2]] == 2)
+    for found in rank_together(3, model, kg.test, nothing, heads=()):
+        assert_equal_ranks(found, alone)
 
 
 def test_more_processes_than_entities_rank_as_one():
