@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT, FORMAT_VERSION = "imvia-graph/run", 4
 #: Settings that folders of older versions do not name, as they were.
-_BEFORE = {
+_BEFORE: dict[int, dict[str, Any]] = {
     3: {"relation_residual": False, "table_optimizer": "same"},
     4: {"complex_head": False},
 }
