@@ -183,7 +183,7 @@ def test_adagrad_in_one_pass_is_torch_s(device, decay):  # noqa: F811
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"complex_head": True},
         {"regime": "kvsall", "loss": "binary", "label_smoothing": 0.1, "lambda_relation": 0.5},
         {
             "decision": "trained",
