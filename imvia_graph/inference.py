@@ -18,7 +18,7 @@ from imvia_graph.answers import pointer
 from imvia_graph.errors import DataError, IMVIAError
 from imvia_graph.evaluation import filtered_ranks
 from imvia_graph.kg import PARTS, MultiViewKG
-from imvia_graph.model import DECISION, IMVIA, Embedding
+from imvia_graph.model import COMPLEX, DECISION, IMVIA, Embedding
 from imvia_graph.ops import ViewWeights
 
 Side = Literal["tail", "head"]
@@ -336,9 +336,9 @@ class Predictor:
     ) -> list[Prediction]:
         """The best answers for an entity that the model was not trained on, by its views alone.
 
-        The heads of the modalities that the entity has views of judge; the structural and the
-        joint head, which have learned nothing of it, do not. Where the model wants an entity's
-        structural vector or its residual, the mean of all entities' stands in.
+        The heads of the modalities that the entity has views of judge; the structural, the joint
+        and the complex head, which have learned nothing of it, do not. Where the model wants an
+        entity's structural vector or its residual, the mean of all entities' stands in.
 
         Parameters
         ----------
@@ -433,6 +433,8 @@ class Predictor:
         heads = model.encoder.encode(csr, torch.zeros_like(relation), structure, rel_feat)
         for modality, table in zip(model.modalities, model.residual, strict=False):
             heads[modality] = heads[modality] + table.get_parameter("weight").mean(0)
+        if model.complex_entity is not None:
+            heads[COMPLEX] = model.complex_entity.weight.mean(0, keepdim=True)
         return Embedding(
             {head: heads.get(head, structure) for head in model.heads},
             {m: torch.tensor([m in given], device=model.device) for m in model.modalities},

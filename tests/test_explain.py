@@ -90,9 +90,9 @@ def test_decision_weights_sum_to_1_and_give_the_decision(run):
 
 
 def test_a_single_head_and_a_mean_weigh_alike():
-    alone = make_run(ring_kg(), modalities=[])
+    alone = make_run(ring_kg(), modalities=[], complex_head=False)
     assert decision_weights(alone.model, 0) == {"structure": 1}
-    mean = make_run(ring_kg(), decision="mean")
+    mean = make_run(ring_kg(), decision="mean", complex_head=False)
     assert set(decision_weights(mean.model, 0).values()) == {0.25}
 
 
@@ -260,7 +260,9 @@ def test_weights_move_to_the_view_that_answers_the_relation():
 # -- entities that the model has not seen ---------------------------------------------------------
 
 
-def test_a_new_entity_is_judged_by_the_heads_of_its_views(run):
+@pytest.mark.parametrize("complex_head", [False, True])
+def test_a_new_entity_is_judged_by_the_heads_of_its_views(complex_head):
+    run = make_run(ring_kg(), complex_head=complex_head)
     kg, model = run.kg, run.model
     feat, ptr = kg.views("text")
     own = feat[ptr[4] : ptr[5]]

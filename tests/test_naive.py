@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import ROOT, ring_kg, settings
+from helpers import ROOT, paper_settings as settings, ring_kg
 
 import imvia_graph as ig
 from imvia_graph import losses

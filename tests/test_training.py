@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import ring_kg, ring_triples, same_weights, settings
+from helpers import paper_settings as settings, ring_kg, ring_triples, same_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
