@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import paper_settings as settings, ring_kg
+from helpers import paper_settings as settings
+from helpers import ring_kg
 from test_fused_triton import (  # noqa: F401
     INTERPRETED,
     ON_GPU,

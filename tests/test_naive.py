@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from helpers import ROOT, paper_settings as settings, ring_kg
+from helpers import ROOT, ring_kg
+from helpers import paper_settings as settings
 
 import imvia_graph as ig
 from imvia_graph import losses

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from helpers import paper_settings as settings, ring_kg
+from helpers import paper_settings as settings
+from helpers import ring_kg
 
 import imvia_graph as ig
 from imvia_graph.optimizers import Adagrad, make_optimizer

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from helpers import paper_settings as settings, ring_kg, ring_triples, same_weights
+from helpers import paper_settings as settings
+from helpers import ring_kg, ring_triples, same_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
