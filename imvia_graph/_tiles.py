@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from imvia_graph import _kernels
-from imvia_graph.answers import AnswerIndex, pointer
+from imvia_graph.answers import AnswerIndex, expand, pointer
 from imvia_graph.distributed import Shards
 from imvia_graph.model import DECISION, IMVIA
 
@@ -56,7 +56,8 @@ class Batch(NamedTuple):
     truth : Tensor
         (B, heads + 1): the answers' scores.
     left_out : Tensor
-        (P,) int64: positions of candidates that do not compete, query by query, ascending.
+        (P,) int64: positions of candidates that do not compete, in ascending lists, which queries
+        may share.
     cursor, end : Tensor
         (B,) int64: those of query i that are still ahead are ``left_out[cursor[i]:end[i]]``.
     pairs : tuple or None
@@ -193,28 +194,44 @@ class Counter:
         vectors = _stacked(query, _up(rows, _ROWS))
         weights = weights.to(vectors[0].dtype).contiguous()
         truth = self._truth(vectors, weights, answer)
-        # Known answers and the answer itself, once each, as positions in this process's range.
-        row, col = self.known.pairs(entity, relation)
-        row = torch.cat([row, torch.arange(rows, device=self.device)])
-        col = torch.cat([col, answer])
+        left_out, cursor, end = self._left_out(entity, relation, answer)
+        pairs = None
+        if self.kernels is None:
+            row, place = expand(cursor, end - cursor)
+            pairs = self._by_tile(row, left_out[place], rows)
+        counts = torch.zeros(rows, len(self.wanted), 2, dtype=torch.int64, device=self.device)
+        return Batch(vectors, weights, truth, left_out, cursor, end, pairs, counts)
+
+    def _left_out(
+        self, entity: Tensor, relation: Tensor, answer: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What is left out for (B,) queries: their known answers and their own, as positions here.
+
+        It is listed once for queries that ask the same, of which a relation may have many, with
+        many known answers each. Returns ``left_out``, and where in it each query's list begins
+        and ends; see `Batch`.
+        """
+        entities = self.model.num_entities
+        asked, of = torch.unique(relation * entities + entity, return_inverse=True)
+        row, col = self.known.pairs(asked % entities, asked // entities)
+        key = torch.unique(row * entities + col)
+        # An answer that is not known makes a list of its own.
+        own = of * entities + answer
+        place = torch.searchsorted(key, own)
+        is_known = torch.cat([key, key.new_full((1,), -1)])[place] == own
+        alone = (~is_known).nonzero().flatten()
+        of[alone] = len(asked) + torch.arange(len(alone), device=self.device)
+        row, col = self.known.pairs(entity[alone], relation[alone])
+        more = [(len(asked) + row) * entities + col, of[alone] * entities + answer[alone]]
+        key = torch.cat([key, torch.unique(torch.cat(more))])
+        row, col = key // entities, key % entities
         if self.chosen is not None:
             place = torch.searchsorted(self.chosen, col).clamp_(max=max(self.size - 1, 0))
             there = self.chosen[place] == col if self.size else torch.zeros_like(col).bool()
             row, col = row[there], place[there]
         mine = (col >= self.first) & (col < self.last)
-        key = torch.unique(row[mine] * self.size + col[mine])
-        row, col = key // max(self.size, 1), key % max(self.size, 1)
-        ptr = pointer(torch.bincount(row, minlength=rows))
-        return Batch(
-            vectors,
-            weights,
-            truth,
-            col,
-            ptr[:-1].clone(),
-            ptr[1:].clone(),
-            None if self.kernels else self._by_tile(row, col, rows),
-            torch.zeros(rows, len(self.wanted), 2, dtype=torch.int64, device=self.device),
-        )
+        ptr = pointer(torch.bincount(row[mine], minlength=len(asked) + len(alone)))
+        return col[mine], ptr[of], ptr[of + 1]
 
     # -- candidates -------------------------------------------------------------------------------
 

@@ -382,7 +382,7 @@ def test_evaluate_prints_one_json_object_of_fractions(split, run):
     assert result.exit_code == 0
     metrics = json.loads(result.stdout)
     assert set(metrics) == {"both", "head", "tail", "modalities", "relations", "candidates"}
-    assert list(metrics["modalities"]) == ["structure", "image", "text", "joint"]
+    assert list(metrics["modalities"]) == ["structure", "image", "text", "joint", "complex"]
     parts = [metrics["both"], metrics["head"], metrics["tail"], *metrics["modalities"].values()]
     for part in parts:
         assert list(part) == METRICS
