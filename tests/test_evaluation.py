@@ -483,6 +483,23 @@ def test_ties_of_a_decision_made_as_one_product_are_ties(monkeypatch, compiled):
         assert_equal_ranks(found, alone)
 
 
+@torch.no_grad()
+def test_known_answers_are_listed_once_for_queries_that_ask_the_same():
+    size = 30
+    entity = torch.arange(1, size)
+    triples = torch.stack([entity, torch.zeros_like(entity), torch.zeros_like(entity)], dim=1)
+    kg = ig.MultiViewKG([f"e{i}" for i in range(size)], ["r"], triples[:20], test=triples[20:])
+    model = model_of(kg).eval().float()
+    of_all, of_train = kg.answers(), AnswerIndex.from_triples([kg.train], size, 1)
+    # (?, r, e0): what is known is listed once, and again for each answer that is not known.
+    for known, listed, of_a_query in [(of_all, 29, 29), (of_train, 20 + 9 * 21, 21)]:
+        counter = _tiles.Counter(model, model.shards, known, ["decision"])
+        head, relation, tail = triples.unbind(1)
+        batch = counter.batch(tail, relation + 1, head)
+        assert len(batch.left_out) == listed
+        assert (batch.end - batch.cursor).tolist()[20:] == [of_a_query] * 9
+
+
 def test_more_processes_than_entities_rank_as_one():
     kg = random_kg()
     model = model_of(kg).eval()
