@@ -725,13 +725,13 @@ def test_encoder_of_a_run_gives_its_embeddings(run):
     expected = run.model.embed(torch.tensor([7, 0, 7]), torch.tensor([1, 0, 3])).heads
     assert some.keys() == expected.keys() == set(run.encoder.heads)
     for head, rows in some.items():
-        assert rows.shape == (3, run.encoder.out_feats)
+        assert rows.shape == (3, 6 if head == "complex" else run.encoder.out_feats)
         assert torch.equal(rows, expected[head])
 
 
 def test_encoder_of_a_run_has_no_part_that_only_scores(run):
-    out = run.encoder(torch.tensor([7, 1]), torch.tensor([1, 0]))["joint"]
-    out.sum().backward()
+    out = run.encoder(torch.tensor([7, 1]), torch.tensor([1, 0]))
+    (out["joint"].sum() + out["complex"].sum()).backward()
     assert all(p.grad is not None for p in run.encoder.parameters())
     names = " ".join(run.encoder.state_dict())
     assert not any(part in names for part in ("decoder", "decision", "information", "alignment"))
@@ -759,9 +759,10 @@ def test_encoder_of_a_run_feeds_an_r_gcn_frozen_or_not(run, frozen):
     changed = {
         name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])
     }
-    # Without a relation in sight the gate's relation half has nothing to learn from.
-    about_relations = {name for name in before if "relation" in name}
-    assert changed == (set() if frozen else set(before) - about_relations)
+    # Without a relation in sight the gate's relation half has nothing to learn from, nor has a head
+    # that is not asked for.
+    others = {name for name in before if "relation" in name or "complex" in name}
+    assert changed == (set() if frozen else set(before) - others)
     # The run itself is as it was: what trained was a copy.
     for name, value in run.encoder.state_dict().items():
         assert torch.equal(value, before[name])

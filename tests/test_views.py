@@ -467,7 +467,7 @@ def test_fit_takes_features_of_the_published_shapes_by_two_options(tmp_path):
         "image": (11, 4096),
         "text": (12, 768),
     }
-    assert run.model.heads == ["structure", "image", "text", "joint"]
+    assert run.model.heads == ["structure", "image", "text", "joint", "complex"]
     torch.testing.assert_close(run.kg.views("image")[0][:3], image[:3])
 
 
