@@ -193,7 +193,7 @@ def search(kg: ig.MultiViewKG, trials: int, storage: str | None = None, **fixed:
         storage=storage,
         load_if_exists=True,
         direction="maximize",
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=5),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=1, n_warmup_steps=5),
     )
     ended = sum(trial.state.is_finished() for trial in study.trials)
     # Gone on with, a study does not draw again what it drew before.
