@@ -119,7 +119,7 @@ setup(
     packages=packages(),
     package_dir=MOVED,
     package_data={
-        "imvia_graph": ["py.typed"],
+        "imvia_graph": ["py.typed", "presets/*"],
         "imvia_graph.datasets": ["countries/*", "countries/views/*"],
         "imvia_graph.explore": ["static/*"],
         "imvia_graph.report": ["page.*"],

@@ -56,7 +56,8 @@ from imvia_graph.training import Callback, keep_freed_memory
     "--settings",
     "file",
     type=click.Path(path_type=Path),
-    help="YAML or TOML file of settings; `imvia-graph settings` lists them.",
+    help='YAML or TOML file of settings, which `imvia-graph settings` lists; or "paper": as the'
+    " paper has them.",
 )
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
 @click.option("--tensorboard", is_flag=True, help="Write the curves to OUT/tensorboard, too.")
@@ -97,6 +98,7 @@ def fit(
       imvia-graph fit DB15K --views image=visual.pth --views text=text.pth
       imvia-graph fit export.csv --columns subject,predicate,object --split 0.9,0.05,0.05
       imvia-graph fit my-graph/ --settings my-settings.yaml --device cuda
+      imvia-graph fit DB15K --settings paper --views image=visual.pth --views text=text.pth
       imvia-graph fit --resume --out runs/c --epochs 60
       imvia-graph fit my-graph/ --processes 2
       torchrun --nproc-per-node 8 --max-restarts 3 -m imvia_graph fit my-graph/ --out runs/g

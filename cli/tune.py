@@ -63,7 +63,7 @@ LISTED = 5
     "--settings",
     "file",
     type=click.Path(path_type=Path),
-    help="YAML or TOML file of settings that all trials share.",
+    help='YAML or TOML file of settings that all trials share, or "paper".',
 )
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One such setting.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the search.")

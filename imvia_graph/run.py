@@ -6,7 +6,7 @@ import copy
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -304,7 +304,7 @@ def fit(
     kg: Any = None,
     *,
     out: str | os.PathLike[str] | None = None,
-    settings: Settings | None = None,
+    settings: Settings | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     **overrides: Any,
@@ -317,8 +317,9 @@ def fit(
         Anything that `load_kg` takes; left out with ``resume``.
     out : path, optional
         The run folder to write. Default: none is written.
-    settings : Settings, optional
-        Default: the default settings.
+    settings : Settings, mapping, file or name, optional
+        A YAML or TOML file, or the name of settings that come with the package: ``"paper"`` for
+        those of the paper. Default: the default settings.
     resume : bool
         Whether to go on with the run in ``out``, with its graph and its settings; of the
         settings given, only `RESUMABLE` may differ: ``epochs``, ``patience``, ``device``,
@@ -369,11 +370,11 @@ def fit(
             raise CheckpointError(
                 f"resume goes on with the graph in {folder}; leave the graph out."
             )
-        given = {} if settings is None else settings.model_dump(exclude_unset=True)
+        given = Settings.of(settings).model_dump(exclude_unset=True)
         return _resume(folder, callbacks, {**given, **overrides})
     if kg is None:
         raise DataError("fit: give a graph: a MultiViewKG, a data set's name or a folder.")
-    chosen = (settings or Settings()).replace(**overrides)
+    chosen = Settings.of(settings).replace(**overrides)
     device = _device(chosen)
     graph = with_validation(
         kg if isinstance(kg, MultiViewKG) else load_kg(kg, "published", chosen.split_seed),

@@ -1,12 +1,14 @@
 """Every setting of a run, in one documented list.
 
 A YAML or TOML file, ``--set key=value`` and keyword arguments of `imvia_graph.fit` all reach all of
-it. ``imvia-graph settings`` prints the list with the defaults.
+it. ``imvia-graph settings`` prints the list with the defaults. Some settings come with the package
+and stand for a file by their name (`presets`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -277,10 +279,41 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:
-        """A mapping from a YAML or TOML file, checked by `create` together with the rest."""
+        """A mapping from a YAML or TOML file, checked by `create` together with the rest.
+
+        In place of a file one of `presets`, where no file is called so.
+        """
+        if not Path(path).suffix and not Path(path).exists():
+            if str(path) not in presets():
+                raise SettingsError(
+                    f"{path} is neither a file nor among the settings that come with the package:"
+                    f" {', '.join(presets())}."
+                )
+            path = PRESETS / f"{path}.yaml"
         values = cls.read_mapping(path, "settings")
         cls.create(values)
         return values
+
+    @classmethod
+    def of(cls, given: Settings | Mapping[str, Any] | str | os.PathLike[str] | None) -> Settings:
+        """Settings from what a caller has: some, a mapping, a file, a name of `presets`, or none.
+
+        >>> from imvia_graph import Settings
+        >>> Settings.of({"dim": 64}).dim, Settings.of("paper").loss
+        (64, 'binary')
+        """
+        if given is None:
+            return cls()
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, (str, os.PathLike)):
+            return cls.create(cls.read(os.fspath(given)))
+        if isinstance(given, Mapping):
+            return cls.create(given)
+        raise SettingsError(
+            "settings: expected Settings, a mapping, a YAML or TOML file, or one of"
+            f" {', '.join(presets())}; received {_files.bounded(given)}."
+        )
 
     @staticmethod
     def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
@@ -345,6 +378,20 @@ class Settings(BaseModel):
             if comments:
                 lines.append("")
         return "\n".join(lines).rstrip() + "\n"
+
+
+#: Where the settings are that come with the package.
+PRESETS = Path(__file__).parent / "presets"
+
+
+def presets() -> list[str]:
+    """Names of the settings that come with the package: ``paper``, those of the paper.
+
+    >>> from imvia_graph.settings import presets
+    >>> presets()
+    ['paper']
+    """
+    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
 
 
 #: Bytes that a file of settings has at most: PyYAML reads some 100 KiB a second.

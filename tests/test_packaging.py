@@ -97,6 +97,7 @@ def test_the_wheel_holds_every_module_of_the_library_the_commands_and_the_data_s
     assert "imvia_graph/cli/fit.py" in expected
     assert expected - set(names) == set()
     assert "imvia_graph/py.typed" in names
+    assert "imvia_graph/presets/paper.yaml" in names
 
 
 def test_the_wheel_holds_all_files_of_the_countries(names):

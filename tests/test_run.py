@@ -109,6 +109,15 @@ def test_overrides_go_over_settings(tmp_path):
         ig.fit(ring_kg(), epoch=1)
 
 
+def test_fit_takes_the_settings_of_the_paper_by_name_and_trains_with_them():
+    run = ig.fit(ring_kg(), settings="paper", epochs=1, dim=8, relation_dim=8, device="cpu")
+    assert run.settings == ig.Settings.of("paper").replace(
+        epochs=1, dim=8, relation_dim=8, device="cpu"
+    )
+    assert list(run.model.heads) == ["structure", "image", "text", "joint"]
+    assert math.isfinite(run.history[-1]["loss"])
+
+
 @pytest.mark.parametrize("modalities", [["text"], ["text", "image"], []])
 def test_fit_uses_the_modalities_that_are_named(modalities, tmp_path):
     run = fit(tmp_path / "run", epochs=1, modalities=modalities)

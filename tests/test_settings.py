@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from imvia_graph import DataError, Settings, SettingsError
 from imvia_graph.cli.settings import settings as settings_command
+from imvia_graph.settings import presets
 
 #: For every setting a value other than its default.
 OTHER = {
@@ -162,6 +163,53 @@ def test_the_settings_command_prints_a_file_that_reads_back_to_the_defaults(tmp_
     values = Settings.read(path)
     assert list(values) == KEYS
     assert Settings.create(values) == Settings()
+
+
+def test_the_settings_of_the_paper_are_those_it_gives():
+    paper = Settings.of("paper")
+    said = {"dim": 256, "batch_size": 1024, "epochs": 2000, "learning_rate": 1e-3}
+    assert paper.model_dump(include=set(said)) == said
+    assert (paper.loss, paper.regime, paper.candidates, paper.alignment) == (
+        "binary",
+        "kvsall",
+        "relation",
+        "printed",
+    )
+    assert {paper.lambda_information, paper.lambda_alignment, paper.lambda_completion} == {1.0}
+    ours = ("residual", "relation_residual", "complex_head", "lambda_regularization")
+    assert not any(getattr(paper, name) for name in ours)
+    # What it names differs from the defaults, or is said by the paper.
+    default = Settings()
+    same = [key for key, value in Settings.read("paper").items() if getattr(default, key) == value]
+    assert set(same) <= {*said, "lambda_completion"}
+
+
+@pytest.mark.parametrize("name", presets())
+def test_settings_that_come_with_the_package_are_printed_and_read_by_name(name, tmp_path):
+    done = CliRunner().invoke(settings_command, [name])
+    (tmp_path / "s.yaml").write_text(done.stdout, encoding="utf-8")
+    assert Settings.of(tmp_path / "s.yaml") == Settings.of(name) != Settings()
+
+
+def test_a_file_goes_before_settings_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "paper").write_text("dim: 3")
+    with pytest.raises(SettingsError, match=r"paper: expected a \.yaml, \.yml or \.toml file"):
+        Settings.read("paper")
+
+
+def test_settings_of_what_a_caller_has():
+    some = Settings.create({"dim": 3})
+    assert Settings.of(None) == Settings()
+    assert Settings.of(some) is some
+    assert Settings.of({"dim": 3}) == some
+    with pytest.raises(SettingsError, match=r"expected Settings, a mapping.*received 3"):
+        Settings.of(3)
+
+
+def test_a_name_that_is_neither_a_file_nor_among_the_presets_says_what_is():
+    with pytest.raises(SettingsError, match=r"papre is neither a file nor among .*: paper"):
+        Settings.read("papre")
 
 
 def test_settings_cannot_be_changed_in_place():
