@@ -13,6 +13,7 @@ import mmap
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -186,8 +187,6 @@ class Trainer:
         self.estimators = estimators
         tables = {id(table.weight): table for table in model.entity_tables}
         by_rows = follows_rows(settings)
-        for table in model.entity_tables:
-            table.lazy = by_rows
         theirs = {id(parameter) for parameter in estimators}
         ours = [p for p in model.parameters() if id(p) not in theirs]
         #: What every process holds, and what autograd makes gradients of.
@@ -295,6 +294,8 @@ class Trainer:
         try:
             return self._fit(epochs)
         finally:
+            for table in self.tables.values():
+                table.forget()
             for callback in self.callbacks:
                 callback.on_close(self)
 
@@ -502,21 +503,38 @@ class Trainer:
     def _backward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         # Before the forward pass: the last step's gradients need not be held beside it.
         self.forget_gradients()
-        with torch.autocast(
-            self.model.device.type, self.precision, enabled=self.precision != torch.float32
-        ):
-            losses, estimation = self.losses(batch)
-        # The estimators of L1 learn from their own loss alone, and the model not from that. It
-        # comes first: the graph is kept for the model's, which lets go of it as it passes.
-        if self.estimator_optimizer is None or estimation is None or not estimation.requires_grad:
-            estimation = None
-        else:
-            estimation.backward(inputs=self.estimators, retain_graph=True)
-            estimation = estimation.detach()
-        wanted = [*self.parameters, *self._looked_up()]
-        self.scaler.scale(losses["loss"]).backward(inputs=wanted)
+        # What is computed again in the backward pass is looked up again, too.
+        with self._following_rows():
+            with torch.autocast(
+                self.model.device.type, self.precision, enabled=self.precision != torch.float32
+            ):
+                losses, estimation = self.losses(batch)
+            # The estimators of L1 learn from their own loss alone, and the model not from that. It
+            # comes first: the graph is kept for the model's, which lets go of it as it passes.
+            if (
+                self.estimator_optimizer is None
+                or estimation is None
+                or not estimation.requires_grad
+            ):
+                estimation = None
+            else:
+                estimation.backward(inputs=self.estimators, retain_graph=True)
+                estimation = estimation.detach()
+            wanted = [*self.parameters, *self._looked_up()]
+            self.scaler.scale(losses["loss"]).backward(inputs=wanted)
         self.shards.sum_gradients(self.replicated)
         return {name: value.detach() for name, value in losses.items()}, estimation
+
+    @contextmanager
+    def _following_rows(self) -> Iterator[None]:
+        """Have rows of `tables` that are looked up meanwhile be leaves of their own."""
+        for table in self.tables.values():
+            table.lazy = True
+        try:
+            yield
+        finally:
+            for table in self.tables.values():
+                table.lazy = False
 
     def update(self, bad: Tensor | None = None) -> None:
         """Step the optimizers; on a GPU they leave it out where ``bad`` is 1."""
