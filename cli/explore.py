@@ -39,6 +39,15 @@ from imvia_graph.run import load
     "--text-encoder",
     help="Encoder that made the graph's texts, to ask about new entities by texts.",
 )
+@click.option(
+    "--hold",
+    type=click.FloatRange(min=0),
+    default=4,
+    show_default=True,
+    metavar="GIB",
+    help="Memory that candidate tables may take; larger ones are made anew for each question, which"
+    " takes seconds.",
+)
 @device_option
 def explore(
     run: Path,
@@ -47,6 +56,7 @@ def explore(
     allow_hosts: tuple[str, ...],
     images: Path | None,
     text_encoder: str | None,
+    hold: float,
     device: str,
 ) -> None:
     """Look around in the trained run in the folder RUN with the browser.
@@ -71,5 +81,6 @@ def explore(
         pictures=Pictures(trained.kg, run, images),
         text_encoder=encoder,
         allow_hosts=allow_hosts,
+        held=int(hold * 2**30),
     )
     serve(app, host, port, lambda address: console.print(f"Open {address}", markup=False))

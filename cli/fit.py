@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from imvia_graph import _files, load_kg
-from imvia_graph.checkpoint import is_run
+from imvia_graph.checkpoint import TEST, is_run
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import console, log_to_terminal, metrics_table, say
 from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
@@ -143,7 +143,7 @@ def fit(
                     " countries"
                 )
             # fit itself sees to the validation set.
-            kg = load_kg(source, "published", settings.split_seed, **loading)
+            kg = load_kg(source, None, settings.split_seed, **loading)
             if features:
                 kg = with_views(kg, views_option(features), skip_unknown=skip_unknown)
             if is_first():
@@ -162,7 +162,7 @@ def fit(
         if len(run.kg.triples(split)):
             metrics = run.evaluate(split)
             if split == "test" and is_first():
-                _files.write_json(run.folder / "test.json", metrics)
+                _files.write_json(run.folder / TEST, metrics)
             console.print(metrics_table(f"{run.kg.name}: {split}, filtered", metrics))
             break
     if is_first():

@@ -117,7 +117,7 @@ def tune(
         raise SettingsError(f"--out and --study are both {study}; give the study another name.")
     settings = Settings.create(fixed)
     keep_freed_memory()
-    kg = load_kg(source, "published", settings.split_seed, **loading)
+    kg = load_kg(source, None, settings.split_seed, **loading)
     if features:
         kg = with_views(kg, views_option(features), skip_unknown=skip_unknown)
     say(repr(kg), *kg.notes)

@@ -7,6 +7,7 @@ only to say which line is wrong and why, or to read what upset nothing but the f
 from __future__ import annotations
 
 import csv
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from imvia_graph import _files
 from imvia_graph._files import TRIPLE_COLUMNS, shorten
 from imvia_graph._parquet import check_parquet
 from imvia_graph.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 #: Separator that stands for any run of spaces and tabs.
 SPACES = " "
@@ -36,6 +39,17 @@ HEADERS = (
     ("src", "rel", "dst"),
     ("from", "relation", "to"),
 )
+#: Names of each column alone, for headers that mix them; without spaces, ``_``, ``-`` and ``:``.
+_NAMES = (
+    {"head", "headid", "headentity", "subject", "subjectid", "subj", "source", "sourceid", "src"}
+    | {"from", "fromid", "start", "startid", "entity1", "node1"},
+    {"relation", "relationid", "relationship", "rel", "relid", "reltype", "predicate"}
+    | {"predicateid", "pred", "property", "type", "label", "edge"},
+    {"tail", "tailid", "tailentity", "object", "objectid", "obj", "target", "targetid", "dst"}
+    | {"to", "toid", "end", "endid", "entity2", "node2"},
+)
+#: Triples from which on a first line whose labels stand nowhere else is worth a word.
+_FEW = 10
 #: head, relation, tail, and the full stop with which some files end a line.
 _SPACED_TRIPLE = r"^[ \t]*([^ \t\r]+)[ \t]+([^ \t\r]+)[ \t]+([^ \t\r]+)(?:[ \t]+\.)?[ \t\r]*$"
 _SEPARATED = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", SPACES: "spaces"}
@@ -94,17 +108,50 @@ def read_triples(
     except (pl.exceptions.PolarsError, OSError):
         frame = None
     if frame is None:
-        return _slow(path, separator, quoted, skipped, len(cells), places)
+        frame = _slow(path, separator, quoted, skipped, len(cells), places)
+    if header is None and not named and _stands_alone(frame):
+        logger.warning(
+            "%s, line %d: taken for a fact, %s, though none of its labels stands anywhere else. If"
+            " it names the columns, say header=True (--header).",
+            path,
+            number,
+            _shown([cells[place] for place in places], separator),
+        )
     return frame
 
 
 def columns_by_name(cells: Sequence[str]) -> tuple[int, int, int] | None:
-    """Places of head, relation and tail where the cells are a header that `HEADERS` knows."""
+    """Places of head, relation and tail where the cells are a header.
+
+    By `HEADERS`, or by one cell each that names a head, a relation and a tail.
+
+    >>> from imvia_graph._tables import columns_by_name
+    >>> columns_by_name(["id", ":START_ID", ":TYPE", ":END_ID"])
+    (1, 2, 3)
+    """
     lower = [cell.strip().lower() for cell in cells]
     for head, relation, tail in HEADERS:
         if all(lower.count(name) == 1 for name in (head, relation, tail)):
             return lower.index(head), lower.index(relation), lower.index(tail)
+    bare = [re.sub(r"[\s_:-]", "", cell) for cell in lower]
+    found = [[place for place, cell in enumerate(bare) if cell in names] for names in _NAMES]
+    if all(len(places) == 1 for places in found):
+        return found[0][0], found[1][0], found[2][0]
     return None
+
+
+def _stands_alone(frame: pl.DataFrame) -> bool:
+    """Whether no label of the first triple is in another, though there are several of these."""
+    if frame.height < _FEW:
+        return False
+    head, relation, tail = frame.row(0)
+    rest = frame.lazy().slice(1)
+    ends = (pl.col("head").is_in([head, tail]) | pl.col("tail").is_in([head, tail])).any()
+    # The relation of a fact stands soon again, and most often that is all that is looked at.
+    for looked_at in (rest.head(1000), rest):
+        if looked_at.select(((pl.col("relation") == relation).any()) | ends).collect().item():
+            return False
+    return True
 
 
 def _places(

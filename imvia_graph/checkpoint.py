@@ -11,7 +11,7 @@ A run folder, format version 3:
   of an epoch that is not over its place, order and sums of losses;
 - ``previous.safetensors``: the ``last.safetensors`` from before it;
 - ``.lock``: locked while a process trains here;
-- ``test.json``: the final test metrics, where the command line trained.
+- ``test.json``: the test metrics of ``best.safetensors``, where the command line trained.
 
 Every file is written beside its place, flushed to disk and renamed: whoever reads, and whoever goes
 on after a crash, finds the old one or the new one. The metadata of the safetensors files hold a
@@ -59,6 +59,7 @@ _BEFORE: dict[int, dict[str, Any]] = {
     4: {"complex_head": False},
 }
 BEST, LAST, METRICS = "best.safetensors", "last.safetensors", "metrics.jsonl"
+TEST = "test.json"
 #: The checkpoint before the last one, and the lock of who trains.
 PREVIOUS, LOCK = "previous.safetensors", ".lock"
 #: What the checksum is called among the metadata of a file.
@@ -244,7 +245,7 @@ class RunFolder(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """Remove what a killed process left, and metrics of epochs that the checkpoint lacks."""
         if self.shards.is_first:
-            for name in (BEST, LAST, METRICS, "run.json", "settings.yaml", "test.json"):
+            for name in (BEST, LAST, METRICS, "run.json", "settings.yaml", TEST):
                 _files.remove_unfinished(self.folder / name)
         lines = read_metrics(self.folder)
         self._lines = [line for line in lines if _epoch_of(line) <= trainer.progress.epoch]
@@ -281,6 +282,8 @@ class RunFolder(Callback):
         state = trainer.model.state_dict() if best is None else best
         path = self.folder / BEST
         split = split_names(trainer.model)
+        if self.shards.is_first:  # what it holds is of another model soon
+            (self.folder / TEST).unlink(missing_ok=True)
         if self._write(
             trainer, lambda: save_model(path, state, trainer.progress, self.shards, split)
         ):

@@ -328,7 +328,7 @@ def evaluate(
     split: Split = "test",
     batch_size: int = 4096,
     on_batch: Callable[[int, int], None] | None = None,
-    candidates: int | Tensor | None = None,
+    candidates: int | Sequence[int] | Tensor | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Filtered metrics of a split, as `Ranking.metrics` gives them.
@@ -340,7 +340,7 @@ def evaluate(
     split : {"train", "valid", "test"}
     batch_size, on_batch
         As for `rank`.
-    candidates : int or Tensor, optional
+    candidates : int, sequence of int or Tensor, optional
         What competes with the answer: so many entities, drawn once with the seed by
         `draw_candidates`, or (C,) int64 ids. Ranks among few are better than among all, and compare
         with none but those among the same. Default: all entities.
@@ -354,7 +354,8 @@ def evaluate(
     Raises
     ------
     DataError
-        A split without triples, or candidates that are no entities of the graph.
+        A split without triples, candidates that are no entities of the graph, or a graph that is
+        not the model's.
 
     Examples
     --------
@@ -369,12 +370,13 @@ def evaluate(
     >>> ig.evaluate(model, kg, "valid", candidates=100)["candidates"]
     '100 entities drawn with seed 0'
     """
+    model.check_graph(kg)
     triples = kg.triples(split)
     if not len(triples):
         raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
-    chosen, how = candidates, "given"
-    if isinstance(chosen, int):
-        chosen, how = draw_candidates(kg.num_entities, chosen, seed), f"drawn with seed {seed}"
+    chosen, how = None if candidates is None else torch.as_tensor(candidates), "given"
+    if chosen is not None and not chosen.dim() and not chosen.is_floating_point():
+        chosen, how = draw_candidates(kg.num_entities, int(chosen), seed), f"drawn with seed {seed}"
     ranking = rank(model, triples, kg.answers(), batch_size, on_batch=on_batch, candidates=chosen)
     among = f"all {kg.num_entities:,} entities"
     if chosen is not None:

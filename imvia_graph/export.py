@@ -516,15 +516,20 @@ def queries_of(
     if entities not in ("seen", "all"):
         raise DataError(f"entities: expected seen or all, received {entities!r}.")
     wanted = kg.relations if relations is None else relations
-    whole = torch.cat([kg.triples(split) for split in SPLITS])
+    chosen = dict.fromkeys(kg.id_of(relation, "relation") for relation in wanted)
+    given = dict.fromkeys(chosen, range(kg.num_entities))
+    if entities == "seen":
+        whole = torch.cat([kg.triples(split) for split in SPLITS])
+        # Relation by relation, and within one by id.
+        place = whole[:, 1] * kg.num_entities + whole[:, 0 if ask == "tail" else 2]
+        pairs = place.unique()
+        of_each = torch.bincount(pairs // kg.num_entities, minlength=kg.num_relations)
+        by_relation = (pairs % kg.num_entities).split(of_each.tolist())
+        given = {relation: by_relation[relation].tolist() for relation in chosen}
     queries = []
-    for relation_id in dict.fromkeys(kg.id_of(relation, "relation") for relation in wanted):
-        if entities == "all":
-            given = torch.arange(kg.num_entities)
-        else:
-            given = whole[whole[:, 1] == relation_id, 0 if ask == "tail" else 2].unique()
+    for relation_id in chosen:
         label = kg.relations[relation_id]
-        for entity in (kg.entities[i] for i in given.tolist()):
+        for entity in (kg.entities[i] for i in given[relation_id]):
             queries.append(
                 Query(entity, label, None) if ask == "tail" else Query(None, label, entity)
             )

@@ -25,9 +25,11 @@ Side = Literal["tail", "head"]
 
 #: Relations whose candidate tables are held at a time where each has its own.
 TABLES_HELD = 4
-#: Bytes of candidate tables that are held; larger ones are made anew for every batch of queries,
-#: so many candidates at a time.
+#: Bytes of candidate tables that are held unless told otherwise; larger ones are made anew for
+#: every batch of queries, so many candidates at a time.
 HELD, PORTION = 2**30, 2**14
+#: Bytes that the scores of a batch of queries, and what is made of them, take at most.
+SCORES = 2**28
 
 
 class Query(NamedTuple):
@@ -98,7 +100,8 @@ class Predictor:
 
     The candidate tables are made at the first query and kept: for a model that is asked often and
     trained no more. With ``candidates="relation"`` those of the last few relations are kept. Tables
-    of more than a gigabyte are not kept but made anew, bit by bit, for each batch of queries.
+    of more than a gigabyte are not kept unless ``held`` allows it, but made anew, bit by bit, for
+    each batch of queries: a single one then takes seconds.
 
     Parameters
     ----------
@@ -106,6 +109,14 @@ class Predictor:
         A trained model.
     kg : MultiViewKG
         The graph that it was trained on.
+    held : int, optional
+        Bytes that the tables kept may take on the model's device. Default: 2^30. They take
+        `table_bytes`.
+
+    Raises
+    ------
+    DataError
+        The model is another graph's.
 
     Examples
     --------
@@ -116,8 +127,10 @@ class Predictor:
     [False, False]
     """
 
-    def __init__(self, model: IMVIA, kg: MultiViewKG) -> None:
+    def __init__(self, model: IMVIA, kg: MultiViewKG, held: int | None = None) -> None:
+        model.check_graph(kg)
         self.model, self.kg = model, kg
+        self.held = HELD if held is None else held
         self._known = kg.answers().to(model.device)
         head, relation, tail = kg.train.unbind(1)
         self._loops = torch.zeros(2 * kg.num_relations, dtype=torch.bool)
@@ -168,7 +181,8 @@ class Predictor:
         k, include_known, include_self
             As for `predict`.
         batch_size : int
-            Queries scored at a time.
+            Queries scored at a time, at most: fewer where there are so many entities that their
+            scores would take more than 256 MiB.
 
         Returns
         -------
@@ -243,14 +257,20 @@ class Predictor:
             order = torch.argsort(relation, stable=True)
             counts = torch.unique_consecutive(relation[order], return_counts=True)[1]
             groups = order.split(counts.tolist())
+        scored = self.model.num_entities if self.holds else PORTION
+        # Beside the scores of each head and of the decision some matrices of the same shape.
+        room = SCORES // (4 * scored * (len(self.model.heads) + 4))
         for group in groups:
-            yield from group.split(batch_size)
+            yield from group.split(max(min(batch_size, room), 1))
 
     @torch.no_grad()
     def scores(
         self, entity: Tensor, relation: Tensor, batch_size: int = 1024
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Yield (positions, scores by head and ``decision``) of queries against all entities."""
+        """Yield (positions, scores by head and ``decision``) of queries against all entities.
+
+        There are ``batch_size`` positions at a time, or fewer, as in `answers`.
+        """
         with evaluating(self.model) as model:
             for positions in self._batches(relation, batch_size):
                 under = relation[positions]
@@ -281,10 +301,16 @@ class Predictor:
             yield first, {name: part[:, :rows] for name, part in scores.items()}
 
     @property
+    def table_bytes(self) -> int:
+        """What the candidate tables take, with ``candidates="relation"`` all that are kept."""
+        model = self.model
+        number = 1 if model.settings.candidates == "shared" else TABLES_HELD
+        return number * model.num_entities * sum(model.widths.values()) * 4
+
+    @property
     def holds(self) -> bool:
         """Whether candidate tables are held."""
-        model = self.model
-        return model.num_entities * sum(model.widths.values()) * 4 <= HELD
+        return self.table_bytes <= self.held
 
     @torch.no_grad()
     def tables(self, relation: Tensor) -> dict[str, Tensor]:
@@ -389,6 +415,11 @@ class Predictor:
         total = sum(weights[head] for head in heads)
         decision = sum(weights[head] / total * scores[head] for head in heads)
         assert isinstance(decision, Tensor)
+        if decision.isnan().any():
+            raise IMVIAError(
+                "predict_new: the model's scores of these views are not numbers. Are they the"
+                " features of the encoder that made the graph's?"
+            )
         row, answer, rank = best(decision, torch.zeros_like(decision, dtype=torch.bool), k)
         by_head = {head: scores[head][row, answer].cpu() for head in heads}
         known = torch.zeros(len(row), dtype=torch.bool)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import polars as pl
 import torch
@@ -125,6 +125,8 @@ class MultiViewKG:
         Their numbers. Inverse relations are the model's affair and not counted.
     train, valid, test, known : Tensor
         (n, 3) int64 triples.
+    validation : {"published", "held-out"} or None
+        What `load_kg` was told of the validation set, or did to it; `fit` leaves it so.
     modalities : list of str
         Names of the modalities, in the order given.
     graph : dgl.DGLGraph
@@ -169,6 +171,7 @@ class MultiViewKG:
     ) -> None:
         self.name = name
         self.notes = list(notes)
+        self.validation: Literal["published", "held-out"] | None = None
         # Columns; the lists of millions of Python strings are made when someone wants them.
         self._entities = _checked_labels(entities, "entities")
         self._relations = _checked_labels(relations, "relations")
@@ -341,6 +344,11 @@ class MultiViewKG:
         )
 
     # -- what the graph holds -------------------------------------------------------------------
+
+    @property
+    def label_columns(self) -> tuple[pl.Series, pl.Series]:
+        """Labels of entities and of relations in id order, as columns and not Python strings."""
+        return self._entities, self._relations
 
     @cached_property
     def entities(self) -> list[str]:
@@ -715,6 +723,7 @@ class MultiViewKG:
         other = MultiViewKG(**{**arguments, **changes})
         if kept:
             other._held = dict(self._held)
+        other.validation = self.validation
         return other
 
     def _views(self, modality: str) -> Views:

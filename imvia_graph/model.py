@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import polars as pl
 import torch
 from torch import Tensor, nn
 
 from imvia_graph import _files
 from imvia_graph.distributed import Shards
-from imvia_graph.errors import IMVIAError, SettingsError
+from imvia_graph.errors import DataError, IMVIAError, SettingsError
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import Alignment, MutualInformation
 from imvia_graph.nn import DecisionFusion, JointFusion, MultiViewEncoder, TuckerDecoder
@@ -127,6 +128,7 @@ class IMVIA(nn.Module):
             s = s.replace(complex_head=num_entities < MANY and COMPLEX not in views)
         self.settings = s
         self.num_entities, self.num_relations = num_entities, num_relations
+        self._labels: tuple[pl.Series, pl.Series] | None = None
         relation_dim = s.relation_dim
         self.modalities = list(views)
         self.view_scale = {modality: moderate(feat) for modality, (feat, _) in views.items()}
@@ -215,7 +217,41 @@ class IMVIA(nn.Module):
         views = {}
         for modality in wanted:
             views[modality] = kg.views(modality)
-        return cls(kg.num_entities, kg.num_relations, views, settings, shards)
+        model = cls(kg.num_entities, kg.num_relations, views, settings, shards)
+        model._labels = kg.label_columns
+        return model
+
+    def check_graph(self, kg: MultiViewKG) -> None:
+        """Refuse a graph whose ids are not those of the model's.
+
+        Parameters
+        ----------
+        kg : MultiViewKG
+            Has to have as many entities and relations as the model and, where the model was made
+            `from_kg`, the same labels in the same order.
+
+        Raises
+        ------
+        DataError
+            It has not; the message says where they part.
+        """
+        kinds = ("entities", "relations")
+        ours, theirs = (self.num_entities, self.num_relations), (kg.num_entities, kg.num_relations)
+        for kind, mine, other in zip(kinds, ours, theirs, strict=True):
+            if mine != other:
+                raise DataError(
+                    f"The model is of a graph with {mine:,} {kind}; {kg} has {other:,}. Take the"
+                    " graph that it was trained on: `imvia_graph.load` gives both."
+                )
+        for kind, labels, column in zip(kinds, self._labels or (), kg.label_columns, strict=False):
+            if labels is not column and not labels.equals(column):
+                place = int((labels != column).arg_max() or 0)
+                raise DataError(
+                    f"The model is of a graph whose {kind} are in another order: number {place} is"
+                    f" {labels[place]!r} there and {column[place]!r} in {kg}. Take the graph that"
+                    " it was trained on (`imvia_graph.load` gives both), or fix the order of ids: a"
+                    " KG folder does, and so do entities= and relations= of load_kg."
+                )
 
     def reset_parameters(self) -> None:
         """Initialise the tables and the layers anew."""
@@ -548,7 +584,9 @@ def moderate(feat: Tensor) -> Tensor | None:
     """
     if not feat.numel():
         return None
-    size = torch.stack([part.abs().amax(0) for part in _files.portions(feat)]).amax(0).double()
+    # Autocast, where it is on around this, knows no float16 on a CPU.
+    with torch.autocast(feat.device.type, enabled=False):
+        size = torch.stack([part.abs().amax(0) for part in _files.portions(feat)]).amax(0).double()
     largest = float(size.max())
     if SMALLEST <= largest <= LARGEST or not largest:
         return None

@@ -314,7 +314,8 @@ def fit(
     Parameters
     ----------
     kg : MultiViewKG, name or folder
-        Anything that `load_kg` takes; left out with ``resume``.
+        Anything that `load_kg` takes; left out with ``resume``. A validation set that `load_kg` was
+        told to take as it is, or held out, stays; else the setting ``validation`` says which it is.
     out : path, optional
         The run folder to write. Default: none is written.
     settings : Settings, mapping, file or name, optional
@@ -377,7 +378,7 @@ def fit(
     chosen = Settings.of(settings).replace(**overrides)
     device = _device(chosen)
     graph = with_validation(
-        kg if isinstance(kg, MultiViewKG) else load_kg(kg, "published", chosen.split_seed),
+        kg if isinstance(kg, MultiViewKG) else load_kg(kg, None, chosen.split_seed),
         chosen.validation,
         chosen.split_seed,
         chosen.hold_out_by,
@@ -411,6 +412,12 @@ class _Records(Callback):
 
 def _device(settings: Settings) -> torch.device:
     """The device of this process, which joins the others where torchrun started several."""
+    if torch.get_default_dtype() != torch.float32:
+        raise SettingsError(
+            f"torch's default dtype is {torch.get_default_dtype()}, in which the model would be"
+            " made; it is trained in float32 and less (the setting precision). Call"
+            " torch.set_default_dtype(torch.float32) first."
+        )
     device = resolve_device(distributed.local_device(settings.device))
     if distributed.is_launched():
         distributed.join(device)

@@ -277,7 +277,7 @@ def _optuna() -> Any:
 
 def _without_test(kg: Any, settings: Settings) -> MultiViewKG:
     """The graph with the validation set that `fit` would choose, and its test triples set aside."""
-    graph = kg if isinstance(kg, MultiViewKG) else load_kg(kg, "published", settings.split_seed)
+    graph = kg if isinstance(kg, MultiViewKG) else load_kg(kg, None, settings.split_seed)
     graph = with_validation(graph, settings.validation, settings.split_seed, settings.hold_out_by)
     if not len(graph.valid):
         raise DataError(f"{graph}: there are no validation triples to choose settings by.")

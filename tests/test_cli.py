@@ -329,6 +329,17 @@ def test_resume_goes_on_with_a_run(tmp_path, graph):
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 
 
+def test_test_metrics_of_an_older_model_do_not_stay(tmp_path, graph):
+    out = tmp_path / "run"
+    invoke("fit", graph, "--out", out, "--epochs", 1, *SET, "--set", "patience=null")
+    assert json.loads((out / "test.json").read_text()) == ig.load(out).evaluate()
+    ig.fit(out=out, resume=True, epochs=8, patience=None)
+    assert ig.load(out).progress.best_epoch > 1
+    assert not (out / "test.json").exists()
+    assert invoke("fit", "--resume", "--out", out).exit_code == 0
+    assert json.loads((out / "test.json").read_text()) == ig.load(out).evaluate()
+
+
 @pytest.mark.parametrize("other", [["countries"], ["--columns", "0,2,1"]], ids=["source", "how"])
 def test_resume_refuses_a_source_that_is_not_the_runs(other, tmp_path, run):
     copy = write_folder(tmp_path / "run", contents(run))

@@ -9,6 +9,7 @@ from conftest import randomised
 from helpers import ring_kg, settings
 
 import imvia_graph as ig
+from imvia_graph import inference
 from imvia_graph.cli import command_line
 from imvia_graph.evaluation import rank
 from imvia_graph.inference import decision_weights, view_weights
@@ -299,7 +300,56 @@ def test_views_that_do_not_fit_the_model_are_errors(views, message, run):
         ig.Predictor(run.model, run.kg).predict_new(views, relation="after")
 
 
+def test_views_whose_scores_overflow_are_an_error_and_not_no_answers(run):
+    views = {"text": torch.full((1, 5), 3e38)}
+    with pytest.raises(ig.IMVIAError, match=r"predict_new: .* not numbers"):
+        ig.Predictor(run.model, run.kg).predict_new(views, relation="after")
+
+
 # -- the predictor --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize("held", [None, 0])
+def test_scores_of_no_more_queries_are_held_than_there_is_room_for(candidates, held, monkeypatch):
+    run = make_run(ring_kg(), candidates=candidates)
+    predictor = ig.Predictor(run.model, run.kg, held)
+    assert predictor.holds == (held is None)
+    entity, relation = torch.arange(12).repeat(4), torch.arange(4).repeat_interleave(12)
+    expected = predictor.answers(entity, relation, k=3)
+    sizes = []
+    queries_of = run.model.queries
+    monkeypatch.setattr(
+        run.model, "queries", lambda *given: sizes.append(len(given[0])) or queries_of(*given)
+    )
+    monkeypatch.setattr(inference, "PORTION", 16)
+    # Room for five rows of 12 candidates, or three of 16.
+    monkeypatch.setattr(inference, "SCORES", 5 * 4 * 12 * (len(run.model.heads) + 4))
+    found = predictor.answers(entity, relation, k=3)
+    assert max(sizes) == (5 if held is None else 3)
+    assert sum(sizes) == 48
+    assert torch.equal(found.entity, expected.entity)
+    torch.testing.assert_close(found.score, expected.score)
+
+
+def test_a_graph_that_is_not_the_models_is_refused(run):
+    kg = run.kg
+    other = torch.arange(12).roll(1)
+    reordered = ig.MultiViewKG(
+        [kg.entities[i] for i in other], kg.relations, kg.train, kg.valid, kg.test
+    )
+    fewer = ig.MultiViewKG(kg.entities, ["after"], torch.tensor([[0, 0, 1]]))
+    more = ig.MultiViewKG([*kg.entities, "e12"], kg.relations, kg.train, test=kg.test)
+    for wrong, message in (
+        (reordered, "entities are in another order: number 0 is 'e0' there and 'e11'"),
+        (fewer, "2 relations; the graph has 1"),
+        (more, "12 entities; the graph has 13"),
+    ):
+        for ask in (ig.evaluate, ig.Predictor):
+            with pytest.raises(ig.DataError, match=message):
+                ask(run.model, wrong)
+    same = ig.MultiViewKG(kg.entities, kg.relations, kg.train, kg.valid, kg.test)
+    assert ig.evaluate(run.model, same)["both"]["mrr"] > 0
 
 
 @pytest.mark.parametrize("candidates", ["shared", "relation"])

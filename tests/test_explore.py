@@ -27,6 +27,7 @@ pytest.importorskip("fastapi", reason="the extra explore is not installed")
 pytest.importorskip("uvicorn", reason="the extra explore is not installed")
 
 from imvia_graph.explore import make_app, serve
+from imvia_graph.explore.service import Service
 from imvia_graph.explore.web import HEADERS, MOST_BYTES, Guard
 
 #: Labels that pages and services like to stumble over.
@@ -162,6 +163,31 @@ def test_entities_are_found_by_label_part_of_a_name_and_with_a_slip(typed, first
     assert status == 200
     assert found[0]["label"] == first
     assert len(found) <= 3
+
+
+def test_entities_are_found_by_the_start_of_a_label_that_is_not_their_name():
+    labels, names = ["Q142", "Q29", "Q183"], ["France", "Spain", "Qatar 14"]
+    triples = torch.tensor([[0, 0, 1], [0, 0, 2], [1, 0, 0]])
+    kg = ig.MultiViewKG(labels, ["P47"], triples, entity_names=names)
+    service = Service(make_run(kg), Pictures(kg))
+    assert [found["label"] for found in service.search("q14", 3)] == ["Q142"]
+    assert [found["label"] for found in service.search("14", 3)] == ["Q183", "Q142"]
+    assert [found["label"] for found in service.search("q", 3)] == ["Q29", "Q142", "Q183"]
+    assert [found["label"] for found in service.search("14", 1)] == ["Q183"]
+
+
+def test_tables_that_are_not_held_are_said_to_be_slow(caplog):
+    run = make_run(ring_kg())
+    app = make_app(run, held=0)
+    assert "more than may be held ready" in caplog.text
+    caplog.clear()
+    held = make_app(run)
+    assert caplog.text == ""
+    answers = [
+        ask(served_at, "api/complete", head="e1", relation="after")[2]["answers"]
+        for served_at in map(served, (app, held))
+    ]
+    assert [a["label"] for a in answers[0]] == [a["label"] for a in answers[1]]
 
 
 def test_new_entities_are_answered_for_by_their_views_and_said_to_be_new(run, address):

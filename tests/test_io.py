@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from helpers import assert_same_kg, ring_kg, ring_triples, write_folder
+from helpers import TINY, assert_same_kg, ring_kg, ring_triples, write_folder
 
 import imvia_graph as ig
 from imvia_graph import DataError
@@ -229,7 +229,25 @@ def test_auto_holds_out_of_train_where_the_published_set_shares_triples_with_it(
 
 def test_published_takes_the_set_as_it_is_even_where_it_leaks():
     kg = leaky_kg()
-    assert ig.load_kg(kg, "published") is kg
+    assert_same_kg(ig.load_kg(kg, "published"), kg)
+
+
+def test_fit_leaves_a_validation_set_as_load_kg_was_told():
+    kg = leaky_kg()
+    for validation in ("published", "held-out"):
+        chosen = ig.load_kg(kg, validation)
+        assert (chosen.validation, kg.validation) == (validation, None)
+        for again in ("auto", validation):
+            run = ig.fit(chosen, **{**TINY, "epochs": 0, "validation": again})
+            assert torch.equal(run.kg.train, chosen.train)
+            assert torch.equal(run.kg.valid, chosen.valid)
+    # Told otherwise, it does otherwise; not told before, it goes by its setting.
+    taken = ig.load_kg(kg, "published")
+    held = ig.fit(taken, **{**TINY, "epochs": 0, "validation": "held-out"})
+    assert held.kg.validation == "held-out"
+    left = ig.load_kg(kg, None)
+    assert left is kg
+    assert len(ig.fit(left, **{**TINY, "epochs": 0}).kg.train) < len(kg.train)
 
 
 def test_held_out_carves_five_per_cent_even_where_the_published_set_is_sound():

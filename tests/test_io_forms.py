@@ -271,6 +271,10 @@ def text(separator="\t", header="", rows=ROWS, end="\n"):
         ("g.tsv", text(end="\r\n"), {}),
         ("g.tsv", text(header="head\trelation\ttail"), {}),
         ("g.tsv", text(header="Subject\tPredicate\tObject"), {}),
+        ("g.tsv", text(header="source\trel\ttarget"), {}),
+        ("g.tsv", text(header=":START_ID\t:TYPE\t:END_ID"), {}),
+        ("g.tsv", text(header="head_entity\trelation\ttail_entity"), {}),
+        ("g.tsv", text(header="Entity 1\tRelation\tEntity 2"), {}),
         ("g.tsv", text(header="x\ty\tz"), {"header": True}),
         ("g.tsv", "\n\n" + text() + "\n\n", {}),
         ("g.csv", text(","), {}),
@@ -347,7 +351,7 @@ def test_a_folder_that_holds_train_alone_is_split_where_shares_are_given(name, t
 def test_a_graph_is_split_as_told_and_takes_no_option_of_files():
     rows = [(f"e{i}", "r", f"e{j}") for i in range(10) for j in range(i)]
     kg = MultiViewKG.from_labels(rows)
-    assert load_kg(kg, "published") is kg
+    assert load_kg(kg, None) is kg
     parts = load_kg(kg, "published", split=(0.6, 0.2, 0.2))
     assert (len(parts.train), len(parts.valid), len(parts.test)) == (27, 9, 9)
     assert load_kg(parts, "published", split=(0.6, 0.2, 0.2)) is parts
@@ -421,6 +425,44 @@ def test_networkx_graphs_say_the_relation_by_key_or_attribute():
         load_kg(plain)
     with pytest.raises(DataError, match=r"undirected Graph.*to_directed"):
         load_kg(nx.Graph([("a", "b")]))
+
+
+def edges(*splits, relation="r"):
+    """A graph with an edge a split; None leaves the attribute out."""
+    graph = nx.MultiDiGraph()
+    for i, split in enumerate(splits):
+        told = {} if split is None else {"split": split}
+        graph.add_edge(f"a{i}", f"a{i + 1}", relation=relation, **told)
+    return graph
+
+
+@pytest.mark.parametrize("name", ["valid", "val", "dev", "validation"])
+def test_networkx_edges_say_their_split_as_files_do(name):
+    kg = load_kg(edges("train", "train", name, "test"))
+    assert [len(kg.triples(split)) for split in SPLITS] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (("train", "prod", "test"), r"'split' of 'a1' -> 'a2' is 'prod', and that of .* 'train'"),
+        (("train", None), r"'split' of 'a1' -> 'a2' is missing"),
+        ((7, "train"), r"'split' of 'a0' -> 'a1' is 7, and that of another edge 'train'"),
+    ],
+)
+def test_a_networkx_graph_that_is_split_in_part_is_a_data_error(splits, message):
+    with pytest.raises(DataError, match=message):
+        load_kg(edges(*splits))
+
+
+def test_a_networkx_attribute_that_tells_no_splits_is_none_of_ours():
+    assert len(load_kg(edges("left", None, "right"), split=False).train) == 3
+
+
+@pytest.mark.parametrize("relation", [None, float("nan")])
+def test_a_networkx_edge_without_relation_is_a_data_error(relation):
+    with pytest.raises(DataError, match=r"the edge 'a0' -> 'a1' has no relation"):
+        load_kg(edges(None, relation=relation))
 
 
 def test_heterogeneous_dgl_graphs_call_entities_by_type_and_id():
@@ -854,6 +896,30 @@ def test_a_first_triple_that_looks_like_a_header_is_not_lost(form, tmp_path):
     kg = MultiViewKG.from_labels([("h", "r", "t"), ("t", "r", "h")])
     again = load_kg(written(kg, tmp_path, form), split=False)
     assert labelled(again) == labelled(kg)
+
+
+@pytest.mark.parametrize("first", ["x\ty\tz", "e1\tr\te2"])
+@pytest.mark.parametrize("header", [None, False])
+def test_a_first_line_whose_labels_stand_nowhere_else_is_worth_a_word(
+    first, header, tmp_path, caplog
+):
+    rows = [first, *(f"e{i}\tr\te{i + 1}" for i in range(12))]
+    (tmp_path / "g.tsv").write_text("\n".join(rows))
+    kg = load_kg(tmp_path / "g.tsv", split=False, header=header)
+    assert len(kg.train) == 13
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warned) == (first[0] == "x" and header is None)
+    assert all("g.tsv, line 1: taken for a fact" in message for message in warned)
+
+
+@pytest.mark.parametrize("with_header", ["train", "valid", "test"])
+def test_any_file_of_a_folder_may_have_a_header(with_header, tmp_path):
+    rows = {"train": "a\tr\tb\nb\tr\tc\n", "valid": "a\tr\tc\n", "test": "c\tr\ta\n"}
+    rows[with_header] = "head\trelation\ttail\n" + rows[with_header]
+    files = {f"{split}.tsv": content for split, content in rows.items()}
+    kg = load_kg(write_folder(tmp_path / "kg", files), "published")
+    assert kg.relations == ["r"]
+    assert [len(kg.triples(split)) for split in SPLITS] == [2, 1, 1]
 
 
 def test_a_folder_of_tsv_files_may_have_headers(tmp_path):

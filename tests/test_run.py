@@ -102,6 +102,52 @@ def test_fit_takes_a_graph_a_folder_or_a_name(tmp_path):
     assert same_weights(from_graph.model, from_folder.model)
 
 
+@pytest.mark.parametrize("regime", ["1vsall", "sampled"])
+def test_the_model_of_a_run_trains_on_in_a_model_around_it(regime):
+    run = ig.fit(ring_kg(), settings=settings(regime=regime), epochs=1)
+    tables = run.model.entity_tables
+    before = [table.weight.detach().clone() for table in tables]
+    optimizer = torch.optim.SGD(run.encoder.parameters(), lr=1.0)
+    optimizer.zero_grad()
+    sum(feat.square().sum() for feat in run.encoder(torch.arange(4)).values()).backward()
+    optimizer.step()
+    for table, old in zip(tables, before, strict=True):
+        moved = (table.weight.detach() - old).abs().sum(1) > 0
+        assert moved[:4].any()
+        assert not moved[4:].any()
+        assert table.looked_up() == []
+    run.encoder.requires_grad_(False)
+    assert not any(feat.requires_grad for feat in run.encoder(torch.arange(4)).values())
+
+
+def test_a_default_dtype_that_is_not_float32_is_refused():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(SettingsError, match=r"default dtype is torch\.float64"):
+            ig.fit(ring_kg(), settings=settings())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_run_loads_where_autocast_is_on(tmp_path):
+    features = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).half()
+    kg = ring_kg(views=False).replace(views={"text": ig.Views(features, torch.arange(12))})
+    run = ig.fit(kg, settings=settings(), epochs=1, out=tmp_path / "run")
+    with torch.autocast("cpu", torch.bfloat16):
+        loaded = ig.load(tmp_path / "run")
+    assert same_weights(loaded.model, run.model)
+
+
+@pytest.mark.parametrize("candidates", [[5, 1, 2], torch.tensor([1, 2, 5])])
+def test_candidates_are_given_as_a_list_or_drawn_by_any_whole_number(candidates):
+    run = ig.fit(ring_kg(), settings=settings(), epochs=1)
+    assert run.evaluate(candidates=candidates)["candidates"] == "3 entities given"
+    drawn = [run.evaluate(candidates=count) for count in (4, torch.tensor(4))]
+    assert drawn[0] == drawn[1]
+    with pytest.raises(DataError, match=r"expected \(C,\) int64 ids"):
+        run.evaluate(candidates=4.0)
+
+
 def test_overrides_go_over_settings(tmp_path):
     run = ig.fit(ring_kg(), settings=settings(epochs=9, dim=5), epochs=1)
     assert (run.settings.epochs, run.settings.dim, run.progress.epoch) == (1, 5, 1)

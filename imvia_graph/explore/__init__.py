@@ -6,6 +6,8 @@ otherwise, hands out no file but small pictures of the run's own views, and need
 
 from __future__ import annotations
 
+import logging
+import math
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +16,8 @@ from imvia_graph.encode import Encoder
 from imvia_graph.errors import DataError
 from imvia_graph.pictures import Pictures
 from imvia_graph.run import Run
+
+logger = logging.getLogger(__name__)
 
 #: Bytes of a request's line and headers: a label of 10,000 letters is as long as 90 kB in a link.
 LONGEST_HEAD = 256 * 1024
@@ -25,6 +29,7 @@ def make_app(
     pictures: Pictures | None = None,
     text_encoder: Encoder | None = None,
     allow_hosts: Sequence[str] = (),
+    held: int | None = None,
 ) -> Any:
     """The ASGI application for a run.
 
@@ -38,6 +43,8 @@ def make_app(
         What made the graph's ``text`` views; with it, new entities can be asked about by texts.
     allow_hosts : sequence of str
         Names under which requests may ask for this service, beside ``localhost`` and addresses.
+    held : int, optional
+        Bytes of candidate tables that are held ready, at most; see `Predictor`. Default: 2^30.
 
     Raises
     ------
@@ -59,7 +66,14 @@ def make_app(
         from imvia_graph.explore.web import build
     except ImportError as error:
         raise _not_installed(error) from error
-    service = Service(run, pictures or Pictures(run.kg, run.folder), text_encoder)
+    service = Service(run, pictures or Pictures(run.kg, run.folder), text_encoder, held)
+    if not service.predictor.holds:
+        logger.warning(
+            "The candidate tables take %.1f GiB, more than may be held ready: each question makes"
+            " them anew, which takes seconds. With more memory say --hold %d (held=, in bytes).",
+            service.predictor.table_bytes / 2**30,
+            math.ceil(service.predictor.table_bytes / 2**30),
+        )
     return build(service, allow_hosts)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from imvia_graph.pictures import Pictures
 from imvia_graph.run import Run
 
 #: Entities up to which a search that finds too little looks for names that are written alike.
-FUZZY = 200_000
+FUZZY = 50_000
 #: Letters of what is searched for that count.
 LONGEST_SEARCH = 200
 
@@ -39,9 +40,15 @@ class Service:
     One question at a time is put to the model: it has the cores to itself then.
     """
 
-    def __init__(self, run: Run, pictures: Pictures, text_encoder: Encoder | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        pictures: Pictures,
+        text_encoder: Encoder | None = None,
+        held: int | None = None,
+    ) -> None:
         self.run, self.kg, self.pictures = run, run.kg, pictures
-        self.predictor = Predictor(run.model.eval(), run.kg)
+        self.predictor = Predictor(run.model.eval(), run.kg, held)
         self.text_encoder = text_encoder
         if text_encoder is not None:
             views = run.model.views
@@ -52,7 +59,10 @@ class Service:
                     f" {run.kg} was trained on {width or 'no texts'}."
                 )
         self._lock = threading.Lock()
-        self._folded = [folded(name) for name in self.kg.entity_names]
+        #: Names without case and accents and, where they differ, labels.
+        self._folded = [[folded(name) for name in self.kg.entity_names]]
+        if self.kg.entity_names != self.kg.entities:
+            self._folded.append([folded(label) for label in self.kg.entities])
         self._ids = {
             kind: _Ids(labels, names)
             for kind, labels, names in (
@@ -92,16 +102,13 @@ class Service:
             found = [*exact, *range(min(limit, self.kg.num_entities))]
             found = list(dict.fromkeys(found))[:limit]
         else:
-            ranked = (
-                (_closeness(name, wanted), len(name), i)
-                for i, name in enumerate(self._folded)
-                if wanted in name
-            )
-            found = [i for _, _, i in heapq.nsmallest(limit, ranked)]
+            # An entity may be found twice, by its name and by its label.
+            ranked = chain.from_iterable(_containing(texts, wanted) for texts in self._folded)
+            found = [i for _, _, i in heapq.nsmallest(len(self._folded) * limit, ranked)]
             found = list(dict.fromkeys([*exact, *found]))[:limit]
-            if len(found) < limit and len(self._folded) <= FUZZY:
+            if len(found) < limit and self.kg.num_entities <= FUZZY:
                 alike = process.extract(
-                    wanted, self._folded, scorer=fuzz.WRatio, limit=limit, score_cutoff=75
+                    wanted, self._folded[0], scorer=fuzz.WRatio, limit=limit, score_cutoff=75
                 )
                 found = list(dict.fromkeys([*found, *(i for _, _, i in alike)]))[:limit]
         return [{"label": self.kg.entities[i], "name": self.kg.entity_names[i]} for i in found]
@@ -245,6 +252,13 @@ class _Ids:
         if name in self.by_label:
             return [self.by_label[name]]
         return self.by_name.get(name, [])
+
+
+def _containing(texts: Sequence[str], wanted: str) -> Iterator[tuple[int, int, int]]:
+    """How well each text that contains what is wanted does, the best least, and its place."""
+    return (
+        (_closeness(text, wanted), len(text), i) for i, text in enumerate(texts) if wanted in text
+    )
 
 
 def _closeness(name: str, wanted: str) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from imvia_graph._dgl import dgl
 from imvia_graph._labels import decode_triples
 from imvia_graph.errors import DataError
+from imvia_graph.io.arrays import split_of
 from imvia_graph.io.source import Source, from_frames, numbered
 from imvia_graph.kg import SPLITS, MultiViewKG, Split, Views
 
@@ -41,7 +42,8 @@ def from_networkx(
 
     The relation is an edge attribute (``relation_attribute``, or the first of `RELATION_NAMES` that
     every edge has) or else the key of a ``MultiDiGraph``'s edge. Edges with the attribute ``split``
-    (train, valid, test) are split so. Node attributes ``name`` become display names.
+    (train, valid, test, or what else files of those are called) are split so. Node attributes
+    ``name`` become display names.
     """
     kind = type(graph).__name__
     if not graph.is_directed():
@@ -70,6 +72,13 @@ def from_networkx(
             )
         found = [item[attribute] for item in data]
         where = f"relations in the edge attribute {attribute!r}"
+        # NaN is the one number that is not itself.
+        empty = next((i for i, item in enumerate(found) if item is None or item != item), None)
+        if empty is not None:
+            raise DataError(
+                f"networkx: the edge {heads[empty]!r} -> {tails[empty]!r} has no relation: its"
+                f" attribute {attribute!r} is {found[empty]!r}. Give it one, or leave it out."
+            )
     elif multiple and not all(isinstance(key, int) for key in keys):
         found, where = list(keys), "relations in the edge keys"
     else:
@@ -94,13 +103,13 @@ def from_networkx(
             "head": [label_of[node] for node in heads],
             "relation": [str(relation) for relation in found],
             "tail": [label_of[node] for node in tails],
-            "split": [item.get("split") for item in data],
+            "split": _splits_of(heads, tails, data),
         },
         schema=dict.fromkeys(("head", "relation", "tail", "split"), pl.String),
         strict=False,
     )
     split = frame["split"]
-    whole = not split.is_in(list(SPLITS)).fill_null(False).all()
+    whole = split[0] is None
     frames = {
         name: frame.filter(split == name).drop("split") for name in SPLITS if (split == name).any()
     }
@@ -116,6 +125,22 @@ def from_networkx(
     if any(names) and entities is None:
         source.options["entity_names"] = names
     return source
+
+
+def _splits_of(heads: Sequence[Any], tails: Sequence[Any], data: Sequence[Any]) -> list[Any]:
+    """The split of each edge, all None where the edge attribute ``split`` does not tell splits."""
+    given = [item.get("split") for item in data]
+    splits = [split_of(value) if isinstance(value, str) else None for value in given]
+    unknown = next((i for i, split in enumerate(splits) if split is None), None)
+    if unknown is not None and any(splits):
+        what = repr(given[unknown]) if "split" in data[unknown] else "missing"
+        other = next(value for value, split in zip(given, splits, strict=True) if split)
+        raise DataError(
+            f"networkx: the edge attribute 'split' of {heads[unknown]!r} -> {tails[unknown]!r} is"
+            f" {what}, and that of another edge {other!r}. Expected train, valid (val, dev) or test"
+            " for every edge, or for none."
+        )
+    return splits
 
 
 def to_networkx(kg: MultiViewKG) -> Any:

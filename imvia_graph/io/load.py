@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -45,7 +46,7 @@ _OPTIONS = {
 
 def load_kg(
     source: Any,
-    validation: Validation = "auto",
+    validation: Validation | None = "auto",
     seed: int = 0,
     *,
     hold_out_by: By | Literal["auto"] = "auto",
@@ -79,12 +80,13 @@ def load_kg(
         - a dict of such files, frames, arrays or factories by split (``train``, ``valid``,
           ``test``);
         - a `MultiViewKG`, of which validation and, without splits, ``split`` make another.
-    validation : {"auto", "published", "held-out"}
+    validation : {"auto", "published", "held-out"} or None
         ``published`` takes the source's validation set as it is; ``held-out`` carves 5 % of the
         training triples instead (see `imvia_graph.splits.hold_out`) and puts the source's
         validation set aside (`MultiViewKG.known`); ``auto`` is held-out where the source's
         validation set shares triples with its train or test set, published otherwise.
-        `MultiViewKG.notes` says what was done.
+        `MultiViewKG.notes` says what was done. What is chosen here `fit` keeps; with None it is
+        left to `fit` and its setting ``validation``.
     hold_out_by : {"auto", "pair", "triple"}
         What stays together in holding out: triples between the same two entities (``pair``, so that
         none has its inverse in train), or nothing (``triple``); ``auto`` as the source's test set
@@ -143,7 +145,7 @@ def load_kg(
     >>> kg.entities, kg.notes[0]
     (['France', 'Spain'], 'Read as one file of label triples, CSV.')
     """
-    if validation not in get_args(Validation):
+    if validation is not None and validation not in get_args(Validation):
         raise DataError(
             f"validation: expected one of {', '.join(get_args(Validation))}; received"
             f" {validation!r}."
@@ -177,7 +179,7 @@ def load_kg(
     elif _is_asked_for(split) and not (len(read.valid) or len(read.test)):
         parts, note = _split(read.train, split, seed)
         read = read.replace(**parts, notes=[*read.notes, note])
-    return with_validation(read, validation, seed, hold_out_by)
+    return read if validation is None else with_validation(read, validation, seed, hold_out_by)
 
 
 def _built(source: Source, split: Sequence[float] | bool, seed: int) -> MultiViewKG:
@@ -394,9 +396,13 @@ def _is_called_as_in_a_kg_folder(folder: Path) -> bool:
 
 
 def _has_header(folder: Path) -> bool:
-    """Whether the first line of train.tsv is a header; a KG folder has none."""
-    for _, line in read_lines(inside(folder, "train.tsv")):
-        return columns_by_name(line.split("\t")) is not None
+    """Whether the first line of a split's file is a header; those of a KG folder have none."""
+    for split in SPLITS:
+        if not (folder / f"{split}.tsv").is_file():
+            continue
+        first = next(iter(read_lines(inside(folder, f"{split}.tsv"))), None)
+        if first is not None and columns_by_name(first[1].split("\t")) is not None:
+            return True
     return False
 
 
@@ -441,9 +447,14 @@ def with_validation(
     seed: int = 0,
     hold_out_by: By | Literal["auto"] = "auto",
 ) -> MultiViewKG:
-    """The graph with its validation set as `load_kg` describes it."""
-    if validation == "published":
+    """The graph with its validation set as `load_kg` describes it.
+
+    Where that was chosen before, ``auto`` leaves it so, and nothing is held out a second time.
+    """
+    if kg.validation is not None and validation in ("auto", kg.validation):
         return kg
+    if validation == "published":
+        return _validated(copy.copy(kg), "published")
     leaks = {split: count_shared(kg.valid, kg.triples(split)) for split in ("train", "test")}
     leaks = {split: count for split, count in leaks.items() if count}
     if validation == "auto" and not leaks:
@@ -469,4 +480,10 @@ def with_validation(
     )
     logger.warning("%s: %s", kg.name or "graph", note)
     known = torch.cat([kg.known, kg.valid])
-    return kg.replace(train=train, valid=valid, known=known, notes=[*kg.notes, note])
+    held_out = kg.replace(train=train, valid=valid, known=known, notes=[*kg.notes, note])
+    return _validated(held_out, "held-out")
+
+
+def _validated(kg: MultiViewKG, validation: Literal["published", "held-out"]) -> MultiViewKG:
+    kg.validation = validation
+    return kg
