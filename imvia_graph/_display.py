@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
+
+from rapidfuzz import fuzz, process
 
 #: Letters of a label that are shown.
 LONGEST = 120
@@ -49,6 +52,31 @@ def _letter(letter: str) -> str:
     if letter == "\x7f":
         return "␡"
     return " " if unicodedata.category(letter) == "Zs" else "\ufffd"
+
+
+#: Names up to which they are compared without case and accents, which takes a second a million.
+_FOLDED = 300_000
+#: Likeness, of 100, from which a name is worth showing.
+_ALIKE = 60
+
+
+def nearest(name: str, known: Sequence[str], limit: int = 5) -> list[str]:
+    """Names that are written like one, the most alike first; none where none is.
+
+    >>> from imvia_graph._display import nearest
+    >>> nearest("FRANCE", ["Ewe", "Franc", "France", "Peru"])
+    ['France', 'Franc']
+    """
+    processor = folded if len(known) <= _FOLDED else None
+    found = process.extract(
+        name,
+        known,
+        scorer=fuzz.WRatio,
+        processor=processor,
+        limit=2 * limit + 2,
+        score_cutoff=_ALIKE,
+    )
+    return list(dict.fromkeys(match for match, *_ in found))[:limit]
 
 
 def folded(name: str) -> str:

@@ -102,6 +102,8 @@ def read_triples(
     if header is None and columns is not None and isinstance(columns[0], str):
         named = True
     places = _places(f"{path}, line {number}", cells, named, columns, separator)
+    if header is None and columns is None and not named:
+        _check_order(f"{path}, line {number}", cells, places, is_header=False)
     skipped = number if named else 0
     try:
         frame = _fast(path, separator, quoted, skipped, len(cells), places)
@@ -117,7 +119,22 @@ def read_triples(
             number,
             _shown([cells[place] for place in places], separator),
         )
+    if not quoted:
+        _warn_of_quotes(path, frame)
     return frame
+
+
+def _warn_of_quotes(path: Path, frame: pl.DataFrame) -> None:
+    """Labels are taken as they stand; quotes around them may be meant as those of CSV."""
+    quotes = pl.col(TRIPLE_COLUMNS).str.contains('^"(?:[^"]|"")*"$').sum()
+    count = sum(frame.select(quotes).row(0))
+    if count:
+        logger.warning(
+            "%s: %d labels stand in double quotes, which are part of them. If they are quotes as in"
+            " CSV, say format='csv' and the separator (--from csv --separator tab).",
+            path,
+            count,
+        )
 
 
 def columns_by_name(cells: Sequence[str]) -> tuple[int, int, int] | None:
@@ -133,11 +150,41 @@ def columns_by_name(cells: Sequence[str]) -> tuple[int, int, int] | None:
     for head, relation, tail in HEADERS:
         if all(lower.count(name) == 1 for name in (head, relation, tail)):
             return lower.index(head), lower.index(relation), lower.index(tail)
-    bare = [re.sub(r"[\s_:-]", "", cell) for cell in lower]
-    found = [[place for place, cell in enumerate(bare) if cell in names] for names in _NAMES]
-    if all(len(places) == 1 for places in found):
-        return found[0][0], found[1][0], found[2][0]
+    heads, found, tails = _named(cells)
+    if len(heads) == len(found) == len(tails) == 1:
+        return heads[0], found[0], tails[0]
     return None
+
+
+def may_be_header(cells: Sequence[str]) -> bool:
+    """Whether a first line of these would be taken for a header, or refused as it may be one."""
+    heads, _, tails = _named(cells)
+    return columns_by_name(cells) is not None or len(heads) == len(tails) == 1
+
+
+def _named(cells: Sequence[str]) -> list[list[int]]:
+    """Places of the cells that name a head, a relation and a tail."""
+    bare = [re.sub(r"[\s_:-]", "", cell.lower()) for cell in cells]
+    return [[place for place, cell in enumerate(bare) if cell in names] for names in _NAMES]
+
+
+def _check_order(
+    where: str, cells: Sequence[str], places: tuple[int, int, int], is_header: bool
+) -> None:
+    """Refuse to go by the places of columns that name a head and a tail alone.
+
+    Those of a header may be right; a first line that may be one is a fact or is not.
+    """
+    heads, _, tails = _named(cells)
+    if len(heads) != 1 or len(tails) != 1:
+        return
+    if not is_header or (places[0], places[2]) != (heads[0], tails[0]):
+        raise DataError(
+            f"{where}: {cells[heads[0]]!r} and {cells[tails[0]]!r} seem to name the columns of head"
+            f" and tail, and none is known to name the relation: {', '.join(map(repr, cells))}. Say"
+            " which columns to take with columns=(head, relation, tail) (--columns), by place from"
+            " 0 or by name; or, of a file, header=False (--no-header) if this is a fact."
+        )
 
 
 def _stands_alone(frame: pl.DataFrame) -> bool:
@@ -164,12 +211,22 @@ def _places(
             return found
         if len(cells) == 3:
             return 0, 1, 2
+        if len(cells) == 1 and separator is not None:
+            other = next(
+                (mark for mark in ("\t", ";", ",", "|") if cells[0].count(mark) >= 2), None
+            )
+            if other is not None:
+                raise DataError(
+                    f"{where}: expected three columns separated by {_SEPARATED[separator]}, found"
+                    f" {_SEPARATED[other]}: {_shown(cells, separator)}. Say separator={other!r}"
+                    f" (--separator {'tab' if other == chr(9) else repr(other)})."
+                )
         by = f" separated by {_SEPARATED.get(separator, repr(separator))}" if separator else ""
         raise DataError(
             f"{where}: expected three columns{by} (head, relation, tail), found"
             f" {_count(len(cells))}: {_shown(cells, separator)}. Mend the file, or say which"
-            " columns to take with columns=(head, relation, tail), by place from 0 or by name"
-            " in the header."
+            " columns to take with columns=(head, relation, tail) (--columns), by place from 0 or"
+            " by name in the header."
         )
     if len(columns) != 3:
         raise DataError(
@@ -325,6 +382,7 @@ def read_rows(path: Path, separator: str, quoted: bool) -> Iterator[tuple[int, l
     """Cells of each line that is not blank, with the line's number."""
     lines = _files.read_lines(path)
     if quoted:
+        csv.field_size_limit(2**31 - 1)  # lines are as long as they are, in other forms, too
         reader = csv.reader((line + "\n" for _, line in lines), delimiter=separator)
         try:
             for cells in reader:
@@ -378,6 +436,8 @@ def frame_of_triples(table: pl.LazyFrame, where: str, columns: Columns | None) -
     """The head, relation and tail columns of a frame, checked; integers become labels."""
     schema = table.collect_schema()
     places = _places(where, schema.names(), True, columns, None)
+    if columns is None:
+        _check_order(where, schema.names(), places, is_header=True)
     for place in places:
         dtype = schema.dtypes()[place]
         if not (dtype.is_integer() or dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)):

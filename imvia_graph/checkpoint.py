@@ -52,11 +52,12 @@ from imvia_graph.training import Callback, Progress, Trainer
 
 logger = logging.getLogger(__name__)
 
-FORMAT, FORMAT_VERSION = "imvia-graph/run", 4
+FORMAT, FORMAT_VERSION = "imvia-graph/run", 5
 #: Settings that folders of older versions do not name, as they were.
 _BEFORE: dict[int, dict[str, Any]] = {
     3: {"relation_residual": False, "table_optimizer": "same"},
     4: {"complex_head": False},
+    5: {"scale_views": False},
 }
 BEST, LAST, METRICS = "best.safetensors", "last.safetensors", "metrics.jsonl"
 TEST = "test.json"

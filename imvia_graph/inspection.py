@@ -574,7 +574,7 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
                 f"{validation['in_train']:,} of the {validation['distinct']:,} distinct validation"
                 f" triples are in train and {validation['in_test']:,} in test;"
                 f" {validation['held_out']:,} are truly held out. It cannot choose an epoch: use"
-                " held-out validation (validation='held-out'; the default, 'auto', does so here).",
+                " held-out validation (--validation held-out; the default, auto, does so here).",
             )
         )
     elif validation["in_test"]:
@@ -583,7 +583,7 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
                 "validation-in-test",
                 f"{validation['in_test']:,} of the {validation['distinct']:,} distinct validation"
                 " triples are in test: choosing by validation is choosing by test. Use held-out"
-                " validation (validation='held-out').",
+                " validation (--validation held-out).",
             )
         )
     if shared["train-test"]:
@@ -623,7 +623,7 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
             (
                 "no-validation",
                 "There is no validation set, so training keeps its last epoch. Use held-out"
-                " validation (validation='held-out') to choose the best.",
+                " validation (--validation held-out) to choose the best.",
             )
         )
     if not test:

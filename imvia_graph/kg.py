@@ -12,12 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 import polars as pl
 import torch
-from rapidfuzz import fuzz, process
 from torch import Tensor
 
 from imvia_graph import _files, _linked, _owner, _tables
 from imvia_graph._dgl import dgl
-from imvia_graph._display import shown
+from imvia_graph._display import nearest, shown
 from imvia_graph._labels import (
     Vocabulary,
     are_distinct,
@@ -37,7 +36,7 @@ FORMAT, FORMAT_VERSION = "imvia-graph/kg", 1
 #: What ``kg.json`` says of a folder while it is being written.
 UNFINISHED = "unfinished"
 #: Names that a modality cannot take: node types of the graph and heads of the model.
-RESERVED_MODALITIES = ("entity", "structure", "joint", "decision")
+RESERVED_MODALITIES = ("entity", "structure", "joint", "complex", "decision")
 
 Split = str  # "train", "valid" or "test"
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -458,7 +457,8 @@ class MultiViewKG:
             raise UnknownLabelError(f"There is no kind {kind!r}; expected entity or relation.")
         if not isinstance(label, str):
             raise UnknownLabelError(
-                f"Expected the label of one {kind}, a text; received {label!r}."
+                f"Expected the label of one {kind}, a text; received {label!r}. Of many queries"
+                " `imvia_graph.export.predict_all` makes a table, and `Predictor.answers` of ids."
             )
         labels, names = self._lookup[kind]
         if label in labels:
@@ -473,11 +473,9 @@ class MultiViewKG:
                 f" {label!r}; give the label of one:"
                 f" {', '.join(repr(of_kind[i]) for i in found[:5])}."
             )
-        near = process.extract(label, list(labels) + list(names), scorer=fuzz.WRatio, limit=12)
-        shown = list(dict.fromkeys(match for match, *_ in near))[:5]
-        raise UnknownLabelError(
-            f"Unknown {kind} {label!r} in {self}. The nearest known: {', '.join(map(repr, shown))}."
-        )
+        shown = nearest(label, [*labels, *names])
+        near = f"The nearest known: {', '.join(map(repr, shown))}" if shown else "None is like it"
+        raise UnknownLabelError(f"Unknown {kind} {label!r} in {self}. {near}.")
 
     @cached_property
     def _lookup(self) -> dict[str, tuple[dict[str, int], dict[str, list[int]]]]:

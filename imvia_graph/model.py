@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -131,7 +132,9 @@ class IMVIA(nn.Module):
         self._labels: tuple[pl.Series, pl.Series] | None = None
         relation_dim = s.relation_dim
         self.modalities = list(views)
-        self.view_scale = {modality: moderate(feat) for modality, (feat, _) in views.items()}
+        self.view_scale = {
+            modality: moderate(feat, typical=s.scale_views) for modality, (feat, _) in views.items()
+        }
         for i, (modality, (feat, ptr)) in enumerate(views.items()):
             feat = self.scaled(modality, feat)
             self.register_buffer(f"view_feat_{i}", feat, persistent=False)
@@ -557,18 +560,25 @@ MANY = 50_000
 
 #: Largest magnitude of a column of features that is left as it is, and the smallest of them all.
 LARGEST, SMALLEST = 2.0**10, 2.0**-10
+#: Longest median length of the views of a modality that is left as it is; the shortest is 1 / LONG.
+LONG = 2.0**5
 
 
-def moderate(feat: Tensor) -> Tensor | None:
-    """Powers of two that bring features to a size that float32 can square; None for most.
+def moderate(feat: Tensor, typical: bool = True) -> Tensor | None:
+    """Powers of two that bring features to a size that can be squared and learned from.
 
-    A column of magnitudes above `LARGEST` is brought below it. Where all columns are below
-    `SMALLEST`, all are multiplied by one number.
+    Where the views' median length is above `LONG` or below 1 / `LONG`, all are multiplied by one
+    number, for a length of about 1: what is learned from a modality does not depend on the unit
+    that its features are in. A column whose magnitudes are then above `LARGEST` is brought below
+    it; where all columns are below `SMALLEST`, all are multiplied by one number. Most features are
+    left as they are, and need not be copied.
 
     Parameters
     ----------
     feat : Tensor
         (V, d), finite.
+    typical : bool
+        Whether to look at the median length, too.
 
     Returns
     -------
@@ -579,14 +589,28 @@ def moderate(feat: Tensor) -> Tensor | None:
     --------
     >>> import torch
     >>> from imvia_graph.model import moderate
-    >>> moderate(torch.tensor([[1.0, 2.0**20]])).tolist()
+    >>> moderate(torch.tensor([[1.0, 2.0**20]]), typical=False).tolist()
     [1.0, 0.00048828125]
+    >>> moderate(torch.tensor([[300.0, 400.0]])).tolist()  # of length 500
+    [0.001953125, 0.001953125]
+    >>> moderate(torch.tensor([[0.6, 0.8]])) is None
+    True
     """
     if not feat.numel():
         return None
     # Autocast, where it is on around this, knows no float16 on a CPU.
     with torch.autocast(feat.device.type, enabled=False):
-        size = torch.stack([part.abs().amax(0) for part in _files.portions(feat)]).amax(0).double()
+        sizes = [part.abs().amax(0) for part in _files.portions(feat)]
+        size = torch.stack(sizes).amax(0).double().cpu()
+        factor = _unit_of(feat, None) if typical else 1.0
+        columns = _within_reach(size * factor)
+        if columns is None:
+            return None if factor == 1 else torch.full_like(size, factor)
+        return columns * factor * (_unit_of(feat, columns * factor) if typical else 1.0)
+
+
+def _within_reach(size: Tensor) -> Tensor | None:
+    """What brings (d,) magnitudes of columns to where float32 can square them."""
     largest = float(size.max())
     if SMALLEST <= largest <= LARGEST or not largest:
         return None
@@ -594,7 +618,19 @@ def moderate(feat: Tensor) -> Tensor | None:
     exponent = torch.frexp(size if largest > LARGEST else size.max())[1].double()
     if largest > LARGEST:
         exponent = (exponent - 10).clamp(min=0)
-    return torch.ones_like(size).cpu() * (2.0 ** -exponent.cpu())
+    return torch.ones_like(size) * (2.0**-exponent)
+
+
+def _unit_of(feat: Tensor, scale: Tensor | None) -> float:
+    """What brings the median length of (V, d) views, once scaled, to about 1; 1 for most."""
+    lengths = []
+    for part in _files.portions(feat):
+        scaled = part.float() if scale is None else (part * scale.to(part.device)).float()
+        lengths.append(scaled.norm(dim=1).cpu())
+    length = float(torch.cat(lengths).median())
+    if not length or not math.isfinite(length) or 1 / LONG <= length <= LONG:
+        return 1.0
+    return float(2.0 ** -round(math.log2(length)))
 
 
 #: Share of a device's free memory that features may take; the rest is for training.

@@ -22,7 +22,7 @@ from imvia_graph.io import load_kg, with_validation
 from imvia_graph.kg import MultiViewKG, Split
 from imvia_graph.model import COMPLEX, IMVIA
 from imvia_graph.settings import Settings
-from imvia_graph.training import Callback, Progress, Trainer, resolve_device
+from imvia_graph.training import Callback, Progress, Trainer, checked_callbacks, resolve_device
 
 
 class Run:
@@ -177,7 +177,7 @@ class Run:
             parts = [model(*part.unbind(1)).cpu() for part in numbers.split(batch_size)]
         return torch.cat(parts)
 
-    def explain(self, *, head: str, relation: str, tail: str) -> inference.Explanation:
+    def explain(self, head: str, relation: str, tail: str) -> inference.Explanation:
         """What the model makes of a triple; see `imvia_graph.inference.explain`."""
         return inference.explain(self.model, self.kg, head=head, relation=relation, tail=tail)
 
@@ -306,7 +306,7 @@ def fit(
     out: str | os.PathLike[str] | None = None,
     settings: Settings | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     resume: bool = False,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Sequence[Callback] = (),
     **overrides: Any,
 ) -> Run:
     """Train IMVIA on a graph.
@@ -328,7 +328,7 @@ def fit(
         ``cuda_graph``. What is null in them and the run has chosen (``epochs``,
         ``lambda_regularization``, ``complex_head``) stays as the run has it.
         A run that ended is taken as it is, unless there are more epochs to go.
-    callbacks : sequence of Callback
+    callbacks : Callback or sequence of Callback
         See `imvia_graph.training.Callback`.
     **overrides
         Settings by name, over ``settings``.
@@ -363,6 +363,7 @@ def fit(
     >>> 0 < run.evaluate("test")["both"]["mrr"] < 1
     True
     """
+    callbacks = checked_callbacks(callbacks)
     folder = None if out is None else Path(out)
     if resume:
         if folder is None:

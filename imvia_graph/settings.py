@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rapidfuzz import process
+from rapidfuzz.distance import DamerauLevenshtein
 
 from imvia_graph import _files
 from imvia_graph.errors import SettingsError
@@ -64,6 +65,11 @@ class Settings(BaseModel):
     )
 
     # -- model
+    scale_views: bool = Field(
+        True,
+        description="Whether views of a modality whose median length is above 32 or below 1/32 are"
+        " multiplied by one number, so that it is about 1: others are hardly learned from.",
+    )
     dim: int = Field(256, ge=1, description="Width of entity embeddings and of every head.")
     relation_dim: int = Field(64, ge=1, description="Width of relation embeddings.")
     structure: bool = Field(
@@ -425,13 +431,39 @@ def as_number(value: Any) -> Any:
     return value
 
 
+#: What settings are called elsewhere.
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "wd": "weight_decay",
+    "clip": "gradient_clip",
+    "embedding_dim": "dim",
+    "hidden_dim": "dim",
+    "num_epochs": "epochs",
+    "max_epochs": "epochs",
+    "num_negatives": "negatives",
+    "early_stopping": "patience",
+}
+
+
+def _nearest(key: str) -> str | None:
+    """The setting that a name may be meant for: letters left out, added, changed or swapped."""
+    if key.lower() in _ELSEWHERE:
+        return _ELSEWHERE[key.lower()]
+    similarity = DamerauLevenshtein.normalized_similarity
+    found = process.extractOne(
+        key.lower(), list(Settings.model_fields), scorer=similarity, score_cutoff=0.5
+    )
+    return found[0] if found else None
+
+
 def _explain(error: ValidationError) -> str:
     problems = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            near = process.extractOne(key, list(Settings.model_fields))
-            hint = f"; did you mean {near[0]!r}?" if near and near[1] > 60 else "."
+            near = _nearest(key)
+            hint = f"; did you mean {near!r}?" if near else "."
             problems.append(
                 f"There is no setting {key!r}{hint} `imvia-graph settings` lists them all."
             )

@@ -12,7 +12,7 @@ import math
 import mmap
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,6 +55,18 @@ logger = logging.getLogger(__name__)
 
 class Callback:
     """What training tells whoever wants to know; override what is of interest."""
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        told = {name for name in vars(Callback) if name.startswith("on_")}
+        for name in vars(cls).keys() - told:
+            if name.startswith("on_"):
+                logger.warning(
+                    "%s.%s: training tells a callback nothing of that name; it calls %s.",
+                    cls.__name__,
+                    name,
+                    ", ".join(sorted(told)),
+                )
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first epoch of this call."""
@@ -115,6 +127,21 @@ class _Step(NamedTuple):
     drawn: Tensor
 
 
+def checked_callbacks(callbacks: Callback | Sequence[Callback]) -> list[Callback]:
+    """A list of callbacks, of one too."""
+    if isinstance(callbacks, Callback):
+        return [callbacks]
+    found: list[Any] = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+    for callback in found:
+        if not isinstance(callback, Callback):
+            what = f"the class {callback.__name__}" if isinstance(callback, type) else callback
+            raise SettingsError(
+                f"callbacks: expected objects of imvia_graph.Callback, received {what}."
+                + (" Call it, to make one." if isinstance(callback, type) else "")
+            )
+    return found
+
+
 class Trainer:
     """Trains a model on the training triples of a graph.
 
@@ -157,7 +184,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.model, self.kg, self.shards = model, kg, model.shards
-        self.callbacks = list(callbacks)
+        self.callbacks = checked_callbacks(callbacks)
         self.progress = Progress()
         self.sums: dict[str, Tensor] = {}
         self.parts = Parts("training on a batch of queries")

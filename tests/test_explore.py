@@ -276,6 +276,13 @@ def test_views_that_do_not_fit_are_refused(views, told, address):
     assert told in problem["detail"]
 
 
+def test_a_question_with_a_field_that_is_none_is_refused(address):
+    body = {"relation": "after", "asked": "head", "views": {"text": [[1, 2, 3, 4, 5]]}}
+    status, _, problem = ask(address, "api/complete-new", body)
+    assert status == 422
+    assert "asked" in problem["detail"]
+
+
 def test_odd_names_are_harmless(tmp_path):
     kg = ring_kg(len(ODD), views=False)
     train = torch.cat([kg.train, kg.valid, kg.test])

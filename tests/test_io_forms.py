@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -727,6 +728,8 @@ def test_a_folder_that_is_a_link_itself_is_read(tmp_path):
         ({"train": [[0, 0, 1]], "prod": []}, r"the key 'prod'"),
         ({"train": [[0, 0, 1]], "test": [["a", "r", "b"]]}, r"some splits hold ids"),
         (42, r"received int"),
+        (np.array([[10**15, 0, 7]]), r"Ids of entities go up to 1,000,000,000,000,000, and 2 of"),
+        ([[0, 10**15, 1]], r"Ids of relations go up to .* give numbers that are labels as text"),
         (nx.MultiDiGraph(), r"no edges"),
         ("/nowhere/at/all", r"neither a file, a folder nor a data set"),
     ],
@@ -910,6 +913,67 @@ def test_a_first_line_whose_labels_stand_nowhere_else_is_worth_a_word(
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warned) == (first[0] == "x" and header is None)
     assert all("g.tsv, line 1: taken for a fact" in message for message in warned)
+
+
+@pytest.mark.parametrize(
+    "header", ["source,target,weight", "subject,verb,object", "Tail,since,Head"]
+)
+def test_a_header_that_names_two_of_the_three_is_asked_about(header, tmp_path):
+    path = tmp_path / "g.csv"
+    path.write_text(f"{header}\na,b,x\nb,c,x\n")
+    with pytest.raises(DataError, match=r"line 1: .* seem to name .*--columns.*--no-header"):
+        load_kg(path, split=False)
+    columns = header.split(",")
+    order = [columns[0], columns[2], columns[1]]
+    kg = load_kg(path, split=False, columns=order)
+    assert (kg.entities, kg.relations) == (["a", "x", "b"], ["b", "c"]) or kg.relations == ["x"]
+    assert len(load_kg(path, split=False, header=False).train) == 3
+
+
+def test_a_frame_goes_by_the_order_of_its_columns_only_where_their_names_agree():
+    rows = [("a", "knows", "b")]
+    assert load_kg(pl.DataFrame(rows, ["subject", "verb", "object"], orient="row"), split=False)
+    wrong = pl.DataFrame(rows, ["source", "target", "weight"], orient="row")
+    with pytest.raises(DataError, match="'source' and 'target' seem to name"):
+        load_kg(wrong, split=False)
+
+
+def test_a_first_triple_that_may_be_a_header_is_written_so_that_it_is_read_again(tmp_path):
+    kg = MultiViewKG.from_labels([("source", "is", "target"), ("target", "is", "source")])
+    for form in ("tsv", "csv", "text"):
+        again = load_kg(written(kg, tmp_path / form, form), split=False)
+        assert labelled(again) == labelled(kg)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [("a;r;b", "';'"), ("a\tr\tb", "tab"), ("a|r|b", "'|'")],
+)
+def test_another_separator_than_the_names_is_told(line, told, tmp_path):
+    path = tmp_path / "g.csv"
+    path.write_text(f"{line}\n{line}\n")
+    with pytest.raises(
+        DataError, match=rf"separated by commas, found .*--separator {re.escape(told)}"
+    ):
+        load_kg(path)
+
+
+def test_quotes_and_spaces_that_are_part_of_labels_are_told(tmp_path, caplog):
+    (tmp_path / "g.tsv").write_text('"a"\t"r"\t"b ""c"""\n"b"\t"r"\t"a"\n')
+    assert load_kg(tmp_path / "g.tsv", split=False).entities[0] == '"a"'
+    assert "g.tsv: 6 labels stand in double quotes" in caplog.text
+    kg = load_kg(tmp_path / "g.tsv", split=False, format="csv", separator="\t")
+    assert kg.entities == ["a", 'b "c"', "b"]
+    caplog.clear()
+    (tmp_path / "s.csv").write_text("a, r, b\nb, r, a\n")
+    assert load_kg(tmp_path / "s.csv", split=False).entities == ["a", " b", "b", " a"]
+    assert "2 entities differ from another one by spaces around the label alone" in caplog.text
+
+
+def test_a_cell_of_csv_may_be_as_long_as_one_of_tsv(tmp_path):
+    long = "x" * 200_000
+    (tmp_path / "g.csv").write_text(f'a,r,"{long},"\nb,"r",a\n\n"{long},",r,a\n')
+    assert load_kg(tmp_path / "g.csv", split=False).entities == ["a", f"{long},", "b"]
 
 
 @pytest.mark.parametrize("with_header", ["train", "valid", "test"])

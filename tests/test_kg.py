@@ -274,6 +274,30 @@ def test_id_of_an_unknown_label_names_the_nearest():
     assert issubclass(UnknownLabelError, KeyError)
 
 
+@pytest.mark.parametrize("name", ["FRANCE", "Francé", "francE"])
+def test_what_is_nearest_does_not_depend_on_case_and_accents(name):
+    kg = small_kg(entities=["Central African CFA Franc", "Fiji", "France"])
+    with pytest.raises(UnknownLabelError, match="The nearest known: 'France'"):
+        kg.id_of(name)
+
+
+def test_where_nothing_is_near_nothing_is_named():
+    with pytest.raises(UnknownLabelError, match=r"Unknown entity 'Xyzzy' in .*\. None is like it"):
+        small_kg(entities=["France", "Germany", "Poland"]).id_of("Xyzzy")
+
+
+def test_a_list_of_labels_is_told_what_answers_many():
+    with pytest.raises(UnknownLabelError, match="predict_all"):
+        small_kg().id_of(["a", "b"])
+
+
+@pytest.mark.parametrize("name", ["entity", "structure", "joint", "complex", "decision"])
+def test_a_modality_cannot_have_the_name_of_a_head(name):
+    views = ig.Views(torch.ones(1, 2), torch.tensor([0]))
+    with pytest.raises(ig.DataError, match=f"cannot be called '{name}'"):
+        small_kg(views={name: views})
+
+
 def test_id_of_a_kind_that_is_neither_entity_nor_relation_says_so():
     with pytest.raises(ig.IMVIAError, match=r"'entities'.*entity.*relation"):
         small_kg().id_of("a", "entities")

@@ -120,6 +120,68 @@ def test_the_model_of_a_run_trains_on_in_a_model_around_it(regime):
     assert not any(feat.requires_grad for feat in run.encoder(torch.arange(4)).values())
 
 
+def test_what_is_learned_does_not_depend_on_the_unit_of_the_features():
+    kg = ring_kg()
+
+    def trained(unit, **changes):
+        views = {m: kg._views(m) for m in kg.modalities}
+        views = {m: view._replace(feat=view.feat * unit) for m, view in views.items()}
+        return ig.fit(kg.replace(views=views), settings=settings(), epochs=2, **changes)
+
+    runs = [trained(unit) for unit in (2.0**8, 2.0**14, 2.0**-10)]
+    for run in runs[1:]:
+        assert same_weights(run.model, runs[0].model)
+    for modality, (feat, _) in runs[0].model.views.items():
+        assert 0.5 <= feat.norm(dim=1).median() <= 2, modality
+    # Few of them are touched, and none where that is not wanted.
+    for run in (trained(1.0), trained(2.0**7, scale_views=False)):
+        assert run.model.view_scale == {"image": None, "text": None}
+
+
+def test_new_entities_views_are_scaled_as_the_graphs_are():
+    kg = ring_kg()
+    views = {m: kg._views(m) for m in kg.modalities}
+    views["text"] = views["text"]._replace(feat=views["text"].feat * 2.0**8)
+    run = ig.fit(kg.replace(views=views), settings=settings(complex_head=False), epochs=1)
+    feat, ptr = run.kg.views("text")
+    asked = ig.Predictor(run.model, run.kg).predict_new(
+        {"text": feat[ptr[3] : ptr[4]]}, relation="after", k=1
+    )
+    assert math.isfinite(asked[0].score)
+    assert run.model.scaled("text", feat).norm(dim=1).median() < 2
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([ig.ProgressBar], "received the class ProgressBar. Call it"),
+        ([print], "expected objects of imvia_graph.Callback, received"),
+        (ig.ProgressBar, "received the class ProgressBar. Call it"),
+        (7, "received 7"),
+    ],
+)
+def test_what_is_no_callback_is_refused_before_anything_is_done(callbacks, message, tmp_path):
+    with pytest.raises(SettingsError, match=message):
+        ig.fit(ring_kg(), settings=settings(), callbacks=callbacks, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_callback_is_enough_and_names_that_are_never_called_are_told(caplog):
+    seen = []
+
+    class Epochs(ig.Callback):
+        def on_epoch(self, trainer, record):
+            seen.append(record["epoch"])
+
+        def on_epoch_end(self, trainer, record):
+            seen.append("never")
+
+    assert "Epochs.on_epoch_end: training tells a callback nothing of that name" in caplog.text
+    assert "on_close, on_end, on_epoch," in caplog.text
+    ig.fit(ring_kg(), settings=settings(), epochs=2, callbacks=Epochs())
+    assert seen == [1, 2]
+
+
 def test_a_default_dtype_that_is_not_float32_is_refused():
     torch.set_default_dtype(torch.float64)
     try:
@@ -736,7 +798,7 @@ def test_a_run_without_a_checkpoint_says_so(copied):
 def test_a_run_of_a_newer_version_is_refused(use, copied):
     about = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps({**about, "version": about["version"] + 1}))
-    with pytest.raises(CheckpointError, match=r"version 5 is newer .*Update imvia-graph"):
+    with pytest.raises(CheckpointError, match=r"version 6 is newer .*Update imvia-graph"):
         ig.load(copied) if use == "load" else ig.fit(out=copied, resume=True)
 
 
@@ -764,20 +826,25 @@ def as_version_1(folder):
         metadata["progress"] = json.dumps(progress)
         save_file(load_file(folder / name), folder / name, metadata)
     settings = (folder / "settings.yaml").read_text().splitlines()
-    new = ("non_finite:", "disk_full:", "relation_residual:", "table_", "complex_")
+    new = ("non_finite:", "disk_full:", "relation_residual:", "table_", "complex_", "scale_views:")
     kept = [line for line in settings if not line.startswith(new)]
     (folder / "settings.yaml").write_text("\n".join(kept))
     return folder
 
 
 def test_a_run_of_the_first_version_loads_and_goes_on(tmp_path):
-    then = {"relation_residual": False, "table_optimizer": "same", "complex_head": False}
+    then = {
+        "relation_residual": False,
+        "table_optimizer": "same",
+        "complex_head": False,
+        "scale_views": False,
+    }
     finished = fit(tmp_path / "old", epochs=4, **then)
     old = as_version_1(finished.folder)
     assert same_weights(ig.load(old).model, finished.model)
     resumed = ig.fit(out=old, resume=True, epochs=6)
     assert_same_run(fit(tmp_path / "whole", epochs=6, **then).folder, resumed.folder)
-    assert json.loads((old / "run.json").read_text())["version"] == 4
+    assert json.loads((old / "run.json").read_text())["version"] == 5
     assert same_weights(ig.load(old).model, resumed.model)  # and is read as it now says it is
 
 

@@ -15,6 +15,7 @@ OTHER = {
     "hold_out_by": "triple",
     "split_seed": 3,
     "modalities": ["image", "a b: c"],
+    "scale_views": False,
     "dim": 48,
     "relation_dim": 24,
     "structure": False,
@@ -228,6 +229,9 @@ def test_settings_cannot_be_changed_in_place():
         ("batchsize", "batch_size"),
         ("optimiser", "optimizer"),
         ("Epochs", "epochs"),
+        ("dmi", "dim"),
+        ("lr", "learning_rate"),
+        ("embedding_dim", "dim"),
     ],
 )
 def test_an_unknown_setting_is_refused_with_the_nearest_known_one(typo, meant):

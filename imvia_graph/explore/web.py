@@ -18,7 +18,7 @@ import anyio.to_thread
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from imvia_graph._version import __version__
 from imvia_graph.errors import DataError, UnknownLabelError
@@ -143,6 +143,8 @@ class Explained(BaseModel):
 
 class NewEntity(BaseModel):
     """A question about an entity that is not in the graph, described by its views."""
+
+    model_config = ConfigDict(extra="forbid")
 
     relation: str = Field(max_length=LONGEST)
     ask: Side = Field("tail", description="The end that is asked for; the new entity is the other.")

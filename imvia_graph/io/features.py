@@ -655,7 +655,7 @@ def _feature_name(arrays: Mapping[str, Any], others: set[str | None], path: Path
         return next(iter(arrays))
     raise DataError(
         f"{path}: expected one array of features, or one called 'feat', found {_listing(arrays)}."
-        " Name it (key=…)."
+        " Name it (key= of imvia_graph.io.read_features), or leave one in the file."
     )
 
 

@@ -420,8 +420,8 @@ def _read_files(
         if form is None:
             raise DataError(
                 f"{path}: its name does not tell what it is; expected one of"
-                f" {', '.join(tables.FORMS)} (or with .gz, .zst). Say it with format=, one of"
-                f" {', '.join(FORMATS[len(FOLDERS) :])}."
+                f" {', '.join(tables.FORMS)} (or with .gz, .zst). Say it with format= (--from), one"
+                f" of {', '.join(FORMATS[len(FOLDERS) :])}."
             )
         if path.stat().st_size == 0 and split == "train":
             raise DataError(f"{path} is empty: expected triples (head, relation, tail).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from imvia_graph._labels import encode_triples, index_triples
 from imvia_graph.errors import DataError
 from imvia_graph.kg import SPLITS, MultiViewKG, Split, Views
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,6 +71,8 @@ def from_frames(
     parts = [frames[split] for split in splits]
     if entities is None or relations is None:
         found_entities, found_relations, triples = index_triples(parts)
+        for kind, labels in (("entities", found_entities), ("relations", found_relations)):
+            _warn_of_spaces(took, kind, labels)
         if entities is None and relations is None:
             given = dict(zip(splits, triples, strict=True))
             return Source(took, found_entities, found_relations, given, whole, options=options)
@@ -78,6 +83,23 @@ def from_frames(
         for split, frame in zip(splits, parts, strict=True)
     }
     return Source(took, list(entities), list(relations), encoded, whole, options=options)
+
+
+def _warn_of_spaces(took: str, kind: str, labels: pl.Series) -> None:
+    """Labels are taken letter by letter, which is hardly meant where spaces alone differ."""
+    spaced = labels.filter(labels.str.contains(r"^\s|\s$"))
+    if len(spaced):
+        bare = labels.str.strip_chars()
+        alike = len(labels) - bare.n_unique()
+        if alike:
+            logger.warning(
+                "Read as %s: %d %s differ from another one by spaces around the label alone, first"
+                " %r. They are different ones here; if they are not meant to be, strip the labels.",
+                took,
+                alike,
+                kind,
+                spaced[0],
+            )
 
 
 def numbered(
@@ -92,11 +114,23 @@ def numbered(
     if int(both.min()) < 0:
         raise DataError(f"Ids are 0 and up; received {int(both.min())}.")
     if entities is None:
-        entities = _as_text(int(both[:, [0, 2]].max()) + 1)
+        entities = _as_text(both[:, [0, 2]], "entities")
     if relations is None:
-        relations = _as_text(int(both[:, 1].max()) + 1)
+        relations = _as_text(both[:, 1], "relations")
     return list(entities), list(relations)
 
 
-def _as_text(count: int) -> list[str]:
+#: Ids up to which nothing is asked of how many of them are used, and the share that is, above.
+_FEW, _USED = 10**6, 0.1
+
+
+def _as_text(ids: Tensor, kind: str) -> list[str]:
+    """Every id up to the highest as text; where hardly any is used, they are no ids."""
+    count = int(ids.max()) + 1
+    if count > _FEW and count > ids.unique().numel() / _USED:
+        raise DataError(
+            f"Ids of {kind} go up to {count - 1:,}, and {ids.unique().numel():,} of them are used:"
+            f" each id up to the highest would be one of the {kind}. Ids are rows, from 0 on; give"
+            f" numbers that are labels as text (array.astype(str)), or the labels with {kind}=."
+        )
     return pl.int_range(count, eager=True).cast(pl.String).to_list()

@@ -17,7 +17,7 @@ from imvia_graph._labels import decode_triples
 from imvia_graph._tables import (
     SPACES,
     Columns,
-    columns_by_name,
+    may_be_header,
     read_parquet_triples,
     read_triples,
     write_table,
@@ -165,7 +165,7 @@ def write_tables(
                 separator={"tsv": "\t", "csv": ","}.get(form, SPACES),
                 quoted=form == "csv",
                 # Without a header, a first row of the labels h, r, t would pass for one.
-                header=form == "csv" or columns_by_name(frame.row(0)) is not None,
+                header=form == "csv" or may_be_header(frame.row(0)),
             )
         written.append(path)
     return written

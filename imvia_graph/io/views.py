@@ -21,10 +21,10 @@ from urllib.parse import unquote
 import numpy as np
 import polars as pl
 import torch
-from rapidfuzz import fuzz, process
 from torch import Tensor
 
 from imvia_graph import _files
+from imvia_graph._display import nearest
 from imvia_graph._parquet import check_parquet
 from imvia_graph._tables import read_rows
 from imvia_graph.errors import DataError, IMVIAError
@@ -544,8 +544,8 @@ def resolve_any(
         if len(shared):
             reason = f" {len(shared)} entities are called so; use the label."
         else:
-            near = process.extract(values[-1], list(labels), scorer=fuzz.WRatio, limit=3)
-            reason = f" The nearest known: {', '.join(repr(match) for match, *_ in near)}."
+            near = nearest(values[-1], list(labels), limit=3)
+            reason = f" The nearest known: {', '.join(map(repr, near))}." if near else ""
         _unknown(
             f"{where}: {missing.sum()} of {len(found)} rows name"
             f" {forms[0].filter(missing).n_unique()} entities that are not in {whole}, first"
