@@ -126,6 +126,9 @@ def read_triples(
 
 def _warn_of_quotes(path: Path, frame: pl.DataFrame) -> None:
     """Labels are taken as they stand; quotes around them may be meant as those of CSV."""
+    begin = frame.select(pl.col(TRIPLE_COLUMNS).str.starts_with('"').any())
+    if not any(begin.row(0)):  # sooner told
+        return
     quotes = pl.col(TRIPLE_COLUMNS).str.contains('^"(?:[^"]|"")*"$').sum()
     count = sum(frame.select(quotes).row(0))
     if count:

@@ -600,13 +600,18 @@ def moderate(feat: Tensor, typical: bool = True) -> Tensor | None:
         return None
     # Autocast, where it is on around this, knows no float16 on a CPU.
     with torch.autocast(feat.device.type, enabled=False):
-        sizes = [part.abs().amax(0) for part in _files.portions(feat)]
+        sizes, lengths = [], []
+        for part in _files.portions(feat):  # once: features may be mapped, and large
+            sizes.append(part.abs().amax(0))
+            lengths.append(part.float().norm(dim=1))
         size = torch.stack(sizes).amax(0).double().cpu()
-        factor = _unit_of(feat, None) if typical else 1.0
+        factor = _unit_of(lengths) if typical else 1.0
         columns = _within_reach(size * factor)
         if columns is None:
             return None if factor == 1 else torch.full_like(size, factor)
-        return columns * factor * (_unit_of(feat, columns * factor) if typical else 1.0)
+        scale = columns * factor
+        scaled = (part * scale.to(feat.device) for part in _files.portions(feat))
+        return scale * (_unit_of([part.norm(dim=1) for part in scaled]) if typical else 1.0)
 
 
 def _within_reach(size: Tensor) -> Tensor | None:
@@ -621,13 +626,9 @@ def _within_reach(size: Tensor) -> Tensor | None:
     return torch.ones_like(size) * (2.0**-exponent)
 
 
-def _unit_of(feat: Tensor, scale: Tensor | None) -> float:
-    """What brings the median length of (V, d) views, once scaled, to about 1; 1 for most."""
-    lengths = []
-    for part in _files.portions(feat):
-        scaled = part.float() if scale is None else (part * scale.to(part.device)).float()
-        lengths.append(scaled.norm(dim=1).cpu())
-    length = float(torch.cat(lengths).median())
+def _unit_of(lengths: Sequence[Tensor]) -> float:
+    """What brings the median of the lengths of views to about 1; 1 for most."""
+    length = float(torch.cat(list(lengths)).median())
     if not length or not math.isfinite(length) or 1 / LONG <= length <= LONG:
         return 1.0
     return float(2.0 ** -round(math.log2(length)))

@@ -87,7 +87,7 @@ def from_frames(
 
 def _warn_of_spaces(took: str, kind: str, labels: pl.Series) -> None:
     """Labels are taken letter by letter, which is hardly meant where spaces alone differ."""
-    spaced = labels.filter(labels.str.contains(r"^\s|\s$"))
+    spaced = labels.filter(labels.str.starts_with(" ") | labels.str.ends_with(" "))
     if len(spaced):
         bare = labels.str.strip_chars()
         alike = len(labels) - bare.n_unique()
