@@ -69,6 +69,7 @@ ABLATION = {
         "candidates-relation": "candidates, too, seen under the relation",
         "trained-decision": "heads trained by their decision, too",
         "binary-loss": "binary loss, Eq. 7; no settings of its own",
+        "binary-settings": "binary loss, Eq. 7, with settings after TuckER's",
         "published-losses": "all losses as printed; no settings of their own",
     },
     "Without a part that the paper does not have": {
