@@ -250,11 +250,11 @@ def test_the_head_of_complex_learns_and_has_a_name_of_its_own(tmp_path):
     assert run.relation_embeddings()["complex"].shape == (4, 2 * run.settings.complex_rank)
     again = ig.load(run.save(tmp_path / "run"))
     assert again.evaluate("train") == run.evaluate("train")
-    views = {"complex": ig.Views(torch.randn(3, 2), torch.tensor([0, 1, 2]))}
-    named = ig.MultiViewKG(kg.entities, kg.relations, kg.train, views=views)
+    views = {"complex": (torch.randn(3, 2), torch.tensor([0, 1, 2, *[3] * 10]))}
     with pytest.raises(SettingsError, match="complex_head"):
-        IMVIA.from_kg(named, settings(complex_head=True))
-    assert IMVIA.from_kg(named, settings(complex_head=None)).heads[:2] == ["structure", "complex"]
+        IMVIA(12, 2, views, settings(complex_head=True))
+    named = IMVIA(12, 2, views, settings(complex_head=None))
+    assert named.heads[:2] == ["structure", "complex"]
 
 
 def test_without_regularization_there_is_none():
