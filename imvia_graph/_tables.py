@@ -439,7 +439,7 @@ def frame_of_triples(table: pl.LazyFrame, where: str, columns: Columns | None) -
     """The head, relation and tail columns of a frame, checked; integers become labels."""
     schema = table.collect_schema()
     places = _places(where, schema.names(), True, columns, None)
-    if columns is None:
+    if columns is None and columns_by_name(schema.names()) is None:
         _check_order(where, schema.names(), places, is_header=True)
     for place in places:
         dtype = schema.dtypes()[place]

@@ -933,6 +933,8 @@ def test_a_header_that_names_two_of_the_three_is_asked_about(header, tmp_path):
 def test_a_frame_goes_by_the_order_of_its_columns_only_where_their_names_agree():
     rows = [("a", "knows", "b")]
     assert load_kg(pl.DataFrame(rows, ["subject", "verb", "object"], orient="row"), split=False)
+    both = pl.DataFrame([("1", "2", *rows[0])], ["source", "target", "h", "r", "t"], orient="row")
+    assert load_kg(both, split=False).entities == ["a", "b"]
     wrong = pl.DataFrame(rows, ["source", "target", "weight"], orient="row")
     with pytest.raises(DataError, match="'source' and 'target' seem to name"):
         load_kg(wrong, split=False)
