@@ -7,6 +7,7 @@ by two products more. Nothing of the size of the scores is kept, copied, or buil
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from imvia_graph import _kernels
 from imvia_graph._gpu import scores as _gpu_scores
+from imvia_graph._gpu.products import wide_mm
 from imvia_graph.answers import pointer
 from imvia_graph.distributed import Shards
 
@@ -71,8 +73,8 @@ def fits_at_once(
     rows: int, heads: int, num_candidates: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether so many queries are done in one block, by the kernels for a GPU."""
-    size = heads * num_candidates * torch.empty((), dtype=dtype).element_size()
-    return rows * size <= SCORES_ON_GPU and _gpu_scores.usable(device, dtype)
+    size = heads * _gpu_scores.room(num_candidates) * dtype.itemsize
+    return _gpu_scores.room(rows) * size <= SCORES_ON_GPU and _gpu_scores.usable(device, dtype)
 
 
 class FactoredCompletion(torch.autograd.Function):
@@ -98,8 +100,8 @@ class FactoredCompletion(torch.autograd.Function):
     ) -> Tensor:
         heads = len(inputs) // 2
         with torch.autocast(row.device.type, enabled=False):
-            queries = [part.detach().to(terms.dtype) for part in inputs[:heads]]
-            candidates = [part.detach().to(terms.dtype) for part in inputs[heads:]]
+            queries = [part.detach() for part in inputs[:heads]]
+            candidates = [part.detach() for part in inputs[heads:]]
             work = _Work(queries, candidates, of_rows, weights, terms)
             if counts is not None and not work.on_gpu:
                 # Elsewhere what is repeated need not be there.
@@ -117,11 +119,27 @@ class FactoredCompletion(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        factor = (grad_out / ctx.scale).reshape(1)
-        grad_weights, *gradients = (part * factor for part in ctx.saved_tensors)
+        factor = grad_out / ctx.scale
+        grad_weights, *gradients = _times(ctx.saved_tensors, factor)
         typed = (part.to(dtype) for part, dtype in zip(gradients, ctx.dtypes, strict=True))
         has_weights = ctx.needs_input_grad[5]
         return None, None, None, None, None, grad_weights if has_weights else None, None, *typed
+
+
+def _with_room(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix with rows of zeros below it: a GPU has faster products for it."""
+    size = len(part)
+    out = part.new_empty(_gpu_scores.room(size), part.shape[1], dtype=dtype)
+    out[:size] = part
+    out[size:] = 0
+    return out
+
+
+def _times(parts: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    """Tensors, each times a scalar on their device."""
+    if factor.is_cuda and all(part.dtype == factor.dtype for part in parts):
+        return torch._foreach_mul(list(parts), factor)  # in few kernels
+    return [part * factor.reshape(1) for part in parts]
 
 
 class _Work:
@@ -135,7 +153,7 @@ class _Work:
         weights: Tensor | None,
         terms: Terms,
     ) -> None:
-        self.queries, self.candidates, self.terms = queries, candidates, terms
+        self.terms = terms
         first = queries[0]
         ones = first.new_ones(len(first), dtype=terms.exact)
         self.of_rows = ones if of_rows is None else of_rows.detach()
@@ -143,7 +161,6 @@ class _Work:
         self.weights = none if weights is None else weights.detach().to(terms.exact)
         self.loss = first.new_zeros((), dtype=terms.exact)
         self.grad_weights = torch.empty_like(self.weights)
-        self.grad_queries = [torch.empty_like(part) for part in queries]
         self.grad_candidates: list[Tensor] = []
         self.fused = (
             first.device.type == "cpu"
@@ -156,18 +173,30 @@ class _Work:
             and terms.shards is None
             and _gpu_scores.usable(first.device, terms.dtype)
         )
+        self.queries, self.candidates = (
+            [
+                _with_room(part, terms.dtype) if self.on_gpu else part.to(terms.dtype)
+                for part in parts
+            ]
+            for parts in (queries, candidates)
+        )
+        self.size = len(candidates[0])
+        kept = terms.exact if self.on_gpu else terms.dtype
+        self.grad_queries = [torch.empty_like(part, dtype=kept) for part in queries]
 
     def blocks(self) -> list[tuple[int, int]]:
         """Ranges of queries, as many at a time as memory allows."""
         # With several processes, of the one that has the most: all take the same steps.
         shards = self.terms.shards
-        size = self.terms.num_candidates if shards is None else shards.bounds[1]
+        size = len(self.candidates[0]) if shards is None else shards.bounds[1]
         a_row = len(self.queries) * size * self.queries[0].element_size()
         if not (self.fused or self.on_gpu):
             a_row += 4 * size * self.terms.exact.itemsize  # what `_gradients` makes
         held = SCORES_ON_GPU if self.on_gpu else SCORES_AT_A_TIME
         most = min(held // max(a_row, 1), self.terms.num_queries)
         rows = max(1, -(-most // self.terms.parts))
+        if self.on_gpu and rows < self.terms.num_queries:
+            rows = max(rows // 16 * 16, 1)
         starts = range(0, self.terms.num_queries, rows)
         return [(start, min(start + rows, self.terms.num_queries)) for start in starts]
 
@@ -185,9 +214,9 @@ class _Work:
             mine = (row >= start) & (row < stop)
             row, col, share = row[mine] - start, col[mine], share[mine]
             counts = None if counts is None else counts[mine]
-        queries = [part[start:stop] for part in self.queries]
-        shape = (len(queries), stop - start, len(self.candidates[0]))
-        scores = queries[0].new_empty(shape)
+        end = stop if stop < self.terms.num_queries else len(self.queries[0])
+        queries = [part[start:end] for part in self.queries]
+        scores = queries[0].new_empty(len(queries), end - start, len(self.candidates[0]))
         for query, candidate, score in zip(queries, self.candidates, scores, strict=True):
             torch.mm(query, candidate.T, out=score)
         weights, grad_weights = (
@@ -204,6 +233,7 @@ class _Work:
             )
             loss = _gpu_scores.gradients(
                 scores,
+                self.size,
                 row,
                 col,
                 share,
@@ -224,13 +254,18 @@ class _Work:
         for m, (query, candidate, grad) in enumerate(
             zip(queries, self.candidates, scores, strict=True)
         ):
-            torch.mm(grad, candidate, out=self.grad_queries[m][start:stop])
+            if self.on_gpu:
+                self.grad_queries[m][start:stop] = wide_mm(grad, candidate)[: stop - start]
+                total = wide_mm(grad.T, query)[: self.size]
+            else:
+                torch.mm(grad, candidate, out=self.grad_queries[m][start:stop])
+                total = grad.T @ query
             if first:
-                self.grad_candidates.append(grad.T @ query)
+                self.grad_candidates.append(total)
             else:
                 # Sums over blocks want more digits than the products have.
-                total = self.grad_candidates[m].to(self.terms.exact)
-                self.grad_candidates[m] = total.add_(grad.T @ query)
+                before = self.grad_candidates[m].to(self.terms.exact)
+                self.grad_candidates[m] = before.add_(total)
 
 
 def _compiled_gradients(

@@ -82,6 +82,29 @@ class Parts:
 # -- numbers that are none ------------------------------------------------------------------------
 
 
+class Kept:
+    """The values that tensors had, in one tensor a dtype."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        self._groups = [(group, _flat(group)) for group in by_dtype.values()]
+
+    @torch.no_grad()
+    def restore(self, where: Tensor | None = None) -> None:
+        """Have the tensors as they were; with ``where``, a scalar on the device if it is not 0."""
+        for group, kept in self._groups:
+            values = kept if where is None else torch.where(where > 0, kept, _flat(group))
+            parts = values.split([tensor.numel() for tensor in group])
+            shaped = [part.view_as(to) for part, to in zip(parts, group, strict=True)]
+            torch._foreach_copy_(group, shaped)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
 class Before:
     """What a step changes before its gradients are known to be good: to take the step back.
 
@@ -89,10 +112,10 @@ class Before:
     """
 
     def __init__(self, buffers: Sequence[Tensor], device: torch.device) -> None:
-        self.device, self.buffers = device, buffers
+        self.device = device
         self.cpu = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self.kept = [value.clone() for value in buffers]
+        self._buffers = Kept(buffers)
 
     def restore_random_states(self) -> None:
         """Have the step draw again what it drew."""
@@ -100,11 +123,9 @@ class Before:
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
-    @torch.no_grad()
     def restore_buffers(self, where: Tensor | None = None) -> None:
-        """Have the buffers as they were; with ``where``, a scalar on the device, if it is not 0."""
-        for buffer, kept in zip(self.buffers, self.kept, strict=True):
-            buffer.copy_(kept if where is None else torch.where(where > 0, kept, buffer))
+        """Have the buffers as they were; see `Kept`."""
+        self._buffers.restore(where)
 
 
 class Health:
@@ -202,4 +223,4 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-__all__ = ["MEMORY_ERRORS", "Before", "Health", "Parts", "is_out_of_memory", "listed"]
+__all__ = ["MEMORY_ERRORS", "Before", "Health", "Kept", "Parts", "is_out_of_memory", "listed"]

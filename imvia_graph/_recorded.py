@@ -9,14 +9,15 @@ differs from step to step - rows, learning rates, whether a step is bad - lies i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from imvia_graph._factored import fits_at_once
-from imvia_graph._guards import MEMORY_ERRORS, Before, Health
+from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Kept
+from imvia_graph._streams import Streams
 from imvia_graph.errors import SettingsError
 from imvia_graph.ops import fused_triton, picking
 from imvia_graph.optimizers import to_record
@@ -25,6 +26,8 @@ from imvia_graph.optimizers import to_record
 WARM_UP = 3
 #: Losses of a step at most.
 _LOSSES = 16
+#: So many entities and fewer: parts of a step are done beside each other.
+_FEW = 2**17
 
 
 class Told(NamedTuple):
@@ -37,7 +40,7 @@ class Told(NamedTuple):
 
 
 class _Begun(NamedTuple):
-    kept: list[Tensor]
+    kept: Kept
     losses: dict[str, Tensor]
     watched: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -75,6 +78,9 @@ class RecordedSteps:
         self.pool: Any = None
         for optimizer in trainer.optimizers():
             to_record(optimizer, device)
+        # Kernels over more entities than that leave no room for others beside them.
+        beside = on_gpu and trainer.model.num_entities <= _FEW
+        self.streams = Streams(device if beside else None)
 
     def begin(self) -> None:
         """Before an epoch, or what is left of one."""
@@ -170,15 +176,16 @@ class RecordedSteps:
     def _begin(self, rows: Tensor) -> _Begun:
         """Losses and gradients of a step. With `_finish`, what is recorded: no word to the host."""
         trainer = self.trainer
-        kept = [value.clone() for value in trainer.buffers]
-        losses, estimation, gradients = trainer.gradients_of(trainer.batches.filled(rows))
+        kept = Kept(trainer.buffers)
+        with self.streams.used_by(trainer):
+            losses, estimation, gradients = trainer.gradients_of(trainer.batches.filled(rows))
         watched = dict(losses) if estimation is None else {**losses, "estimation": estimation}
         gradients = {name: grad for name, grad in gradients.items() if grad.numel()}
         return _Begun(kept, losses, watched, gradients)
 
     def _finish(
         self,
-        kept: Sequence[Tensor],
+        kept: Kept,
         losses: Mapping[str, Tensor],
         watched: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
@@ -191,9 +198,7 @@ class RecordedSteps:
             # The host learns of it while later steps are under way: those change nothing, too.
             bad = torch.maximum(bad, self.bad)
             self.bad.copy_(bad)
-        with torch.no_grad():
-            for buffer, value in zip(trainer.buffers, kept, strict=True):
-                buffer.copy_(torch.where(bad > 0, value, buffer))
+        kept.restore(bad)
         trainer.update(bad)
         told = torch.stack([*losses.values(), torch.ones_like(bad)])
         self.sums[: len(told)].add_(torch.where(bad > 0, 0.0, told))

@@ -14,11 +14,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from imvia_graph._factored import FactoredCompletion, Terms
+from imvia_graph._gpu import powers
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import SettingsError
 
 #: exp of this is the largest inverse temperature, as in CLIP.
 _LARGEST_LOG_SCALE = math.log(100.0)
+
+#: Rows shorter than this are divided by it, not by their length, as `functional.normalize` does.
+_SHORTEST = 1e-12
 
 
 # -- L1: mutual information -----------------------------------------------------------------------
@@ -153,10 +157,9 @@ def _shuffle(rows: Tensor) -> Tensor:
 
     Without asking how many they are, which a GPU would have to be waited for.
     """
-    place = torch.argsort(~rows, dim=1, stable=True)
     drawn = torch.rand(rows.shape, device=rows.device)
     order = torch.argsort(torch.where(rows, drawn, 2.0), dim=1)
-    return torch.empty_like(order).scatter_(1, place, order)
+    return order.gather(1, (rows.cumsum(1) - 1).clamp(min=0))
 
 
 class GaussianEstimator(nn.Module):
@@ -189,6 +192,11 @@ class Alignment(nn.Module):
         `contrastive_alignment` or `printed_alignment`. Default: ``"contrastive"``.
     temperature : float, optional
         The temperature to start from; it is learned as its logarithm. Default: ``0.1``.
+
+    Notes
+    -----
+    The contrastive form is of all pairs of modalities at once. Its gradient is written out and has
+    no gradient of its own; for one of second order add up `contrastive_alignment`.
 
     Examples
     --------
@@ -244,14 +252,20 @@ class Alignment(nn.Module):
         Tensor
             A scalar; 0 where there is nothing to align.
         """
-        function = ALIGNMENTS[self.form]
+        # Both forms are symmetric: (m, n) and (n, m) of the sum are one term, twice.
+        pairs = list(combinations(embeddings, 2))
+        if not pairs:
+            return _zero(embeddings)
+        rows = None if present is None else _present_in_both(embeddings, present, pairs)
+        if self.form == "contrastive":
+            contrast: Tensor = _Contrast.apply(self.temperature, entity, rows, *embeddings.values())
+            return contrast
         total = _zero(embeddings)
-        for m, n in combinations(embeddings, 2):
-            rows = None if present is None else _present_mask(embeddings, present, m, n)
-            # Both forms are symmetric: (m, n) and (n, m) of the sum are one term, twice.
-            pair = function(embeddings[m], embeddings[n], self.temperature, entity, rows)
+        for place, (m, n) in enumerate(pairs):
+            both = None if rows is None else rows[place]
+            pair = printed_alignment(embeddings[m], embeddings[n], self.temperature, entity, both)
             total = total + 2 * pair
-        return total / max(len(embeddings), 1)
+        return total / len(embeddings)
 
 
 def contrastive_alignment(
@@ -317,23 +331,87 @@ def printed_alignment(
 ALIGNMENTS = {"contrastive": contrastive_alignment, "printed": printed_alignment}
 
 
+class _Contrast(torch.autograd.Function):
+    """L2 of M modalities (B, d) in the contrastive form, of all P pairs at once.
+
+    Each modality is normalised once and each step is one kernel for all pairs: on a GPU the time
+    is that of starting kernels. What is kept for the gradient is one (P, B, B) tensor, in the dtype
+    of the products. The gradient has none of its own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, temperature: Tensor, entity: Tensor | None, rows: Tensor | None, *parts: Tensor
+    ) -> Tensor:
+        vectors = torch.stack(parts)
+        dtype, device = vectors.dtype, vectors.device.type
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            size = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_(min=_SHORTEST)
+            unit = vectors / size
+            firsts, seconds = zip(*combinations(unit.to(dtype), 2), strict=True)
+            sides = torch.stack([*firsts, *seconds]).unflatten(0, (2, -1))  # (2, P, B, d)
+            products = (sides[0] @ sides[1].mT).to(unit.dtype)
+            similarity = _comparable(products.div_(temperature), entity, rows)
+            # The other way round as a copy: along columns it takes a GPU forty times as long.
+            log_p, log_q = (
+                part.log_softmax(dim=2) for part in (similarity, similarity.mT.contiguous())
+            )
+            matches = [part.diagonal(dim1=1, dim2=2) for part in (log_p, log_q)]
+            share = unit.new_full((), 2 / len(parts)) / _num_present(similarity, rows)
+            loss = -((matches[0] + matches[1]).sum(1) * share).sum()
+            # The slope of the loss by the similarities, P + Q - 2 I, is exactly 0 for a row that is
+            # compared with itself alone.
+            slope = log_p.exp_().add_(log_q.exp_().mT)
+            slope.diagonal(dim1=1, dim2=2).sub_(2)
+        ctx.save_for_backward(temperature, share, size, unit, sides, slope.to(dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        temperature, share, size, unit, sides, slope = ctx.saved_tensors
+        weight = (grad * share / temperature).reshape(-1, 1, 1)
+        # Written where half precision is wanted, without a tensor of float32 in between.
+        weighted = torch.mul(sides, weight, out=torch.empty_like(sides))
+        sides_of_pairs = (slope @ weighted[1], slope.mT @ weighted[0])
+        of_units: list[list[Tensor]] = [[] for _ in unit]
+        for (m, n), of_m, of_n in zip(combinations(of_units, 2), *sides_of_pairs, strict=True):
+            m.append(of_m)
+            n.append(of_n)
+        grads = torch.stack([part for of_unit in of_units for part in of_unit])
+        grads = grads.unflatten(0, (len(unit), -1)).sum(1, dtype=unit.dtype)
+        # The loss does not change along a row, except where the row is divided by a constant.
+        along = (unit * grads).sum(-1, keepdim=True)
+        grads.addcmul_(unit, along * (size > _SHORTEST), value=-1).div_(size)
+        # Both sides of a similarity have its product with its slope in their sum.
+        return along.sum() / (-2 * temperature), None, None, *grads
+
+
 def _comparable(similarity: Tensor, entity: Tensor | None, present: Tensor | None) -> Tensor:
-    """(B, B) similarities, -inf of rows not to be compared.
+    """(B, B) or (P, B, B) similarities, -inf of rows not to be compared.
 
     A row that takes no part is left with itself alone, which is no loss in either form.
     """
-    if entity is None and present is None:
-        return similarity
-    apart = torch.zeros_like(similarity, dtype=torch.bool)
-    if entity is not None:
-        apart |= entity[:, None] == entity
     if present is not None:
-        apart |= ~(present[:, None] & present)
-    return similarity.masked_fill(apart.fill_diagonal_(False), -torch.inf)
+        absent = ~present
+        apart = absent[..., :, None] | absent[..., None, :]
+        if entity is not None:
+            apart |= entity[:, None] == entity
+    elif entity is not None:
+        apart = entity[:, None] == entity
+    else:
+        return similarity
+    apart.diagonal(dim1=-2, dim2=-1).fill_(False)
+    return similarity.masked_fill(apart, -torch.inf)
 
 
 def _num_present(similarity: Tensor, present: Tensor | None) -> Tensor | int:
-    return max(len(similarity), 1) if present is None else present.sum().clamp(min=1)
+    """How many rows a pair is aligned over, 1 where there is none; (P,) of (P, B, B)."""
+    if present is None:
+        return max(similarity.shape[-1], 1)
+    return present.sum(-1).clamp(min=1)
 
 
 # -- L3: completion -------------------------------------------------------------------------------
@@ -792,22 +870,9 @@ def n3(
     >>> n3(one, two, torch.tensor([[3.0, 4.0]]))  # 1 + 8 + 125
     tensor(134.)
     """
-    share, of_answers = _shares("n3", head, answer, weight, num_answers, shards, mine, times)
-    # Sums, not products of vectors, which autocast would make in half precision.
-    of_queries = ((_cubes(head) + _cubes(relation)) * share).sum()
-    total = of_queries + (_cubes(answer) * of_answers).sum()
+    shares = _shares("n3", head, answer, weight, num_answers, shards, mine, times)
+    total: Tensor = _Cubes.apply(*shares, head, relation, answer)
     return total if shards is None else shards.total(total)
-
-
-def _cubes(numbers: Tensor) -> Tensor:
-    """(n,) sums of the cubes of the moduli of (n, d) numbers."""
-    numbers = _at_least_float32(numbers)
-    half = numbers.shape[1] // 2
-    real, imaginary, rest = numbers.split([half, half, numbers.shape[1] % 2], dim=1)
-    squares = torch.cat([real.square() + imaginary.square(), rest.square()], dim=1)
-    # The root of zero has no gradient; that of its cube is zero.
-    roots = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
-    return (squares * roots).sum(1)
 
 
 def _shares(
@@ -843,11 +908,15 @@ class _Squares(torch.autograd.Function):
     """Squares of rows, weighted and added up, in two passes over them.
 
     The rows are M (B, d), M (B, d), whose weights are (B,), and M (P, d) with weights (P,).
+    Weights have no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, share: Tensor, of_answers: Tensor, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(share, of_answers, *parts)
+        weights = _weights(share, of_answers, parts)
+        if powers.usable(parts, weights):
+            return powers.total(2, parts, weights)
         count = len(parts) // 3
         with torch.autocast(share.device.type, enabled=False):
             sizes = []
@@ -861,6 +930,9 @@ class _Squares(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         share, of_answers, *parts = ctx.saved_tensors
+        weights = _weights(share, of_answers, parts)
+        if powers.usable(parts, weights):
+            return None, None, *powers.gradients(2, grad, parts, weights)
         count = len(parts) // 3
         slopes = [(2 * grad * weight)[:, None] for weight in (share, of_answers)]
         return (
@@ -871,6 +943,71 @@ class _Squares(torch.autograd.Function):
                 for place, part in enumerate(parts)
             ),
         )
+
+
+class _Cubes(torch.autograd.Function):
+    """Cubes of the moduli of the numbers of rows, weighted and added up.
+
+    The rows are (B, d) and (B, d), whose weights are (B,), and (P, d) with weights (P,). Weights
+    have no gradient. That of :math:`|z|^3` is :math:`3 |z| z`, also where the modulus, a root, has
+    none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, of_answers: Tensor, *parts: Tensor) -> Tensor:
+        weights = _weights(share, of_answers, parts)
+        if powers.usable(parts, weights):
+            ctx.save_for_backward(share, of_answers, *parts)
+            return powers.total(3, parts, weights)
+        total = share.new_zeros(())
+        every = []
+        with torch.autocast(share.device.type, enabled=False):
+            for part, weight in zip(parts, weights, strict=True):
+                squares, moduli = _moduli(_at_least_float32(part))
+                total = total + torch.linalg.vecdot(squares, moduli).to(share.dtype) @ weight
+                every.append(moduli)
+        ctx.save_for_backward(share, of_answers, *parts, *every)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        share, of_answers, *rest = ctx.saved_tensors
+        parts, every = rest[:3], rest[3:]
+        weights = _weights(share, of_answers, parts)
+        if not every:
+            return None, None, *powers.gradients(3, grad, parts, weights)
+        gradients = []
+        for part, weight, moduli in zip(parts, weights, every, strict=True):
+            slope = moduli * (3 * grad * weight)[:, None]
+            half = part.shape[1] // 2
+            slopes = slope[:, :half], slope[:, :half], slope[:, half:]
+            out = torch.empty_like(part)
+            for place, numbers, scale in zip(_split(out), _split(part), slopes, strict=True):
+                torch.mul(numbers, scale, out=place)
+            gradients.append(out)
+        return None, None, *gradients
+
+
+def _moduli(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, d - d // 2) squares of the moduli of (n, d) numbers, and the moduli."""
+    real, imaginary, rest = _split(numbers)
+    squares = torch.addcmul(real.square(), imaginary, imaginary)
+    if rest.shape[1]:
+        squares = torch.cat([squares, rest.square()], dim=1)
+    return squares, squares.sqrt()
+
+
+def _split(numbers: Tensor) -> tuple[Tensor, ...]:
+    """Real parts of (n, d) numbers, imaginary ones, and of an odd d the last, which is real."""
+    half = numbers.shape[1] // 2
+    return numbers.split([half, half, numbers.shape[1] % 2], dim=1)
+
+
+def _weights(share: Tensor, of_answers: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+    """The weights of each part: two thirds are of queries, the rest of answers."""
+    count = len(parts) // 3
+    return [share] * (2 * count) + [of_answers] * count
 
 
 # -- relation prediction ---------------------------------------------------------------------------
@@ -945,6 +1082,18 @@ def _at_least_float32(scores: Tensor) -> Tensor:
 def _zero(embeddings: Mapping[str, Tensor]) -> Tensor:
     first = next(iter(embeddings.values()), torch.zeros(()))
     return first.new_zeros(())
+
+
+def _present_in_both(
+    embeddings: Mapping[str, Tensor],
+    present: Mapping[str, Tensor],
+    pairs: Sequence[tuple[str, str]],
+) -> Tensor:
+    """(P, B) bool: for each pair of modalities the rows that have both."""
+    first = next(iter(embeddings.values()))
+    everywhere = torch.ones(len(first), dtype=torch.bool, device=first.device)
+    masks = {name: present.get(name, everywhere) for name in embeddings}
+    return torch.stack([masks[m] for m, _ in pairs]) & torch.stack([masks[n] for _, n in pairs])
 
 
 def _present_mask(

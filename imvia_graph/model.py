@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from imvia_graph import _files
+from imvia_graph._gpu.lookup import lookup
+from imvia_graph._streams import Streams
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import DataError, IMVIAError, SettingsError
 from imvia_graph.kg import MultiViewKG
@@ -372,20 +374,23 @@ class IMVIA(nn.Module):
         """Embeddings of (B,) entities, or all, under (B,) relations, or one relation, or none."""
         if entity is None:
             own = torch.arange(self.shards.start, self.shards.stop, device=self.device)
-            return self._embed(own, lambda table: table.weight, relation)
+            heads = self._heads(own, lambda table: table.weight, relation)
+            return Embedding(heads, views_present(self.views, own))
         part = self.shards.part(len(entity))
         if relation is not None and relation.dim():
             relation = relation[part]
-        return self._embed(entity[part], lambda table: self.shards.rows_of(table, entity), relation)
+        mine = entity[part]
+        heads = self._heads(mine, lambda table: self.shards.rows_of(table, entity), relation)
+        return Embedding(heads, views_present(self.views, mine))
 
-    def _embed(
+    def _heads(
         self,
         entity: Tensor,
         rows: Callable[[EntityTable], Tensor],
         relation: Tensor | None,
         halves: dict[Any, Tensor] | None = None,
-    ) -> Embedding:
-        """`embed` of (n,) entities with the rows of theirs in each table."""
+    ) -> dict[str, Tensor]:
+        """Heads of (n,) entities with the rows of theirs in each table."""
         structure = rows(self.entity)
         if not self.gate_sees_relations:
             relation = None
@@ -405,33 +410,50 @@ class IMVIA(nn.Module):
             heads[JOINT] = self.joint(list(heads.values()))
         if self.complex_entity is not None:
             heads[COMPLEX] = rows(self.complex_entity)
-        return Embedding(heads, views_present(self.views, entity))
+        return heads
+
+    def grouped(self, relation: Tensor, most_relations: int | None = None) -> RelationGroups:
+        """(B,) relations as `decode` takes them; see there."""
+        most = 2 * self.num_relations if most_relations is None else most_relations
+        return group_by_relation(relation, self.shards, most)
 
     def decode(
-        self, embedding: Embedding, relation: Tensor, most_relations: int | None = None
+        self,
+        embedding: Embedding,
+        relation: Tensor | RelationGroups,
+        most_relations: int | None = None,
+        streams: Streams | None = None,
     ) -> dict[str, Tensor]:
         """Query vectors (B, dim) of embedded entities and (B,) relations, head by head.
 
-        ``most_relations`` is how many are distinct at most, where that is known.
+        ``most_relations`` is how many are distinct at most, where that is known; relations may be
+        `grouped` already. With ``streams`` the heads are done beside each other.
         """
-        most = 2 * self.num_relations if most_relations is None else most_relations
-        return self._decode(embedding, group_by_relation(relation, self.shards, most))
+        groups = relation if isinstance(relation, RelationGroups) else None
+        if groups is None:
+            assert isinstance(relation, Tensor)
+            groups = self.grouped(relation, most_relations)
+        return self._decode(embedding.heads, groups, Streams() if streams is None else streams)
 
-    def _decode(self, embedding: Embedding, groups: RelationGroups) -> dict[str, Tensor]:
+    def _decode(
+        self, heads: Mapping[str, Tensor], groups: RelationGroups, streams: Streams
+    ) -> dict[str, Tensor]:
         residual = self.relation_residual or [None] * len(self.tucker_heads)
         parts = zip(self.tucker_heads, self.decoder, self.relation, residual, strict=True)
-        queries = {
-            head: decoder(
-                embedding.heads[head],
-                table.weight,
-                groups,
-                None if blocks is None else blocks.weight,
-            )
-            for head, decoder, table, blocks in parts
-        }
+        queries = {}
+        begun = streams.mark()
+        for number, (head, decoder, table, blocks) in enumerate(parts):
+            with streams.beside(f"head {number}", begun):
+                queries[head] = decoder(
+                    heads[head],
+                    table.weight,
+                    groups,
+                    None if blocks is None else blocks.weight,
+                )
+        streams.keep(queries.values())
         if self.complex_relation is not None:
-            numbers = self.complex_relation(groups.of_each())
-            queries[COMPLEX] = complex_product(embedding.heads[COMPLEX], numbers)
+            numbers = lookup(groups.of_each(), self.complex_relation.weight)
+            queries[COMPLEX] = complex_product(heads[COMPLEX], numbers)
         return queries
 
     def queries(self, entity: Tensor, relation: Tensor) -> dict[str, Tensor]:
@@ -445,10 +467,9 @@ class IMVIA(nn.Module):
         A product of a part of the rows may differ from that of all in its last bits; these are the
         same for any number of processes.
         """
-        embedded = self._embed(
-            entity, lambda table: self.shards.all_rows_of(table, entity), relation
-        )
-        return self._decode(embedded, group_by_relation(relation, most=2 * self.num_relations))
+        heads = self._heads(entity, lambda table: self.shards.all_rows_of(table, entity), relation)
+        groups = group_by_relation(relation, most=2 * self.num_relations)
+        return self._decode(heads, groups, Streams())
 
     def candidates(
         self,
@@ -472,9 +493,9 @@ class IMVIA(nn.Module):
         """
         if entity is None:
             own = torch.arange(self.shards.start, self.shards.stop, device=self.device)
-            return self._embed(own, lambda table: table.weight, relation, halves).heads
+            return self._heads(own, lambda table: table.weight, relation, halves)
         own = (entity - self.shards.start).clamp(0, len(self.shards) - 1)
-        return self._embed(entity, lambda table: table(own), relation, halves).heads
+        return self._heads(entity, lambda table: table(own), relation, halves)
 
     def scores(
         self, queries: Mapping[str, Tensor], candidates: Mapping[str, Tensor], relation: Tensor
@@ -540,7 +561,9 @@ class IMVIA(nn.Module):
         if self.decision is None or self.settings.decision == "mean":
             weights = self.entity.weight.new_full((len(relation), several), 1 / several)
         else:
-            rel_feat = self.relation[0](relation)
+            table = self.relation[0]
+            assert isinstance(table, nn.Embedding)
+            rel_feat = lookup(relation, table.weight)
             if self.settings.decision == "detached":
                 rel_feat = rel_feat.detach()
             weights = self.decision.weights(rel_feat)

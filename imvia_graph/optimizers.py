@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imvia_graph._gpu import adagrad as _gpu_adagrad
+from imvia_graph._gpu import adam as _gpu_adam
 from imvia_graph.errors import SettingsError
 from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.settings import Settings
@@ -22,6 +23,9 @@ from imvia_graph.settings import Settings
 ADAGRAD_EPS, ADAGRAD_EPS_OF_ROWS = 1e-6, 1e-5
 #: That of tables which start so small that others' would hide their gradients: the head of ComplEx.
 ADAGRAD_EPS_OF_SMALL = 1e-10
+
+#: Elements of a parameter from which on an update of Adam on a GPU has a pass of its own.
+_LARGE = 2**20
 
 
 def table_optimizer(settings: Settings) -> tuple[str, float]:
@@ -51,11 +55,72 @@ def make_optimizer(
     if kind == "adagrad" and any(parameter.is_cuda for parameter in parameters):
         return Adagrad(groups, lr=lr, weight_decay=weight_decay, eps=ADAGRAD_EPS)
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
+        "adam": Adam,
+        "adamw": AdamW,
         "adagrad": functools.partial(torch.optim.Adagrad, eps=ADAGRAD_EPS),
     }
     return kinds[kind](groups, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+class _LargeApart(torch.optim.Optimizer):
+    """Has Adam or AdamW do large parameters on a GPU in a pass of their own.
+
+    Attributes
+    ----------
+    found_inf : Tensor or None
+        As `Adagrad`'s.
+    """
+
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the parameters that have a gradient."""
+        large = []
+        bad = self.found_inf
+        for group in self.param_groups if bad is not None else ():
+            for parameter in group["params"]:
+                big = parameter.numel() >= _LARGE and parameter.grad is not None
+                if big and not group["amsgrad"] and _gpu_adam.usable(parameter):
+                    large.append((parameter, parameter.grad, group))
+                    parameter.grad = None
+        super().step(closure)
+        for parameter, grad, group in large:
+            parameter.grad = grad
+            if bad is not None:
+                self._update(parameter, grad, group, bad)
+
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], bad: Tensor) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        rate = group["lr"]
+        if not isinstance(rate, Tensor):
+            rate = torch.full((), rate, device=parameter.device)
+        state["step"] += (bad <= 0).float()
+        _gpu_adam.update(
+            parameter,
+            grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["step"],
+            rate,
+            bad,
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            isinstance(self, torch.optim.AdamW),
+        )
+
+
+class Adam(_LargeApart, torch.optim.Adam):
+    """That of torch; large parameters on a GPU are done in a pass of their own."""
+
+
+class AdamW(_LargeApart, torch.optim.AdamW):
+    """That of torch; large parameters on a GPU are done in a pass of their own."""
 
 
 class Adagrad(torch.optim.Adagrad):
@@ -251,6 +316,8 @@ def follows_rows(settings: Settings) -> bool:
 
 __all__ = [
     "Adagrad",
+    "Adam",
+    "AdamW",
     "RowOptimizer",
     "follows_rows",
     "make_optimizer",

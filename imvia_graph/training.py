@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
+from imvia_graph._gpu.lookup import lookup
 from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Parts, listed
 from imvia_graph._recorded import RecordedSteps, can_record
+from imvia_graph._streams import Streams
 from imvia_graph.batches import Batch, Batches
 from imvia_graph.errors import SettingsError, TrainingError
 from imvia_graph.evaluation import draw_candidates, rank, rank_metrics
@@ -38,7 +40,7 @@ from imvia_graph.losses import (
     sampled_completion,
     total_loss,
 )
-from imvia_graph.model import COMPLEX, DECISION, IMVIA, MANY
+from imvia_graph.model import COMPLEX, DECISION, IMVIA, MANY, Embedding
 from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.nn.multi_view_encoder import views_present
 from imvia_graph.optimizers import (
@@ -276,8 +278,9 @@ class Trainer:
         self.average = Average(model, settings.ema_decay) if settings.ema_decay else None
         #: Sums of the last epoch that was trained whole.
         self._summed: dict[str, Tensor] = {}
-        #: On a GPU: steps that were recorded.
+        #: On a GPU: steps that were recorded, and what their parts run in.
         self.recorded: RecordedSteps | None = None
+        self.streams = Streams()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """All of them."""
@@ -671,28 +674,22 @@ class Trainer:
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         """The total and its parts (Eq. 4, 5, 7, 8), and the loss of L1's estimators."""
-        model, settings, shards = self.model, self.settings, self.shards
-        rows = len(batch.entity)
+        model, settings = self.model, self.settings
+        streams = self.streams
+        begun = streams.mark()
         # Embedded and decoded is this process's part of the queries.
         embedded = model.embed(batch.entity, batch.relation)
-        queries = model.decode(embedded, batch.relation, batch.most_relations)
-        (l3, regularization, cubes), tables = self._completion(batch, embedded.heads, queries)
-        l1 = l2 = l3.new_zeros(())
-        estimation = None
-        # Autocast makes the products in them; the sums over what comes of those want float32.
-        sources = {name: embedded.heads[name].float() for name in model.sources}
-        aligned = model.alignment is not None and settings.lambda_alignment
-        informed = model.information is not None and settings.lambda_information
-        present = embedded.present
-        if (aligned or informed) and not shards.alone:
-            # These compare the rows of a batch with each other: every process has all of them.
-            sources = {name: shards.gather(value, rows) for name, value in sources.items()}
-            present = views_present(model.views, batch.entity)
-        if model.alignment is not None and aligned:
-            l2 = shards.repeated(model.alignment(sources, batch.entity, present))
-        if model.information is not None and informed:
-            l1, estimation = model.information.both(sources, present)
-            l1 = shards.repeated(l1)
+        embedding_done = streams.mark()
+        with streams.beside("relations", begun):
+            groups = model.grouped(batch.relation, batch.most_relations)
+        queries = model.decode(embedded, groups, streams=streams)
+        (l3, regularization, cubes), tables = self._completion(
+            batch, embedded.heads, queries, begun
+        )
+        with streams.beside("modalities", embedding_done):
+            l1, l2, estimation = self._between_modalities(batch, embedded)
+        streams.keep([*embedded.heads.values(), *embedded.present.values(), l1, l2])
+        streams.keep(part for part in groups if isinstance(part, Tensor))
         total = total_loss(
             l1,
             l2,
@@ -712,6 +709,30 @@ class Trainer:
             parts["relation"] = self._relation(batch, tables)
             total = total + settings.lambda_relation * parts["relation"]
         return {"loss": total, **parts}, estimation
+
+    def _between_modalities(
+        self, batch: Batch, embedded: Embedding
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """L1 and L2 of a batch, and the loss of L1's estimators."""
+        model, settings, shards = self.model, self.settings, self.shards
+        l1 = l2 = torch.zeros((), device=model.device)
+        estimation = None
+        # Autocast makes the products in them; the sums over what comes of those want float32.
+        sources = {name: embedded.heads[name].float() for name in model.sources}
+        aligned = model.alignment is not None and settings.lambda_alignment
+        informed = model.information is not None and settings.lambda_information
+        present = embedded.present
+        if (aligned or informed) and not shards.alone:
+            # These compare the rows of a batch with each other: every process has all of them.
+            rows = len(batch.entity)
+            sources = {name: shards.gather(value, rows) for name, value in sources.items()}
+            present = views_present(model.views, batch.entity)
+        if model.alignment is not None and aligned:
+            l2 = shards.repeated(model.alignment(sources, batch.entity, present))
+        if model.information is not None and informed:
+            l1, estimation = model.information.both(sources, present)
+            l1 = shards.repeated(l1)
+        return l1, l2, estimation
 
     def _relation(self, batch: Batch, tables: Mapping[str, Tensor] | None) -> Tensor:
         """Relation prediction, added up over the heads; ``tables`` of all entities, or None.
@@ -739,17 +760,22 @@ class Trainer:
         return shards.total(total)
 
     def _completion(
-        self, batch: Batch, heads: Mapping[str, Tensor], queries: Mapping[str, Tensor]
+        self,
+        batch: Batch,
+        heads: Mapping[str, Tensor],
+        queries: Mapping[str, Tensor],
+        begun: torch.cuda.Event | None = None,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Mapping[str, Tensor] | None]:
         """L3, DURA and N3 of a batch, and the candidates where they are all entities.
 
         ``heads`` and ``queries`` are the embeddings and vectors of this process's part of its
-        queries. With ``candidates="relation"`` the tables are made a relation.
+        queries. With ``candidates="relation"`` the tables are made a relation, else beside what was
+        done since the step had ``begun``.
         """
         shards, rows = self.shards, len(batch.entity)
         asked = {head: shards.gather(query, rows) for head, query in queries.items()}
         if self.settings.candidates == "shared":
-            losses, tables = self._part(batch, heads, queries, asked)
+            losses, tables = self._part(batch, heads, queries, asked, begun=begun)
             whole = shards.alone and batch.candidate is None and batch.sampled is None
             return losses, tables if whole else None
         part = shards.part(rows)
@@ -783,6 +809,7 @@ class Trainer:
         relation: Tensor | None = None,
         mine: Tensor | None = None,
         halves: dict[Any, Tensor] | None = None,
+        begun: torch.cuda.Event | None = None,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Mapping[str, Tensor]]:
         """`_completion` of queries whose candidates are the same, or are sampled for each.
 
@@ -823,7 +850,9 @@ class Trainer:
                 shards,
             )
         else:
-            tables = model.candidates(relation, halves=halves)
+            with self.streams.beside("candidates", begun):
+                tables = model.candidates(relation, halves=halves)
+            self.streams.keep(tables.values())
             loss = factored_completion(
                 [asked[head] for head in model.heads],
                 [tables[head] for head in model.heads],
@@ -865,7 +894,7 @@ class Trainer:
             if not shards.alone:
                 part = shards.part(len(relation_of_each)) if mine is None else mine
                 relation_of_each = relation_of_each[part]
-            numbers = model.complex_relation(relation_of_each)
+            numbers = lookup(relation_of_each, model.complex_relation.weight)
             cubes = n3(heads[COMPLEX], numbers, true(COMPLEX), *others)
         return (loss, squares, cubes), tables
 

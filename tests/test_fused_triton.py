@@ -14,6 +14,7 @@ import torch
 from reference import aggregate, assert_agree, numbers, tensor, view_weights
 
 from imvia_graph.errors import IMVIAError
+from imvia_graph.nn import GatedViewConv
 from imvia_graph.ops import fused_triton, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -298,6 +299,25 @@ def test_an_entity_that_there_is_not_gets_nan(device):
     out, _, _ = fused_triton.aggregate(*inputs, False)
     assert out.isnan().all(dim=1).tolist() == [False, True, True, False]
     assert out[[0, 3]].isfinite().all()
+
+
+def test_the_layer_gives_entities_without_views_their_vector(device):
+    torch.manual_seed(0)
+    feat, ptr, entity, _ = case([3, 0, 1], [1, 0, 2, 1], 20)
+    entity_feat, grad = torch.randn(4, 6), torch.randn(4, 20)
+    state = GatedViewConv(20, 6).state_dict()
+    found = {}
+    for backend, here in (("triton", device), ("reference", torch.device("cpu"))):
+        conv = GatedViewConv(20, 6, backend=backend).to(here)
+        conv.load_state_dict(state)
+        out = conv.aggregate(*(x.detach().to(here) for x in (feat, ptr, entity, entity_feat)))
+        out.backward(grad.to(here))
+        found[backend] = [out, *(parameter.grad for parameter in conv.parameters())]
+        if backend == "triton":
+            assert "Aggregate" in type(out.grad_fn).__name__  # nothing more comes after it
+    assert found["triton"][-1] is not None
+    for one, other in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(one.cpu(), other)
 
 
 def test_offsets_do_not_overflow_int32(device):

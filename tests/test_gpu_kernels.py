@@ -1,12 +1,14 @@
 """Kernels of products, losses and updates: on a GPU, or in Triton's interpreter."""
 
+import ast
+import importlib
 import weakref
 from functools import partial
 
 import pytest
 import torch
+from helpers import ROOT, ring_kg
 from helpers import paper_settings as settings
-from helpers import ring_kg
 from test_fused_triton import (  # noqa: F401
     INTERPRETED,
     ON_GPU,
@@ -18,11 +20,12 @@ from test_losses import POSITIVES, WEIGHTED, factored_case, plainly
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imvia_graph as ig
-from imvia_graph import TrainingError, _factored, training
-from imvia_graph._gpu import grouped
+from imvia_graph import TrainingError, _factored, _gpu, optimizers, training
+from imvia_graph._gpu import fusion, grouped, powers, products
+from imvia_graph._gpu.lookup import lookup
 from imvia_graph._recorded import RecordedSteps, has_one_shape
 from imvia_graph.checkpoint import load_trainer, save_trainer
-from imvia_graph.losses import Positives, factored_completion
+from imvia_graph.losses import Positives, dura, factored_completion, n3
 from imvia_graph.optimizers import Adagrad
 from imvia_graph.training import Callback, Trainer
 
@@ -35,6 +38,8 @@ def test_the_claims_below_hold_in_the_interpreter():
 
 # -- products of groups ---------------------------------------------------------------------------
 
+#: Of numbers in float32, from those in float64.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 #: How many rows each group has.
 COUNTS = [3, 0, 40, 1, 0, 16, 0]
 #: What the interpreter, which is made of NumPy, has no arithmetic for.
@@ -152,6 +157,412 @@ def test_losses_of_large_scores_are_finite(device, on_gpu):  # noqa: F811
         expected = plainly([queries], [candidates], None, loss, 0.1)
         torch.testing.assert_close(found.cpu(), expected)
         assert torch.autograd.grad(found, queries)[0].isfinite().all()
+
+
+# -- products in half precision --------------------------------------------------------------------
+
+
+def test_products_in_half_precision_match_those_in_float64(device):  # noqa: F811
+    drawn = torch.Generator().manual_seed(0)
+    left, right, weight = (
+        torch.randn(*shape, generator=drawn).to(device).requires_grad_()
+        for shape in ((7, 5), (5, 4), (4, 5))
+    )
+    bias = torch.randn(4, generator=drawn).to(device).requires_grad_()
+    grad = torch.randn(7, 4, generator=drawn).to(device, torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in (left, right, weight, bias)]
+    for found, expected, inputs, given in (
+        (
+            products.Product.apply(left, right, torch.bfloat16),
+            exact[0] @ exact[1],
+            [left, right],
+            exact[:2],
+        ),
+        (
+            products.Linear.apply(left, weight, bias, torch.bfloat16),
+            exact[0] @ exact[2].T + exact[3],
+            [left, weight, bias],
+            [exact[0], *exact[2:]],
+        ),
+    ):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.05)
+        gradients = torch.autograd.grad(found, inputs, grad)
+        right_ones = torch.autograd.grad(expected, given, grad.double())
+        for one, other in zip(gradients, right_ones, strict=True):
+            assert one.dtype == torch.float32
+            torch.testing.assert_close(one.double(), other, rtol=0.05, atol=0.05)
+
+
+def test_layers_under_autocast_go_the_fast_way_on_a_gpu_alone(device):  # noqa: F811
+    layer = torch.nn.Linear(5, 4).to(device)
+    feat = torch.randn(7, 5, device=device)
+    half = torch.bfloat16
+    with torch.autocast(torch.device(device).type, half):
+        out = products.linear(layer, feat)
+        matrix = products.product(feat, layer.weight.T)
+        plain = layer(feat)
+    for one in (out, matrix):
+        fast = type(one.grad_fn).__name__ in ("LinearBackward", "ProductBackward")
+        assert fast == ON_GPU
+    torch.testing.assert_close(out, plain)
+    # Not that of another class, nor one that somebody listens to.
+    layer.register_forward_hook(lambda *given: torch.zeros(7, 4, device=device))
+    with torch.autocast(torch.device(device).type, half):
+        assert not products.linear(layer, feat).any()
+    assert torch.equal(products.linear(torch.nn.Identity(), feat), feat)
+
+
+# -- rows of tables -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("number", "size", "width"), [(300, 40, 5), (1, 3, 300), (600, 1, 257)])
+def test_gradients_of_lookups_are_summed(device, number, size, width, dtype):  # noqa: F811
+    drawn = torch.Generator().manual_seed(0)
+    row = torch.randint(size, (number,), generator=drawn)
+    table = torch.randn(size + 2, width, generator=drawn).to(device, dtype).requires_grad_()
+    # Every other column, so that it is not contiguous.
+    grad = torch.randn(number, 2 * width, generator=drawn).to(device, dtype)[:, ::2]
+    out = lookup(row.to(device), table)
+    assert "Lookup" in type(out.grad_fn).__name__
+    assert torch.equal(out.cpu(), table.detach().cpu()[row])
+    (found,) = torch.autograd.grad(out, table, grad)
+    expected = torch.zeros(size + 2, width, dtype=torch.float64)
+    expected.index_add_(0, row, grad.cpu().double())
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=bound, atol=bound)
+    assert found.dtype == dtype
+
+
+def test_lookups_have_gradients_of_gradients(device):  # noqa: F811
+    table = torch.randn(4, 3, device=device, requires_grad=True)
+    row = torch.tensor([2, 0, 2], device=device)
+    (first,) = torch.autograd.grad(lookup(row, table).pow(3).sum(), table, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), table)
+    times = torch.tensor([1.0, 0.0, 2.0, 0.0], device=device)[:, None]
+    torch.testing.assert_close(second, 6 * table * times)
+
+
+def test_lookups_of_nothing_and_of_what_has_no_gradient_are_torch_s(device):  # noqa: F811
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    assert lookup(none, torch.randn(2, 3, device=device, requires_grad=True)).shape == (0, 3)
+    assert lookup(none + 1, torch.randn(2, 3, device=device)).grad_fn is None
+
+
+# -- joint fusion ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(
+    ("rows", "width", "count"), [(37, 256, 3), (5, 70, 1), (100, 17, 8), (3, 1024, 2), (0, 8, 2)]
+)
+def test_joint_fusion_matches_the_plain_form(device, rows, width, count, dtype):  # noqa: F811
+    drawn = torch.Generator().manual_seed(0)
+    first, *others = [torch.randn(rows, width, generator=drawn) for _ in range(count)]
+    # One of another dtype, and one that is not contiguous.
+    parts = [
+        first.T.contiguous().T.requires_grad_(),
+        *(x.to(dtype).requires_grad_() for x in others),
+    ]
+    vectors = torch.randn(count, width, generator=drawn).div_(width**0.5).requires_grad_()
+    grad = torch.randn(rows, width, generator=drawn)
+    of_weights = torch.randn(rows, count, generator=drawn)
+    there = [part.to(device) for part in parts]
+    assert fusion.usable(there)
+    joint, weights = fusion.Fuse.apply(vectors.to(device), True, *there)
+    assert joint.dtype == torch.float32
+    inputs = [vectors, *parts]
+    alone = torch.autograd.grad(joint, inputs, grad.to(device), retain_graph=True)
+    both = (grad.to(device), of_weights.to(device))
+    found = torch.autograd.grad([joint, weights], inputs, both)
+
+    exact = [part.detach().double().requires_grad_() for part in inputs]
+    logits = torch.stack([part @ row for part, row in zip(exact[1:], exact[0], strict=True)], 1)
+    right = logits.softmax(1)
+    mean = sum(right[:, m, None] * part for m, part in enumerate(exact[1:]))
+    bounds = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    )
+    torch.testing.assert_close(joint.cpu().double(), mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weights.cpu().double(), right, rtol=1e-5, atol=1e-5)
+    for grads, outputs, given in (
+        (alone, [mean], [grad.double()]),
+        (found, [mean, right], [grad.double(), of_weights.double()]),
+    ):
+        expected = torch.autograd.grad(outputs, exact, given, retain_graph=True)
+        for one, other, given_as in zip(grads, expected, inputs, strict=True):
+            assert one.dtype == given_as.dtype
+            torch.testing.assert_close(one.double(), other, **bounds)
+    without, none = fusion.Fuse.apply(vectors.to(device), False, *there)
+    assert none is None
+    assert torch.equal(without, joint)
+
+
+def test_the_layer_of_joint_fusion_takes_the_kernels(device):  # noqa: F811
+    layer = ig.nn.JointFusion(8, 3).to(device)
+    torch.nn.init.normal_(layer.attention)
+    parts = torch.randn(5, 3, 8, device=device)
+    joint, weights = layer(parts, get_attention=True)
+    assert "Fuse" in type(joint.grad_fn).__name__
+    torch.testing.assert_close(joint, (parts * weights[..., None]).sum(1))
+    assert torch.equal(layer(parts), joint)
+    assert layer(torch.full((2, 3, 8), torch.nan, device=device)).isnan().all()
+
+
+# -- powers ----------------------------------------------------------------------------------------
+
+
+def sizes(power, rows):
+    """(n,) sums of the squares of (n, d) rows, or of the cubes of the moduli of their numbers."""
+    if power == 2:
+        return rows.square().sum(1)
+    half = rows.shape[1] // 2
+    real, imaginary, rest = rows[:, :half], rows[:, half : 2 * half], rows[:, 2 * half :]
+    paired = (real.square() + imaginary.square()).pow(1.5).sum(1)
+    return paired + rest.abs().pow(3).sum(1)
+
+
+# The interpreter multiplies no bfloat16, but here it is read as float32.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 2, 64, 301, 2051])
+@pytest.mark.parametrize("power", [2, 3])
+def test_sums_of_powers_match_the_plain_form(device, power, width, dtype):  # noqa: F811
+    few, many, none = torch.rand(13), torch.rand(70), torch.rand(0)
+    many[torch.arange(70) % 3 > 0] = 0
+    # More parts of a kind than a launch takes, one that is not contiguous, one in two dtypes.
+    weights = [few] * 10 + [many] * 2 + [none, few]
+    parts = [torch.randn(len(weight), width).to(dtype) for weight in weights]
+    parts[1] = parts[1].T.contiguous().T
+    parts[-1] = parts[-1].float()
+    parts[0][3] = 0
+    there = {id(weight): weight.to(device) for weight in (few, many, none)}
+    given = [part.to(device) for part in parts], [there[id(weight)] for weight in weights]
+    assert powers.usable(*given)
+    found = powers.total(power, *given)
+    gradients = powers.gradients(power, torch.tensor(1.7, device=device), *given)
+    exact = [part.double().requires_grad_() for part in parts]
+    expected = sum(
+        (sizes(power, part) * weight).sum() for part, weight in zip(exact, weights, strict=True)
+    )
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-6, atol=1e-6)
+    right = torch.autograd.grad(1.7 * expected, exact)
+    for part, one, other in zip(parts, gradients, right, strict=True):
+        assert one.dtype == part.dtype
+        assert (one.cpu().double() - other).norm() <= TOLERANCE[one.dtype] * other.norm()
+    assert not gradients[0][3].any()
+    assert not gradients[10][1].any()
+
+
+@pytest.mark.parametrize("power", [2, 3])
+def test_powers_of_no_rows_are_no_error(device, power):  # noqa: F811
+    given = [torch.zeros(0, 4, device=device)], [torch.zeros(0, device=device)]
+    assert powers.total(power, *given) == 0
+    assert powers.gradients(power, torch.ones((), device=device), *given)[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize("power", [2, 3])
+def test_powers_do_not_hide_what_is_not_finite(device, power):  # noqa: F811
+    rows = torch.ones(3, 4, device=device)
+    rows[1, 2] = torch.nan
+    for last in (0.0, 1.0):
+        weight = torch.tensor([1.0, last, 1.0], device=device)
+        assert powers.usable([rows], [weight])
+        found = powers.total(power, [rows], [weight])
+        grad = powers.gradients(power, torch.ones((), device=device), [rows], [weight])[0]
+        # A row that does not count is not read.
+        assert found.isfinite() == grad.isfinite().all() == (last == 0)
+
+
+@pytest.mark.parametrize("counted", [False, True], ids=["answers", "candidates"])
+@pytest.mark.parametrize("name", ["dura", "n3"])
+def test_regularizers_are_the_same_with_kernels(device, monkeypatch, name, counted):  # noqa: F811
+    heads, queries = (
+        [torch.randn(6, 5, device=device).requires_grad_() for _ in range(3)] for _ in range(2)
+    )
+    answers = [torch.randn(20, 5, device=device).requires_grad_() for _ in range(3)]
+    with torch.no_grad():
+        heads[0][2], answers[0][0] = 0, 0
+    weight = torch.tensor([3.0, 1.0, 1.0, 2.0, 0.0, 1.0], device=device)
+    times = (torch.arange(20, device=device) % 4).float() if counted else None
+    if name == "dura":
+        function, given = dura, (heads, queries, answers)
+        inputs = [*heads, *queries, *answers]
+    else:
+        function, given = n3, (heads[0], queries[0], answers[0])
+        inputs = list(given)
+    told = []
+    usable = powers.usable
+    for kernels in (True, False):
+        monkeypatch.setattr(powers, "usable", lambda *x, on=kernels: on and usable(*x))
+        assert powers.usable(inputs, [weight]) == kernels
+        found = function(*given, weight, times=times)
+        told.append([found, *torch.autograd.grad(3 * found, inputs)])
+    for one, other in zip(*told, strict=True):
+        assert other.isfinite().all()
+        torch.testing.assert_close(one, other)
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("power", [2, 3])
+@pytest.mark.parametrize("name", ["_sum_up", "_slopes"])
+def test_powers_compile_for_a_gpu_that_is_not_there(monkeypatch, tmp_path, name, power):
+    """With loads of 16 bytes, whichever part is loaded."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from imvia_graph import _gpu
+
+    assert _gpu.load(vars(powers), powers._KERNELS)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(powers, name)
+    constants = {"d": 512, "POWER": power, "ROWS": 8, "COLUMNS": 512}
+    types = {**dict.fromkeys(constants, "constexpr"), "size": "i32"}
+    signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, argument in enumerate(kernel.arg_names)
+        if signature[argument] == "*fp32"
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 8},
+    )
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
+
+
+# -- all of them -----------------------------------------------------------------------------------
+
+#: What arguments of kernels are where they are not pointers to float32 (on the CPU of a test, too,
+#: they are compiled as for a GPU: the interpreter takes what the compiler would not).
+POINTERS = {
+    **dict.fromkeys(["row", "offsets", "ptr"], "*i64"),
+    **dict.fromkeys(["scores", "rows", "matrix", "p1"], "*bf16"),
+}
+NUMBERS = {
+    **dict.fromkeys(["size", "number", "width", "wide", "tall"], "i32"),
+    **dict.fromkeys(["of_first", "of_second", "log_first", "log_second"], "fp32"),
+    **dict.fromkeys(["eps", "weight_decay", "smooth"], "fp32"),
+}
+CONSTANTS = {
+    ("adagrad", "_adagrad"): [{"COLUMNS": 2048}],
+    ("adam", "_adam"): [{"COLUMNS": 2048, "DECOUPLED": apart} for apart in (False, True)],
+    ("fusion", "_fuse"): [
+        {"d": 256, "count": 3, "COUNT": 4, "ROWS": 8, "COLUMNS": 256, "TIMES": 1, "rows": int}
+    ],
+    ("fusion", "_back"): [
+        {
+            **{"d": 256, "count": 3, "COUNT": 4, "ROWS": 8, "COLUMNS": 256, "TIMES": 2},
+            **{"rows": int, "grad_attention": given},
+        }
+        for given in (None, "*fp32")
+    ],
+    ("grouped", "_multiply"): [
+        {
+            **{"k": 64, "n": 64, "along_k": 64, "along_n": 1},
+            **{"ROWS": 16, "COLUMNS": 64, "PRECISION": "tf32"},
+        }
+    ],
+    ("grouped", "_outer"): [
+        {
+            **{"k": 64, "n": 64, "grad": "*bf16"},
+            **{"ROWS": 16, "COLUMNS": 64, "PRECISION": "tf32"},
+        }
+    ],
+    ("lookup", "_add_up"): [{"LOOKED": 512, "ROWS": 16, "COLUMNS": 256}],
+    ("scores", "_sum_up"): [
+        {"heads": 5, "DECIDED": True, "SOFTMAX": softmax, "HEADS": 8, "COLUMNS": 512, "rows": int}
+        for softmax in (False, True)
+    ],
+    ("scores", "_into_gradients"): [
+        {
+            **{"heads": 5, "DECIDED": True, "SOFTMAX": softmax, "HEADS": 8, "COLUMNS": 512},
+            **{"DETACHED": softmax, "rows": int},
+        }
+        for softmax in (False, True)
+    ],
+    ("scores", "_sum_of_rows"): [{"heads": 5, "HEADS": 8, "COLUMNS": 64, "rows": int}],
+    ("powers", "_sum_up"): [
+        {"d": 257, "POWER": power, "ROWS": 8, "COLUMNS": 256} for power in (2, 3)
+    ],
+    ("powers", "_slopes"): [
+        {"d": 257, "POWER": power, "ROWS": 8, "COLUMNS": 256} for power in (2, 3)
+    ],
+}
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize(("module", "name"), CONSTANTS, ids=lambda part: part)
+def test_kernels_compile(module, name):
+    module = importlib.import_module(f"imvia_graph._gpu.{module}")
+    assert _gpu.load(vars(module), module._KERNELS)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(module, name)
+    for given in CONSTANTS[module.__name__.split(".")[-1], name]:
+        numbers = {**NUMBERS, **{key: "i32" for key, value in given.items() if value is int}}
+        pointers = {**POINTERS, **{k: v for k, v in given.items() if str(v).startswith("*")}}
+        known = {key: v for key, v in given.items() if key not in numbers and key not in pointers}
+        kinds = {**pointers, **numbers, **dict.fromkeys(known, "constexpr")}
+        signature = {argument: kinds.get(argument, "*fp32") for argument in kernel.arg_names}
+        compiled = triton.compile(
+            ASTSource(kernel, signature, known), target=GPUTarget("cuda", 90, 32)
+        )
+        assert "st.global" in compiled.asm["ptx"]
+
+
+def test_every_kernel_is_compiled_in_the_test_above():
+    for path in sorted((ROOT / "imvia_graph" / "_gpu").glob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        # Those that others call are compiled with them.
+        called = {function.id for function in calls if isinstance(function, ast.Name)}
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.decorator_list:
+                assert node.name in called or (path.stem, node.name) in CONSTANTS, path
+
+
+# -- Adam ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("kind", "other_kind"),
+    [(optimizers.Adam, torch.optim.Adam), (optimizers.AdamW, torch.optim.AdamW)],
+    ids=["adam", "adamw"],
+)
+def test_adam_in_one_pass_is_torch_s(device, monkeypatch, kind, other_kind, decay):  # noqa: F811
+    monkeypatch.setattr(optimizers, "_LARGE", 100)
+    drawn = torch.Generator().manual_seed(0)
+    values = [torch.randn(3, 1500, generator=drawn), torch.randn(7, generator=drawn)]
+    mine = [torch.nn.Parameter(value.to(device)) for value in values]
+    exact = [torch.nn.Parameter(value.double()) for value in values]
+    optimizer = kind(mine, lr=0.1, weight_decay=decay, fused=True)
+    other = other_kind(exact, lr=0.1, weight_decay=decay)
+    for step, bad in enumerate([0.0, 0.0, 1.0, 0.0]):
+        optimizer.found_inf = torch.tensor(bad, device=device)
+        for one, right in zip(mine, exact, strict=True):
+            grad = torch.sin(torch.arange(one.numel()).double() * (step + 1)).view(one.shape)
+            one.grad = torch.full_like(one, torch.nan) if bad else grad.to(one)
+            right.grad = grad
+        optimizer.step()
+        assert all(one.grad is not None for one in mine)
+        if not bad:
+            other.step()
+        for one, right in zip(mine, exact, strict=True):
+            torch.testing.assert_close(one.detach().cpu().double(), right.detach(), **CLOSE)
+    # Its state is torch's: another optimizer of torch goes on from it.
+    state = optimizer.state_dict()["state"]
+    assert {number: float(one["step"]) for number, one in state.items()} == {0: 3, 1: 3}
+    for number, one in other.state_dict()["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(state[number][name].cpu().double(), one[name], **CLOSE)
 
 
 # -- Adagrad ---------------------------------------------------------------------------------------

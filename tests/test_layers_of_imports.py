@@ -31,7 +31,7 @@ HOUSE = [
     {"datasets", "splits", "kg"},
     {"_dgl", "_labels", "_linked", "_tables", "answers"},
     {"_parquet"},
-    {"_files", "_guards", "_kernels", "_owner"},
+    {"_files", "_guards", "_kernels", "_owner", "_streams"},
     {"_gpu", "distributed"},
     {"errors", "_display", "_graphbolt", "_version"},
 ]

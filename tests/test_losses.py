@@ -8,6 +8,7 @@ import reference as loops
 import torch
 from conftest import randomised
 from reference import assert_agree, numbers, tensor
+from torch._subclasses import FakeTensorMode
 
 import imvia_graph as ig
 from imvia_graph import SettingsError, _factored
@@ -197,6 +198,119 @@ def test_alignment_without_common_rows_is_zero(form):
     present = {"a": torch.tensor([True, False, False]), "b": torch.tensor([False, True, True])}
     assert Alignment(form)(embeddings, present=present).item() == 0
     assert Alignment(form)({"a": embeddings["a"]}).item() == 0
+
+
+def rows_of_three(dtype=torch.float64):
+    """Embeddings of three modalities, entities of which some are twins, and what has which.
+
+    No row has both an image and a text; of the structure nothing is said.
+    """
+    embeddings = {
+        name: torch.randn(7, 3, dtype=dtype, requires_grad=True)
+        for name in ("structure", "image", "text")
+    }
+    image = torch.tensor([True, True, False, True, True, False, True])
+    return embeddings, torch.tensor([3, 1, 3, 0, 1, 1, 3]), {"image": image, "text": ~image}
+
+
+def one_by_one(alignment, embeddings, entity=None, present=None):
+    """The contrastive form by `contrastive_alignment` of each pair."""
+    total = 0.0
+    for m, n in permutations(embeddings, 2):
+        rows = None
+        if present is not None:
+            rows = torch.zeros(len(embeddings[m]), dtype=torch.bool)
+            rows[rows_with(present, m, n, len(rows))] = True
+        x, y = embeddings[m], embeddings[n]
+        total = total + contrastive_alignment(x, y, alignment.temperature, entity, rows)
+    return total / len(embeddings)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("twins", [False, True])
+@pytest.mark.parametrize("number", [2, 3])
+def test_alignment_of_all_pairs_at_once_is_that_of_each(number, twins, masked):
+    embeddings, entity, present = rows_of_three()
+    embeddings = dict(list(embeddings.items())[:number])
+    given = (entity if twins else None, present if masked else None)
+    alignment = Alignment().double()
+    inputs = [*embeddings.values(), alignment.log_scale]
+    assert_agree(alignment(embeddings, *given), one_by_one(alignment, embeddings, *given), inputs)
+
+
+def test_alignment_of_rows_of_hardly_any_length_has_the_gradient_of_normalize():
+    embeddings, *given = rows_of_three()
+    alignment = Alignment().double()
+    with torch.no_grad():
+        embeddings["image"][:3] *= torch.tensor([[0.0], [1e-13], [1e-11]])
+    found, expected = alignment(embeddings, *given), one_by_one(alignment, embeddings, *given)
+    assert_agree(found, expected, [*embeddings.values(), alignment.log_scale])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rows_without_a_partner_have_a_gradient_of_zeros(autocast):
+    embeddings, entity, present = rows_of_three(torch.float32)
+    with torch.no_grad():
+        embeddings["image"][2] = 0.0  # whose gradient would be as large as numbers come
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        Alignment()(embeddings, entity, present).backward()
+        pair = {name: embeddings[name].detach().requires_grad_() for name in ("image", "text")}
+        Alignment()(pair, entity, present).backward()
+    for name, rows in present.items():
+        assert embeddings[name].grad[~rows].eq(0).all()
+        assert embeddings[name].grad[rows].ne(0).any(dim=1).all()
+        assert pair[name].grad.eq(0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_alignment_does_not_hide_what_is_not_finite(form, value):
+    embeddings, *given = rows_of_three(torch.float32)
+    with torch.no_grad():
+        embeddings["image"][0, 1] = value
+    alignment = Alignment(form)
+    loss = alignment(embeddings, *given)
+    assert not loss.isfinite()
+    loss.backward()
+    assert not alignment.log_scale.grad.isfinite()
+    assert not embeddings["structure"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_alignment_under_autocast_is_close(dtype):
+    embeddings = {name: torch.randn(64, 16, requires_grad=True) for name in ("a", "b", "c")}
+    entity, present = torch.arange(64) // 2, {"b": torch.arange(64) % 3 > 0}
+    alignment = Alignment()
+    inputs = [*embeddings.values(), alignment.log_scale]
+    with torch.autocast("cpu", dtype):
+        found = alignment(embeddings, entity, present)
+    expected = one_by_one(alignment, embeddings, entity, present)
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+    gradients = (torch.autograd.grad(loss, inputs) for loss in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
+def test_alignment_of_float64_is_in_float64_under_autocast():
+    embeddings, *given = rows_of_three()
+    alignment = Alignment().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = alignment(embeddings, *given)
+    torch.testing.assert_close(found, alignment(embeddings, *given), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_alignment_does_not_wait_for_what_is_in_its_tensors(form):
+    """A step with it is recorded as a CUDA graph."""
+    with FakeTensorMode():  # tensors without numbers, of which nothing can be asked
+        embeddings = {name: torch.empty(7, 3, requires_grad=True) for name in ("a", "b", "c")}
+        present = {"b": torch.empty(7, dtype=torch.bool)}
+        loss = Alignment(form)(embeddings, torch.empty(7, dtype=torch.int64), present)
+        loss.backward()
+        assert all(part.grad.shape == (7, 3) for part in embeddings.values())
+        with pytest.raises(RuntimeError, match="_local_scalar_dense"):
+            loss.item()
 
 
 def test_contrastive_alignment_is_least_where_the_same_rows_match():

@@ -32,10 +32,13 @@ def is_waited_for(device: torch.device) -> bool:
     return device.type == "cuda" or runs_on(device)
 
 
-def load(module: dict[str, Any], kernels: Sequence[Callable[..., Any]]) -> bool:
+def load(
+    module: dict[str, Any], kernels: Sequence[Callable[..., Any]], unspecialized: Sequence[str] = ()
+) -> bool:
     """Make kernels of a module's functions, the first time; False where Triton is not installed.
 
     A kernel finds ``tl``, which is None until then, and other kernels among its module's globals.
+    Of arguments that are ``unspecialized`` it does not look at what they are divisible by.
     """
     if module["tl"] is None:
         try:
@@ -44,6 +47,8 @@ def load(module: dict[str, Any], kernels: Sequence[Callable[..., Any]]) -> bool:
         except ImportError:
             return False
         for function in kernels:
-            module[function.__name__] = triton.jit(function)
+            names = function.__code__.co_varnames[: function.__code__.co_argcount]
+            hidden = [name for name in unspecialized if name in names]
+            module[function.__name__] = triton.jit(function, do_not_specialize=hidden)
         module["tl"] = triton.language
     return True

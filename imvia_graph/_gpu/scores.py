@@ -20,15 +20,29 @@ tl: Any = None
 
 #: Scores of a query that are held at a time.
 _AT_A_TIME = 4096
+#: Sides of matrices that are multiplied fast are multiples of this.
+_WHOLE = 16
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for scores of this dtype on this device."""
-    return dtype in _gpu.DTYPES and _gpu.runs_on(device) and _gpu.load(globals(), _KERNELS)
+    # Loads that rows all of whose beginnings are even allow, of several numbers at once, give the
+    # threads such shares of a tile that sums over heads take four times as long.
+    return (
+        dtype in _gpu.DTYPES
+        and _gpu.runs_on(device)
+        and _gpu.load(globals(), _KERNELS, unspecialized=("wide", "tall"))
+    )
+
+
+def room(size: int) -> int:
+    """Room for so many rows or columns of a matrix, for which a GPU has fast products."""
+    return -(-size // _WHOLE) * _WHOLE
 
 
 def gradients(
     scores: Tensor,
+    size: int,
     row: Tensor,
     col: Tensor,
     share: Tensor,
@@ -47,7 +61,9 @@ def gradients(
     Parameters
     ----------
     scores : Tensor
-        (M, B, N), contiguous.
+        (M, `room` of B, `room` of N), contiguous; what lies beyond B and N is left alone.
+    size : int
+        N.
     row, col : Tensor
         (P,) int64: the positives, rows ascending.
     share : Tensor
@@ -66,7 +82,8 @@ def gradients(
     of_positive, of_negative : Tensor
         Scalars on the device: weights of terms of the binary loss.
     """
-    heads, rows, size = scores.shape
+    heads, tall, wide = scores.shape
+    rows = len(of_rows)
     decided = len(weights) > 0
     smooth = label_smoothing / size
     sums = scores.new_empty(heads + decided, rows, dtype=torch.float32)
@@ -78,8 +95,8 @@ def gradients(
         "HEADS": 1 << (heads - 1).bit_length(),
         "COLUMNS": max(16, _AT_A_TIME >> (heads - 1).bit_length()),
     }
-    _launch(_sum_up, rows, scores, weights, sums, plain, size, **shape)
-    flat = (row * size + col).expand(heads, -1)
+    _launch(_sum_up, rows, scores, weights, sums, plain, size, wide, tall, **shape)
+    flat = (row * wide + col).expand(heads, -1)
     true = scores.view(heads, -1).gather(1, flat).float()
     values = true
     if decided:
@@ -129,6 +146,8 @@ def gradients(
         grad_weights,
         numbers,
         size,
+        wide,
+        tall,
         smooth,
         DETACHED=detached,
         **shape,
@@ -155,6 +174,8 @@ def _sum_up(
     sums,
     plain,
     size,
+    wide,
+    tall,
     rows,
     heads: tl.constexpr,
     DECIDED: tl.constexpr,
@@ -166,7 +187,7 @@ def _sum_up(
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     mine = head < heads
-    base = (head.to(tl.int64) * rows + row) * size
+    base = (head.to(tl.int64) * tall + row) * wide
     weight = tl.zeros([HEADS], tl.float32)
     if DECIDED:
         weight = tl.load(weights + row * heads + head, mask=mine, other=0)
@@ -221,6 +242,8 @@ def _into_gradients(
     grad_weights,
     numbers,
     size,
+    wide,
+    tall,
     smooth,
     rows,
     DETACHED: tl.constexpr,
@@ -234,7 +257,7 @@ def _into_gradients(
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     mine = head < heads
-    base = (head.to(tl.int64) * rows + row) * size
+    base = (head.to(tl.int64) * tall + row) * wide
     of_row = tl.load(of_rows + row).to(tl.float32)
     of_negative = tl.load(numbers)
     log_sum = tl.load(sums + head.to(tl.int64) * rows + row, mask=mine, other=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from imvia_graph._gpu.lookup import lookup
 from imvia_graph.distributed import Shards
 
 #: Rows that are drawn at a time.
@@ -73,7 +74,7 @@ class EntityTable(nn.Embedding):
     def forward(self, row: Tensor) -> Tensor:
         """(n, dim) of (n,) int64 rows."""
         if not self.lazy or not torch.is_grad_enabled():
-            return super().forward(row)
+            return lookup(row, self.weight)
         rows = self.weight.detach()[row].requires_grad_()
         self._looked_up.append((row, rows))
         return rows

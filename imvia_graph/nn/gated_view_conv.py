@@ -10,9 +10,18 @@ from torch import Tensor, nn
 
 from imvia_graph import _gpu
 from imvia_graph._dgl import dgl
+from imvia_graph._gpu.lookup import lookup
+from imvia_graph._gpu.products import linear
 from imvia_graph.answers import pointer
 from imvia_graph.errors import IMVIAError
-from imvia_graph.ops import Backend, ViewWeights, gated_view_aggregate, picking
+from imvia_graph.ops import (
+    Backend,
+    ViewWeights,
+    choose,
+    fused_triton,
+    gated_view_aggregate,
+    picking,
+)
 
 
 class GatedViewConv(nn.Module):
@@ -254,11 +263,15 @@ class GatedViewConv(nn.Module):
         picking.check_range(view_feat, ptr, entity)
         if picking.apart(view_feat, entity):
             view_feat, ptr, entity = picking.pick_views(view_feat, ptr, entity)
-        count = ptr[entity + 1] - ptr[entity]
-        several = None if get_weight or not len(view_feat) else _worth_gating(count)
-        weights = None
+        count = several = weights = None
+        if not _gpu.is_waited_for(entity.device):
+            count = ptr[entity + 1] - ptr[entity]
+            several = None if get_weight or not len(view_feat) else _worth_gating(count)
         if several is None:
             gate = self.gate(entity_feat, rel_feat, relation, halves)
+            if not get_weight and self._fills(view_feat, gate):
+                out, _, _ = fused_triton.aggregate(view_feat, ptr, entity, gate, False, self.absent)
+                return out.to(torch.promote_types(view_feat.dtype, self.absent.dtype))
             result = gated_view_aggregate(
                 view_feat, ptr, entity, gate, backend=self.backend, get_weight=get_weight
             )
@@ -278,7 +291,7 @@ class GatedViewConv(nn.Module):
             # The weight of an only view is 1, whatever the gate.
             only = view_feat[ptr[entity].clamp(max=len(view_feat) - 1)]
             out = only.to(gated.dtype).index_copy(0, several, gated)
-        has_view = count > 0
+        has_view = ptr[entity + 1] > ptr[entity] if count is None else count > 0
         # The sums are in float32 at least; a layer in half precision gives half precision.
         out = out.to(torch.promote_types(view_feat.dtype, self.absent.dtype))
         # A GPU would have to be waited for, to know whether any is missing.
@@ -287,6 +300,11 @@ class GatedViewConv(nn.Module):
         else:
             out = _Involved.apply(out, self.absent)
         return out if weights is None else (out, weights)
+
+    def _fills(self, view_feat: Tensor, gate: Tensor) -> bool:
+        """Whether the aggregation itself gives entities without views the vector ``absent``."""
+        backend = choose(view_feat, gate) if self.backend == "auto" else self.backend
+        return backend == "triton" and fused_triton.usable(view_feat, gate)
 
     @staticmethod
     def _check_rows(
@@ -314,7 +332,7 @@ class GatedViewConv(nn.Module):
         """Eq. 1: (B, view_feats) gates; arguments as those of `aggregate`."""
         gate: Tensor | None = None if halves is None else halves.get(self)
         if gate is None:
-            gate = self.gate_entity(entity_feat)
+            gate = self._linear(self.gate_entity, entity_feat)
             if halves is not None:
                 halves[self] = gate
         if rel_feat is not None:
@@ -324,10 +342,15 @@ class GatedViewConv(nn.Module):
                     f" {tuple(rel_feat.shape)}. Give rel_feats to the constructor."
                 )
             if relation is not None and len(relation) < len(rel_feat):
-                rel_feat, relation = nn.functional.embedding(relation, rel_feat), None
-            half = self.gate_relation(rel_feat)
-            gate = gate + (half if relation is None else nn.functional.embedding(relation, half))
+                rel_feat, relation = lookup(relation, rel_feat), None
+            half = self._linear(self.gate_relation, rel_feat)
+            gate = gate + (half if relation is None else lookup(relation, half))
         return self.activation(gate)
+
+    def _linear(self, layer: nn.Linear, feat: Tensor) -> Tensor:
+        # Gradients of gradients are promised for the reference alone.
+        found: Tensor = layer(feat) if self.backend == "reference" else linear(layer, feat)
+        return found
 
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""

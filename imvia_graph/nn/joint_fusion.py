@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from imvia_graph._gpu import fusion
 from imvia_graph.errors import IMVIAError
 
 
@@ -74,7 +75,10 @@ class JointFusion(nn.Module):
                 f" or one tensor (B, {self.num_modalities}, {self.in_feats}); received"
                 f" {len(shapes)} of shapes {shapes[:4]}."
             )
-        joint, attention = _Fuse.apply(self.attention, *parts)
+        if fusion.usable(parts):
+            joint, attention = fusion.Fuse.apply(self.attention, get_attention, *parts)
+        else:
+            joint, attention = _Fuse.apply(self.attention, *parts)
         return (joint, attention) if get_attention else joint
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from imvia_graph._dgl import dgl
+from imvia_graph._gpu.products import linear
 from imvia_graph.errors import IMVIAError
 from imvia_graph.nn.gated_view_conv import GatedViewConv
 from imvia_graph.ops import Backend, picking
@@ -164,7 +165,7 @@ class MultiViewEncoder(nn.Module):
                 pair = feat[0][source], feat[1][destination]
             else:
                 pair = feat[source], feat[destination][: part.num_dst_nodes()]
-            out[modality] = _project(projection, conv(part, pair, rel_feat))
+            out[modality] = _project(projection, conv(part, pair, rel_feat), conv.backend)
             shown = destination
         return self._together(out, shown)
 
@@ -211,7 +212,7 @@ class MultiViewEncoder(nn.Module):
                 )
 
             def part(
-                rows: slice,
+                rows: slice | None,
                 csr: tuple[Tensor, Tensor] = views[modality],
                 conv: GatedViewConv = conv,
                 projection: nn.Linear = projection,
@@ -220,20 +221,20 @@ class MultiViewEncoder(nn.Module):
                 a_row_each = relation is None and rel_feat is not None and rel_feat.dim() == 2
                 aggregated = conv.aggregate(
                     *csr,
-                    entity[rows],
-                    entity_feat[rows],
-                    rel_feat[rows] if a_row_each and rel_feat is not None else rel_feat,
-                    relation=None if relation is None else relation[rows],
+                    _rows(entity, rows),
+                    _rows(entity_feat, rows),
+                    _rows(rel_feat, rows) if a_row_each and rel_feat is not None else rel_feat,
+                    relation=None if relation is None else _rows(relation, rows),
                     halves=halves,
                 )
                 assert isinstance(aggregated, Tensor)
-                return _project(projection, aggregated)
+                return _project(projection, aggregated, conv.backend)
 
             picked = picking.apart(views[modality][0], entity)
             if picked:
                 out[modality] = _in_parts(functools.partial(part, halves=None), len(entity))
             else:
-                out[modality] = part(slice(None))
+                out[modality] = part(None)
         return self._together(out)
 
     def _together(self, parts: dict[str, Tensor], destination: str = "entity") -> Any:
@@ -254,20 +255,28 @@ class MultiViewEncoder(nn.Module):
         return f"modalities={self.modalities}, out_feats={self.out_feats}"
 
 
-def _in_parts(part: Callable[[slice], Tensor], rows: int) -> Tensor:
+def _rows(tensor: Tensor, rows: slice | None) -> Tensor:
+    """Some of the rows; None for all, whose gradient then need not be copied."""
+    return tensor if rows is None else tensor[rows]
+
+
+def _in_parts(part: Callable[[slice | None], Tensor], rows: int) -> Tensor:
     """What a function makes of so many rows, so many at a time; and again for the gradient."""
     if rows <= ENTITIES_AT_A_TIME:
-        return part(slice(None))
+        return part(None)
     slices = [slice(i, i + ENTITIES_AT_A_TIME) for i in range(0, rows, ENTITIES_AT_A_TIME)]
     if not torch.is_grad_enabled():
         return torch.cat([part(rows) for rows in slices])
     return torch.cat([checkpoint(part, rows, use_reentrant=False) for rows in slices])
 
 
-def _project(projection: nn.Linear, aggregated: Tensor) -> Tensor:
+def _project(projection: nn.Linear, aggregated: Tensor, backend: Backend) -> Tensor:
     """Features come in any dtype; the result is in the layer's."""
-    projected: Tensor = projection(aggregated.to(projection.weight.dtype))
-    return projected
+    aggregated = aggregated.to(projection.weight.dtype)
+    # Gradients of gradients are promised for the reference alone.
+    plain = backend == "reference"
+    found: Tensor = projection(aggregated) if plain else linear(projection, aggregated)
+    return found
 
 
 def views_present(views: Mapping[str, tuple[Tensor, Tensor]], entity: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from imvia_graph import _gpu
 from imvia_graph._gpu import grouped
+from imvia_graph._gpu.lookup import lookup
+from imvia_graph._gpu.products import product
 from imvia_graph.answers import pointer
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import IMVIAError
@@ -291,7 +293,7 @@ class TuckerDecoder(nn.Module):
             )
         head = _normalise(self.input_norm, head, share)
         # A product of matrices, which autocast knows on every device; tensordot it does not on all.
-        matrix = nn.functional.embedding(groups.distinct, rel_feat) @ self.core.flatten(1)
+        matrix = product(lookup(groups.distinct, rel_feat), self.core.flatten(1))
         matrix = matrix.unflatten(1, self.core.shape[1:])
         if share is None:
             head, matrix = self.input_dropout(head), self.relation_dropout(matrix)
@@ -303,7 +305,7 @@ class TuckerDecoder(nn.Module):
         query = _products(head, matrix, groups)
         if rel_blocks is not None:
             of_each = _of_each(groups)
-            query = query + complex_product(head, nn.functional.embedding(of_each, rel_blocks))
+            query = query + complex_product(head, lookup(of_each, rel_blocks))
         query = torch.empty_like(query).index_copy(0, groups.order, query)
         query = _normalise(self.hidden_norm, query, share)
         if share is None:

@@ -137,7 +137,7 @@ def gated_view_aggregate(
             [3.0000, 4.0000]])
     """
     _check(feat, ptr, entity, gate)
-    chosen = _choose(feat, gate) if backend == "auto" else backend
+    chosen = choose(feat, gate) if backend == "auto" else backend
     if chosen == "triton":
         out, weight, weight_ptr = fused_triton.aggregate(feat, ptr, entity, gate, get_weight)
     elif chosen in _AGGREGATES:
@@ -159,7 +159,7 @@ _AGGREGATES: dict[str, Aggregate] = {
 }
 
 
-def _choose(feat: Tensor, gate: Tensor) -> Backend:
+def choose(feat: Tensor, gate: Tensor) -> Backend:
     """The fastest backend for these tensors."""
     if torch.compiler.is_compiling():
         return "reference"  # plain torch is compiled with what stands around it

@@ -41,12 +41,17 @@ def usable(feat: Tensor, gate: Tensor) -> bool:
 
 
 def aggregate(
-    feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor, get_weight: bool = True
+    feat: Tensor,
+    ptr: Tensor,
+    entity: Tensor,
+    gate: Tensor,
+    get_weight: bool = True,
+    absent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `imvia_graph.ops.gated_view_aggregate`: (B, d) sums, (T,) weights, their pointer.
 
     Without ``get_weight`` the last two are None, and the host need not wait to learn T. An entity
-    that there is not gets NaN.
+    without views gets ``absent`` (d,), or zeros, and one that there is not NaN.
     """
     if not usable(feat, gate):
         raise IMVIAError(
@@ -60,24 +65,30 @@ def aggregate(
     if torch.compiler.is_compiling():
         # Compiled already. As a decorator it would import the compiler for all.
         apply = torch.compiler.disable(apply)
-    out, weight = apply(feat, ptr, entity, gate, weight_ptr)
+    out, weight = apply(feat, ptr, entity, gate, weight_ptr, absent)
     return out, weight, weight_ptr
 
 
 class _Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor, weight_ptr: Tensor | None
+        ctx: Any,
+        feat: Tensor,
+        ptr: Tensor,
+        entity: Tensor,
+        gate: Tensor,
+        weight_ptr: Tensor | None,
+        absent: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         feat, ptr, entity, gate = (given.contiguous() for given in (feat, ptr, entity, gate))
         out = torch.empty_like(gate, dtype=torch.float32)
         log_total = out.new_empty(len(out))
         if weight_ptr is None:
             weight = None
-            _launch(_forward, feat, ptr, entity, gate, weight_ptr, out, log_total, None)
+            _launch(_forward, feat, ptr, entity, gate, weight_ptr, absent, out, log_total, None)
         else:
             cosine = out.new_empty(int(weight_ptr[-1]))
-            _launch(_forward, feat, ptr, entity, gate, weight_ptr, out, log_total, cosine)
+            _launch(_forward, feat, ptr, entity, gate, weight_ptr, absent, out, log_total, cosine)
             shift = log_total.repeat_interleave(weight_ptr.diff(), output_size=len(cosine))
             weight = (cosine - shift).exp()
         ctx.save_for_backward(feat, ptr, entity, gate, weight_ptr, log_total)
@@ -97,7 +108,11 @@ class _Aggregate(torch.autograd.Function):
         grad_feat = torch.zeros_like(feat, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         gradients = grad_out, grad_weight, grad_gate, grad_feat
         _launch(_backward, feat, ptr, entity, gate, weight_ptr, log_total, *gradients)
-        return None if grad_feat is None else grad_feat.to(feat.dtype), None, None, grad_gate, None
+        grad_absent = None
+        if ctx.needs_input_grad[5]:
+            grad_absent = log_total.isneginf().to(grad_out.dtype) @ grad_out
+        of_feat = None if grad_feat is None else grad_feat.to(feat.dtype)
+        return of_feat, None, None, grad_gate, None, grad_absent
 
 
 def _launch(kernel: Any, feat: Tensor, ptr: Tensor, entity: Tensor, *others: Any) -> None:
@@ -138,6 +153,7 @@ def _forward(
     entity,
     gate,
     cosine_ptr,
+    absent,
     out,
     log_total,
     cosine,
@@ -169,6 +185,9 @@ def _forward(
         total = kept + tl.sum(share)
         share *= 1 / total
         mean = mean * (kept / total) + tl.sum(share[:, None] * view, axis=0)
+    if absent is not None:
+        rest = tl.load(absent + column, mask=column < d, other=0).to(tl.float32)
+        mean = tl.where(stop == start, rest, mean)
     mean = tl.where(stop < start, float("nan"), mean)
     tl.store(out + query * d + column, mean, mask=column < d)
     tl.store(log_total + query, top + tl.log(total))

@@ -1,0 +1,133 @@
+"""Adam's update of a large parameter in one pass, as a Triton kernel.
+
+torch's own fused update, which takes several parameters at a time, moves a large one's bytes at two
+thirds of the speed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, no_type_check
+
+import torch
+from torch import Tensor
+
+from imvia_graph import _gpu
+
+#: triton.language, once `usable` has been asked.
+tl: Any = None
+
+_AT_A_TIME = 2048
+
+
+def usable(parameter: Tensor) -> bool:
+    """Whether there is a kernel for a parameter."""
+    return (
+        parameter.dtype == torch.float32
+        and parameter.is_contiguous()
+        and _gpu.runs_on(parameter.device)
+        and _gpu.load(globals(), _KERNELS)
+    )
+
+
+def update(
+    parameter: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    bad: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    r"""Update the moments and the parameter, in place.
+
+    .. math::
+        m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        p \leftarrow p - \gamma \frac{m / (1 - \beta_1^k)}{\sqrt{v / (1 - \beta_2^k)} + \epsilon}
+
+    Parameters
+    ----------
+    parameter, grad, mean, square : Tensor
+        p, g, m and v, float32, of one shape.
+    step, rate, bad : Tensor
+        Scalars on the device: k, which is not changed here, the learning rate, and whether, above
+        0, nothing is to change.
+    betas : pair of float
+    eps, weight_decay : float
+    decoupled : bool
+        Whether the decay shrinks p (AdamW) and is not added to g.
+    """
+    size = parameter.numel()
+    if size:
+        first, second = betas
+        with torch.cuda.device_of(parameter):
+            _adam[(-(-size // _AT_A_TIME),)](
+                parameter,
+                grad.contiguous(),
+                mean,
+                square,
+                step,
+                rate,
+                bad,
+                size,
+                1 - first,
+                1 - second,
+                math.log(first) if first else -math.inf,
+                math.log(second) if second else -math.inf,
+                eps,
+                weight_decay,
+                DECOUPLED=decoupled,
+                COLUMNS=_AT_A_TIME,
+                num_warps=8,
+            )
+
+
+@no_type_check
+def _adam(
+    parameter,
+    grad,
+    mean,
+    square,
+    step,
+    rate,
+    bad,
+    size,
+    of_first,
+    of_second,
+    log_first,
+    log_second,
+    eps,
+    weight_decay,
+    DECOUPLED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Update some elements."""
+    place = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = place < tl.where(tl.load(bad) > 0, 0, size)
+    p = tl.load(parameter + place, mask=mask, other=0)
+    g = tl.load(grad + place, mask=mask, other=0)
+    m = tl.load(mean + place, mask=mask, other=0)
+    v = tl.load(square + place, mask=mask, other=0)
+    lr = tl.load(rate)
+    # 1 less a number that is nearly 1: in double precision.
+    steps = tl.load(step).to(tl.float64)
+    first = (1 - tl.exp(steps * log_first)).to(tl.float32)
+    second = (1 - tl.exp(steps * log_second)).to(tl.float32)
+    if DECOUPLED:
+        p *= 1 - lr * weight_decay
+    else:
+        g += weight_decay * p
+    m += of_first * (g - m)
+    v += of_second * (g * g - v)
+    p -= lr / first * m / (tl.sqrt(v) / tl.sqrt(second) + eps)
+    tl.store(mean + place, m, mask=mask)
+    tl.store(square + place, v, mask=mask)
+    tl.store(parameter + place, p, mask=mask)
+
+
+_KERNELS = (_adam,)

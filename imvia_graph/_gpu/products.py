@@ -1,0 +1,111 @@
+"""Products of matrices in half precision whose results a GPU writes in float32.
+
+What is added up inside a product is in float32 anyway. To write it so costs less than to round it
+and to convert it afterwards, and loses nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+#: Which torch has such products; on a GPU alone.
+_WIDENS = "dtype" in torch.ops.aten.mm.overloads()
+
+
+def wide_mm(left: Tensor, right: Tensor) -> Tensor:
+    """(n, k) times (k, m) in float32, of matrices of one dtype."""
+    if _WIDENS and left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
+
+
+def half_precision(like: Tensor) -> torch.dtype | None:
+    """What autocast makes products in, where it is on for float32 tensors on a GPU."""
+    if like.dtype != torch.float32 or not like.is_cuda or torch.compiler.is_compiling():
+        return None
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """(B, k) times (k, m); on a GPU under autocast in fewer passes over memory.
+
+    Gradients are of first order there.
+    """
+    dtype = half_precision(right)
+    if dtype is None:
+        return left @ right
+    out: Tensor = Product.apply(left, right, dtype)
+    return out
+
+
+def linear(layer: nn.Module, feat: Tensor) -> Tensor:
+    """``layer(feat)``; of (B, k) features on a GPU under autocast in fewer passes over memory.
+
+    Gradients are of first order there.
+    """
+    if type(layer) is nn.Linear and feat.dim() == 2:
+        dtype = half_precision(layer.weight)
+        if dtype is not None and not (layer._forward_hooks or layer._forward_pre_hooks):
+            out: Tensor = Linear.apply(feat, layer.weight, layer.bias, dtype)
+            return out
+    found: Tensor = layer(feat)
+    return found
+
+
+class Product(torch.autograd.Function):
+    """(B, m) of (B, k) and (k, m), in a dtype of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtypes = left.dtype, right.dtype
+        left, right = left.to(dtype), right.to(dtype)
+        ctx.save_for_backward(left, right)
+        with torch.autocast(left.device.type, enabled=False):
+            return left @ right
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right = ctx.saved_tensors
+        of_left = of_right = None
+        if ctx.needs_input_grad[0]:
+            of_left = wide_mm(grad, right.T).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            of_right = wide_mm(left.T, grad).to(ctx.dtypes[1])
+        return of_left, of_right, None
+
+
+class Linear(torch.autograd.Function):
+    """(B, m) of (B, k) features, (m, k) weights and (m,) or no biases, in a dtype of their own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, feat: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        half, narrow = feat.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(half, narrow)
+        ctx.dtypes = feat.dtype, weight.dtype, None if bias is None else bias.dtype
+        with torch.autocast(feat.device.type, enabled=False):
+            return functional.linear(half, narrow, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        feat, weight = ctx.saved_tensors
+        of_feat, of_weight, of_bias = ctx.dtypes
+        grad_feat = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            wide = of_feat == torch.float32
+            grad_feat = wide_mm(grad, weight) if wide else (grad @ weight).to(of_feat)
+        if ctx.needs_input_grad[1]:
+            grad_weight = wide_mm(grad.T, feat).to(of_weight)
+        if of_bias is not None and ctx.needs_input_grad[2]:
+            # As a product: a sum over rows is several times slower.
+            ones = grad.new_ones(8, len(grad))
+            grad_bias = wide_mm(ones, grad)[0].to(of_bias)
+        return grad_feat, grad_weight, grad_bias, None

@@ -1,0 +1,93 @@
+"""Parts of a step that a GPU does beside each other: streams that split off and join again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Streams:
+    """Streams for what does not depend on what is done meanwhile.
+
+    A step of a small graph is made of kernels that each keep a part of the GPU busy. What is done
+    forward in a stream autograd does backward in the same; what comes of it is the same to the bit.
+
+    A tensor's memory is free, for its stream, once nobody refers to it, although another stream may
+    still have to read it: what passes between streams has to be kept until they have `joined`.
+    Gradients, which pass between them, too, autograd sees to.
+
+    Parameters
+    ----------
+    device : torch.device, optional
+        A GPU. Default: there are no streams, and all is done in its order.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._streams: dict[str, torch.cuda.Stream] = {}
+        self._device = device
+        self._kept: list[Tensor] = []
+
+    def mark(self) -> torch.cuda.Event | None:
+        """A point in what is being done, for `beside`."""
+        if self._device is None:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    @contextmanager
+    def beside(self, name: str, after: torch.cuda.Event | None) -> Iterator[None]:
+        """Have what is asked for within, in the stream of a name, depend on what a mark depends on.
+
+        What comes after the context depends on it, too.
+        """
+        if self._device is None or after is None:
+            yield
+            return
+        if name not in self._streams:
+            self._streams[name] = torch.cuda.Stream(self._device)
+        stream = self._streams[name]
+        stream.wait_event(after)
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+    @contextmanager
+    def used_by(self, owner: Any) -> Iterator[None]:
+        """Be the ``streams`` of a trainer, for a step."""
+        before, owner.streams = owner.streams, self
+        try:
+            with _accumulating_in_any_stream():
+                yield
+        finally:
+            owner.streams = before
+            self.join()
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Keep what passes between streams."""
+        if self._device is not None:
+            self._kept += tensors
+
+    def join(self) -> None:
+        """Wait, in the current stream, for all others; let go of what was kept."""
+        for stream in self._streams.values():
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._kept.clear()
+
+
+@contextmanager
+def _accumulating_in_any_stream() -> Iterator[None]:
+    """Spare the user torch's warning of parameters that are used in several streams, as meant."""
+    told = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if told is None:
+        yield
+        return
+    told(False)
+    try:
+        yield
+    finally:
+        told(True)
