@@ -126,6 +126,15 @@ class FactoredCompletion(torch.autograd.Function):
         return None, None, None, None, None, grad_weights if has_weights else None, None, *typed
 
 
+def _on_device(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """Numbers that are on the device or are not, in float32."""
+    parts = [
+        number.float() if isinstance(number, Tensor) else torch.full((), number, device=device)
+        for number in numbers
+    ]
+    return torch.stack(parts)
+
+
 def _with_room(part: Tensor, dtype: torch.dtype) -> Tensor:
     """A matrix with rows of zeros below it: a GPU has faster products for it."""
     size = len(part)
@@ -227,10 +236,6 @@ class _Work:
             loss = _compiled_gradients(scores, row, col, of_rows, weights, grad_weights, self.terms)
         elif self.on_gpu:
             terms = self.terms
-            of_positive, of_negative = (
-                part if isinstance(part, Tensor) else torch.full((), part, device=scores.device)
-                for part in terms.of_a_term
-            )
             loss = _gpu_scores.gradients(
                 scores,
                 self.size,
@@ -244,8 +249,7 @@ class _Work:
                 terms.loss == "softmax",
                 terms.label_smoothing,
                 terms.detached,
-                of_positive,
-                of_negative,
+                None if terms.loss == "softmax" else _on_device(terms.of_a_term, scores.device),
             )
         else:
             loss = _gradients(scores, row, col, share, of_rows, weights, grad_weights, self.terms)

@@ -178,7 +178,8 @@ class RecordedSteps:
         trainer = self.trainer
         kept = Kept(trainer.buffers)
         with self.streams.used_by(trainer):
-            losses, estimation, gradients = trainer.gradients_of(trainer.batches.filled(rows))
+            batch = trainer.batches.filled(rows, self.streams)
+            losses, estimation, gradients = trainer.gradients_of(batch)
         watched = dict(losses) if estimation is None else {**losses, "estimation": estimation}
         gradients = {name: grad for name, grad in gradients.items() if grad.numel()}
         return _Begun(kept, losses, watched, gradients)

@@ -28,7 +28,10 @@ class Streams:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._streams: dict[str, torch.cuda.Stream] = {}
+        self._names: list[str] = []
         self._device = device
+        #: Where the step began, for `beside`; None where there are no streams.
+        self.begun: torch.cuda.Event | None = None
         self._kept: list[Tensor] = []
 
     def mark(self) -> torch.cuda.Event | None:
@@ -40,31 +43,47 @@ class Streams:
         return event
 
     @contextmanager
-    def beside(self, name: str, after: torch.cuda.Event | None) -> Iterator[None]:
+    def beside(
+        self, name: str, after: torch.cuda.Event | None, join: bool = True
+    ) -> Iterator[None]:
         """Have what is asked for within, in the stream of a name, depend on what a mark depends on.
 
-        What comes after the context depends on it, too.
+        What comes after the context depends on it, too, unless it is not to ``join``. Within
+        another of these names are told apart by that one's, too.
         """
         if self._device is None or after is None:
             yield
             return
-        if name not in self._streams:
-            self._streams[name] = torch.cuda.Stream(self._device)
-        stream = self._streams[name]
+        self._names.append(name)
+        path = "/".join(self._names)
+        if path not in self._streams:
+            self._streams[path] = torch.cuda.Stream(self._device)
+        stream = self._streams[path]
         stream.wait_event(after)
-        with torch.cuda.stream(stream):
-            yield
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            self._names.pop()
+        if join:
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+
+    def meet(self, name: str) -> None:
+        """Have what comes next depend on what was done beside without joining."""
+        if self._device is not None and name in self._streams:
+            torch.cuda.current_stream(self._device).wait_stream(self._streams[name])
 
     @contextmanager
     def used_by(self, owner: Any) -> Iterator[None]:
         """Be the ``streams`` of a trainer, for a step."""
         before, owner.streams = owner.streams, self
+        self.begun = self.mark()
         try:
             with _accumulating_in_any_stream():
                 yield
         finally:
             owner.streams = before
+            self.begun = None
             self.join()
 
     def keep(self, tensors: Iterable[Tensor]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imvia_graph._streams import Streams
 from imvia_graph.answers import AnswerIndex, expand, pointer
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import Positives, Sampled
@@ -162,23 +163,30 @@ class Batches:
         if positives > self.most_positives:
             self.most_positives = -(-positives * 5 // 4 // 128) * 128
         if relations > self.most_relations:
-            self.most_relations = -(-relations * 5 // 4 // 16) * 16
+            self.most_relations = -(-relations * 9 // 8 // 16) * 16
 
-    def filled(self, rows: Tensor) -> Batch:
+    def filled(self, rows: Tensor, streams: Streams | None = None) -> Batch:
         """The batch of (B, 3) rows, in shapes that depend on B alone: see `Positives.counts`.
 
         For the regimes in which all entities are candidates. The host does not wait for the device.
+        With ``streams``, what is true is made in that of the positives, which has to be met before.
         """
         query, start, count = rows.unbind(1)
+        streams = Streams() if streams is None else streams
+        with streams.beside("positives", streams.begun, join=False):
+            positives = self._filled(start, count)
         key = self.answers.key[query]
+        entity, relation = key % self.num_entities, key // self.num_entities
+        return Batch(entity, relation, positives, most_relations=self.most_relations)
+
+    def _filled(self, start: Tensor, count: Tensor) -> Positives:
+        """The positives of `filled`."""
         ptr = pointer(count)
-        place = torch.arange(self.most_positives, device=rows.device)
+        place = torch.arange(self.most_positives, device=count.device)
         at = torch.minimum(place, ptr[-1] - 1)
         row = torch.searchsorted(ptr, at, right=True) - 1
         col = self.answers.answer[start[row] + at - ptr[row]]
-        positives = Positives(row, col, self._weight(count), (place == at).float())
-        entity, relation = key % self.num_entities, key // self.num_entities
-        return Batch(entity, relation, positives, most_relations=self.most_relations)
+        return Positives(row, col, self._weight(count), (place == at).float())
 
     def _weight(self, count: Tensor) -> Tensor | None:
         """(B,) weights of rows with so many answers each."""

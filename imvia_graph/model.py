@@ -370,17 +370,27 @@ class IMVIA(nn.Module):
         found: Tensor = self.relation[0](relation)
         return found if self.gate_sees_relations else None
 
-    def embed(self, entity: Tensor | None = None, relation: Tensor | None = None) -> Embedding:
-        """Embeddings of (B,) entities, or all, under (B,) relations, or one relation, or none."""
+    def embed(
+        self,
+        entity: Tensor | None = None,
+        relation: Tensor | None = None,
+        streams: Streams | None = None,
+    ) -> Embedding:
+        """Embeddings of (B,) entities, or all, under (B,) relations, or one relation, or none.
+
+        With ``streams`` modalities are done beside each other.
+        """
         if entity is None:
             own = torch.arange(self.shards.start, self.shards.stop, device=self.device)
-            heads = self._heads(own, lambda table: table.weight, relation)
+            heads = self._heads(own, lambda table: table.weight, relation, streams=streams)
             return Embedding(heads, views_present(self.views, own))
         part = self.shards.part(len(entity))
         if relation is not None and relation.dim():
             relation = relation[part]
         mine = entity[part]
-        heads = self._heads(mine, lambda table: self.shards.rows_of(table, entity), relation)
+        heads = self._heads(
+            mine, lambda table: self.shards.rows_of(table, entity), relation, streams=streams
+        )
         return Embedding(heads, views_present(self.views, mine))
 
     def _heads(
@@ -389,6 +399,7 @@ class IMVIA(nn.Module):
         rows: Callable[[EntityTable], Tensor],
         relation: Tensor | None,
         halves: dict[Any, Tensor] | None = None,
+        streams: Streams | None = None,
     ) -> dict[str, Tensor]:
         """Heads of (n,) entities with the rows of theirs in each table."""
         structure = rows(self.entity)
@@ -402,7 +413,8 @@ class IMVIA(nn.Module):
             if relation.dim() == 0:
                 rel_feat, relation = rel_feat[relation], None
         heads = {STRUCTURE: structure} if self.settings.structure else {}
-        heads.update(self.encoder.encode(self.views, entity, structure, rel_feat, relation, halves))
+        given = structure, rel_feat, relation, halves, streams
+        heads.update(self.encoder.encode(self.views, entity, *given))
         for modality, table in zip(self.modalities, self.residual, strict=False):
             assert isinstance(table, EntityTable)
             heads[modality] = heads[modality] + rows(table)
@@ -476,6 +488,7 @@ class IMVIA(nn.Module):
         relation: Tensor | None = None,
         entity: Tensor | None = None,
         halves: dict[Any, Tensor] | None = None,
+        streams: Streams | None = None,
     ) -> dict[str, Tensor]:
         """Candidate tables (N, dim), head by head.
 
@@ -490,10 +503,12 @@ class IMVIA(nn.Module):
         halves : dict, optional
             Empty at first: what tables of the same entities under other relations share, as long
             as nothing is learned between them; see `GatedViewConv.aggregate`.
+        streams : Streams, optional
+            With which modalities are done beside each other.
         """
         if entity is None:
             own = torch.arange(self.shards.start, self.shards.stop, device=self.device)
-            return self._heads(own, lambda table: table.weight, relation, halves)
+            return self._heads(own, lambda table: table.weight, relation, halves, streams)
         own = (entity - self.shards.start).clamp(0, len(self.shards) - 1)
         return self._heads(entity, lambda table: table(own), relation, halves)
 

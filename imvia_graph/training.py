@@ -548,7 +548,9 @@ class Trainer:
             ):
                 estimation = None
             else:
-                estimation.backward(inputs=self.estimators, retain_graph=True)
+                # Where L1 was computed, and nothing else waits for it.
+                with self.streams.beside("modalities", self.streams.begun, join=False):
+                    estimation.backward(inputs=self.estimators, retain_graph=True)
                 estimation = estimation.detach()
             wanted = [*self.parameters, *self._looked_up()]
             self.scaler.scale(losses["loss"]).backward(inputs=wanted)
@@ -676,16 +678,14 @@ class Trainer:
         """The total and its parts (Eq. 4, 5, 7, 8), and the loss of L1's estimators."""
         model, settings = self.model, self.settings
         streams = self.streams
-        begun = streams.mark()
         # Embedded and decoded is this process's part of the queries.
-        embedded = model.embed(batch.entity, batch.relation)
+        embedded = model.embed(batch.entity, batch.relation, streams)
         embedding_done = streams.mark()
-        with streams.beside("relations", begun):
+        with streams.beside("relations", streams.begun):
             groups = model.grouped(batch.relation, batch.most_relations)
         queries = model.decode(embedded, groups, streams=streams)
-        (l3, regularization, cubes), tables = self._completion(
-            batch, embedded.heads, queries, begun
-        )
+        streams.meet("positives")
+        (l3, regularization, cubes), tables = self._completion(batch, embedded.heads, queries)
         with streams.beside("modalities", embedding_done):
             l1, l2, estimation = self._between_modalities(batch, embedded)
         streams.keep([*embedded.heads.values(), *embedded.present.values(), l1, l2])
@@ -760,22 +760,17 @@ class Trainer:
         return shards.total(total)
 
     def _completion(
-        self,
-        batch: Batch,
-        heads: Mapping[str, Tensor],
-        queries: Mapping[str, Tensor],
-        begun: torch.cuda.Event | None = None,
+        self, batch: Batch, heads: Mapping[str, Tensor], queries: Mapping[str, Tensor]
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Mapping[str, Tensor] | None]:
         """L3, DURA and N3 of a batch, and the candidates where they are all entities.
 
         ``heads`` and ``queries`` are the embeddings and vectors of this process's part of its
-        queries. With ``candidates="relation"`` the tables are made a relation, else beside what was
-        done since the step had ``begun``.
+        queries. With ``candidates="relation"`` the tables are made a relation.
         """
         shards, rows = self.shards, len(batch.entity)
         asked = {head: shards.gather(query, rows) for head, query in queries.items()}
         if self.settings.candidates == "shared":
-            losses, tables = self._part(batch, heads, queries, asked, begun=begun)
+            losses, tables = self._part(batch, heads, queries, asked)
             whole = shards.alone and batch.candidate is None and batch.sampled is None
             return losses, tables if whole else None
         part = shards.part(rows)
@@ -809,7 +804,6 @@ class Trainer:
         relation: Tensor | None = None,
         mine: Tensor | None = None,
         halves: dict[Any, Tensor] | None = None,
-        begun: torch.cuda.Event | None = None,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Mapping[str, Tensor]]:
         """`_completion` of queries whose candidates are the same, or are sampled for each.
 
@@ -850,8 +844,9 @@ class Trainer:
                 shards,
             )
         else:
-            with self.streams.beside("candidates", begun):
-                tables = model.candidates(relation, halves=halves)
+            # Beside the queries' embeddings and decoders.
+            with self.streams.beside("candidates", self.streams.begun):
+                tables = model.candidates(relation, halves=halves, streams=self.streams)
             self.streams.keep(tables.values())
             loss = factored_completion(
                 [asked[head] for head in model.heads],

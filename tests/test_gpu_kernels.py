@@ -439,13 +439,13 @@ def test_powers_compile_for_a_gpu_that_is_not_there(monkeypatch, tmp_path, name,
 #: What arguments of kernels are where they are not pointers to float32 (on the CPU of a test, too,
 #: they are compiled as for a GPU: the interpreter takes what the compiler would not).
 POINTERS = {
-    **dict.fromkeys(["row", "offsets", "ptr"], "*i64"),
+    **dict.fromkeys(["row", "offsets", "ptr", "col"], "*i64"),
     **dict.fromkeys(["scores", "rows", "matrix", "p1"], "*bf16"),
 }
 NUMBERS = {
     **dict.fromkeys(["size", "number", "width", "wide", "tall"], "i32"),
     **dict.fromkeys(["of_first", "of_second", "log_first", "log_second"], "fp32"),
-    **dict.fromkeys(["eps", "weight_decay", "smooth"], "fp32"),
+    **dict.fromkeys(["eps", "weight_decay", "smooth", "smoothing"], "fp32"),
 }
 CONSTANTS = {
     ("adagrad", "_adagrad"): [{"COLUMNS": 2048}],
@@ -484,7 +484,15 @@ CONSTANTS = {
         }
         for softmax in (False, True)
     ],
-    ("scores", "_sum_of_rows"): [{"heads": 5, "HEADS": 8, "COLUMNS": 64, "rows": int}],
+    ("scores", "_positives"): [
+        {
+            **{"heads": 5, "DECIDED": True, "SOFTMAX": softmax, "HEADS": 8, "COLUMNS": 64},
+            **{"DETACHED": not softmax, "rows": int, "counts": given},
+        }
+        for softmax in (False, True)
+        for given in (None, "*fp32")
+    ],
+    ("scores", "_put"): [{"heads": 5, "HEADS": 8, "COLUMNS": 64, "rows": int}],
     ("powers", "_sum_up"): [
         {"d": 257, "POWER": power, "ROWS": 8, "COLUMNS": 256} for power in (2, 3)
     ],

@@ -11,15 +11,14 @@ from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from imvia_graph import _gpu
 
 #: triton.language, once `usable` has been asked.
 tl: Any = None
 
-#: Scores of a query that are held at a time.
-_AT_A_TIME = 4096
+#: Scores of a query that are held at a time, and positives of one.
+_AT_A_TIME, _POSITIVES = 4096, 64
 #: Sides of matrices that are multiplied fast are multiples of this.
 _WHOLE = 16
 
@@ -53,8 +52,7 @@ def gradients(
     softmax: bool,
     label_smoothing: float,
     detached: bool,
-    of_positive: Tensor,
-    of_negative: Tensor,
+    numbers: Tensor | None,
 ) -> Tensor:
     """Turn scores into their gradients; returns the loss, both as `_factored` scales them.
 
@@ -79,8 +77,8 @@ def gradients(
     label_smoothing : float
     detached : bool
         Whether the heads learn nothing from the decision.
-    of_positive, of_negative : Tensor
-        Scalars on the device: weights of terms of the binary loss.
+    numbers : Tensor or None
+        (2,) float32: the weights of a positive's and of a negative's term of the binary loss.
     """
     heads, tall, wide = scores.shape
     rows = len(of_rows)
@@ -96,66 +94,20 @@ def gradients(
         "COLUMNS": max(16, _AT_A_TIME >> (heads - 1).bit_length()),
     }
     _launch(_sum_up, rows, scores, weights, sums, plain, size, wide, tall, **shape)
-    flat = (row * wide + col).expand(heads, -1)
-    true = scores.view(heads, -1).gather(1, flat).float()
-    values = true
-    if decided:
-        decision = (weights[row].T * true).sum(0, keepdim=True)
-        values = torch.cat([true, decision])
-    if softmax:
-        given = (1 - label_smoothing) * share * of_rows[row]
-        slope = ((values - sums[:, row]).exp() - smooth) * of_rows[row] - given
-        less = given if counts is None else given * counts
-        loss = ((sums - smooth * plain) * of_rows).sum() - (values * less).sum()
-    else:
-        extra = label_smoothing - smooth
-        as_negative = functional.softplus(values) - smooth * values
-        as_positive = functional.softplus(-values) + extra * values
-        if counts is not None:
-            as_negative, as_positive = as_negative * counts, as_positive * counts
-        loss = of_negative * ((sums - smooth * plain).sum() - as_negative.sum())
-        loss = loss + of_positive * as_positive.sum()
-        slope = of_positive * (values.sigmoid() - 1 + extra)
-        less = of_negative * (values[-1].sigmoid() - smooth) - slope[-1]
-        less = less if counts is None else less * counts
-    if decided:
-        # What the second pass takes for the slope of a positive in the decision, put right.
-        correction = torch.empty_like(grad_weights)
-        ptr = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
-        # Not by index_add_, whose sums on a GPU are in an order that differs from run to run.
-        _launch(
-            _sum_of_rows,
-            rows,
-            (less * true).contiguous(),
-            ptr,
-            correction,
-            len(row),
-            heads=heads,
-            HEADS=shape["HEADS"],
-            COLUMNS=64,
-        )
-        slope = slope[:-1] if detached else slope[:-1] + slope[-1:] * weights[row].T
-    numbers = of_negative.float().reshape(1)
-    _launch(
-        _into_gradients,
-        rows,
-        scores,
-        weights,
-        sums,
-        of_rows,
-        grad_weights,
-        numbers,
-        size,
-        wide,
-        tall,
-        smooth,
-        DETACHED=detached,
-        **shape,
-    )
-    if decided:
-        grad_weights.sub_(correction)
-    scores.view(heads, -1).scatter_(1, flat, slope.to(scores.dtype))
-    return loss
+    ptr = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
+    slope = sums.new_empty(heads, len(row))
+    loss = sums.new_empty(rows)
+    # What the second pass takes for the slope of a positive in the decision, put right.
+    correction = torch.empty_like(grad_weights)
+    given: list[Any] = [weights, sums, plain, of_rows, numbers, ptr, col, share, counts]
+    given += [slope, correction, loss, label_smoothing, smooth, len(row), wide, tall]
+    few: dict[str, Any] = {**shape, "COLUMNS": _POSITIVES}
+    _launch(_positives, rows, scores, *given, DETACHED=detached, **few)
+    given = [weights, sums, of_rows, correction, grad_weights, numbers, size, wide, tall, smooth]
+    _launch(_into_gradients, rows, scores, *given, DETACHED=detached, **shape)
+    few = {"heads": heads, "HEADS": shape["HEADS"], "COLUMNS": _POSITIVES}
+    _launch(_put, rows, scores, slope, ptr, col, len(row), wide, tall, **few)
+    return loss.sum()
 
 
 def _launch(kernel: Any, rows: int, scores: Tensor, *others: Any, **options: Any) -> None:
@@ -239,6 +191,7 @@ def _into_gradients(
     weights,
     sums,
     of_rows,
+    correction,
     grad_weights,
     numbers,
     size,
@@ -259,7 +212,8 @@ def _into_gradients(
     mine = head < heads
     base = (head.to(tl.int64) * tall + row) * wide
     of_row = tl.load(of_rows + row).to(tl.float32)
-    of_negative = tl.load(numbers)
+    if not SOFTMAX:
+        of_negative = tl.load(numbers + 1)
     log_sum = tl.load(sums + head.to(tl.int64) * rows + row, mask=mine, other=0)
     weight = tl.zeros([HEADS], tl.float32)
     log_sum_d = 0.0
@@ -289,27 +243,130 @@ def _into_gradients(
                 slope += weight[:, None] * slope_d[None, :]
         tl.store(place, slope.to(scores.dtype.element_ty), mask=mask)
     if DECIDED:
+        along -= tl.load(correction + row * heads + head, mask=mine, other=0)
         tl.store(grad_weights + row * heads + head, along, mask=mine)
 
 
 @no_type_check
-def _sum_of_rows(
-    values, ptr, out, size, rows, heads: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr
+def _positives(
+    scores,
+    weights,
+    sums,
+    plain,
+    of_rows,
+    numbers,
+    ptr,
+    col,
+    share,
+    counts,
+    slopes,
+    correction,
+    loss,
+    smoothing,
+    smooth,
+    number,
+    wide,
+    tall,
+    rows,
+    DETACHED: tl.constexpr,
+    heads: tl.constexpr,
+    DECIDED: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Write the sums, a head each, of what is a query's among (heads, size) values."""
+    """Write a query's loss, and the slopes of its positives, some of them at a time."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     mine = head < heads
+    base = (head.to(tl.int64) * tall + row) * wide
+    of_row = tl.load(of_rows + row).to(tl.float32)
+    log_sum = tl.load(sums + head.to(tl.int64) * rows + row, mask=mine, other=0)
+    together = tl.load(plain + head.to(tl.int64) * rows + row, mask=mine, other=0)
+    weight = tl.zeros([HEADS], tl.float32)
+    log_sum_d = 0.0
+    lost = tl.sum(log_sum - smooth * together)
+    if DECIDED:
+        weight = tl.load(weights + row * heads + head, mask=mine, other=0)
+        log_sum_d = tl.load(sums + heads * rows + row)
+        lost += log_sum_d - smooth * tl.load(plain + heads * rows + row)
+    if SOFTMAX:
+        lost *= of_row
+    else:
+        of_positive = tl.load(numbers)
+        of_negative = tl.load(numbers + 1)
+        lost *= of_negative
+    extra = smoothing - smooth
+    put_right = tl.zeros([HEADS], tl.float32)
     start, stop = tl.load(ptr + row), tl.load(ptr + row + 1)
-    total = tl.zeros([HEADS], tl.float32)
     for first in range(start, stop, COLUMNS):
         place = first + tl.arange(0, COLUMNS)
-        mask = mine[:, None] & (place < stop)[None, :]
-        value = tl.load(
-            values + head.to(tl.int64)[:, None] * size + place[None, :], mask=mask, other=0
-        )
-        total += tl.sum(value, axis=1)
-    tl.store(out + row * heads + head, total, mask=mine)
+        there = place < stop
+        mask = mine[:, None] & there[None, :]
+        at = tl.load(col + place, mask=there, other=0)
+        true = tl.load(scores + base[:, None] + at[None, :], mask=mask, other=0).to(tl.float32)
+        once = tl.where(there, 1.0, 0.0)
+        if counts is not None:
+            once = tl.load(counts + place, mask=there, other=0)
+        decision = tl.sum(weight[:, None] * true, axis=0)
+        if SOFTMAX:
+            given = tl.load(share + place, mask=there, other=0) * (1 - smoothing) * of_row
+            slope = (tl.exp(true - log_sum[:, None]) - smooth) * of_row - given[None, :]
+            slope_d = (tl.exp(decision - log_sum_d) - smooth) * of_row - given
+            less = given * once
+            lost -= tl.sum(tl.sum(true * less[None, :], axis=1))
+            if DECIDED:
+                lost -= tl.sum(decision * less)
+        else:
+            slope = of_positive * (_sigmoid(true) - 1 + extra)
+            slope_d = of_positive * (_sigmoid(decision) - 1 + extra)
+            less = (of_negative * (_sigmoid(decision) - smooth) - slope_d) * once
+            part = of_positive * (_softplus(-true) + extra * true)
+            part -= of_negative * (_softplus(true) - smooth * true)
+            lost += tl.sum(tl.sum(tl.where(mask, part * once[None, :], 0.0), axis=1))
+            if DECIDED:
+                part_d = of_positive * (_softplus(-decision) + extra * decision)
+                part_d -= of_negative * (_softplus(decision) - smooth * decision)
+                lost += tl.sum(tl.where(there, part_d * once, 0.0))
+        if DECIDED:
+            put_right += tl.sum(true * less[None, :], axis=1)
+            if not DETACHED:
+                slope += weight[:, None] * slope_d[None, :]
+        to = slopes + head.to(tl.int64)[:, None] * number + place[None, :]
+        tl.store(to, slope, mask=mask)
+    tl.store(loss + row, lost)
+    if DECIDED:
+        tl.store(correction + row * heads + head, put_right, mask=mine)
+
+
+@no_type_check
+def _put(
+    scores,
+    slopes,
+    ptr,
+    col,
+    number,
+    wide,
+    tall,
+    rows,
+    heads: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write the slopes of a query's positives where their scores were."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    mine = head < heads
+    base = (head.to(tl.int64) * tall + row) * wide
+    start, stop = tl.load(ptr + row), tl.load(ptr + row + 1)
+    for first in range(start, stop, COLUMNS):
+        place = first + tl.arange(0, COLUMNS)
+        there = place < stop
+        mask = mine[:, None] & there[None, :]
+        at = tl.load(col + place, mask=there, other=0)
+        given = slopes + head.to(tl.int64)[:, None] * number + place[None, :]
+        slope = tl.load(given, mask=mask, other=0)
+        tl.store(scores + base[:, None] + at[None, :], slope.to(scores.dtype.element_ty), mask=mask)
 
 
 @no_type_check
@@ -325,4 +382,4 @@ def _sigmoid(x):
     return tl.where(x >= 0, 1.0, small) / (1 + small)
 
 
-_KERNELS = (_sum_up, _into_gradients, _sum_of_rows, _softplus, _sigmoid)
+_KERNELS = (_sum_up, _into_gradients, _positives, _put, _softplus, _sigmoid)

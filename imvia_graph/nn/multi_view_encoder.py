@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from imvia_graph._dgl import dgl
 from imvia_graph._gpu.products import linear
+from imvia_graph._streams import Streams
 from imvia_graph.errors import IMVIAError
 from imvia_graph.nn.gated_view_conv import GatedViewConv
 from imvia_graph.ops import Backend, picking
@@ -177,6 +178,7 @@ class MultiViewEncoder(nn.Module):
         rel_feat: Tensor | None = None,
         relation: Tensor | None = None,
         halves: dict[Any, Tensor] | None = None,
+        streams: Streams | None = None,
     ) -> Any:
         """Encode a batch of queries, straight from the CSR of each modality's views.
 
@@ -195,6 +197,8 @@ class MultiViewEncoder(nn.Module):
         halves : dict, optional
             Empty at first: what calls for the same entities under other relations share; see
             `GatedViewConv.aggregate`.
+        streams : Streams, optional
+            With which modalities are done beside each other on a GPU. Default: one after the other.
 
         Returns
         -------
@@ -204,6 +208,8 @@ class MultiViewEncoder(nn.Module):
             With ``aggregate``.
         """
         out = {}
+        streams = Streams() if streams is None else streams
+        begun = streams.mark()
         for modality, conv, projection in self._layers():
             if modality not in views:
                 raise IMVIAError(
@@ -234,7 +240,9 @@ class MultiViewEncoder(nn.Module):
             if picked:
                 out[modality] = _in_parts(functools.partial(part, halves=None), len(entity))
             else:
-                out[modality] = part(None)
+                with streams.beside(str(modality), begun):
+                    out[modality] = part(None)
+        streams.keep([entity_feat, *out.values()])
         return self._together(out)
 
     def _together(self, parts: dict[str, Tensor], destination: str = "entity") -> Any:
