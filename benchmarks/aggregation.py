@@ -46,6 +46,7 @@ ALONE = "auto, the aggregation alone"
 @click.option("--queries", default=4096)
 @click.option("--dim", default=256)
 @click.option("--repeats", default=20)
+@click.option("--large-only", is_flag=True, help="Of the sizes on a GPU, the second alone.")
 @click.option(
     "--learned-embeddings",
     is_flag=True,
@@ -55,6 +56,7 @@ def main(
     queries: int,
     dim: int,
     repeats: int,
+    large_only: bool,
     learned_embeddings: bool,
     device: str,
     threads: int,
@@ -68,6 +70,7 @@ def main(
     sizes = [(queries, dim, "float32")]
     if device != "cpu":
         sizes.append((64 * queries, 2 * dim, "bfloat16"))
+        sizes = sizes[large_only:]
     common = {"device": device, "repeats": repeats, "learned": learned_embeddings}
     tables, rows, goals = [], [], []
     for queries, dim, dtype in sizes:
@@ -170,7 +173,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     entities_there = max(ENTITIES, queries)
     count = torch.randint(1, MOST_VIEWS + 1, (entities_there,))
     ptr = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)]).to(device)
-    feat = torch.randn(int(ptr[-1]), dim).to(device, getattr(torch, row["dtype"]))
+    feat = torch.randn(int(ptr[-1]), dim, device=device, dtype=getattr(torch, row["dtype"]))
     entity = torch.randint(0, entities_there, (queries,), device=device)
     relation = torch.randint(0, RELATIONS, (queries,), device=device)
     entities = torch.randn(entities_there, dim, device=device, requires_grad=row["learned"])

@@ -76,11 +76,13 @@ NAIVE, PYKEEN = "naive", "PyKEEN ComplEx"
 @click.option("--epochs", default=1, help="Epochs timed of each of our rows and of PyKEEN's.")
 @click.option("--naive-batches", default=2, help="Batches timed of the naive form.")
 @click.option("--only", multiple=True, help="Only rows whose names begin so.")
+@click.option("--skip", multiple=True, help="No rows whose names begin so.")
 def main(
     data: str,
     epochs: int,
     naive_batches: int,
     only: tuple[str, ...],
+    skip: tuple[str, ...],
     device: str,
     threads: int,
     out: Path | None,
@@ -97,7 +99,7 @@ def main(
     rates = measure.in_process(__file__, {**common, "form": "rates", "shape": shape}, threads)
 
     def wanted(name: str) -> bool:
-        return not only or name.startswith(only)
+        return (not only or name.startswith(only)) and not name.startswith(skip)
 
     rows = []
     if wanted(PYKEEN) and measure.has("pykeen"):

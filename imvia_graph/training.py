@@ -678,10 +678,11 @@ class Trainer:
         """The total and its parts (Eq. 4, 5, 7, 8), and the loss of L1's estimators."""
         model, settings = self.model, self.settings
         streams = self.streams
+        asked = streams.mark()  # the batch is there
         # Embedded and decoded is this process's part of the queries.
         embedded = model.embed(batch.entity, batch.relation, streams)
         embedding_done = streams.mark()
-        with streams.beside("relations", streams.begun):
+        with streams.beside("relations", asked):
             groups = model.grouped(batch.relation, batch.most_relations)
         queries = model.decode(embedded, groups, streams=streams)
         streams.meet("positives")

@@ -5,8 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ring_kg
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import imvia_graph as ig
+from imvia_graph import _factored
+from imvia_graph._recorded import RecordedSteps
 from imvia_graph._streams import Streams
+from imvia_graph.training import Trainer
 
 
 class FakeGPU:
@@ -130,3 +137,147 @@ def test_without_a_device_all_is_done_in_its_order():
         streams.keep([torch.zeros(1)])
     assert not streams._kept
     assert not streams._streams
+
+
+# -- a step of training ---------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Finds what is read, or written, by a stream that has not waited for who wrote, or read, it.
+
+    And what one stream reads of another's without its being kept until they have joined: its memory
+    may belong to something else by then.
+    """
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+        self.alive, self.owner, self.writer, self.readers = [], {}, {}, {}
+        self.crossed, self.raced = {}, []
+        #: What was done, told apart from what was in another step.
+        self.number = self.first = 10_000 * len(gpu.streams)
+
+    @staticmethod
+    def memory(tensor):
+        return tensor.untyped_storage()._cdata
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        given, made = (
+            [leaf for leaf in tree_leaves(part) if isinstance(leaf, torch.Tensor)]
+            for part in ([args, kwargs], out)
+        )
+        changed = set()
+        for place, argument in enumerate(function._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                parts = [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
+                changed |= {self.memory(part) for part in parts}
+        known = {self.memory(tensor) for tensor in given}
+        fresh = {self.memory(tensor) for tensor in made} - known
+        if not fresh and not changed:
+            return out  # a view
+        self.number += 1
+        stream = self.gpu.current[-1]
+        for memory in known:
+            self.expect(function, stream, [self.writer.get(memory)])
+            self.readers.setdefault(memory, []).append(self.number)
+            if self.owner.get(memory, stream) is not stream:
+                self.crossed[memory] = str(function)
+        for memory in changed:
+            self.expect(function, stream, self.readers.get(memory, [])[:-1])
+        for memory in fresh | changed:
+            self.writer[memory], self.readers[memory] = self.number, []
+        for memory in fresh:
+            self.owner[memory] = stream
+        self.alive += [tensor for tensor in made if self.memory(tensor) in fresh]
+        stream.seen.add(self.number)
+        return out
+
+    def expect(self, function, stream, numbers):
+        missed = [number for number in numbers if number is not None and number not in stream.seen]
+        if missed:
+            self.raced.append(str(function))
+
+
+class CheckedStreams(Streams):
+    """Streams that look, before they join, whether what passed between them was kept."""
+
+    watch, lost = None, ()
+
+    def join(self):
+        kept = {self.watch.memory(tensor) for tensor in self._kept}
+        self.lost = [name for memory, name in self.watch.crossed.items() if memory not in kept]
+        super().join()
+
+
+def watched_step(gpu, monkeypatch, broken=None, **changes):
+    """The streams and the watch of one step of training, of which ``broken`` is left undone."""
+    kg = ring_kg()
+    given = {"dim": 8, "relation_dim": 8, "batch_size": 16, "device": "cpu", "precision": "float32"}
+    settings = ig.Settings(backend="reference", **given, **changes)
+    trainer = Trainer(ig.IMVIA.from_kg(kg, settings), kg, settings)
+    # In plain torch, which can be watched.
+    monkeypatch.setattr(_factored._kernels, "load", lambda name: None)
+    recorded = RecordedSteps(trainer, on_gpu=False)
+    recorded.streams = CheckedStreams(torch.device("cuda"))
+    watch = recorded.streams.watch = Watch(gpu)
+    rows = next(trainer.batches.rows_of_epoch(0))
+    losses, filled = trainer.losses, trainer.batches.filled
+
+    def watched_batch(*what):
+        with watch:
+            batch = filled(*what)
+        # The step holds it until its end.
+        there = [batch.entity, batch.relation, *batch.positives]
+        recorded.streams.keep(part for part in there if part is not None)
+        return batch
+
+    def watched_losses(batch):
+        saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with watch, saved:
+            return losses(batch)
+
+    def pack(tensor):
+        memory = watch.memory(tensor)
+        if watch.owner.get(memory, gpu.current[-1]) is not gpu.current[-1]:
+            watch.crossed[memory] = "what is saved for a gradient"
+        return tensor
+
+    monkeypatch.setattr(trainer.batches, "filled", watched_batch)
+    monkeypatch.setattr(trainer, "losses", watched_losses)
+    if broken is not None:
+        monkeypatch.setattr(*broken)
+    recorded._begin(rows)
+    assert len(gpu.streams) > 5
+    return watch, recorded.streams
+
+
+CHANGES = [
+    {},
+    {"lambda_alignment": 0.1, "decision": "trained", "batch_norm": True, "complex_head": False},
+    {"regime": "kvsall", "loss": "binary", "gate": "entity", "joint": False, "structure": False},
+    {"residual": False, "relation_residual": False, "lambda_information": 0.0},
+    {"lambda_relation": 0.1, "hidden_dropout": 0.2, "relation_dropout": 0.2, "input_dropout": 0.2},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: next(iter(changes), "defaults"))
+def test_no_part_of_a_step_reads_what_it_did_not_wait_for(gpu, monkeypatch, changes):
+    watch, streams = watched_step(gpu, monkeypatch, **changes)
+    assert watch.number - watch.first > 200
+    assert watch.crossed
+    assert not watch.raced
+    assert not streams.lost
+
+
+def test_what_a_part_did_not_wait_for_or_keep_is_found(gpu, monkeypatch):
+    watch, _ = watched_step(gpu, monkeypatch, broken=(Streams, "meet", lambda *given: None))
+    assert watch.raced
+    nothing = (CheckedStreams, "keep", lambda *given: None)
+    assert watched_step(gpu, monkeypatch, broken=nothing)[1].lost
+    # As where relations were grouped beside what they are made in.
+    mark = Streams.mark
+    early = (Streams, "mark", lambda self: self.begun or mark(self))
+    assert watched_step(gpu, monkeypatch, broken=early)[0].raced

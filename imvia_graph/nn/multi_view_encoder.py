@@ -242,7 +242,8 @@ class MultiViewEncoder(nn.Module):
             else:
                 with streams.beside(str(modality), begun):
                     out[modality] = part(None)
-        streams.keep([entity_feat, *out.values()])
+        shared = (entity, entity_feat, rel_feat, relation)
+        streams.keep([*(part for part in shared if part is not None), *out.values()])
         return self._together(out)
 
     def _together(self, parts: dict[str, Tensor], destination: str = "entity") -> Any:
