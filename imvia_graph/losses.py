@@ -119,7 +119,7 @@ class MutualInformation(nn.Module):
         mean, log_variance = self._moments(embeddings, frozen)
         # All pairs at once: (P, B, d).
         y = torch.stack([embeddings[n] for _, n in self.pairs])
-        rows = torch.stack([_present_mask(embeddings, present, *pair) for pair in self.pairs])
+        rows = _present_in_both(embeddings, present, self.pairs)
         share = rows.to(y.dtype) / rows.sum(1, keepdim=True).clamp(min=1)
         shuffled = y.gather(1, _shuffle(rows)[..., None].expand_as(y))
         precision = (-log_variance).exp()
@@ -1086,23 +1086,11 @@ def _zero(embeddings: Mapping[str, Tensor]) -> Tensor:
 
 def _present_in_both(
     embeddings: Mapping[str, Tensor],
-    present: Mapping[str, Tensor],
+    present: Mapping[str, Tensor] | None,
     pairs: Sequence[tuple[str, str]],
 ) -> Tensor:
     """(P, B) bool: for each pair of modalities the rows that have both."""
     first = next(iter(embeddings.values()))
     everywhere = torch.ones(len(first), dtype=torch.bool, device=first.device)
-    masks = {name: present.get(name, everywhere) for name in embeddings}
+    masks = {name: (present or {}).get(name, everywhere) for name in embeddings}
     return torch.stack([masks[m] for m, _ in pairs]) & torch.stack([masks[n] for _, n in pairs])
-
-
-def _present_mask(
-    embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None, m: str, n: str
-) -> Tensor:
-    """(B,) bool of the rows that have both modalities."""
-    first = embeddings[m]
-    rows = torch.ones(len(first), dtype=torch.bool, device=first.device)
-    for name in (m, n):
-        if present is not None and name in present:
-            rows = rows & present[name]
-    return rows
