@@ -138,6 +138,8 @@ def _on_device(numbers: Sequence[float | Tensor], device: torch.device) -> Tenso
 def _with_room(part: Tensor, dtype: torch.dtype) -> Tensor:
     """A matrix with rows of zeros below it: a GPU has faster products for it."""
     size = len(part)
+    if size == _gpu_scores.room(size):
+        return part.to(dtype)
     out = part.new_empty(_gpu_scores.room(size), part.shape[1], dtype=dtype)
     out[:size] = part
     out[size:] = 0
@@ -205,7 +207,7 @@ class _Work:
         most = min(held // max(a_row, 1), self.terms.num_queries)
         rows = max(1, -(-most // self.terms.parts))
         if self.on_gpu and rows < self.terms.num_queries:
-            rows = max(rows // 16 * 16, 1)
+            rows = _gpu_scores.whole(rows) or rows
         starts = range(0, self.terms.num_queries, rows)
         return [(start, min(start + rows, self.terms.num_queries)) for start in starts]
 
@@ -223,7 +225,9 @@ class _Work:
             mine = (row >= start) & (row < stop)
             row, col, share = row[mine] - start, col[mine], share[mine]
             counts = None if counts is None else counts[mine]
-        end = stop if stop < self.terms.num_queries else len(self.queries[0])
+        # The last block has the room below it, if there is more than a little in it.
+        last = stop == self.terms.num_queries and _gpu_scores.whole(stop - start)
+        end = len(self.queries[0]) if last else stop
         queries = [part[start:end] for part in self.queries]
         scores = queries[0].new_empty(len(queries), end - start, len(self.candidates[0]))
         for query, candidate, score in zip(queries, self.candidates, scores, strict=True):

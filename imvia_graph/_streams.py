@@ -28,6 +28,8 @@ class Streams:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._streams: dict[str, torch.cuda.Stream] = {}
+        #: Names of those that this step has split off: another's are none of its capture.
+        self._split: set[str] = set()
         self._names: list[str] = []
         self._device = device
         #: Where the step began, for `beside`; None where there are no streams.
@@ -59,6 +61,7 @@ class Streams:
         if path not in self._streams:
             self._streams[path] = torch.cuda.Stream(self._device)
         stream = self._streams[path]
+        self._split.add(path)
         stream.wait_event(after)
         try:
             with torch.cuda.stream(stream):
@@ -70,21 +73,27 @@ class Streams:
 
     def meet(self, name: str) -> None:
         """Have what comes next depend on what was done beside without joining."""
-        if self._device is not None and name in self._streams:
+        if name in self._split:
             torch.cuda.current_stream(self._device).wait_stream(self._streams[name])
 
     @contextmanager
     def used_by(self, owner: Any) -> Iterator[None]:
         """Be the ``streams`` of a trainer, for a step."""
-        before, owner.streams = owner.streams, self
-        self.begun = self.mark()
+        before = owner.streams
         try:
+            owner.streams, self.begun = self, self.mark()
             with _accumulating_in_any_stream():
                 yield
-        finally:
-            owner.streams = before
-            self.begun = None
             self.join()
+        finally:
+            owner.streams, self.begun = before, None
+            self._split.clear()
+            self._kept.clear()
+
+    @property
+    def are_several(self) -> bool:
+        """Whether anything is done beside anything."""
+        return self._device is not None
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Keep what passes between streams."""
@@ -92,10 +101,9 @@ class Streams:
             self._kept += tensors
 
     def join(self) -> None:
-        """Wait, in the current stream, for all others; let go of what was kept."""
-        for stream in self._streams.values():
-            torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._kept.clear()
+        """Wait, in the current stream, for all that this step has split off."""
+        for name in sorted(self._split):
+            torch.cuda.current_stream(self._device).wait_stream(self._streams[name])
 
 
 @contextmanager
@@ -105,8 +113,9 @@ def _accumulating_in_any_stream() -> Iterator[None]:
     if told is None:
         yield
         return
+    before = getattr(torch._C, "_warn_on_accumulate_grad_stream_mismatch", lambda: True)()
     told(False)
     try:
         yield
     finally:
-        told(True)
+        told(before)

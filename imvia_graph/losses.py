@@ -193,11 +193,6 @@ class Alignment(nn.Module):
     temperature : float, optional
         The temperature to start from; it is learned as its logarithm. Default: ``0.1``.
 
-    Notes
-    -----
-    The contrastive form is of all pairs of modalities at once. Its gradient is written out and has
-    no gradient of its own; for one of second order add up `contrastive_alignment`.
-
     Examples
     --------
     >>> import torch
@@ -257,15 +252,11 @@ class Alignment(nn.Module):
         if not pairs:
             return _zero(embeddings)
         rows = None if present is None else _present_in_both(embeddings, present, pairs)
+        parts = list(embeddings.values())
         if self.form == "contrastive":
-            contrast: Tensor = _Contrast.apply(self.temperature, entity, rows, *embeddings.values())
+            contrast: Tensor = _Contrast.apply(self.temperature, entity, rows, *parts)
             return contrast
-        total = _zero(embeddings)
-        for place, (m, n) in enumerate(pairs):
-            both = None if rows is None else rows[place]
-            pair = printed_alignment(embeddings[m], embeddings[n], self.temperature, entity, both)
-            total = total + 2 * pair
-        return total / len(embeddings)
+        return _added_up(parts, self.temperature, entity, rows, printed_alignment)
 
 
 def contrastive_alignment(
@@ -331,12 +322,36 @@ def printed_alignment(
 ALIGNMENTS = {"contrastive": contrastive_alignment, "printed": printed_alignment}
 
 
+def _added_up(
+    parts: Sequence[Tensor],
+    temperature: Tensor,
+    entity: Tensor | None,
+    rows: Tensor | None,
+    form: Any = contrastive_alignment,
+) -> Tensor:
+    """L2 of M modalities (B, d), pair by pair."""
+    total = torch.zeros_like(parts[0].sum())
+    for place, (x, y) in enumerate(combinations(parts, 2)):
+        pair: Tensor = form(x, y, temperature, entity, None if rows is None else rows[place])
+        total = total + 2 * pair
+    return total / len(parts)
+
+
+def _with_gradients(
+    function: Any, grad: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of a scalar function that have gradients themselves; None where not needed."""
+    wanted = [given for given, needs in zip(inputs, needed, strict=True) if needs]
+    found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
+    return [next(found) if needs else None for needs in needed]
+
+
 class _Contrast(torch.autograd.Function):
     """L2 of M modalities (B, d) in the contrastive form, of all P pairs at once.
 
     Each modality is normalised once and each step is one kernel for all pairs: on a GPU the time
     is that of starting kernels. What is kept for the gradient is one (P, B, B) tensor, in the dtype
-    of the products. The gradient has none of its own.
+    of the products.
     """
 
     @staticmethod
@@ -365,13 +380,21 @@ class _Contrast(torch.autograd.Function):
             # compared with itself alone.
             slope = log_p.exp_().add_(log_q.exp_().mT)
             slope.diagonal(dim1=1, dim2=2).sub_(2)
-        ctx.save_for_backward(temperature, share, size, unit, sides, slope.to(dtype))
+        made = share, size, unit, sides, slope.to(dtype)
+        ctx.save_for_backward(*made, entity, rows, temperature, *parts)
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        temperature, share, size, unit, sides, slope = ctx.saved_tensors
+        share, size, unit, sides, slope, entity, rows, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+            of_temperature, *of_parts = _with_gradients(
+                lambda temperature, *parts: _added_up(parts, temperature, entity, rows),
+                *(grad, inputs, needed),
+            )
+            return of_temperature, None, None, *of_parts
+        temperature = inputs[0]
         weight = (grad * share / temperature).reshape(-1, 1, 1)
         # Written where half precision is wanted, without a tensor of float32 in between.
         weighted = torch.mul(sides, weight, out=torch.empty_like(sides))
@@ -954,6 +977,17 @@ class _Cubes(torch.autograd.Function):
     """
 
     @staticmethod
+    def plain(weights: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+        """In torch's operations, and with their gradients."""
+        total = torch.zeros_like(weights[0].sum())
+        for part, weight in zip(parts, weights, strict=True):
+            squares = _squared_moduli(_at_least_float32(part))
+            # The root of zero has no gradient; that of its cube is zero.
+            moduli = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+            total = total + ((squares * moduli).sum(1) * weight).sum()
+        return total
+
+    @staticmethod
     def forward(ctx: Any, share: Tensor, of_answers: Tensor, *parts: Tensor) -> Tensor:
         weights = _weights(share, of_answers, parts)
         if powers.usable(parts, weights):
@@ -970,11 +1004,13 @@ class _Cubes(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         share, of_answers, *rest = ctx.saved_tensors
         parts, every = rest[:3], rest[3:]
         weights = _weights(share, of_answers, parts)
+        if torch.is_grad_enabled():
+            given = grad, parts, ctx.needs_input_grad[2:]
+            return None, None, *_with_gradients(lambda *x: _Cubes.plain(weights, x), *given)
         if not every:
             return None, None, *powers.gradients(3, grad, parts, weights)
         gradients = []
@@ -991,11 +1027,14 @@ class _Cubes(torch.autograd.Function):
 
 def _moduli(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """(n, d - d // 2) squares of the moduli of (n, d) numbers, and the moduli."""
+    squares = _squared_moduli(numbers)
+    return squares, squares.sqrt()
+
+
+def _squared_moduli(numbers: Tensor) -> Tensor:
     real, imaginary, rest = _split(numbers)
     squares = torch.addcmul(real.square(), imaginary, imaginary)
-    if rest.shape[1]:
-        squares = torch.cat([squares, rest.square()], dim=1)
-    return squares, squares.sqrt()
+    return torch.cat([squares, rest.square()], dim=1) if rest.shape[1] else squares
 
 
 def _split(numbers: Tensor) -> tuple[Tensor, ...]:

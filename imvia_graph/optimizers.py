@@ -76,19 +76,35 @@ class _LargeApart(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the parameters that have a gradient."""
-        large = []
         bad = self.found_inf
-        for group in self.param_groups if bad is not None else ():
-            for parameter in group["params"]:
-                big = parameter.numel() >= _LARGE and parameter.grad is not None
-                if big and not group["amsgrad"] and _gpu_adam.usable(parameter):
-                    large.append((parameter, parameter.grad, group))
-                    parameter.grad = None
-        super().step(closure)
+        large = [] if bad is None else self._large()
+        for parameter, _, _ in large:
+            parameter.grad = None
+        try:
+            # As it is within the hooks of steps, which are this one's already.
+            step = super().step
+            inner = getattr(step, "__wrapped__", None)
+            step(closure) if inner is None else inner(self, closure)
+        finally:
+            for parameter, grad, _ in large:
+                parameter.grad = grad
         for parameter, grad, group in large:
-            parameter.grad = grad
             if bad is not None:
                 self._update(parameter, grad, group, bad)
+
+    def _large(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """Parameters that are done apart, with their gradients and groups."""
+        if getattr(self, "grad_scale", None) is not None:  # torch's own step takes it off
+            return []
+        return [
+            (parameter, parameter.grad, group)
+            for group in self.param_groups
+            if not (group["amsgrad"] or group["maximize"] or group["differentiable"])
+            for parameter in group["params"]
+            if parameter.grad is not None
+            and parameter.numel() >= _LARGE
+            and _gpu_adam.usable(parameter)
+        ]
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], bad: Tensor) -> None:
         state = self.state[parameter]

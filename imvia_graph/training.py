@@ -535,8 +535,12 @@ class Trainer:
         self.forget_gradients()
         # What is computed again in the backward pass is looked up again, too.
         with self._following_rows():
+            # What autocast has converted in one stream it would use in another without waiting.
             with torch.autocast(
-                self.model.device.type, self.precision, enabled=self.precision != torch.float32
+                self.model.device.type,
+                self.precision,
+                enabled=self.precision != torch.float32,
+                cache_enabled=not self.streams.are_several,
             ):
                 losses, estimation = self.losses(batch)
             # The estimators of L1 learn from their own loss alone, and the model not from that. It

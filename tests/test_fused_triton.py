@@ -320,6 +320,14 @@ def test_the_layer_gives_entities_without_views_their_vector(device):
         torch.testing.assert_close(one.cpu(), other)
 
 
+def test_the_layer_refuses_views_of_another_width(device):
+    feat, ptr, entity, _ = case([2, 1], [0, 1], 8)
+    conv = GatedViewConv(4, 6, backend="triton").to(device)
+    given = (x.detach().to(device) for x in (feat, ptr, entity, torch.randn(2, 6)))
+    with pytest.raises(IMVIAError, match=r"gate \(B, d\)"):
+        conv.aggregate(*given)
+
+
 def test_offsets_do_not_overflow_int32(device):
     if not ON_GPU:
         pytest.skip("takes 4 GiB, which the interpreter would copy")

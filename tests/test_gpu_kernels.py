@@ -299,6 +299,16 @@ def test_joint_fusion_matches_the_plain_form(device, rows, width, count, dtype):
     assert torch.equal(without, joint)
 
 
+def test_a_modality_that_counts_for_nothing_hides_no_other(device):  # noqa: F811
+    parts = [torch.full((2, 4), value, device=device) for value in (-1e30, 2.0, 4.0)]
+    vectors = torch.ones(3, 4, device=device)
+    vectors[0] = 1e30
+    vectors[1:] = 0
+    joint, weights = fusion.Fuse.apply(vectors, True, *parts)
+    torch.testing.assert_close(joint, torch.full_like(joint, 3.0))
+    torch.testing.assert_close(weights, torch.tensor([[0.0, 0.5, 0.5]] * 2, device=device))
+
+
 def test_the_layer_of_joint_fusion_takes_the_kernels(device):  # noqa: F811
     layer = ig.nn.JointFusion(8, 3).to(device)
     torch.nn.init.normal_(layer.attention)
@@ -374,6 +384,15 @@ def test_powers_do_not_hide_what_is_not_finite(device, power):  # noqa: F811
         assert found.isfinite() == grad.isfinite().all() == (last == 0)
 
 
+def test_weights_of_other_lengths_are_not_for_the_kernels(device):  # noqa: F811
+    rows = torch.ones(3, 4, device=device)
+    assert powers.usable([rows], [rows[:, 0]])
+    assert not powers.usable([rows], [rows[:2, 0]])
+    for function in (dura, n3):
+        with pytest.raises(RuntimeError):
+            function(rows, rows, rows, times=rows[:2, 0])
+
+
 @pytest.mark.parametrize("counted", [False, True], ids=["answers", "candidates"])
 @pytest.mark.parametrize("name", ["dura", "n3"])
 def test_regularizers_are_the_same_with_kernels(device, monkeypatch, name, counted):  # noqa: F811
@@ -395,7 +414,7 @@ def test_regularizers_are_the_same_with_kernels(device, monkeypatch, name, count
     usable = powers.usable
     for kernels in (True, False):
         monkeypatch.setattr(powers, "usable", lambda *x, on=kernels: on and usable(*x))
-        assert powers.usable(inputs, [weight]) == kernels
+        assert powers.usable(heads, [weight] * 3) == kernels
         found = function(*given, weight, times=times)
         told.append([found, *torch.autograd.grad(3 * found, inputs)])
     for one, other in zip(*told, strict=True):
@@ -571,6 +590,25 @@ def test_adam_in_one_pass_is_torch_s(device, monkeypatch, kind, other_kind, deca
     for number, one in other.state_dict()["state"].items():
         for name in ("exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(state[number][name].cpu().double(), one[name], **CLOSE)
+
+
+def test_adam_leaves_scaled_gradients_to_torch_and_runs_hooks_once(device, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(optimizers, "_LARGE", 4)
+    parameter = torch.nn.Parameter(torch.ones(8, device=device))
+    torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])  # whose step has hooks from then on
+    optimizer = optimizers.Adam([parameter], lr=0.1, fused=True)
+    called = []
+    optimizer.register_step_post_hook(lambda *given: called.append(given))
+    optimizer.found_inf = torch.zeros((), device=device)
+    parameter.grad = torch.full_like(parameter, 2.0)
+    assert len(optimizer._large()) == 1
+    optimizer.grad_scale = torch.full((), 2.0, device=device)
+    assert not optimizer._large()
+    del optimizer.grad_scale
+    optimizer.step()
+    assert len(called) == 1
+    assert parameter.grad is not None
+    torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 0.9))
 
 
 # -- Adagrad ---------------------------------------------------------------------------------------

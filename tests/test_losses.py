@@ -696,3 +696,35 @@ def test_an_empty_batch_has_nothing_to_align(form, masked):
     empty = {name: torch.zeros(0, 4, requires_grad=True) for name in ("a", "b")}
     present = {"a": torch.zeros(0, dtype=torch.bool)} if masked else None
     assert Alignment(form)(empty, present=present).item() == 0
+
+
+# -- gradients of gradients -----------------------------------------------------------------------
+
+
+def test_n3_and_the_alignment_have_gradients_of_gradients():
+    drawn = torch.Generator().manual_seed(0)
+    rows = [torch.randn(3, 5, generator=drawn).double().requires_grad_() for _ in range(3)]
+    weight = torch.tensor([1.0, 2.0, 3.0]).double()
+    assert torch.autograd.gradgradcheck(lambda *given: n3(*given, weight), rows)
+    frozen = [rows[0], rows[1].detach(), rows[2]]
+    assert torch.autograd.gradgradcheck(lambda *given: n3(*given, weight), frozen)
+    alignment = Alignment().double()
+    entity = torch.tensor([0, 1, 1])
+    present = {"b": torch.tensor([True, True, False])}
+
+    def aligned(*parts):
+        return alignment(dict(zip("abc", parts, strict=True)), entity, present)
+
+    assert torch.autograd.gradgradcheck(aligned, rows)
+    assert torch.autograd.gradgradcheck(aligned, frozen)
+    (first,) = torch.autograd.grad(aligned(*rows), alignment.log_scale, create_graph=True)
+    (second,) = torch.autograd.grad(first, alignment.log_scale)
+    step = 1e-4
+    with torch.no_grad():
+        around = []
+        for shift in (-step, 0.0, step):
+            alignment.log_scale += shift
+            around.append(aligned(*rows))
+            alignment.log_scale -= shift
+    expected = (around[0] - 2 * around[1] + around[2]) / step**2
+    torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-6)

@@ -26,6 +26,7 @@ def usable(parts: Sequence[Tensor]) -> bool:
     first = parts[0]
     return (
         len(parts) <= _MOST
+        and not torch.compiler.is_compiling()
         and 1 <= first.shape[1] <= _WIDEST
         and all(part.dtype in _gpu.DTYPES and part.device == first.device for part in parts)
         and _gpu.runs_on(first.device)
@@ -71,7 +72,8 @@ class Fuse(torch.autograd.Function):
         _launch(_back, _TIMES, parts, vectors, logits, total, *rest)
         ones = shared.new_ones(len(shared))
         # As a product: a sum over the first dimension takes several times as long.
-        return (ones @ shared.flatten(1)).view_as(vectors), None, *grads
+        with torch.autocast(grad.device.type, enabled=False):
+            return (ones @ shared.flatten(1)).view_as(vectors), None, *grads
 
 
 def _rows(width: int, times: int) -> int:
@@ -159,7 +161,7 @@ def _fuse(
     there = row < rows
     place = row[:, None] * d + column[None, :]
     mask = there[:, None] & (column < d)[None, :]
-    top = tl.full([ROWS], -float("inf"), tl.float32)
+    top = tl.full([ROWS], -3.4e38, tl.float32)
     summed = tl.zeros([ROWS], tl.float32)
     mean = tl.zeros([ROWS, COLUMNS], tl.float32)
     for m in tl.static_range(count):
@@ -174,7 +176,9 @@ def _fuse(
         share = tl.exp(logit - new_top)
         top = new_top
         summed = kept + share
-        mean = mean * (kept / summed)[:, None] + x * (share / summed)[:, None]
+        # A logit of minus infinity, if the first ones are, has no share; nor has 0 of 0.
+        inverse = tl.where(summed == 0, 0.0, 1 / summed)
+        mean = mean * (kept * inverse)[:, None] + x * (share * inverse)[:, None]
     tl.store(out + place, mean.to(out.dtype.element_ty), mask=mask)
     tl.store(total + row, top + tl.log(summed), mask=there)
 

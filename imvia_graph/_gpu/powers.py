@@ -30,6 +30,9 @@ def usable(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     return (
         all(part.dtype in _gpu.DTYPES and part.device == device for part in parts)
         and all(weight.dtype == torch.float32 and weight.device == device for weight in weights)
+        # What does not fit is refused by torch.
+        and all(len(part) == len(weight) for part, weight in zip(parts, weights, strict=True))
+        and not torch.compiler.is_compiling()
         and _gpu.runs_on(device)
         and _gpu.load(globals(), _KERNELS)
     )

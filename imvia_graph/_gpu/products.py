@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+#: Where a module keeps who listens to its calls.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Which torch has such products; on a GPU alone.
 _WIDENS = "dtype" in torch.ops.aten.mm.overloads()
 
@@ -50,7 +52,7 @@ def linear(layer: nn.Module, feat: Tensor) -> Tensor:
     """
     if type(layer) is nn.Linear and feat.dim() == 2:
         dtype = half_precision(layer.weight)
-        if dtype is not None and not (layer._forward_hooks or layer._forward_pre_hooks):
+        if dtype is not None and not any(getattr(layer, hooks) for hooks in _HOOKS):
             out: Tensor = Linear.apply(feat, layer.weight, layer.bias, dtype)
             return out
     found: Tensor = layer(feat)

@@ -39,6 +39,11 @@ def room(size: int) -> int:
     return -(-size // _WHOLE) * _WHOLE
 
 
+def whole(rows: int) -> int:
+    """So many rows, or fewer, without room for more; 0 where they are too few for that."""
+    return rows // _WHOLE * _WHOLE
+
+
 def gradients(
     scores: Tensor,
     size: int,
@@ -94,6 +99,8 @@ def gradients(
         "COLUMNS": max(16, _AT_A_TIME >> (heads - 1).bit_length()),
     }
     _launch(_sum_up, rows, scores, weights, sums, plain, size, wide, tall, **shape)
+    row, col, share = row.contiguous(), col.contiguous(), share.contiguous()
+    counts = None if counts is None else counts.contiguous()
     ptr = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
     slope = sums.new_empty(heads, len(row))
     loss = sums.new_empty(rows)

@@ -17,6 +17,7 @@ from imvia_graph.errors import IMVIAError
 from imvia_graph.ops import (
     Backend,
     ViewWeights,
+    check,
     choose,
     fused_triton,
     gated_view_aggregate,
@@ -270,6 +271,7 @@ class GatedViewConv(nn.Module):
         if several is None:
             gate = self.gate(entity_feat, rel_feat, relation, halves)
             if not get_weight and self._fills(view_feat, gate):
+                check(view_feat, ptr, entity, gate)
                 out, _, _ = fused_triton.aggregate(view_feat, ptr, entity, gate, False, self.absent)
                 return out.to(torch.promote_types(view_feat.dtype, self.absent.dtype))
             result = gated_view_aggregate(

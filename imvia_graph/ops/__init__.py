@@ -136,7 +136,7 @@ def gated_view_aggregate(
             [0.0000, 0.0000],
             [3.0000, 4.0000]])
     """
-    _check(feat, ptr, entity, gate)
+    check(feat, ptr, entity, gate)
     chosen = choose(feat, gate) if backend == "auto" else backend
     if chosen == "triton":
         out, weight, weight_ptr = fused_triton.aggregate(feat, ptr, entity, gate, get_weight)
@@ -171,7 +171,8 @@ def choose(feat: Tensor, gate: Tensor) -> Backend:
     return "torch_scatter" if scatter.usable(feat.device) else "reference"
 
 
-def _check(feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor) -> None:
+def check(feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor) -> None:
+    """Refuse shapes that do not fit, and where that is known without waiting what is not there."""
     if (
         feat.dim() != 2
         or ptr.dim() != 1

@@ -110,7 +110,8 @@ class _Aggregate(torch.autograd.Function):
         _launch(_backward, feat, ptr, entity, gate, weight_ptr, log_total, *gradients)
         grad_absent = None
         if ctx.needs_input_grad[5]:
-            grad_absent = log_total.isneginf().to(grad_out.dtype) @ grad_out
+            with torch.autocast(grad_out.device.type, enabled=False):
+                grad_absent = log_total.isneginf().to(grad_out.dtype) @ grad_out
         of_feat = None if grad_feat is None else grad_feat.to(feat.dtype)
         return of_feat, None, None, grad_gate, None, grad_absent
 
