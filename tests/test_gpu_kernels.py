@@ -304,6 +304,7 @@ def test_a_modality_that_counts_for_nothing_hides_no_other(device):  # noqa: F81
     vectors = torch.ones(3, 4, device=device)
     vectors[0] = 1e30
     vectors[1:] = 0
+    assert fusion.usable(parts)
     joint, weights = fusion.Fuse.apply(vectors, True, *parts)
     torch.testing.assert_close(joint, torch.full_like(joint, 3.0))
     torch.testing.assert_close(weights, torch.tensor([[0.0, 0.5, 0.5]] * 2, device=device))
