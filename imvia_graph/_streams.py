@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -85,6 +85,12 @@ class Streams:
             with _accumulating_in_any_stream():
                 yield
             self.join()
+        except BaseException:
+            # What is taken back next, others may still be writing. Where a recording failed there
+            # is nothing to wait for, and the error that is told of is the first.
+            with suppress(RuntimeError):
+                self.join()
+            raise
         finally:
             owner.streams, self.begun = before, None
             self._split.clear()

@@ -117,6 +117,7 @@ def test_a_step_that_fails_leaves_no_streams_behind(gpu):
         with streams.used_by(owner):
             streams.keep([torch.zeros(1)])
             with streams.beside("candidates", streams.begun):
+                gpu.work("half done")
                 raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="memory"):
@@ -125,6 +126,7 @@ def test_a_step_that_fails_leaves_no_streams_behind(gpu):
     assert not streams._kept
     assert not streams._names
     assert gpu.current == [gpu.main]
+    assert gpu.work("taken back") == {"half done"}
 
 
 def test_without_a_device_all_is_done_in_its_order():
