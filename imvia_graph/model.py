@@ -425,7 +425,10 @@ class IMVIA(nn.Module):
         return heads
 
     def grouped(self, relation: Tensor, most_relations: int | None = None) -> RelationGroups:
-        """(B,) relations as `decode` takes them; see there."""
+        """(B,) relations as `decode` takes them, once for all that ask.
+
+        ``most_relations`` is how many are distinct at most, where that is known.
+        """
         most = 2 * self.num_relations if most_relations is None else most_relations
         return group_by_relation(relation, self.shards, most)
 
@@ -433,18 +436,13 @@ class IMVIA(nn.Module):
         self,
         embedding: Embedding,
         relation: Tensor | RelationGroups,
-        most_relations: int | None = None,
         streams: Streams | None = None,
     ) -> dict[str, Tensor]:
         """Query vectors (B, dim) of embedded entities and (B,) relations, head by head.
 
-        ``most_relations`` is how many are distinct at most, where that is known; relations may be
-        `grouped` already. With ``streams`` the heads are done beside each other.
+        Relations may be `grouped` already. With ``streams`` the heads are done beside each other.
         """
-        groups = relation if isinstance(relation, RelationGroups) else None
-        if groups is None:
-            assert isinstance(relation, Tensor)
-            groups = self.grouped(relation, most_relations)
+        groups = self.grouped(relation) if isinstance(relation, Tensor) else relation
         return self._decode(embedding.heads, groups, Streams() if streams is None else streams)
 
     def _decode(

@@ -468,8 +468,8 @@ NUMBERS = {
     **dict.fromkeys(["eps", "weight_decay", "smooth", "smoothing"], "fp32"),
 }
 CONSTANTS = {
-    ("adagrad", "_adagrad"): [{"COLUMNS": 2048}],
-    ("adam", "_adam"): [{"COLUMNS": 2048, "DECOUPLED": apart} for apart in (False, True)],
+    ("updates", "_adagrad"): [{"COLUMNS": 2048}],
+    ("updates", "_adam"): [{"COLUMNS": 2048, "DECOUPLED": apart} for apart in (False, True)],
     ("fusion", "_fuse"): [
         {"d": 256, "count": 3, "COUNT": 4, "ROWS": 8, "COLUMNS": 256, "TIMES": 1, "rows": int}
     ],

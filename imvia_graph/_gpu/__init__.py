@@ -32,6 +32,15 @@ def is_waited_for(device: torch.device) -> bool:
     return device.type == "cuda" or runs_on(device)
 
 
+#: Arguments that kernels have for tensors whose number differs.
+ARGUMENTS = 8
+
+
+def filled(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """As many as kernels have arguments for: the first again and again, which none reads."""
+    return [*tensors, *[tensors[0]] * (ARGUMENTS - len(tensors))]
+
+
 def load(
     module: dict[str, Any], kernels: Sequence[Callable[..., Any]], unspecialized: Sequence[str] = ()
 ) -> bool:

@@ -14,8 +14,8 @@ from imvia_graph import _gpu
 #: triton.language, once `usable` has been asked.
 tl: Any = None
 
-#: Modalities that a kernel has arguments for, and the widest row that it holds.
-_MOST, _WIDEST = 8, 1024
+#: The widest row that a kernel holds.
+_WIDEST = 1024
 #: Numbers of a modality that a program holds at a time, and how often it does so backward, where it
 #: adds up the gradients of the attention vectors.
 _AT_A_TIME, _TIMES = 2048, 2
@@ -25,7 +25,7 @@ def usable(parts: Sequence[Tensor]) -> bool:
     """Whether there are kernels for M tensors (B, d) on their device."""
     first = parts[0]
     return (
-        len(parts) <= _MOST
+        len(parts) <= _gpu.ARGUMENTS
         and not torch.compiler.is_compiling()
         and 1 <= first.shape[1] <= _WIDEST
         and all(part.dtype in _gpu.DTYPES and part.device == first.device for part in parts)
@@ -68,10 +68,10 @@ class Fuse(torch.autograd.Function):
         given = None if grad_attention is None else grad_attention.contiguous()
         grads = [torch.empty_like(part) for part in parts]
         shared = vectors.new_empty(-(-rows // _rows(width, _TIMES)), len(parts), width)
-        rest = grad, given, shared, rows, *_filled(grads)
+        rest = grad, given, shared, rows, *_gpu.filled(grads)
         _launch(_back, _TIMES, parts, vectors, logits, total, *rest)
         ones = shared.new_ones(len(shared))
-        # As a product: a sum over the first dimension takes several times as long.
+        # As a product: of so many rows a sum of torch takes 20 microseconds.
         with torch.autocast(grad.device.type, enabled=False):
             return (ones @ shared.flatten(1)).view_as(vectors), None, *grads
 
@@ -91,7 +91,7 @@ def _launch(kernel: Any, times: int, parts: Sequence[Tensor], *others: Any) -> N
         return
     with torch.cuda.device_of(parts[0]):
         kernel[(-(-rows // _rows(width, times)),)](
-            *_filled(parts),
+            *_gpu.filled(parts),
             *others,
             d=width,
             count=len(parts),
@@ -101,11 +101,6 @@ def _launch(kernel: Any, times: int, parts: Sequence[Tensor], *others: Any) -> N
             TIMES=times,
             num_warps=4,
         )
-
-
-def _filled(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """As many as kernels have arguments for."""
-    return [*tensors, *[tensors[0]] * (_MOST - len(tensors))]
 
 
 # -- kernels --------------------------------------------------------------------------------------

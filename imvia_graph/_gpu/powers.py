@@ -18,8 +18,6 @@ from imvia_graph import _gpu
 #: triton.language, once `usable` has been asked.
 tl: Any = None
 
-#: Parts of a launch at most: what a kernel has arguments for.
-_PARTS = 8
 #: Numbers that a program holds at a time, and how many of a row.
 _AT_A_TIME, _OF_A_ROW = 4096, 1024
 
@@ -75,7 +73,7 @@ def gradients(
     """The gradients of `total` with respect to the parts; ``grad``, a scalar, is that of it."""
     out = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
     for places in _alike(parts, weights):
-        written = _filled([out[place] for place in places])
+        written = _gpu.filled([out[place] for place in places])
         _launch(_slopes, power, places, parts, weights, grad, *written)
     return out
 
@@ -86,13 +84,8 @@ def _alike(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Iterator[list[
     for place, (part, weight) in enumerate(zip(parts, weights, strict=True)):
         groups.setdefault((part.shape, part.dtype, id(weight)), []).append(place)
     for places in groups.values():
-        for first in range(0, len(places), _PARTS):
-            yield places[first : first + _PARTS]
-
-
-def _filled(tensors: list[Tensor]) -> list[Tensor]:
-    """As many as a kernel has arguments for."""
-    return tensors + tensors[:1] * (_PARTS - len(tensors))
+        for first in range(0, len(places), _gpu.ARGUMENTS):
+            yield places[first : first + _gpu.ARGUMENTS]
 
 
 def _sides(power: int, part: Tensor) -> tuple[int, int]:
@@ -116,7 +109,7 @@ def _launch(
     if size:
         with torch.cuda.device_of(first):
             kernel[(-(-size // rows), len(places))](
-                *_filled([parts[place].contiguous() for place in places]),
+                *_gpu.filled([parts[place].contiguous() for place in places]),
                 weights[places[0]].contiguous(),
                 *others,
                 size,

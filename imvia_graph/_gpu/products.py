@@ -107,7 +107,7 @@ class Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = wide_mm(grad.T, feat).to(of_weight)
         if of_bias is not None and ctx.needs_input_grad[2]:
-            # As a product: a sum over rows is several times slower.
+            # As a product, in half the time of a sum over rows.
             ones = grad.new_ones(8, len(grad))
             grad_bias = wide_mm(ones, grad)[0].to(of_bias)
         return grad_feat, grad_weight, grad_bias, None

@@ -26,7 +26,7 @@ _WHOLE = 16
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for scores of this dtype on this device."""
     # Loads that rows all of whose beginnings are even allow, of several numbers at once, give the
-    # threads such shares of a tile that sums over heads take four times as long.
+    # threads such shares of a tile that the kernels take two to six times as long.
     return (
         dtype in _gpu.DTYPES
         and _gpu.runs_on(device)

@@ -1,8 +1,4 @@
-"""Adam's update of a large parameter in one pass, as a Triton kernel.
-
-torch's own fused update, which takes several parameters at a time, moves a large one's bytes at two
-thirds of the speed.
-"""
+"""Updates of Adam and Adagrad, a parameter in one pass, as Triton kernels."""
 
 from __future__ import annotations
 
@@ -30,7 +26,7 @@ def usable(parameter: Tensor) -> bool:
     )
 
 
-def update(
+def adam(
     parameter: Tensor,
     grad: Tensor,
     mean: Tensor,
@@ -87,6 +83,49 @@ def update(
             )
 
 
+def adagrad(
+    parameter: Tensor,
+    grad: Tensor,
+    total: Tensor,
+    rate: Tensor,
+    bad: Tensor,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    r"""Add to the sum of squares, and update the parameter, in place.
+
+    .. math::
+        g \leftarrow g + \lambda p, \quad s \leftarrow s + g^2, \quad
+        p \leftarrow p - \gamma \frac{g}{\sqrt{s} + \epsilon}
+
+    Parameters
+    ----------
+    parameter, grad, total : Tensor
+        p, g and s, float32, of one shape.
+    rate, bad : Tensor
+        Scalars on the device: the learning rate, and whether, above 0, nothing is to change.
+    eps, weight_decay : float
+    """
+    size = parameter.numel()
+    if size:
+        with torch.cuda.device_of(parameter):
+            _adagrad[(-(-size // _AT_A_TIME),)](
+                parameter,
+                grad.contiguous(),
+                total,
+                rate,
+                bad,
+                size,
+                eps,
+                weight_decay,
+                COLUMNS=_AT_A_TIME,
+                num_warps=8,
+            )
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
 @no_type_check
 def _adam(
     parameter,
@@ -130,4 +169,16 @@ def _adam(
     tl.store(parameter + place, p, mask=mask)
 
 
-_KERNELS = (_adam,)
+@no_type_check
+def _adagrad(parameter, grad, total, rate, bad, size, eps, weight_decay, COLUMNS: tl.constexpr):
+    """Update some elements."""
+    place = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = place < tl.where(tl.load(bad) > 0, 0, size)
+    p = tl.load(parameter + place, mask=mask, other=0)
+    g = tl.load(grad + place, mask=mask, other=0) + weight_decay * p
+    s = tl.load(total + place, mask=mask, other=0) + g * g
+    tl.store(total + place, s, mask=mask)
+    tl.store(parameter + place, p - tl.load(rate) * g / (tl.sqrt(s) + eps), mask=mask)
+
+
+_KERNELS = (_adam, _adagrad)
