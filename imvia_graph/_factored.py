@@ -17,6 +17,7 @@ from torch.nn import functional
 from imvia_graph import _kernels
 from imvia_graph._gpu import scores as _gpu_scores
 from imvia_graph._gpu.products import wide_mm
+from imvia_graph._gradients import first_order
 from imvia_graph.answers import pointer
 from imvia_graph.distributed import Shards
 
@@ -51,8 +52,8 @@ class Terms(NamedTuple):
     def scale(self) -> float | Tensor:
         """What losses and gradients of scores are multiplied by, so that float16 holds them."""
         if self.loss == "softmax":
-            return self.num_queries
-        return (self.num_positives * self.num_negatives) ** 0.5
+            return max(self.num_queries, 1)
+        return (_at_least_one(self.num_positives) * self.num_negatives) ** 0.5
 
     @property
     def num_negatives(self) -> int | Tensor:
@@ -117,7 +118,7 @@ class FactoredCompletion(torch.autograd.Function):
         return work.loss / terms.scale
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("factored_completion", "Use losses.completion on the scores.")
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         factor = grad_out / ctx.scale
         grad_weights, *gradients = _times(ctx.saved_tensors, factor)
@@ -173,6 +174,10 @@ class _Work:
         self.loss = first.new_zeros((), dtype=terms.exact)
         self.grad_weights = torch.empty_like(self.weights)
         self.grad_candidates: list[Tensor] = []
+        if not len(first):
+            self.grad_candidates = [
+                torch.zeros_like(part, dtype=terms.dtype) for part in candidates
+            ]
         self.fused = (
             first.device.type == "cpu"
             and terms.dtype in (torch.float32, torch.bfloat16)

@@ -18,7 +18,7 @@ from imvia_graph._guards import MEMORY_ERRORS, Parts, is_out_of_memory
 from imvia_graph._tiles import Counter
 from imvia_graph.answers import AnswerIndex, with_inverses
 from imvia_graph.distributed import Shards
-from imvia_graph.errors import DataError, OutOfMemoryError
+from imvia_graph.errors import DataError, OutOfMemoryError, UnknownLabelError
 from imvia_graph.kg import MultiViewKG, Split
 from imvia_graph.model import DECISION, IMVIA
 
@@ -182,12 +182,19 @@ def rank(
     ------
     DataError
         Candidates that are no entities of the model.
+    UnknownLabelError
+        A head that the model does not have.
     """
+    for name in heads or ():
+        if name not in model.heads:
+            raise UnknownLabelError(
+                f"rank: the model has no head {name!r}; it has {', '.join(model.heads)}."
+            )
     shards = model.shards if shards is None else shards
     device = model.device
     known = known.to(device)
     chosen = None if candidates is None else _checked(candidates, model.num_entities).to(device)
-    queries = with_inverses(triples, model.num_relations).to(device)
+    queries = with_inverses(triples.long(), model.num_relations).to(device)
     wanted = [*(model.heads if heads is None else heads), DECISION]
     ranks = torch.empty(len(queries), len(wanted), dtype=torch.float64, device=device)
     training = model.training

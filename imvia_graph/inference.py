@@ -314,7 +314,7 @@ class Predictor:
 
     @torch.no_grad()
     def tables(self, relation: Tensor) -> dict[str, Tensor]:
-        """The candidate tables (N, dim) of queries under (B,) relations, which `scores` groups."""
+        """Candidate tables (N, width) of queries under (B,) relations, which `scores` groups."""
         shared = self.model.settings.candidates == "shared"
         key = None if shared else int(relation[0])
         if key not in self._tables:
@@ -675,6 +675,8 @@ def explain(
     ----------
     model : IMVIA or Predictor
         A predictor has its candidate tables ready.
+    kg : MultiViewKG
+        The graph that the model was trained on: its names, views and known triples.
     head, relation, tail : str
         Labels or display names. The triple need not be true.
 

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from imvia_graph import _gpu
 from imvia_graph._factored import FactoredCompletion, Terms
 from imvia_graph._gpu import powers
+from imvia_graph._gradients import with_gradients
 from imvia_graph.distributed import Shards
-from imvia_graph.errors import SettingsError
+from imvia_graph.errors import IMVIAError, SettingsError
 
 #: exp of this is the largest inverse temperature, as in CLIP.
 _LARGEST_LOG_SCALE = math.log(100.0)
@@ -116,6 +117,7 @@ class MutualInformation(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if not self.pairs:
             return _zero(embeddings), _zero(embeddings)
+        embeddings = _without_absent(embeddings, present)
         mean, log_variance = self._moments(embeddings, frozen)
         # All pairs at once: (P, B, d).
         y = torch.stack([embeddings[n] for _, n in self.pairs])
@@ -191,7 +193,13 @@ class Alignment(nn.Module):
     form : {"contrastive", "printed"}, optional
         `contrastive_alignment` or `printed_alignment`. Default: ``"contrastive"``.
     temperature : float, optional
-        The temperature to start from; it is learned as its logarithm. Default: ``0.1``.
+        The temperature to start from, above 0; it is learned as its logarithm, and counts as 0.01
+        where it is below that. Default: ``0.1``.
+
+    Raises
+    ------
+    SettingsError
+        An unknown form, or a temperature that is not above 0.
 
     Examples
     --------
@@ -207,6 +215,10 @@ class Alignment(nn.Module):
         if form not in ALIGNMENTS:
             raise SettingsError(
                 f"Alignment: unknown form {form!r}; expected one of {', '.join(ALIGNMENTS)}."
+            )
+        if not temperature > 0:
+            raise SettingsError(
+                f"Alignment: expected a temperature above 0; received {temperature}."
             )
         self.form = form
         self.initial_temperature = temperature
@@ -252,6 +264,7 @@ class Alignment(nn.Module):
         if not pairs:
             return _zero(embeddings)
         rows = None if present is None else _present_in_both(embeddings, present, pairs)
+        embeddings = _without_absent(embeddings, present)
         parts = list(embeddings.values())
         if self.form == "contrastive":
             contrast: Tensor = _Contrast.apply(self.temperature, entity, rows, *parts)
@@ -337,15 +350,6 @@ def _added_up(
     return total / len(parts)
 
 
-def _with_gradients(
-    function: Any, grad: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of a scalar function that have gradients themselves; None where not needed."""
-    wanted = [given for given, needs in zip(inputs, needed, strict=True) if needs]
-    found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
-    return [next(found) if needs else None for needs in needed]
-
-
 class _Contrast(torch.autograd.Function):
     """L2 of M modalities (B, d) in the contrastive form, of all P pairs at once.
 
@@ -389,7 +393,7 @@ class _Contrast(torch.autograd.Function):
         share, size, unit, sides, slope, entity, rows, *inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
             needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
-            of_temperature, *of_parts = _with_gradients(
+            of_temperature, *of_parts = with_gradients(
                 lambda temperature, *parts: _added_up(parts, temperature, entity, rows),
                 *(grad, inputs, needed),
             )
@@ -494,7 +498,9 @@ def binary_completion(scores: Tensor, positives: Positives, label_smoothing: flo
     as_negatives = (functional.softplus(positive) - smooth * positive).sum()
     num_negative = scores.numel() - len(positive)
     positive_loss = functional.softplus(-positive) + (label_smoothing - smooth) * positive
-    return positive_loss.mean() + (everything - as_negatives) / max(num_negative, 1)
+    return positive_loss.sum() / max(len(positive), 1) + (everything - as_negatives) / max(
+        num_negative, 1
+    )
 
 
 def softmax_completion(
@@ -530,6 +536,26 @@ def completion(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """L3: the sum over the heads of `softmax_completion` or (Eq. 7) `binary_completion`.
+
+    Parameters
+    ----------
+    scores : mapping of str to Tensor
+        (B, N) a head.
+    positives : Positives
+    loss : {"softmax", "binary"}, optional
+        Default: ``"softmax"``.
+    label_smoothing : float, optional
+        Default: ``0``.
+
+    Returns
+    -------
+    Tensor
+        A scalar.
+
+    Raises
+    ------
+    SettingsError
+        An unknown loss, or rows that are weighted where the loss is a mean over terms.
 
     Examples
     --------
@@ -589,7 +615,11 @@ def factored_completion(
     Raises
     ------
     SettingsError
-        An unknown loss.
+        An unknown loss, or rows that are weighted where the loss is a mean over terms.
+    IMVIAError
+        Shapes that do not fit; on a CPU also positives outside the scores. On a GPU, which would
+        have to be waited for, these are not looked at. Where gradients of gradients are asked for:
+        `completion` has them.
 
     Examples
     --------
@@ -602,6 +632,9 @@ def factored_completion(
     """
     _check_loss(loss)
     _check_weights(loss, positives)
+    if shards is not None and shards.alone:
+        shards = None
+    _check_factored(queries, candidates, positives, weights, shards)
     tensors = [*queries, *candidates]
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     device = tensors[0].device.type
@@ -620,8 +653,6 @@ def factored_completion(
     ones = torch.ones_like(row, dtype=exact) if counts is None else counts.to(exact)
     of_each = torch.zeros(num_queries, dtype=exact, device=row.device).index_add_(0, row, ones)
     share = of_each.reciprocal()[row]
-    if shards is not None and shards.alone:
-        shards = None
     if shards is not None:
         num_candidates = shards.num_entities
         mine = shards.owned(col)
@@ -646,6 +677,49 @@ def factored_completion(
         row, col, share, counts, of_rows, weights, terms, *tensors
     )
     return total
+
+
+def _check_factored(
+    queries: Sequence[Tensor],
+    candidates: Sequence[Tensor],
+    positives: Positives,
+    weights: Tensor | None,
+    shards: Shards | None,
+) -> None:
+    """Refuse what does not fit: compiled loops would read, and write, what is not theirs."""
+
+    def refuse(expected: str, received: str) -> IMVIAError:
+        return IMVIAError(f"factored_completion: expected {expected}; received {received}.")
+
+    shapes = [[tuple(part.shape) for part in parts] for parts in (queries, candidates)]
+    if not len(queries) == len(candidates) > 0:
+        number = f"{len(queries)} and {len(candidates)} of them"
+        raise refuse("as many queries as candidates, a pair a head", number)
+    fits = all(len(shape) == 2 for shape in (*shapes[0], *shapes[1])) and all(
+        query == (shapes[0][0][0], candidate[1]) and candidate[0] == shapes[1][0][0]
+        for query, candidate in zip(*shapes, strict=True)
+    )
+    if not fits:
+        raise refuse(
+            "queries (B, d) and candidates (N, d), d the same in a pair",
+            f"{shapes[0][:4]} and {shapes[1][:4]}",
+        )
+    num_queries, num_candidates = len(queries[0]), len(candidates[0])
+    if weights is not None and weights.shape != (num_queries, len(queries)):
+        raise refuse(f"weights {(num_queries, len(queries))}", str(tuple(weights.shape)))
+    row, col, of_rows, counts = positives
+    if of_rows is not None and of_rows.shape != (num_queries,):
+        raise refuse(f"a weight for each of {num_queries} rows", str(tuple(of_rows.shape)))
+    lengths = {tuple(part.shape) for part in (row, col, counts) if part is not None}
+    if row.dim() != 1 or len(lengths) > 1:
+        raise refuse("positives of one length (P,)", f"{tuple(row.shape)}, {tuple(col.shape)}")
+    if _gpu.is_waited_for(row.device) or not len(row):
+        return
+    num_all = num_candidates if shards is None else shards.num_entities
+    for what, part, size in (("rows", row, num_queries), ("columns", col, num_all)):
+        low, high = int(part.min()), int(part.max())
+        if low < 0 or high >= size:
+            raise refuse(f"{what} of positives from 0 to {size - 1}", str(low if low < 0 else high))
 
 
 class Sampled(NamedTuple):
@@ -783,7 +857,7 @@ def _sampled_binary(
 def _weighted_mean(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     """The mean over (B,) rows with (B,) weights, or equal ones."""
     if weight is None:
-        return rows.sum() / len(rows)
+        return rows.sum() / max(len(rows), 1)
     weight = weight.to(rows.dtype)
     return (rows * weight).sum() / weight.sum()
 
@@ -844,6 +918,18 @@ def dura(
     times : Tensor, optional
         (P,) how often each row of ``answer`` counts in the mean, of one process. Default: once.
 
+    Returns
+    -------
+    Tensor
+        A scalar, in float32 at least.
+
+    Raises
+    ------
+    IMVIAError
+        Different numbers of heads in the three.
+    SettingsError
+        Several processes and no ``weight``.
+
     Examples
     --------
     >>> import torch
@@ -854,6 +940,12 @@ def dura(
     heads, queries, answers = (
         [given] if isinstance(given, Tensor) else list(given) for given in (head, query, answer)
     )
+    numbers = [len(heads), len(queries), len(answers)]
+    if len(set(numbers)) != 1 or not heads:
+        raise IMVIAError(
+            "dura: expected head, query and answer of as many heads; received"
+            f" {numbers[0]}, {numbers[1]} and {numbers[2]}."
+        )
     shares = _shares("dura", heads[0], answers[0], weight, num_answers, shards, mine, times)
     total: Tensor = _Squares.apply(*shares, *heads, *queries, *answers)
     return total if shards is None else shards.total(total)
@@ -935,6 +1027,14 @@ class _Squares(torch.autograd.Function):
     """
 
     @staticmethod
+    def plain(weights: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+        """In torch's operations, and with their gradients."""
+        total = torch.zeros_like(weights[0].sum())
+        for part, weight in zip(parts, weights, strict=True):
+            total = total + (_at_least_float32(part).square().sum(1) * weight).sum()
+        return total
+
+    @staticmethod
     def forward(ctx: Any, share: Tensor, of_answers: Tensor, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(share, of_answers, *parts)
         weights = _weights(share, of_answers, parts)
@@ -950,10 +1050,12 @@ class _Squares(torch.autograd.Function):
             return of_queries + torch.stack(sizes[2 * count :]).sum(0) @ of_answers
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         share, of_answers, *parts = ctx.saved_tensors
         weights = _weights(share, of_answers, parts)
+        if torch.is_grad_enabled():
+            given = grad, parts, ctx.needs_input_grad[2:]
+            return None, None, *with_gradients(lambda *x: _Squares.plain(weights, x), *given)
         if powers.usable(parts, weights):
             return None, None, *powers.gradients(2, grad, parts, weights)
         count = len(parts) // 3
@@ -1010,7 +1112,7 @@ class _Cubes(torch.autograd.Function):
         weights = _weights(share, of_answers, parts)
         if torch.is_grad_enabled():
             given = grad, parts, ctx.needs_input_grad[2:]
-            return None, None, *_with_gradients(lambda *x: _Cubes.plain(weights, x), *given)
+            return None, None, *with_gradients(lambda *x: _Cubes.plain(weights, x), *given)
         if not every:
             return None, None, *powers.gradients(3, grad, parts, weights)
         gradients = []
@@ -1103,7 +1205,15 @@ def total_loss(
     lambda_alignment: float = 1.0,
     lambda_completion: float = 1.0,
 ) -> Tensor:
-    r"""Eq. 8: :math:`\lambda_0 L_1 + \lambda_1 L_2 + \lambda_2 L_3`."""
+    r"""Eq. 8: :math:`\lambda_0 L_1 + \lambda_1 L_2 + \lambda_2 L_3`.
+
+    Parameters
+    ----------
+    information, alignment, completion : Tensor
+        L1, L2 and L3, scalars.
+    lambda_information, lambda_alignment, lambda_completion : float, optional
+        Their weights. Default: ``1``, as in the paper; those of `Settings` differ.
+    """
     return (
         lambda_information * information
         + lambda_alignment * alignment
@@ -1121,6 +1231,18 @@ def _at_least_float32(scores: Tensor) -> Tensor:
 def _zero(embeddings: Mapping[str, Tensor]) -> Tensor:
     first = next(iter(embeddings.values()), torch.zeros(()))
     return first.new_zeros(())
+
+
+def _without_absent(
+    embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor]:
+    """Embeddings with zeros in the rows that take no part, whatever stands there."""
+    return {
+        name: embedding.masked_fill(~present[name][:, None], 0.0)
+        if present is not None and name in present
+        else embedding
+        for name, embedding in embeddings.items()
+    }
 
 
 def _present_in_both(

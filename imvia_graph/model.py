@@ -438,8 +438,9 @@ class IMVIA(nn.Module):
         relation: Tensor | RelationGroups,
         streams: Streams | None = None,
     ) -> dict[str, Tensor]:
-        """Query vectors (B, dim) of embedded entities and (B,) relations, head by head.
+        """Query vectors of embedded entities and (B,) relations, head by head.
 
+        They are (B, dim), those of the head ``complex`` (B, 2 complex_rank): see `widths`.
         Relations may be `grouped` already. With ``streams`` the heads are done beside each other.
         """
         groups = self.grouped(relation) if isinstance(relation, Tensor) else relation
@@ -467,7 +468,7 @@ class IMVIA(nn.Module):
         return queries
 
     def queries(self, entity: Tensor, relation: Tensor) -> dict[str, Tensor]:
-        """Query vectors (B, dim) of (B,) entities and (B,) relations, head by head."""
+        """Query vectors (B, width) of (B,) entities and (B,) relations, head by head: `widths`."""
         found = self.decode(self.embed(entity, relation), relation)
         return {head: self.shards.gather(query, len(entity)) for head, query in found.items()}
 
@@ -488,7 +489,7 @@ class IMVIA(nn.Module):
         halves: dict[Any, Tensor] | None = None,
         streams: Streams | None = None,
     ) -> dict[str, Tensor]:
-        """Candidate tables (N, dim), head by head.
+        """Candidate tables (N, width), head by head; see `widths`.
 
         Parameters
         ----------
@@ -518,9 +519,9 @@ class IMVIA(nn.Module):
         Parameters
         ----------
         queries : mapping
-            (B, dim) a head.
+            (B, width) a head; see `widths`.
         candidates : mapping
-            (N, dim) a head, or (B, N, dim): candidates of each query's own.
+            (N, width) a head, or (B, N, width): candidates of each query's own.
         relation : Tensor
             (B,) int64.
         """

@@ -188,7 +188,10 @@ class Run:
 
     @torch.no_grad()
     def entity_embeddings(self) -> dict[str, Tensor]:
-        """(num_entities, dim) on the CPU for each head, relation-free; rows as `kg.entities`."""
+        """(num_entities, dim) on the CPU for each head, relation-free; rows as `kg.entities`.
+
+        Those of the head ``complex`` are (num_entities, 2 complex_rank).
+        """
         training = self.model.training
         tables = self.model.eval().candidates()
         self.model.train(training)
@@ -253,6 +256,8 @@ class EntityEncoder(nn.Module):
         super().__init__()
         self.heads = list(model.heads)
         self.num_entities, self.out_feats = model.num_entities, model.settings.dim
+        #: The width of each head's embeddings.
+        self.widths = dict(model.widths)
         # The same model with fewer parts: an unused parameter would be an error to
         # DistributedDataParallel, and dead weight in a state_dict.
         half = copy.copy(model)
@@ -291,7 +296,7 @@ class EntityEncoder(nn.Module):
         Returns
         -------
         dict of str to Tensor
-            (B, out_feats) a head.
+            (B, ``widths[head]``) a head: out_feats, and of ``complex`` 2 complex_rank.
         """
         return self.model.embed(entity, relation).heads
 

@@ -33,6 +33,7 @@ HOUSE = [
     {"_parquet"},
     {"_files", "_guards", "_kernels", "_owner", "_streams"},
     {"_gpu", "distributed"},
+    {"_gradients"},
     {"errors", "_display", "_graphbolt", "_version"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(HOUSE) for name in names}

@@ -691,6 +691,92 @@ def test_total_loss_is_eq_8():
 
 
 @pytest.mark.parametrize("form", ["contrastive", "printed"])
+def test_a_temperature_is_above_zero(form):
+    for temperature in (0.0, -1.0, math.nan):
+        with pytest.raises(SettingsError, match="above 0"):
+            Alignment(form, temperature)
+
+
+def test_rows_that_take_no_part_may_hold_anything():
+    drawn = torch.Generator().manual_seed(0)
+    plain = {name: torch.randn(5, 4, generator=drawn) for name in "ab"}
+    present = {"a": torch.tensor([True, True, False, True, True])}
+    odd = {name: part.clone() for name, part in plain.items()}
+    odd["a"][2] = math.nan
+    information = randomised(MutualInformation(["a", "b"], 4, 6))
+    for loss in (Alignment(), Alignment("printed"), information, information.estimation_loss):
+        results = []
+        for parts in (plain, odd):
+            torch.manual_seed(1)
+            parts = {name: part.clone().requires_grad_() for name, part in parts.items()}
+            loss(parts, present=present).backward()
+            results.append([part.grad for part in parts.values() if part.grad is not None])
+            results[-1].append(loss(parts, present=present).detach())
+        assert results[1][-1].isfinite()
+        for one, other in zip(results[0][:-1], results[1][:-1], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled loops, and torch's
+def test_an_empty_batch_completes_nothing(loss, dtype):
+    none = torch.empty(0, dtype=torch.int64)
+    query = torch.zeros(0, 3, dtype=dtype, requires_grad=True)
+    candidate = torch.ones(4, 3, dtype=dtype, requires_grad=True)
+    found = factored_completion([query], [candidate], Positives(none, none), loss=loss)
+    found.backward()
+    assert found.item() == 0
+    assert completion({"a": query @ candidate.T}, Positives(none, none), loss).item() == 0
+    assert candidate.grad.eq(0).all()
+    assert query.grad.shape == (0, 3)
+
+
+def factored(**changes):
+    """Arguments of `factored_completion` for 3 queries, 5 candidates and 2 heads."""
+    good = {
+        "queries": [torch.ones(3, 2), torch.ones(3, 4)],
+        "candidates": [torch.ones(5, 2), torch.ones(5, 4)],
+        "weights": torch.ones(3, 2),
+        "row": torch.arange(3),
+        "col": torch.tensor([0, 4, 2]),
+        "weight": torch.ones(3),
+    } | changes
+    positives = Positives(good.pop("row"), good.pop("col"), good.pop("weight"))
+    return {**good, "positives": positives}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"weights": torch.ones(1, 2)}, r"weights \(3, 2\); received \(1, 2\)"),
+        ({"weights": torch.ones(3, 1)}, r"weights \(3, 2\); received \(3, 1\)"),
+        ({"col": torch.tensor([0, 5, 2])}, "columns of positives from 0 to 4; received 5"),
+        ({"col": torch.tensor([0, -1, 2])}, "columns of positives from 0 to 4; received -1"),
+        ({"row": torch.tensor([0, 1, 3])}, "rows of positives from 0 to 2; received 3"),
+        ({"row": torch.tensor([0, 1])}, "one length"),
+        ({"weight": torch.ones(2)}, r"a weight for each of 3 rows; received \(2,\)"),
+        ({"queries": [torch.ones(3, 2)]}, "1 and 2 of them"),
+        ({"queries": [], "candidates": []}, "0 and 0 of them"),
+        ({"queries": [torch.ones(3, 2), torch.ones(2, 4)]}, r"queries \(B, d\)"),
+        ({"queries": [torch.ones(3, 2), torch.ones(3, 3)]}, r"queries \(B, d\)"),
+        ({"candidates": [torch.ones(5, 2), torch.ones(4, 4)]}, r"queries \(B, d\)"),
+        ({"candidates": [torch.ones(5), torch.ones(5, 4)]}, r"queries \(B, d\)"),
+    ],
+    ids=range(13),
+)
+def test_factored_completion_refuses_what_does_not_fit(changes, match):
+    assert factored_completion(**factored()).isfinite()
+    with pytest.raises(ig.IMVIAError, match=match):
+        factored_completion(**factored(**changes))
+
+
+def test_dura_wants_the_three_of_each_head():
+    rows = torch.ones(2, 3)
+    with pytest.raises(ig.IMVIAError, match="received 1, 2 and 3"):
+        dura([rows], [rows] * 2, [rows] * 3)
+
+
+@pytest.mark.parametrize("form", ["contrastive", "printed"])
 @pytest.mark.parametrize("masked", [True, False])
 def test_an_empty_batch_has_nothing_to_align(form, masked):
     empty = {name: torch.zeros(0, 4, requires_grad=True) for name in ("a", "b")}
@@ -728,3 +814,32 @@ def test_n3_and_the_alignment_have_gradients_of_gradients():
             alignment.log_scale -= shift
     expected = (around[0] - 2 * around[1] + around[2]) / step**2
     torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dura_has_gradients_of_gradients():
+    rows = [double(3, 5), double(3, 5), double(2, 5)]
+    weight = torch.tensor([1.0, 2.0, 3.0]).double()
+    assert torch.autograd.gradgradcheck(lambda *given: dura(*given, weight), rows)
+    (first,) = torch.autograd.grad(dura(*rows, weight), rows[0], create_graph=True)
+    assert torch.autograd.grad(first.sum(), rows[0])[0].gt(0).all()
+
+
+@pytest.mark.parametrize("name", ["contrastive", "printed", "n3", "dura"])
+def test_create_graph_changes_no_gradient_where_one_input_is_made_of_another(name):
+    z = double(4, 5)
+    functions = {
+        "contrastive": lambda: Alignment().double()({"a": z, "b": z.square(), "c": z + 1}),
+        "printed": lambda: Alignment("printed").double()({"a": z, "b": z.square()}),
+        "n3": lambda: n3(z, z.square(), z),
+        "dura": lambda: dura(z, z.square(), z),
+    }
+    (expected,) = torch.autograd.grad(functions[name](), z)
+    (found,) = torch.autograd.grad(functions[name](), z, create_graph=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_factored_completion_says_that_its_gradients_have_none():
+    given = factored(queries=[torch.ones(3, 2, requires_grad=True), torch.ones(3, 4)])
+    loss = factored_completion(**given)
+    with pytest.raises(ig.IMVIAError, match=r"first order.*losses\.completion"):
+        torch.autograd.grad(loss, given["queries"][0], create_graph=True)

@@ -775,7 +775,11 @@ def test_a_pointer_beyond_the_views_is_refused_by_the_layer():
         )
 
 
-@pytest.mark.parametrize("scores", [[(3, 5)], [(3, 5)] * 3, [(3, 5), (2, 5)]])
+@pytest.mark.parametrize(
+    "scores",
+    [[(3, 5)], [(3, 5)] * 3, [(3, 5), (2, 5)], [(3, 5), (3, 1)], [(3, 3), (3,)]],
+    ids=str,
+)
 def test_a_decision_wants_a_score_of_each_head_and_query(scores):
     with pytest.raises(ig.IMVIAError, match=r"2 heads.*3 queries; received"):
         DecisionFusion(4, 2)(torch.rand(3, 4), [torch.rand(shape) for shape in scores])
@@ -797,3 +801,100 @@ def test_joint_fusion_wants_its_modalities(shape):
 def test_a_decoder_wants_a_relation_for_each_row():
     with pytest.raises(ig.IMVIAError, match=r"received 3 for \(5, 6\)"):
         TuckerDecoder(6, 4)(torch.rand(5, 6), torch.rand(3, 4), torch.tensor([0, 2, 1]))
+
+
+# -- gradients of gradients, and changes in place --------------------------------------------------
+
+
+def test_joint_fusion_has_gradients_of_gradients():
+    fusion = randomised(JointFusion(3, 2)).double()
+    parts = [double(4, 3), double(4, 3)]
+
+    def fused(attention, *parts):
+        return torch.func.functional_call(fusion, {"attention": attention}, (list(parts), True))
+
+    assert torch.autograd.gradgradcheck(fused, (fusion.attention, *parts))
+    (first,) = torch.autograd.grad(fusion(parts).sum(), parts[0], create_graph=True)
+    assert torch.autograd.grad(first.sum(), parts[1])[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_a_decoder_with_blocks_and_dropout_has_gradients_of_gradients(width):
+    decoder = randomised(TuckerDecoder(width, 2, batch_norm=False, hidden_dropout=0.5))
+    relation = torch.tensor([1, 0, 1])
+
+    def query(head, rel_feat, blocks):
+        torch.manual_seed(0)
+        return decoder.double()(head, rel_feat, relation, blocks)
+
+    inputs = double(3, width), double(2, 2), double(2, width)
+    assert torch.autograd.gradgradcheck(query, inputs)
+    decoder, inputs = decoder.float(), [part.float() for part in inputs]  # our own dropout
+    (first,) = torch.autograd.grad(
+        decoder(inputs[0], inputs[1], relation, inputs[2]).sum(), inputs[0], create_graph=True
+    )
+    assert torch.autograd.grad(first.sum(), inputs[2])[0].abs().max() > 0
+
+
+def test_gradients_of_gradients_are_refused_where_a_backend_has_none(backend):
+    conv = GatedViewConv(3, 2, backend=backend)
+    views = torch.rand(4, 3), torch.tensor([0, 2, 4])
+    entity_feat = torch.rand(2, 2, requires_grad=True)
+    out = conv.aggregate(*views, torch.tensor([0, 1]), entity_feat)
+    if backend == "reference":
+        (first,) = torch.autograd.grad(out.sum(), entity_feat, create_graph=True)
+        assert torch.autograd.grad(first.sum(), entity_feat)[0].abs().max() > 0
+        return
+    with pytest.raises(ig.IMVIAError, match=r"first order.*'reference'"):
+        torch.autograd.grad(out.sum(), entity_feat, create_graph=True)
+
+
+@pytest.mark.parametrize("counts", [[2, 3], [2, 0], [1, 1]], ids=str)
+def test_what_a_layer_gives_can_be_changed_in_place(backend, counts):
+    conv = GatedViewConv(3, 2, backend=backend)
+    views = torch.randn(sum(counts), 3), torch.tensor([0, counts[0], sum(counts)])
+    gradients = []
+    for relu in (torch.relu, torch.relu_):
+        out = conv.aggregate(*views, torch.tensor([0, 1]), torch.ones(2, 2))
+        relu(out).square().sum().backward()
+        gradients.append([part.grad.clone() for part in conv.parameters()])
+        conv.zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def test_unknown_choices_are_refused_at_once():
+    with pytest.raises(ig.IMVIAError, match="unknown backend 'bogus'; expected one of auto"):
+        GatedViewConv(3, 2, backend="bogus")
+    with pytest.raises(ig.IMVIAError, match="unknown aggregate 'avg'; expected None"):
+        MultiViewEncoder({"image": 3}, 2, 0, 4, aggregate="avg")
+
+
+def test_views_of_another_width_are_refused():
+    conv = GatedViewConv(4, 2)
+    with pytest.raises(ig.IMVIAError, match=r"view_feat \(V, 4\); received \(4, 6\)"):
+        conv.aggregate(
+            torch.rand(4, 6), torch.tensor([0, 3, 4]), torch.tensor([0, 1, 1]), torch.rand(3, 2)
+        )
+
+
+def test_views_are_missed_by_name():
+    graph = dgl.heterograph({("image", "of", "entity"): ([0, 1], [0, 1])})
+    encoder = MultiViewEncoder({"image": 3}, 2, 0, 4)
+    with pytest.raises(ig.IMVIAError, match="nodes 'image' have no data 'feat'"):
+        encoder(graph, torch.rand(2, 2))
+
+
+def test_joint_fusion_takes_what_an_encoder_gives():
+    parts = {"image": torch.rand(4, 3), "text": torch.rand(4, 3)}
+    fusion = randomised(JointFusion(3, 2))
+    assert torch.equal(fusion(parts), fusion(list(parts.values())))
+
+
+def test_an_empty_batch_gives_a_decoder_all_its_gradients():
+    decoder = TuckerDecoder(3, 2)
+    none = torch.empty(0, dtype=torch.int64)
+    decoder(torch.empty(0, 3), torch.rand(4, 2), none).sum().backward()
+    assert all(parameter.grad is not None for parameter in decoder.parameters())

@@ -7,9 +7,9 @@ from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from imvia_graph import _gpu
+from imvia_graph._gradients import with_gradients
 
 #: triton.language, once `usable` has been asked.
 tl: Any = None
@@ -34,6 +34,14 @@ def usable(parts: Sequence[Tensor]) -> bool:
     )
 
 
+def plain(vectors: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, d) and (B, M) of (M, d) and M tensors (B, d), in torch's operations."""
+    stacked = torch.stack(parts, dim=1)
+    with torch.autocast(stacked.device.type, enabled=False):
+        attention = (stacked * vectors.to(stacked.dtype)).sum(-1).softmax(dim=1)
+        return (stacked * attention[..., None]).sum(1), attention
+
+
 class Fuse(torch.autograd.Function):
     """(B, d) of (M, d) attention vectors and M tensors (B, d); and their (B, M) weights if wanted.
 
@@ -47,33 +55,46 @@ class Fuse(torch.autograd.Function):
         dtype = parts[0].dtype
         for part in parts[1:]:
             dtype = torch.promote_types(dtype, part.dtype)
-        parts = tuple(part.contiguous() for part in parts)
         rows, width = parts[0].shape
-        vectors = vectors.detach().float().contiguous()
         out = parts[0].new_empty(rows, width, dtype=dtype)
         logits = out.new_empty(rows, len(parts), dtype=torch.float32)
         total = out.new_empty(rows, dtype=torch.float32)
-        _launch(_fuse, 1, parts, vectors, logits, total, rows, out)
+        _launch(_fuse, 1, parts, _exact(vectors), logits, total, rows, out)
         ctx.save_for_backward(vectors, logits, total, *parts)
         return out, (logits - total[:, None]).exp() if wanted else None
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad: Tensor, grad_attention: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         vectors, logits, total, *parts = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]
+
+            def joint(vectors: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+                found, attention = plain(vectors, *parts)
+                return (found,) if grad_attention is None else (found, attention.float())
+
+            grads_in = (grad,) if grad_attention is None else (grad, grad_attention)
+            of_vectors, *of_parts = with_gradients(joint, grads_in, (vectors, *parts), needed)
+            return of_vectors, None, *of_parts
         rows, width = parts[0].shape
         grad = grad.contiguous()
         given = None if grad_attention is None else grad_attention.contiguous()
         grads = [torch.empty_like(part) for part in parts]
-        shared = vectors.new_empty(-(-rows // _rows(width, _TIMES)), len(parts), width)
+        shared = total.new_empty(-(-rows // _rows(width, _TIMES)), len(parts), width)
         rest = grad, given, shared, rows, *_gpu.filled(grads)
-        _launch(_back, _TIMES, parts, vectors, logits, total, *rest)
+        _launch(_back, _TIMES, parts, _exact(vectors), logits, total, *rest)
         ones = shared.new_ones(len(shared))
         # As a product: of so many rows a sum of torch takes 20 microseconds.
         with torch.autocast(grad.device.type, enabled=False):
-            return (ones @ shared.flatten(1)).view_as(vectors), None, *grads
+            of_vectors = (ones @ shared.flatten(1)).view_as(vectors).to(vectors.dtype)
+            return of_vectors, None, *grads
+
+
+def _exact(vectors: Tensor) -> Tensor:
+    """Attention vectors as the kernels read them."""
+    return vectors.detach().float().contiguous()
 
 
 def _rows(width: int, times: int) -> int:

@@ -10,9 +10,9 @@ from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from imvia_graph import _gpu
+from imvia_graph._gradients import first_order
 
 #: triton.language, once `loads` has been asked.
 tl: Any = None
@@ -68,7 +68,7 @@ class _Product(torch.autograd.Function):
         return _times(rows, matrix, offsets, transposed=False)
 
     @staticmethod
-    @once_differentiable
+    @first_order("TuckerDecoder on a GPU", "Use float64, which has no kernels of its own.")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, matrix, offsets = ctx.saved_tensors
         grad = grad.contiguous()

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from imvia_graph._gradients import first_order
 
 #: Where a module keeps who listens to its calls.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Which torch has such products; on a GPU alone.
 _WIDENS = "dtype" in torch.ops.aten.mm.overloads()
+_first_order = first_order("A product under autocast on a GPU", "Turn autocast off for it.")
 
 
 def wide_mm(left: Tensor, right: Tensor) -> Tensor:
@@ -36,7 +38,7 @@ def half_precision(like: Tensor) -> torch.dtype | None:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """(B, k) times (k, m); on a GPU under autocast in fewer passes over memory.
 
-    Gradients are of first order there.
+    Gradients are of first order there: who asks for theirs gets an error.
     """
     dtype = half_precision(right)
     if dtype is None:
@@ -48,7 +50,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def linear(layer: nn.Module, feat: Tensor) -> Tensor:
     """``layer(feat)``; of (B, k) features on a GPU under autocast in fewer passes over memory.
 
-    Gradients are of first order there.
+    Gradients are of first order there: who asks for theirs gets an error.
     """
     if type(layer) is nn.Linear and feat.dim() == 2:
         dtype = half_precision(layer.weight)
@@ -71,7 +73,7 @@ class Product(torch.autograd.Function):
             return left @ right
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
         of_left = of_right = None
@@ -96,7 +98,7 @@ class Linear(torch.autograd.Function):
             return functional.linear(half, narrow, None if bias is None else bias.to(dtype))
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feat, weight = ctx.saved_tensors
         of_feat, of_weight, of_bias = ctx.dtypes

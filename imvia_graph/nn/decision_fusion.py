@@ -68,17 +68,23 @@ class DecisionFusion(nn.Module):
         Raises
         ------
         IMVIAError
-            Another number of heads, or of queries.
+            Another number of heads or of queries, or heads of different shapes.
         """
-        weights = self.weights(rel_feat)
         shapes = [tuple(score.shape) for score in scores]
-        if len(shapes) != weights.shape[1] or any(
-            shape[:1] != rel_feat.shape[:1] for shape in shapes
+        heads = self.linear.out_features
+        if rel_feat.dim() != 2:
+            raise IMVIAError(
+                f"DecisionFusion: expected rel_feat (B, {self.linear.in_features}); received"
+                f" {tuple(rel_feat.shape)}."
+            )
+        if len(shapes) != heads or any(
+            shape != shapes[0] or shape[:1] != rel_feat.shape[:1] for shape in shapes
         ):
             raise IMVIAError(
-                f"DecisionFusion: expected scores of {weights.shape[1]} heads, each with a row for"
-                f" {len(rel_feat)} queries; received {len(shapes)} of shapes {shapes[:4]}."
+                f"DecisionFusion: expected scores of {heads} heads, of one shape, with a row for"
+                f" each of {len(rel_feat)} queries; received {len(shapes)} of shapes {shapes[:4]}."
             )
+        weights = self.weights(rel_feat)
         total = torch.zeros_like(scores[0])
         for m, score in enumerate(scores):
             weight = weights[:, m].to(score.dtype)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from imvia_graph import _kernels
@@ -62,9 +61,8 @@ class _Drop(torch.autograd.Function):
         return _drop(input, numbers)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _drop(grad, ctx.numbers), None
+        return _Drop.apply(grad, ctx.numbers), None
 
 
 def _drop(source: Tensor, numbers: Tensor) -> Tensor:

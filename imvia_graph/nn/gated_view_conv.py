@@ -15,6 +15,7 @@ from imvia_graph._gpu.products import linear
 from imvia_graph.answers import pointer
 from imvia_graph.errors import IMVIAError
 from imvia_graph.ops import (
+    BACKENDS,
     Backend,
     ViewWeights,
     check,
@@ -61,8 +62,8 @@ class GatedViewConv(nn.Module):
     DGL's own layers `forward` raises unless ``allow_zero_in_degree`` says that this is meant.
     ``dgl.nn.HeteroGraphConv`` sets it.
 
-    Gradients are of first order, except with the backend ``reference``: a
-    gradient of theirs (a gradient penalty, a Hessian) wants that one.
+    Gradients are of first order, except with the backend ``reference``: who asks for gradients of
+    theirs (``create_graph``, for a gradient penalty or a Hessian) gets an error elsewhere.
 
     Examples
     --------
@@ -104,6 +105,11 @@ class GatedViewConv(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        if backend not in BACKENDS:
+            raise IMVIAError(
+                f"GatedViewConv: unknown backend {backend!r}; expected one of"
+                f" {', '.join(BACKENDS)}."
+            )
         self.view_feats = view_feats
         self.entity_feats = entity_feats
         self.rel_feats = rel_feats
@@ -261,6 +267,11 @@ class GatedViewConv(nn.Module):
             elif relation is not None and len(relation) == 1:
                 rel_feat, relation = rel_feat[relation[0]], None
         self._check_rows(entity, entity_feat, rel_feat, relation)
+        if view_feat.dim() != 2 or view_feat.shape[1] != self.view_feats:
+            raise IMVIAError(
+                f"GatedViewConv: expected view_feat (V, {self.view_feats}); received"
+                f" {tuple(view_feat.shape)}."
+            )
         picking.check_range(view_feat, ptr, entity)
         if picking.apart(view_feat, entity):
             view_feat, ptr, entity = picking.pick_views(view_feat, ptr, entity)
@@ -383,7 +394,8 @@ class _Involved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, parameter: Tensor) -> Tensor:
         ctx.save_for_backward(parameter)
-        return out.view_as(out)
+        # Not a view of it, which could not be changed in place.
+        return out.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

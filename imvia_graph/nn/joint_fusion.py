@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from imvia_graph._gpu import fusion
+from imvia_graph._gradients import with_gradients
 from imvia_graph.errors import IMVIAError
 
 
@@ -54,18 +54,33 @@ class JointFusion(nn.Module):
         nn.init.zeros_(self.attention)
 
     def forward(
-        self, feat: Tensor | Sequence[Tensor], get_attention: bool = False
+        self,
+        feat: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+        get_attention: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Fuse (B, M, in_feats), or M times (B, in_feats), into (B, in_feats).
+        """Fuse the modalities' embeddings of each row.
 
-        With ``get_attention`` the (B, M) weights of the modalities come too. Gradients are of first
-        order: a gradient of theirs cannot be taken.
+        Parameters
+        ----------
+        feat : Tensor, sequence or mapping of Tensor
+            (B, M, in_feats), or M times (B, in_feats), as a mapping in its order.
+        get_attention : bool, optional
+            Whether to return the weights of the modalities too. Default: ``False``.
+
+        Returns
+        -------
+        Tensor
+            (B, in_feats).
+        Tensor
+            (B, M) weights, with ``get_attention``.
 
         Raises
         ------
         IMVIAError
             Another number of modalities, or rows of other widths.
         """
+        if isinstance(feat, Mapping):  # as MultiViewEncoder gives them
+            feat = list(feat.values())
         parts = feat.unbind(1) if isinstance(feat, Tensor) else feat
         shapes = [tuple(part.shape) for part in parts]
         wanted = len(shapes) == self.num_modalities and len(set(shapes)) == 1
@@ -76,9 +91,11 @@ class JointFusion(nn.Module):
                 f" {len(shapes)} of shapes {shapes[:4]}."
             )
         if fusion.usable(parts):
-            joint, attention = fusion.Fuse.apply(self.attention, get_attention, *parts)
+            contiguous = [part.contiguous() for part in parts]
+            joint, attention = fusion.Fuse.apply(self.attention, get_attention, *contiguous)
         else:
-            joint, attention = _Fuse.apply(self.attention, *parts)
+            dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+            joint, attention = _Fuse.apply(self.attention, *(part.to(dtype) for part in parts))
         return (joint, attention) if get_attention else joint
 
     def extra_repr(self) -> str:
@@ -87,14 +104,12 @@ class JointFusion(nn.Module):
 
 
 class _Fuse(torch.autograd.Function):
-    """Attention over M tensors (B, d) without anything of the size of all of them."""
+    """Attention over M tensors (B, d) of one dtype, without anything of the size of all."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-        parts = tuple(part.to(dtype) for part in parts)
         with torch.autocast(vectors.device.type, enabled=False):
-            rows = vectors.to(dtype)
+            rows = vectors.to(parts[0].dtype)
             logits = [part @ row for part, row in zip(parts, rows, strict=True)]
             attention = torch.stack(logits, dim=1).softmax(dim=1)
             joint = parts[0] * attention[:, :1]
@@ -104,9 +119,11 @@ class _Fuse(torch.autograd.Function):
         return joint, attention
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_attention: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_attention: Tensor) -> tuple[Tensor | None, ...]:
         vectors, attention, *parts = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            given = (grad, grad_attention), (vectors, *parts), ctx.needs_input_grad
+            return tuple(with_gradients(fusion.plain, *given))
         along = torch.stack([torch.linalg.vecdot(grad, part) for part in parts], dim=1)
         along = along + grad_attention
         slope = attention * (along - (attention * along).sum(dim=1, keepdim=True))

@@ -24,6 +24,9 @@ Features: TypeAlias = Tensor | Mapping[str, Tensor]
 #: Entities whose views are held on the device of the model at a time, where they are picked.
 ENTITIES_AT_A_TIME = 2**15
 
+#: What DGL can make of several tensors.
+_TOGETHER = ("sum", "max", "min", "mean", "stack")
+
 
 class MultiViewEncoder(nn.Module):
     r"""One `GatedViewConv` and one projection a modality.
@@ -103,6 +106,11 @@ class MultiViewEncoder(nn.Module):
         activation: Callable[[Tensor], Tensor] = torch.sigmoid,
     ) -> None:
         super().__init__()
+        if not (aggregate is None or callable(aggregate) or aggregate in _TOGETHER):
+            raise IMVIAError(
+                f"MultiViewEncoder: unknown aggregate {aggregate!r}; expected None, a callable, or"
+                f" one of {', '.join(_TOGETHER)}."
+            )
         #: Modalities in the order of ``convs`` and ``projections``. Lists, since a modality's name
         #: may be anything and a module's may not.
         self.modalities: list[Any] = list(view_feats)
@@ -161,7 +169,14 @@ class MultiViewEncoder(nn.Module):
             source, _, destination = edge_type
             part = graph[edge_type]
             if isinstance(feat, Tensor):
-                pair = part.srcnodes[source].data["feat"], feat
+                data = part.srcnodes[source].data
+                if "feat" not in data:
+                    raise IMVIAError(
+                        f"MultiViewEncoder: the nodes {source!r} have no data 'feat', from which"
+                        " views are taken where feat is one tensor. Set it, or give features by"
+                        " node type: ({source: …}, {destination: …})."
+                    )
+                pair = data["feat"], feat
             elif isinstance(feat, tuple):
                 pair = feat[0][source], feat[1][destination]
             else:
@@ -206,6 +221,11 @@ class MultiViewEncoder(nn.Module):
             (B, out_feats) a modality.
         Tensor
             With ``aggregate``.
+
+        Raises
+        ------
+        IMVIAError
+            A modality whose views are not there; and see `GatedViewConv.aggregate`.
         """
         out = {}
         streams = Streams() if streams is None else streams

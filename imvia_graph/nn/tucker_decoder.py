@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from imvia_graph import _gpu
 from imvia_graph._gpu import grouped
@@ -280,7 +279,7 @@ class TuckerDecoder(nn.Module):
 
         Notes
         -----
-        With ``rel_blocks`` gradients are of first order: a gradient of theirs cannot be taken.
+        Under autocast on a GPU gradients are of first order; who asks for theirs gets an error.
         """
         groups = relation
         if isinstance(groups, Tensor):
@@ -326,7 +325,8 @@ def _products(head: Tensor, matrix: Tensor, groups: RelationGroups) -> Tensor:
         runs = _runs(groups.offsets.diff().tolist(), head.device)
     assert runs is not None
     if not runs:
-        return head
+        # All gradients are there, as DistributedDataParallel wants them.
+        return head + 0 * matrix.sum()
     # Under autocast the matrices are in half precision: converted once, not for every product.
     head = head.to(matrix.dtype)
     parts = head.split([run.queries for run in runs])
@@ -406,9 +406,11 @@ class _ComplexProduct(torch.autograd.Function):
         return _complex_product(left, right, 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         left, right = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            of_left = _ComplexProduct.apply(grad, conjugate(right))
+            return of_left, _ComplexProduct.apply(grad, conjugate(left))
         return _complex_product(grad, right, -1), _complex_product(grad, left, -1)
 
 

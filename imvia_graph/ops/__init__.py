@@ -106,7 +106,8 @@ def gated_view_aggregate(
     backend : {"auto", "reference", "torch_scatter", "numba", "triton"}
         ``reference`` is plain torch; ``torch_scatter`` needs that package; ``numba`` on a CPU and
         ``triton`` on a GPU read the views once and write nothing of their size; ``auto`` is the
-        fastest that knows the tensors' device and dtypes.
+        fastest that knows the tensors' device and dtypes. Gradients of gradients (``create_graph``)
+        are those of ``reference`` alone.
     get_weight : bool
         Whether to return the views' weights too.
 
@@ -184,4 +185,9 @@ def check(feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor) -> None:
             f" received {tuple(feat.shape)}, {tuple(ptr.shape)}, {tuple(entity.shape)},"
             f" {tuple(gate.shape)}."
         )
+    for name, part in (("ptr", ptr), ("entity", entity)):
+        if part.is_floating_point() or part.dtype == torch.bool:
+            raise IMVIAError(
+                f"gated_view_aggregate: expected {name} in int64; received {part.dtype}."
+            )
     picking.check_range(feat, ptr, entity)

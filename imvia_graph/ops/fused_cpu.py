@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from imvia_graph import _kernels
+from imvia_graph._gradients import first_order
 from imvia_graph.answers import pointer
 from imvia_graph.errors import IMVIAError
 from imvia_graph.ops.picking import pick_views
+from imvia_graph.ops.reference import TWICE
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -71,7 +72,7 @@ class _Aggregate(torch.autograd.Function):
         return out, weight
 
     @staticmethod
-    @once_differentiable
+    @first_order("The aggregation of views", TWICE)
     def backward(ctx: Any, grad_out: Tensor, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         feat, _, entity, gate, weight_ptr, out = tensors[:6]

@@ -10,11 +10,12 @@ from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from imvia_graph import _gpu
+from imvia_graph._gradients import first_order
 from imvia_graph.answers import pointer
 from imvia_graph.errors import IMVIAError
+from imvia_graph.ops.reference import TWICE
 
 #: The widest row that 8 warps hold in registers.
 _WIDEST = 4096
@@ -95,7 +96,7 @@ class _Aggregate(torch.autograd.Function):
         return out, weight
 
     @staticmethod
-    @once_differentiable
+    @first_order("The aggregation of views", TWICE)
     def backward(
         ctx: Any, grad_out: Tensor, grad_weight: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from imvia_graph.answers import expand, pointer
 
+#: What to do where other backends have gradients of first order only.
+TWICE = "The backend 'reference' has them: GatedViewConv(..., backend='reference')."
+
 
 def aggregate(
     feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imvia_graph._gradients import refuse_second_order
 from imvia_graph.errors import IMVIAError
-from imvia_graph.ops.reference import at_unit_scale, gated_cosine, gather_views
+from imvia_graph.ops.reference import TWICE, at_unit_scale, gated_cosine, gather_views
 
 
 @cache
@@ -50,4 +51,6 @@ def aggregate(
     weight = (similarity - top[query]).exp()
     weight = weight / module.segment_sum_csr(weight, query_ptr)[query]
     out = module.segment_sum_csr(weight[:, None] * view, query_ptr)
+    # torch-scatter's own gradients of gradients are wrong.
+    refuse_second_order([out, weight], "The aggregation of views", TWICE)
     return out, weight, query_ptr
