@@ -38,6 +38,8 @@ class Terms(NamedTuple):
     num_candidates: int
     #: A scalar on the device where the host does not know it.
     num_positives: int | Tensor
+    #: Queries whose terms the means of the binary loss are over; these may be a part of them.
+    num_in_all: int
     #: Of the queries that could be at work at a time, only one in so many are.
     parts: int = 1
     #: Over which the candidates are split, where there are several processes.
@@ -58,7 +60,7 @@ class Terms(NamedTuple):
     @property
     def num_negatives(self) -> int | Tensor:
         """Terms that are not positive; at least 1, to divide by."""
-        return _at_least_one(self.num_queries * self.num_candidates - self.num_positives)
+        return _at_least_one(self.num_in_all * self.num_candidates - self.num_positives)
 
     @property
     def of_a_term(self) -> tuple[float | Tensor, float | Tensor]:

@@ -582,6 +582,7 @@ def factored_completion(
     detached: bool = False,
     parts: int = 1,
     shards: Shards | None = None,
+    among: tuple[int, int] | None = None,
 ) -> Tensor:
     r"""L3 of heads whose scores are inner products, and of their decision.
 
@@ -606,6 +607,9 @@ def factored_completion(
         With several processes: ``candidates`` are those of this process, ``positives.col`` is
         counted over all of them; the loss is that of all, its gradients are this process's terms of
         sums over the processes. Default: this process has all.
+    among : tuple of int, optional
+        Numbers of positives and of queries of a larger batch that these queries are a part of: the
+        binary loss is their part of the means over its terms. Default: these are all.
 
     Returns
     -------
@@ -648,6 +652,9 @@ def factored_completion(
     else:
         num_positives = counts.sum()
     num_queries, num_candidates = len(queries[0]), len(candidates[0])
+    in_all = num_queries
+    if among is not None:
+        num_positives, in_all = among
     exact = torch.promote_types(dtype, torch.float32)
     # Not by bincount, which a GPU has to be waited for.
     ones = torch.ones_like(row, dtype=exact) if counts is None else counts.to(exact)
@@ -666,6 +673,7 @@ def factored_completion(
         num_queries,
         num_candidates,
         num_positives,
+        in_all,
         parts,
         shards,
     )
@@ -887,7 +895,6 @@ def dura(
     weight: Tensor | None = None,
     num_answers: int | None = None,
     shards: Shards | None = None,
-    mine: Tensor | None = None,
     times: Tensor | None = None,
 ) -> Tensor:
     r"""DURA: the squares of what is multiplied in the scores of true triples.
@@ -913,8 +920,6 @@ def dura(
     shards : Shards, optional
         With several processes: ``head``, ``query`` and ``answer`` are this process's, ``weight``
         that of all queries; the value is that of all.
-    mine : Tensor, optional
-        (B,) bool of all queries: which are this process's. Default: its part of them.
     times : Tensor, optional
         (P,) how often each row of ``answer`` counts in the mean, of one process. Default: once.
 
@@ -946,7 +951,7 @@ def dura(
             "dura: expected head, query and answer of as many heads; received"
             f" {numbers[0]}, {numbers[1]} and {numbers[2]}."
         )
-    shares = _shares("dura", heads[0], answers[0], weight, num_answers, shards, mine, times)
+    shares = _shares("dura", heads[0], answers[0], weight, num_answers, shards, times)
     total: Tensor = _Squares.apply(*shares, *heads, *queries, *answers)
     return total if shards is None else shards.total(total)
 
@@ -958,7 +963,6 @@ def n3(
     weight: Tensor | None = None,
     num_answers: int | None = None,
     shards: Shards | None = None,
-    mine: Tensor | None = None,
     times: Tensor | None = None,
 ) -> Tensor:
     r"""N3: the cubes of the moduli of what ComplEx multiplies in the scores of true triples.
@@ -974,7 +978,7 @@ def n3(
         (B, d): entities and relations of the queries. Numbers are as those of
         `complex_product <imvia_graph.nn.tucker_decoder.complex_product>`: real parts, then
         imaginary ones, and of an odd d a last one that is real.
-    answer, weight, num_answers, shards, mine, times
+    answer, weight, num_answers, shards, times
         As for `dura`.
 
     Examples
@@ -985,7 +989,7 @@ def n3(
     >>> n3(one, two, torch.tensor([[3.0, 4.0]]))  # 1 + 8 + 125
     tensor(134.)
     """
-    shares = _shares("n3", head, answer, weight, num_answers, shards, mine, times)
+    shares = _shares("n3", head, answer, weight, num_answers, shards, times)
     total: Tensor = _Cubes.apply(*shares, head, relation, answer)
     return total if shards is None else shards.total(total)
 
@@ -997,7 +1001,6 @@ def _shares(
     weight: Tensor | None,
     num_answers: int | None,
     shards: Shards | None,
-    mine: Tensor | None,
     times: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(B,) and (P,) shares of the queries and of the answers in the means of `dura` and `n3`."""
@@ -1012,7 +1015,7 @@ def _shares(
     weight = weight.to(dtype)
     share = weight / weight.sum()
     if shards is not None and not alone:
-        share = share[shards.part(len(weight)) if mine is None else mine]
+        share = share[shards.part(len(weight))]
     if times is not None:
         return share, times.to(dtype) / times.sum()
     number = len(answer) if num_answers is None else num_answers

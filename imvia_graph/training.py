@@ -578,20 +578,25 @@ class Trainer:
             self.estimator_optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.estimator_optimizer.step()
         scale = None
-        optimizers = [self.optimizer]
+        optimizers: list[Any] = [self.optimizer]
         if self.table_optimizer is not None:
             optimizers.append(self.table_optimizer)
+        rows = self.row_optimizer
+        if rows is not None and self.scaler.is_enabled():
+            step_by = rows.step_by
+            optimizers.append(_Scaled(self._looked_up(), lambda: step_by(scale)))
+            rows = None  # the scaler sees to them
         if self.settings.gradient_clip is not None:
             for optimizer in optimizers:
                 self.scaler.unscale_(optimizer)
             scale = self._clip(self.settings.gradient_clip)
         for optimizer in optimizers:
             if not self.scaler.is_enabled():
-                optimizer.found_inf = bad  # type: ignore[attr-defined]
+                optimizer.found_inf = bad
             self.scaler.step(optimizer)
         self.scaler.update()
-        if self.row_optimizer is not None and (bad is None or not bad):
-            self.row_optimizer.step_by(scale)
+        if rows is not None and (bad is None or not bad):
+            rows.step_by(scale)
         if self.average is not None:
             self.average.update(self.progress.step)
 
@@ -631,7 +636,9 @@ class Trainer:
         # As if the step had not been begun.
         step.before.restore_buffers()
         step.before.restore_random_states()
-        self.batches.generator.set_state(step.drawn)
+        # At the first batch of an epoch its order is drawn again, too.
+        again = step.drawn if step.place else self.batches.order_state
+        self.batches.generator.set_state(again)
         self.progress.batch, self.progress.step = step.place, step.number
         self.progress.elapsed = time.perf_counter() - self._started
         raise TrainingError(f"{message} The weights are those from before it. {_ADVICE}")
@@ -775,54 +782,70 @@ class Trainer:
         shards, rows = self.shards, len(batch.entity)
         asked = {head: shards.gather(query, rows) for head, query in queries.items()}
         if self.settings.candidates == "shared":
-            losses, tables = self._part(batch, heads, queries, asked)
+            loss, tables, answers = self._scored(batch, asked)
+            true = self._true(tables, None if batch.positives.counts is not None else answers)
+            squares, cubes = self._regularization(batch, heads, queries, true, answers)
             whole = shards.alone and batch.candidate is None and batch.sampled is None
-            return losses, tables if whole else None
-        part = shards.part(rows)
-        total = torch.zeros(3, device=self.model.device)
-        weight = batch.positives.weight
-        if weight is None:
-            weight = torch.ones(rows, device=total.device)
+            return (loss, squares, cubes), tables if whole else None
+        loss = torch.zeros((), device=self.model.device)
         # All relations of the batch have the same candidates, unless each query has its own.
         halves: dict[Any, Tensor] | None = {} if batch.candidate is None else None
+        parts = []
         for one in batch.relation.unique():
-            all_rows = (batch.relation == one).nonzero().flatten()
-            mine = all_rows[(all_rows >= part.start) & (all_rows < part.stop)] - part.start
-            losses, _ = self._part(
-                batch.of(all_rows),
-                {head: value[mine] for head, value in heads.items()},
-                {head: query[mine] for head, query in queries.items()},
-                {head: query[all_rows] for head, query in asked.items()},
-                one,
-                (all_rows >= part.start) & (all_rows < part.stop),
-                halves,
+            mine = (batch.relation == one).nonzero().flatten()
+            of_relation = {head: query[mine] for head, query in asked.items()}
+            of_part, tables, answers = self._scored(
+                batch.of(mine), of_relation, one, halves, among=(batch, mine)
             )
-            total = total + torch.stack(losses) * (weight[all_rows].sum() / weight.sum())
-        return (total[0], total[1], total[2]), None
+            loss = loss + of_part
+            parts.append(self._true(tables, answers))
+        true = {head: torch.cat([part[head] for part in parts]) for head in parts[0]}
+        squares, cubes = self._regularization(batch, heads, queries, true, None)
+        return (loss, squares, cubes), None
 
-    def _part(
+    def _scored(
         self,
         batch: Batch,
-        heads: Mapping[str, Tensor],
-        queries: Mapping[str, Tensor],
         asked: Mapping[str, Tensor],
         relation: Tensor | None = None,
-        mine: Tensor | None = None,
         halves: dict[Any, Tensor] | None = None,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Mapping[str, Tensor]]:
-        """`_completion` of queries whose candidates are the same, or are sampled for each.
+        among: tuple[Batch, Tensor] | None = None,
+    ) -> tuple[Tensor, Mapping[str, Tensor], Tensor]:
+        """L3 of queries whose candidates are the same, or are sampled for each.
 
-        ``asked`` are the vectors of all queries; ``heads`` and ``queries`` of those that are this
-        process's: of which ``mine`` is true or, where it is None, its part of them. ``halves`` is
-        for `IMVIA.candidates`.
+        Parameters
+        ----------
+        batch : Batch
+        asked : mapping of str to Tensor
+            The vectors of all its queries.
+        relation : Tensor, optional
+            Of its candidates; see `IMVIA.candidates`, as for ``halves``.
+        halves : dict, optional
+        among : tuple of Batch and Tensor, optional
+            A larger batch and the rows of it that this one is: the loss is their part of its mean.
+
+        Returns
+        -------
+        tuple of Tensor, mapping and Tensor
+            The loss, the tables of candidates, and this process's answers in them.
         """
         model, settings, shards = self.model, self.settings, self.shards
         positives = batch.positives
         learns = model.learns_decision
+        share: float | Tensor = 1.0
+        if among is not None:
+            weight = among[0].positives.weight
+            share = len(batch.entity) / len(among[0].entity)
+            if weight is not None:
+                share = weight[among[1]].sum() / weight.sum()
         if batch.candidate is not None:
-            # Each entity is embedded once, however many queries it is a candidate of.
+            # Each entity is embedded once, however many queries it is a candidate of; of several
+            # processes each embeds a part of them, and has them all.
             distinct, place = batch.candidate.unique(return_inverse=True)
-            tables = model.candidates(relation, distinct)
+            embedded = model.embed(distinct, relation).heads
+            tables: Mapping[str, Tensor] = {
+                head: shards.gather(table, len(distinct)) for head, table in embedded.items()
+            }
             scores = self._scores(
                 asked,
                 batch.relation,
@@ -832,7 +855,8 @@ class Trainer:
                 del scores[DECISION]
             loss = completion(scores, positives, settings.loss, settings.label_smoothing)
             answers = place[positives.row, positives.col]
-        elif batch.sampled is not None:
+            return share * shards.repeated(loss), tables, answers[shards.part(len(answers))]
+        if batch.sampled is not None:
             sampled, first = batch.sampled.of_process(shards)
             tables = model.candidates(relation, sampled.entity, halves)
             scores = self._scores(asked, batch.relation, lambda rows: tables)
@@ -848,55 +872,79 @@ class Trainer:
                 settings.label_smoothing,
                 shards,
             )
-        else:
-            # Beside the queries' embeddings and decoders.
-            with self.streams.beside("candidates", self.streams.begun):
-                tables = model.candidates(relation, halves=halves, streams=self.streams)
-            self.streams.keep(tables.values())
-            loss = factored_completion(
-                [asked[head] for head in model.heads],
-                [tables[head] for head in model.heads],
-                positives,
-                model.decision_weights(batch.relation) if learns else None,
-                settings.loss,
-                settings.label_smoothing,
-                settings.decision == "detached",
-                self.parts.count,
-                shards,
-            )
-            answers = positives.col
-            if not shards.alone:
-                answers = answers[shards.owned(answers)] - shards.start
-        squares = cubes = torch.zeros_like(loss)
-        of_complex = model.complex_relation is not None and bool(settings.lambda_n3)
-        if not (settings.lambda_regularization or of_complex):
-            return (loss, squares, cubes), tables
+            return share * loss, tables, answers
+        # Beside the queries' embeddings and decoders.
+        with self.streams.beside("candidates", self.streams.begun):
+            tables = model.candidates(relation, halves=halves, streams=self.streams)
+        self.streams.keep(tables.values())
+        # The means of Eq. 7 are over positives and over negatives, not over rows.
+        terms = None
+        if among is not None and settings.loss == "binary":
+            terms, share = (len(among[0].positives.row), len(among[0].entity)), 1.0
+        loss = factored_completion(
+            [asked[head] for head in model.heads],
+            [tables[head] for head in model.heads],
+            positives,
+            model.decision_weights(batch.relation) if learns else None,
+            settings.loss,
+            settings.label_smoothing,
+            settings.decision == "detached",
+            self.parts.count,
+            shards,
+            terms,
+        )
+        answers = positives.col
+        if not shards.alone:
+            answers = answers[shards.owned(answers)] - shards.start
+        return (loss if among is None else share * loss), tables, answers
+
+    @property
+    def _has_cubes(self) -> bool:
+        """Whether N3 is a part of the loss."""
+        return self.model.complex_relation is not None and bool(self.settings.lambda_n3)
+
+    def _true(self, tables: Mapping[str, Tensor], answers: Tensor | None) -> dict[str, Tensor]:
+        """The answers' rows of tables that are regularised; all rows where ``answers`` is None."""
+        heads = [*self.model.tucker_heads] if self.settings.lambda_regularization else []
+        heads += [COMPLEX] * self._has_cubes
+        return {head: tables[head] if answers is None else tables[head][answers] for head in heads}
+
+    def _regularization(
+        self,
+        batch: Batch,
+        heads: Mapping[str, Tensor],
+        queries: Mapping[str, Tensor],
+        true: Mapping[str, Tensor],
+        answers: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """DURA and N3 of a batch, of whose answers ``true`` has the rows that are this process's.
+
+        With ``counts`` it has those of all candidates, and ``answers`` says which of them answer.
+        """
+        model, shards, positives = self.model, self.shards, batch.positives
+        squares = cubes = torch.zeros((), device=model.device)
+        if not true:
+            return squares, cubes
         weight = positives.weight
         if weight is None and not shards.alone:
-            weight = torch.ones(len(batch.entity), device=loss.device)
+            weight = torch.ones(len(batch.entity), device=squares.device)
         times = None
-        if positives.counts is not None:
+        if positives.counts is not None and answers is not None:
             # Of all candidates, how often each answers: in one shape, whatever the answers are.
-            times = torch.zeros(model.num_entities, device=loss.device)
+            times = torch.zeros(model.num_entities, device=squares.device)
             times.index_add_(0, answers, positives.counts)
-
-        def true(head: str) -> Tensor:
-            return tables[head] if times is not None else tables[head][answers]
-
-        others = weight, len(positives.col), shards, mine, times
-        if settings.lambda_regularization:
+        others = weight, len(positives.col), shards, times
+        if self.settings.lambda_regularization:
             of_heads = [heads[head] for head in model.tucker_heads]
             of_queries = [queries[head] for head in model.tucker_heads]
-            every = [true(head) for head in model.tucker_heads]
-            squares = dura(of_heads, of_queries, every, *others)
-        if of_complex and model.complex_relation is not None:
-            relation_of_each = batch.relation
-            if not shards.alone:
-                part = shards.part(len(relation_of_each)) if mine is None else mine
-                relation_of_each = relation_of_each[part]
-            numbers = lookup(relation_of_each, model.complex_relation.weight)
-            cubes = n3(heads[COMPLEX], numbers, true(COMPLEX), *others)
-        return (loss, squares, cubes), tables
+            squares = dura(
+                of_heads, of_queries, [true[head] for head in model.tucker_heads], *others
+            )
+        if self._has_cubes and model.complex_relation is not None:
+            relation = batch.relation[shards.part(len(batch.relation))]
+            numbers = lookup(relation, model.complex_relation.weight)
+            cubes = n3(heads[COMPLEX], numbers, true[COMPLEX], *others)
+        return squares, cubes
 
     def _looked_up(self) -> list[Tensor]:
         return [rows for table in self.tables.values() for rows in table.looked_up()]
@@ -973,6 +1021,17 @@ class Trainer:
         else:
             progress.waited += 1
         return metrics
+
+
+class _Scaled:
+    """Rows of tables that were looked up, as `torch.amp.GradScaler` takes an optimizer.
+
+    It unscales their gradients, and leaves the step out where one of them has overflowed.
+    """
+
+    def __init__(self, rows: Sequence[Tensor], step: Callable[[], None]) -> None:
+        self.param_groups = [{"params": list(rows)}]
+        self.step = step
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -409,6 +409,17 @@ def test_a_loss_that_is_no_number_is_named_in_its_step_and_nothing_is_learned_fr
     assert_same_run(whole.folder, tmp_path / "run")
 
 
+@pytest.mark.parametrize("place", [0, STEPS - 1])
+def test_a_step_that_went_wrong_at_an_end_of_an_epoch_is_made_again(place, monkeypatch, tmp_path):
+    Spoil(monkeypatch, {STEPS + place}, term="completion")
+    with pytest.raises(ig.TrainingError, match=f"batch {place + 1} of"):
+        fit(tmp_path / "run", epochs=3)
+    monkeypatch.undo()
+    whole = fit(tmp_path / "whole", epochs=3)
+    ig.fit(out=tmp_path / "run", resume=True)
+    assert_same_run(whole.folder, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("gradient", "good"),
     [

@@ -419,6 +419,48 @@ def test_reduced_precision_trains_and_keeps_weights_in_float32(precision):
     assert trainer.progress.best_mrr > 0
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_rows_in_float16_get_the_gradients_that_they_get_in_float32(clip, monkeypatch):
+    found = {}
+    step_by = training.RowOptimizer.step_by
+
+    def watched(optimizer, scale=None):
+        factor = 1.0 if scale is None else scale
+        of_step = [factor * table.gradients()[1] for table in optimizer.tables]
+        found.setdefault(precision, of_step)
+        step_by(optimizer, scale)
+
+    monkeypatch.setattr(training.RowOptimizer, "step_by", watched)
+    kg = ring_kg()
+    for precision in ("float32", "float16"):
+        chosen = settings(regime="sampled", precision=precision, gradient_clip=clip)
+        torch.manual_seed(0)
+        trainer = Trainer(IMVIA.from_kg(kg, chosen), kg, chosen)
+        trainer.model.train()
+        trainer.train_step(next(iter(trainer.batches)))
+    for expected, half in zip(found["float32"], found["float16"], strict=True):
+        torch.testing.assert_close(
+            half, expected, rtol=0.05, atol=2e-3 * expected.abs().max().item()
+        )
+
+
+def test_rows_stay_as_they_are_where_float16_overflows():
+    kg = ring_kg()
+    chosen = settings(regime="sampled", precision="float16")
+    model = IMVIA.from_kg(kg, chosen)
+    trainer = Trainer(model, kg, chosen)
+    model.train()
+    before = [table.weight.detach().clone() for table in model.entity_tables]
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    trainer.train_step(next(iter(trainer.batches)))
+    assert trainer.scaler.get_scale() < 1e38
+    for table, weight in zip(model.entity_tables, before, strict=True):
+        assert torch.equal(table.weight, weight)
+    trainer.scaler = torch.amp.GradScaler("cpu")
+    trainer.train_step(next(iter(trainer.batches)))
+    assert not torch.equal(model.entity.weight, before[0])
+
+
 def test_a_named_precision_is_taken_and_auto_is_one_that_the_device_has():
     assert training_dtype(settings(precision="bfloat16"), CPU) == torch.bfloat16
     assert training_dtype(settings(precision="float32"), CPU) == torch.float32
@@ -489,6 +531,43 @@ def test_an_epoch_covers_each_training_triple_once_in_both_directions(
             limit = max(1, batch_size * batches.num_rows // batches.size)
             assert max(sizes) <= limit
             assert len(sizes) == 1 or min(sizes) >= limit // 2
+
+
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"regime": "1vsall"},
+        {"regime": "kvsall"},
+        {"regime": "sampled"},
+        {"regime": "sampled", "negative_sampling": "query"},
+    ],
+    ids=lambda changes: "-".join(changes.values()),
+)
+def test_candidates_of_each_relation_are_shared_ones_where_no_gate_sees_relations(changes, loss):
+    kg = star_kg()  # relations differ in how many answers a query has
+    chosen = {"loss": loss, "gate": "entity", "lambda_regularization": 0.1, "complex_head": True}
+    found, batch = [], None
+    for candidates in ("shared", "relation"):
+        given = settings(
+            batch_size=64, candidates=candidates, **chosen, **changes, **without_dropout()
+        )
+        torch.manual_seed(0)
+        model = IMVIA.from_kg(kg, given)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        trainer = Trainer(model, kg, given)
+        batch = next(iter(trainer.batches)) if batch is None else batch
+        torch.manual_seed(1)
+        losses, _ = trainer.losses(batch)
+        losses["loss"].backward()
+        found.append({**losses, "gradient": model.entity.weight.grad.norm()})
+    assert len(batch.relation.unique()) > 1
+    # How many entities the drawn ones stand for is told a relation, not a batch.
+    estimated = loss == "binary" and list(changes.values()) == ["sampled"]
+    for name, value in found[0].items():
+        expected = pytest.approx(value.item(), rel=1e-2 if estimated else 1e-4, abs=1e-6)
+        assert found[1][name].item() == expected, name
 
 
 def star_kg():
