@@ -11,7 +11,7 @@ from torch import Tensor
 from imvia_graph._files import read_lines
 from imvia_graph.cli.display import json_text, metrics_table, relations_table, results
 from imvia_graph.cli.options import device_option, run_argument
-from imvia_graph.errors import UnknownLabelError
+from imvia_graph.errors import DataError, UnknownLabelError
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.run import load
 
@@ -62,12 +62,20 @@ def _candidates(value: str | None, kg: MultiViewKG) -> int | Tensor | None:
     """A number, or the entities that a file lists."""
     if value is None or value.isdecimal():
         return None if value is None else int(value)
+    path = Path(value)
+    if not path.is_file():
+        raise DataError(
+            f"--candidates {value}: expected a number of 1 or more, or a file of labels, a line"
+            " each; there is no such file."
+        )
     ids = []
-    for number, line in read_lines(Path(value)):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         try:
             ids.append(kg.id_of(line.strip()))
         except UnknownLabelError as error:
             raise UnknownLabelError(f"{value}, line {number}: {error}") from None
+    if not ids:
+        raise DataError(f"{value}: expected labels of entities, a line each; the file has none.")
     return torch.tensor(ids, dtype=torch.int64)

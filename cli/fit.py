@@ -54,10 +54,11 @@ from imvia_graph.training import Callback, keep_freed_memory
 )
 @click.option(
     "--settings",
-    "file",
+    "files",
+    multiple=True,
     type=click.Path(path_type=Path),
     help='YAML or TOML file of settings, which `imvia-graph settings` lists; or "paper": as the'
-    " paper has them.",
+    " paper has them. Of several, later ones go over earlier ones.",
 )
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
 @click.option("--tensorboard", is_flag=True, help="Write the curves to OUT/tensorboard, too.")
@@ -78,7 +79,7 @@ def fit(
     seed: int | None,
     device: str | None,
     validation: str | None,
-    file: Path | None,
+    files: tuple[Path, ...],
     assignments: tuple[str, ...],
     tensorboard: bool,
     resume: bool,
@@ -118,7 +119,7 @@ def fit(
     if has_restarted() and out is not None and is_run(out):
         resume, source, features, loading = True, None, (), {}
     named = {"epochs": epochs, "seed": seed, "device": device, "validation": validation}
-    changes: dict[str, Any] = Settings.read(file) if file is not None else {}
+    changes = Settings.read_all(files)
     changes.update(Settings.parse(assignments))
     changes.update({key: value for key, value in named.items() if value is not None})
     settings = Settings.create(changes)

@@ -61,9 +61,11 @@ LISTED = 5
 @click.option("--device", help="cpu, cuda, cuda:1, … or auto.")
 @click.option(
     "--settings",
-    "file",
+    "files",
+    multiple=True,
     type=click.Path(path_type=Path),
-    help='YAML or TOML file of settings that all trials share, or "paper".',
+    help='YAML or TOML file of settings that all trials share, or "paper"; of several, later ones'
+    " go over earlier ones.",
 )
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One such setting.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the search.")
@@ -80,7 +82,7 @@ def tune(
     loading: dict[str, Any],
     epochs: int | None,
     device: str | None,
-    file: Path | None,
+    files: tuple[Path, ...],
     assignments: tuple[str, ...],
     seed: int,
     prune: bool,
@@ -105,7 +107,7 @@ def tune(
       hidden_dropout: {low: 0.2, high: 0.6, step: 0.1}
     """
     log_to_terminal()
-    fixed: dict[str, Any] = Settings.read(file) if file is not None else {}
+    fixed = Settings.read_all(files)
     fixed.update(Settings.parse(assignments))
     named = {"epochs": epochs, "device": device}
     fixed.update({key: value for key, value in named.items() if value is not None})

@@ -83,6 +83,8 @@ def check_free(folder: Path) -> None:
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; expected a folder to write. Choose another.")
     if not (folder / LOCK).is_file() or is_run(folder):
         hint = "; --resume (resume=True) goes on with it" if is_resumable(folder) else ""
         raise CheckpointError(f"{folder} exists and is not empty{hint}. Choose another folder.")

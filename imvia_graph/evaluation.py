@@ -381,6 +381,8 @@ def evaluate(
     triples = kg.triples(split)
     if not len(triples):
         raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
+    if isinstance(candidates, Sequence) and any(isinstance(one, str) for one in candidates):
+        candidates = [kg.id_of(one) if isinstance(one, str) else one for one in candidates]
     chosen, how = None if candidates is None else torch.as_tensor(candidates), "given"
     if chosen is not None and not chosen.dim() and not chosen.is_floating_point():
         chosen, how = draw_candidates(kg.num_entities, int(chosen), seed), f"drawn with seed {seed}"

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from imvia_graph import _files, checkpoint, distributed, inference
+from imvia_graph._guards import MEMORY_ERRORS, is_out_of_memory
 from imvia_graph.distributed import Shards
-from imvia_graph.errors import CheckpointError, DataError, SettingsError
+from imvia_graph.errors import CheckpointError, DataError, OutOfMemoryError, SettingsError
 from imvia_graph.evaluation import evaluate
 from imvia_graph.io import load_kg, with_validation
 from imvia_graph.kg import MultiViewKG, Split
 from imvia_graph.model import COMPLEX, IMVIA
+from imvia_graph.ops import refuse_backend
 from imvia_graph.settings import Settings
 from imvia_graph.training import Callback, Progress, Trainer, checked_callbacks, resolve_device
 
@@ -142,6 +144,7 @@ class Run:
         triples : sequence of (head, relation, tail)
             Labels, or display names that one entity bears.
         batch_size : int, optional
+            Triples at a time, 1 or more. Default: ``1024``.
 
         Returns
         -------
@@ -153,7 +156,7 @@ class Run:
         ------
         UnknownLabelError
         DataError
-            A row that is no triple.
+            A row that is no triple; no batch size.
 
         Examples
         --------
@@ -162,6 +165,8 @@ class Run:
         >>> run.score([("France", "borders", "Spain"), ("France", "borders", "Peru")]).shape
         torch.Size([2])
         """
+        if batch_size < 1:
+            raise DataError(f"score: expected a batch_size of 1 or more; received {batch_size}.")
         ids = []
         for row, triple in enumerate(triples):
             if isinstance(triple, str) or len(triple) != 3:
@@ -330,7 +335,7 @@ def fit(
         Whether to go on with the run in ``out``, with its graph and its settings; of the
         settings given, only `RESUMABLE` may differ: ``epochs``, ``patience``, ``device``,
         ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``, ``views_on``,
-        ``cuda_graph``. What is null in them and the run has chosen (``epochs``,
+        ``cuda_graph``, ``backend``. What is null in them and the run has chosen (``epochs``,
         ``lambda_regularization``, ``complex_head``) stays as the run has it.
         A run that ended is taken as it is, unless there are more epochs to go.
     callbacks : Callback or sequence of Callback
@@ -392,7 +397,7 @@ def fit(
     _check_modalities(graph, chosen)
     torch.manual_seed(chosen.seed)
     shards = Shards.of_world(graph.num_entities)
-    model = IMVIA.from_kg(graph, chosen, shards).to(device)
+    model = _made(graph, chosen, shards, device)
     records = _Records()
     trainer = Trainer(model, graph, chosen, [*callbacks, records])
     if folder is None:
@@ -404,6 +409,19 @@ def fit(
             shards.wait()
             progress = _fit_in(folder, trainer)
     return Run(trainer.model.eval(), graph, trainer.settings, progress, folder, records.found)
+
+
+def _made(kg: MultiViewKG, settings: Settings, shards: Shards, device: torch.device) -> IMVIA:
+    """A new model, in memory that there is."""
+    try:
+        return IMVIA.from_kg(kg, settings, shards).to(device)
+    except MEMORY_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"Out of memory while making the model of {kg.num_entities:,} entities with"
+            f" dim={settings.dim}. Take a smaller dim, or fewer heads."
+        ) from error
 
 
 class _Records(Callback):
@@ -425,6 +443,7 @@ def _device(settings: Settings) -> torch.device:
             " torch.set_default_dtype(torch.float32) first."
         )
     device = resolve_device(distributed.local_device(settings.device))
+    refuse_backend(settings.backend, device)
     if distributed.is_launched():
         distributed.join(device)
     return device
@@ -499,6 +518,7 @@ RESUMABLE = (
     "disk_full",
     "views_on",
     "cuda_graph",
+    "backend",
 )
 
 

@@ -10,12 +10,20 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from rapidfuzz import process
 from rapidfuzz.distance import DamerauLevenshtein
 
@@ -272,6 +280,23 @@ class Settings(BaseModel):
     )
     ranking_batch_size: int = Field(4096, ge=1, description="Queries ranked at a time.")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads ``on`` and ``yes`` as true, which Python takes for 1."""
+        field = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (field, *get_args(field)):
+            raise ValueError("expected a value of another kind than true or false")
+        return value
+
+    @field_validator("modalities")
+    @classmethod
+    def _each_once(cls, value: list[str] | None) -> list[str] | None:
+        twice = [name for name, count in Counter(value or ()).items() if count > 1]
+        if twice:
+            raise ValueError(f"expected each modality once, found {twice[0]!r} more often")
+        return value
+
     @classmethod
     def create(cls, *layers: Mapping[str, Any]) -> Settings:
         """Settings from mappings, later ones over earlier ones, over the defaults."""
@@ -299,6 +324,14 @@ class Settings(BaseModel):
         values = cls.read_mapping(path, "settings")
         cls.create(values)
         return values
+
+    @classmethod
+    def read_all(cls, paths: Iterable[str | Path]) -> dict[str, Any]:
+        """A mapping from several files, later ones over earlier ones; see `read`."""
+        merged: dict[str, Any] = {}
+        for path in paths:
+            merged.update(cls.read(path))
+        return merged
 
     @classmethod
     def of(cls, given: Settings | Mapping[str, Any] | str | os.PathLike[str] | None) -> Settings:
@@ -408,7 +441,22 @@ UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, LookupError, Attribute
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, without aliases: a few of them can stand for billions of values."""
+    """The safe loader, without aliases, of which a few can stand for billions of values.
+
+    A key that stands twice is an error: YAML has it so, and PyYAML takes the last one.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -468,6 +516,7 @@ def _explain(error: ValidationError) -> str:
                 f"There is no setting {key!r}{hint} `imvia-graph settings` lists them all."
             )
         else:
-            message = item["msg"][0].lower() + item["msg"][1:]
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[0].lower() + message[1:]
             problems.append(f"Setting {key}: {message}; received {_files.bounded(item['input'])}.")
     return " ".join(problems)

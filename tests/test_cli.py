@@ -547,7 +547,7 @@ ERRORS = {
     "no candidates": (["evaluate", "RUN", "--candidates", "0"], "candidates: .* at least 1"),
     "candidates of a file that is not there": (
         ["evaluate", "RUN", "--candidates", "OUT"],
-        "No such file",
+        "there is no such file",
     ),
     "an unknown entity": (
         ["predict", "RUN", "--head", "ee11", "--relation", "after"],
@@ -620,3 +620,45 @@ def test_a_process_fits_and_predicts_on_the_countries(tmp_path):
     answers = json.loads(imvia("predict", "runs/countries-1", *query).stdout)
     assert len(answers) == 10
     assert not any(answer["known"] for answer in answers)
+
+
+# -- what stands in the way is said before anything is made ----------------------------------------
+
+
+def test_a_backend_that_the_device_has_not_is_refused_before_there_is_a_run(graph, tmp_path):
+    out = tmp_path / "run"
+    result = invoke("fit", graph, "--out", out, "--device", "cpu", *SET, "--set", "backend=triton")
+    assert_one_paragraph(result, "Setting backend: 'triton' is not to be had on cpu")
+    assert not out.exists()
+
+
+def test_a_model_that_memory_does_not_hold_is_refused(graph, tmp_path):
+    result = invoke("fit", graph, "--out", tmp_path / "run", *SET, "--set", "dim=100000000000000")
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    assert "Out of memory while making the model" in result.stderr
+
+
+def test_settings_files_go_over_each_other(graph, tmp_path):
+    (tmp_path / "one.yaml").write_text("epochs: 2\nloss: binary\n")
+    (tmp_path / "two.yaml").write_text("epochs: 1\n")
+    files = ["--settings", tmp_path / "one.yaml", "--settings", tmp_path / "two.yaml"]
+    result = invoke("fit", graph, "--out", tmp_path / "run", *files, *SET)
+    assert result.exit_code == 0, result.output
+    chosen = ig.load(tmp_path / "run").settings
+    assert (chosen.loss, chosen.epochs) == ("binary", 1)
+
+
+def test_candidates_that_are_neither_a_number_nor_a_file_are_refused(run, tmp_path):
+    for value in ("10k", "-5", tmp_path / "none.txt"):
+        result = invoke("evaluate", run, "--candidates", value)
+        assert_one_paragraph(result, "expected a number of 1 or more, or a file of labels")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    result = invoke("evaluate", run, "--candidates", tmp_path / "blank.txt")
+    assert_one_paragraph(result, "expected labels of entities, a line each; the file has none")
+
+
+def test_a_file_is_no_run_folder(graph, tmp_path):
+    (tmp_path / "file").touch()
+    result = invoke("fit", graph, "--out", tmp_path / "file", *SET)
+    assert_one_paragraph(result, "file is a file; expected a folder to write")

@@ -615,6 +615,28 @@ def test_all_entities_chosen_are_all_entities():
     assert_equal_ranks(rank(model, kg.test, kg.answers(), candidates=torch.arange(83)), everything)
 
 
+def test_candidates_may_be_named():
+    kg = larger_kg()
+    model = model_of(kg)
+    by_name = evaluate(model, kg, candidates=[kg.entities[3], kg.entities[0]])
+    assert by_name == evaluate(model, kg, candidates=torch.tensor([0, 3]))
+    with pytest.raises(ig.UnknownLabelError, match="nowhere"):
+        evaluate(model, kg, candidates=["nowhere"])
+
+
+def test_a_head_that_is_not_there_is_an_error():
+    kg = larger_kg()
+    with pytest.raises(ig.UnknownLabelError, match="no head 'nope'; it has structure"):
+        rank(model_of(kg), kg.test, kg.answers(), heads=["nope"])
+
+
+def test_triples_may_be_of_another_integer_dtype():
+    kg = larger_kg()
+    model = model_of(kg)
+    narrow = rank(model, kg.test.int(), kg.answers())
+    assert_equal_ranks(narrow, rank(model, kg.test, kg.answers()))
+
+
 @pytest.mark.parametrize(
     ("candidates", "message"),
     [

@@ -267,6 +267,11 @@ def test_names_are_looked_up_without_case_and_accents():
     assert folded("ÎLE São") == "ile sao"
 
 
+def test_a_report_is_of_runs(tmp_path):
+    with pytest.raises(ig.DataError, match=r"expected a Run.*received 'runs/seed-1'"):
+        ig.write_report(["runs/seed-1"], tmp_path / "r.html")
+
+
 @pytest.mark.parametrize("split", ["valid", None])
 def test_without_test_triples_it_is_the_validation_triples_or_an_error(split, tmp_path):
     kg = ring_kg(test=0, valid=3 if split else 0)

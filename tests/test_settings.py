@@ -260,6 +260,9 @@ WRONG = [
     ("dim", 6.5, r"integer.*6\.5"),
     ("dim", "wide", r"integer.*'wide'"),
     ("dim", None, r"integer.*None"),
+    ("dim", True, r"expected a value of another kind than true or false; received True"),
+    ("learning_rate", False, r"another kind than true or false"),
+    ("patience", True, r"another kind than true or false"),
     ("joint", "maybe", r"boolean.*'maybe'"),
     ("hidden_dropout", 1, r"less than 1"),
     ("hidden_dropout", -0.1, r"greater than or equal to 0"),
@@ -272,6 +275,7 @@ WRONG = [
     ("patience", 0, r"greater than or equal to 1"),
     ("seed", -1, r"greater than or equal to 0"),
     ("modalities", "text", r"list.*'text'"),
+    ("modalities", ["text", "image", "text"], r"each modality once, found 'text' more often"),
     ("device", 0, r"string.*0"),
 ]
 
@@ -298,6 +302,12 @@ FILES = {
     "no UTF-8": ("s.yaml", b"device: \xe9", SettingsError, r"s\.yaml cannot be read"),
     "another kind of file": ("s.json", "{}", SettingsError, r"s\.json: expected a \.yaml"),
     "a number for a key": ("s.yaml", "1: 2", SettingsError, "1"),
+    "a key that stands twice": (
+        "s.yaml",
+        "dim: 3\nloss: binary\ndim: 4\n",
+        SettingsError,
+        r"the key 'dim' stands twice.*line 3",
+    ),
     "a nested mapping": ("s.yaml", "model:\n  dim: 3", SettingsError, "no setting 'model'"),
 }
 
@@ -306,8 +316,17 @@ FILES = {
 def test_a_settings_file_that_is_wrong_says_what_is(name, content, kind, message, tmp_path):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=f"(?s){message}"):
         Settings.read(path)
+
+
+def test_of_several_files_later_ones_go_over_earlier_ones(tmp_path):
+    (tmp_path / "one.yaml").write_text("dim: 3\nepochs: 4\n")
+    (tmp_path / "two.toml").write_text("dim = 5\n")
+    files = ["paper", tmp_path / "one.yaml", tmp_path / "two.toml"]
+    merged = Settings.read_all(files)
+    assert (merged["dim"], merged["epochs"], merged["loss"]) == (5, 4, "binary")
+    assert Settings.read_all([]) == {}
 
 
 def test_a_settings_file_that_is_missing_says_so(tmp_path):

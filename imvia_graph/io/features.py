@@ -92,8 +92,13 @@ def with_views(
             given[modality] = views_from_array(
                 feat, kg, entity=entity, skip_unknown=skip_unknown, where=where
             )
-        else:
+        elif isinstance(value, str | os.PathLike):
             given[modality] = read_features(value, kg, skip_unknown=skip_unknown)
+        else:
+            raise DataError(
+                f"{where}: expected a file, an array, Views, or a pair of an array and whose each"
+                f" of its rows is; received {type(value).__name__}."
+            )
     kept = {
         modality: given.pop(modality) if modality in given else kg._views(modality)
         for modality in kg.modalities
@@ -154,6 +159,8 @@ def read_features(
     [1, 1]
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; expected a file of features.")
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; expected features.")
     if path.stat().st_size == 0:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from imvia_graph.errors import IMVIAError
+from imvia_graph.errors import IMVIAError, SettingsError
 from imvia_graph.ops import fused_cpu, fused_triton, picking, reference, scatter
 
 Backend = Literal["auto", "reference", "torch_scatter", "numba", "triton"]
@@ -170,6 +170,26 @@ def choose(feat: Tensor, gate: Tensor) -> Backend:
         return "numba"
     # On a GPU segment sums need no atomic additions, and so are the same from run to run.
     return "torch_scatter" if scatter.usable(feat.device) else "reference"
+
+
+def refuse_backend(backend: Backend, device: torch.device) -> None:
+    """Refuse a backend that a device has not, before anything is made.
+
+    Raises
+    ------
+    SettingsError
+    """
+    there = {
+        "torch_scatter": lambda: scatter.usable(device),
+        "numba": lambda: device.type == "cpu" and fused_cpu.is_installed(),
+        "triton": lambda: fused_triton.is_installed(device),
+    }
+    if backend in there and not there[backend]():
+        raise SettingsError(
+            f"Setting backend: {backend!r} is not to be had on {device}. 'torch_scatter' needs that"
+            " package, 'numba' that package and a CPU, 'triton' that package and a GPU; 'auto' is"
+            " the fastest that there is."
+        )
 
 
 def check(feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor) -> None:

@@ -22,6 +22,11 @@ from imvia_graph.ops.reference import TWICE
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def is_installed() -> bool:
+    """Whether there is numba to compile the loops."""
+    return _kernels.load("views") is not None
+
+
 def usable(feat: Tensor, gate: Tensor) -> bool:
     """Whether there is a kernel for these tensors, and numba to compile it."""
     return (
@@ -29,7 +34,7 @@ def usable(feat: Tensor, gate: Tensor) -> bool:
         and feat.dtype in DTYPES
         and gate.dtype in DTYPES
         and feat.shape[1] > 0
-        and _kernels.load("views") is not None
+        and is_installed()
     )
 
 

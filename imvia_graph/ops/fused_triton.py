@@ -29,6 +29,11 @@ def _load() -> bool:
     return _gpu.load(globals(), _KERNELS)
 
 
+def is_installed(device: torch.device) -> bool:
+    """Whether there is Triton, and a device that it knows."""
+    return _gpu.runs_on(device) and _load()
+
+
 def usable(feat: Tensor, gate: Tensor) -> bool:
     """Whether there is a kernel for these tensors' device, dtypes and width, and Triton."""
     return (
@@ -36,8 +41,7 @@ def usable(feat: Tensor, gate: Tensor) -> bool:
         and gate.dtype in _gpu.DTYPES
         and 1 <= feat.shape[1] <= _WIDEST
         and feat.device == gate.device
-        and _gpu.runs_on(feat.device)
-        and _load()
+        and is_installed(feat.device)
     )
 
 

@@ -78,6 +78,12 @@ def write_report(
     """
     path = Path(path)
     runs = [runs] if isinstance(runs, Run) else list(runs)
+    for run in runs:
+        if not isinstance(run, Run):
+            raise DataError(
+                f"report: expected a Run, or several; received {run!r}. `imvia_graph.load` makes"
+                " one of a run folder."
+            )
     if not runs:
         raise DataError("report: expected at least one run.")
     if path.is_dir() or (path.exists() and not force):
