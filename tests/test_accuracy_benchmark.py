@@ -274,6 +274,7 @@ def test_a_variant_changes_the_settings_of_its_data_set_and_keeps_the_others(
     assert bench.run.settings_of("MKG-Y", "full") == {"dim": 64, "joint": True}
     assert bench.run.settings_of("MKG-Y", "without-joint") == {"dim": 64, "joint": False}
     assert bench.run.settings_of("MKG-Y", "defaults") == {}
+    assert bench.run.settings_of("MKG-Y", "defaults-without-joint") == {"joint": False}
 
 
 @pytest.fixture

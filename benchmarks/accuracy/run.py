@@ -7,7 +7,8 @@
 
 A row's settings are the defaults, over them settings/DATASET.yaml, over that
 settings/variants/VARIANT.yaml; ``full`` is the data set's own file alone, ``defaults`` the defaults
-without any file, ``complex-n3`` the baseline of complex_n3.py. The file of a row is
+without any file, ``defaults-VARIANT`` the variant's file laid over these, ``complex-n3`` the baseline
+of complex_n3.py. The file of a row is
 benchmarks/results/accuracy/DATASET-VARIANT-SEED.json, and a row that is there is not run again. How
 validation chooses is said in protocol.py.
 """
@@ -54,9 +55,11 @@ def settings_of(dataset: str, variant: str) -> dict[str, Any]:
     if variant == DEFAULTS:
         return {}
     layers = [SETTINGS / f"{dataset.lower()}.yaml"]
+    if variant.startswith(f"{DEFAULTS}-"):
+        layers, variant = [], variant.removeprefix(f"{DEFAULTS}-")
     if variant != FULL:
         layers.append(SETTINGS / "variants" / f"{variant}.yaml")
-        if not layers[1].exists():
+        if not layers[-1].exists():
             raise click.ClickException(
                 f"No variant {variant!r}; there are {', '.join(variants())}."
             )

@@ -45,6 +45,7 @@ NAMES = {
     FULL: "IMVIA, structure and names",
     DEFAULTS: "the same, default settings",
     "structure-alone": "structure alone",
+    "defaults-structure-alone": "structure alone, default settings",
     "text-alone": "text alone",
     "image-alone": "pictures alone",
     BASELINE: "ComplEx-N3",
@@ -110,7 +111,7 @@ def results_tables(rows: Sequence[Row]) -> str:
     parts = []
     for dataset in DATASETS:
         lines = []
-        for variant in (FULL, DEFAULTS, "structure-alone", BASELINE):
+        for variant in (FULL, DEFAULTS, "structure-alone", "defaults-structure-alone", BASELINE):
             if mine := of(rows, dataset, variant):
                 lines.append([name_of(dataset, variant), *cells(mine)])
         if not lines:
