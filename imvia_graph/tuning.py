@@ -53,6 +53,9 @@ SPACE: dict[str, Any] = {
 #: The most combinations of a space that are listed to find one that was not tried.
 _MOST_LISTED = 1_000_000
 
+#: Draws one after the other that were all tried before, after which a space counts as tried.
+_MOST_REPEATED = 100
+
 #: Settings in which the workers of a study may differ: each is on a machine of its own.
 MACHINE = ("device", "backend", "ranking_batch_size")
 
@@ -84,6 +87,8 @@ class Range(BaseModel):
 
     def values(self) -> list[int | float] | None:
         """All of them; None where they are too many to list."""
+        if self.low == self.high:
+            return [_plain(self.low)]
         step = (self.step or 1) if self.whole else self.step
         if step is None or (self.high - self.low) / step > _MOST_LISTED:
             return None
@@ -200,10 +205,10 @@ def tune(
     path = Path(study)
     graph = _without_test(kg, Settings.create(fixed))
     shared = _open(optuna, path, chosen, fixed, graph)
-    work = _Worker(optuna, shared, path, graph, chosen, fixed, seed, prune, progress)
-    stop = None if timeout is None else time.monotonic() + timeout
+    stop = math.inf if timeout is None else time.monotonic() + timeout
+    work = _Worker(optuna, shared, path, graph, chosen, fixed, seed, prune, progress, stop)
     with _storing(optuna, path):
-        while (stop is None or time.monotonic() < stop) and work.more(trials):
+        while time.monotonic() < stop and work.more(trials):
             pass
         return _found(optuna, shared, fixed)
 
@@ -375,10 +380,12 @@ class _Worker:
         seed: int,
         prune: bool,
         progress: Progress | None,
+        stop: float,
     ) -> None:
         self.optuna, self.study, self.path, self.graph = optuna, study, path, graph
         self.space, self.fixed, self.seed, self.prune = space, fixed, seed, prune
-        self.progress = progress
+        #: On the monotonic clock: when no further trial is begun.
+        self.progress, self.stop = progress, stop
         self.axes = _axes(space)
 
     def more(self, trials: int) -> bool:
@@ -430,8 +437,13 @@ class _Worker:
             self.study.enqueue_trial(dict(params))
 
     def _ask(self) -> Any:
-        """A trial whose settings are drawn and are no other's; None where all were tried."""
-        while not self._all_tried():
+        """A trial whose settings are drawn and are no other's.
+
+        None where all were tried, as far as drawing tells, or the time is up.
+        """
+        for _ in range(_MOST_REPEATED):
+            if self._all_tried() or time.monotonic() >= self.stop:
+                break
             trial = self.study.ask()
             # Each trial's draws are its own, whichever worker does it.
             self.study.sampler = self.optuna.samplers.TPESampler(

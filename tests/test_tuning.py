@@ -74,6 +74,31 @@ def test_a_space_that_is_small_is_tried_whole_and_then_the_search_ends(tmp_path)
     assert sorted(tried(found)) == [(r, d) for r in (2, 3) for d in (4, 6, 8)]
 
 
+def test_a_range_of_one_value_is_tried_once_and_then_the_search_ends(tmp_path):
+    space = {"learning_rate": {"low": 1e-3, "high": 1e-3}}
+    found = tune(tmp_path / "s.db", 3, space, timeout=20)
+    assert [trial["settings"] for trial in found.trials] == [{"learning_rate": 1e-3}]
+
+
+def test_draws_that_were_all_tried_end_the_search(tmp_path, monkeypatch):
+    from imvia_graph import tuning
+
+    monkeypatch.setattr(tuning, "_MOST_REPEATED", 5)
+    # Two numbers of which the settings keep one: too many to list, by what the range says.
+    space = {"learning_rate": {"low": 1e-3, "high": 1e-3 * (1 + 1e-14)}}
+    assert len(tune(tmp_path / "s.db", 3, space, timeout=20).trials) == 1
+    study = optuna.load_study(storage=f"sqlite:///{tmp_path / 's.db'}", study_name="imvia-graph")
+    assert len(study.trials) == 1 + 5
+
+
+def test_drawing_what_was_tried_ends_when_the_time_is_up(tmp_path, monkeypatch):
+    from imvia_graph import tuning
+
+    monkeypatch.setattr(tuning, "_MOST_REPEATED", 10**9)
+    space = {"learning_rate": {"low": 1e-3, "high": 1e-3 * (1 + 1e-14)}}
+    assert len(tune(tmp_path / "s.db", 3, space, timeout=3).trials) == 1
+
+
 def test_the_same_seed_searches_the_same_and_another_one_something_else(tmp_path):
     space = {"learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
     one, same, other = (
