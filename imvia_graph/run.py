@@ -33,7 +33,7 @@ class Run:
     Attributes
     ----------
     model : IMVIA
-        At its best epoch.
+        At its best epoch; of a training that was stopped, the best until then.
     kg : MultiViewKG
         The graph that it was trained on, splits included.
     settings : Settings
@@ -347,7 +347,8 @@ def fit(
     -------
     Run
         With the model of the best epoch by validation MRR; of the last one where there are no
-        validation triples.
+        validation triples. Where `Trainer.stop` ended training: of the best until then, or as it
+        was left where nothing was validated yet.
 
     Raises
     ------
@@ -408,7 +409,17 @@ def fit(
                 checkpoint.start_run(folder, graph, trainer.settings)
             shards.wait()
             progress = _fit_in(folder, trainer)
-    return Run(trainer.model.eval(), graph, trainer.settings, progress, folder, records.found)
+    return Run(_best_of(trainer), graph, trainer.settings, progress, folder, records.found)
+
+
+def _best_of(trainer: Trainer) -> IMVIA:
+    """The trained model as `load` would read it, where training was stopped, too."""
+    if not trainer.progress.ended:
+        if trainer.best_state is not None:
+            trainer.model.load_state_dict(trainer.best_state)
+        elif trainer.average is not None:
+            trainer.average.exchange()
+    return trainer.model.eval()
 
 
 def _made(kg: MultiViewKG, settings: Settings, shards: Shards, device: torch.device) -> IMVIA:
@@ -551,7 +562,7 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
             if changed != settings:
                 _files.write_text(folder / "settings.yaml", changed.to_yaml())
         progress = _fit_in(folder, trainer)
-    return Run(trainer.model.eval(), graph, changed, progress, folder)
+    return Run(_best_of(trainer), graph, changed, progress, folder)
 
 
 def load(folder: str | os.PathLike[str], device: str = "auto") -> Run:

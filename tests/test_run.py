@@ -539,6 +539,36 @@ RESUMED = {
 }
 
 
+class AskToStop(Callback):
+    """Asks training to stop after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, trainer, losses):
+        if trainer.progress.step == self.step:
+            trainer.stop()
+
+
+@pytest.mark.parametrize("averaged", [{}, {"ema_decay": 0.9}], ids=["plain", "average"])
+@pytest.mark.parametrize(
+    ("step", "graph"),
+    [(2 * STEPS + 1, {}), (1, {}), (2 * STEPS + 1, {"valid": 0})],
+    ids=["after a best epoch", "before any", "without validation"],
+)
+def test_a_run_that_was_stopped_has_the_model_that_load_gives(step, graph, averaged, tmp_path):
+    run = fit(tmp_path / "run", ring_kg(**graph), callbacks=[AskToStop(step)], epochs=5, **averaged)
+    assert (run.progress.ended, run.progress.step) == ("", step)
+    assert same_weights(run.model, ig.load(tmp_path / "run").model)
+    alone = fit(kg=ring_kg(**graph), callbacks=[AskToStop(step)], epochs=5, **averaged)
+    assert same_weights(run.model, alone.model)
+    resumed = ig.fit(
+        out=tmp_path / "run", resume=True, callbacks=[AskToStop(run.progress.step + 1)]
+    )
+    assert resumed.progress.step == step + 1
+    assert same_weights(resumed.model, ig.load(tmp_path / "run").model)
+
+
 @pytest.mark.parametrize(("stop", "options"), RESUMED.values(), ids=RESUMED)
 def test_a_run_stopped_and_resumed_is_to_the_bit_the_run_that_never_stopped(
     stop, options, tmp_path
