@@ -31,7 +31,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -440,13 +440,13 @@ def _shapes(path: Path, prefix: str) -> dict[str, list[int]] | None:
 
 
 def load_best(folder: Path, model: IMVIA) -> Progress:
-    """Read the best model of a run folder.
+    """Read the best model of a run folder; the progress is that of the whole training.
 
     Where its file is damaged, or not there yet, it is the one that the last checkpoint knows.
     """
     path = _files.inside(folder, BEST)
     try:
-        return load_model(path, model)
+        return _whole_progress(folder, load_model(path, model))
     except DamagedError as error:
         damage = error
     for name in (LAST, PREVIOUS):
@@ -462,6 +462,21 @@ def load_best(folder: Path, model: IMVIA) -> Progress:
             logger.warning("%s The best model that %s knows is used.", damage, checkpoint)
         return _progress(checkpoint, metadata)
     raise damage
+
+
+def _whole_progress(folder: Path, best: Progress) -> Progress:
+    """How far the training came that a best model is of, by the header of its last checkpoint."""
+    for name in (LAST, PREVIOUS):
+        path = _files.inside(folder, name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                last = _progress(path, file.metadata() or {})
+        except (SafetensorError, OSError, ValueError, RuntimeError, CheckpointError):
+            continue
+        if last.step < best.step:  # the best model was found after it
+            return best
+        return replace(last, best_epoch=best.best_epoch, best_mrr=best.best_mrr)
+    return best
 
 
 def save_trainer(path: Path, trainer: Trainer) -> None:

@@ -566,7 +566,7 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
 
 
 def load(folder: str | os.PathLike[str], device: str = "auto") -> Run:
-    """Load a run from its folder, with the model of its best epoch.
+    """Load a run from its folder, with the model of its best epoch and the progress of its last.
 
     Parameters
     ----------

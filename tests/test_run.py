@@ -279,6 +279,43 @@ def test_load_gives_the_same_model_graph_settings_and_metrics(finished):
         assert run.evaluate(split) == finished.evaluate(split)
 
 
+def worse_every_epoch(monkeypatch):
+    """Have each validation be worse than the one before."""
+    from imvia_graph import training
+
+    made = iter(range(1, 100))
+    monkeypatch.setattr(training, "rank_metrics", lambda ranks: {"mrr": 1 / next(made)})
+
+
+def test_load_says_how_far_training_came_and_has_the_model_of_the_best_epoch(tmp_path, monkeypatch):
+    worse_every_epoch(monkeypatch)
+    run = fit(tmp_path / "run", epochs=4, patience=None)
+    loaded = ig.load(run.folder)
+    assert (loaded.progress.best_epoch, loaded.progress.epoch) == (1, 4)
+    assert loaded.progress.ended == "epochs"
+    assert loaded.progress == run.progress
+    assert same_weights(loaded.model, run.model)
+    again = ig.load(loaded.save(tmp_path / "again"))
+    assert again.progress == loaded.progress
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+def test_load_without_a_last_checkpoint_that_can_be_read_says_what_the_best_one_knows(
+    damage, finished, tmp_path
+):
+    folder = write_folder(tmp_path / "run", contents(finished.folder))
+    for name in ("last.safetensors", "previous.safetensors"):
+        damage(folder / name)
+    progress = ig.load(folder).progress
+    assert progress.epoch == progress.best_epoch == finished.progress.best_epoch
+
+
+def test_a_best_model_found_after_the_last_checkpoint_says_its_own_epoch(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", kg=ring_kg(), checkpoint_every=9, callbacks=[StopAt(epoch=1)])
+    assert ig.load(tmp_path / "run").progress.epoch == 1
+
+
 def test_a_run_folder_may_be_moved(finished, tmp_path):
     write_folder(tmp_path / "moved", contents(finished.folder))
     assert ig.load(str(tmp_path / "moved")).evaluate() == finished.evaluate()
