@@ -188,9 +188,19 @@ class Predictor:
         -------
         Answers
             Query by query in their order, best first, on the CPU; equal scores go by id.
+
+        Raises
+        ------
+        DataError
+            Ids out of range, or not one relation for each entity.
         """
         if k < 1:
             raise DataError(f"predict: expected k of at least 1, received {k}.")
+        self._check_queries(entity, relation)
+        if not len(entity):
+            none, scores = torch.empty(0, dtype=torch.int64), torch.empty(0)
+            by_head = {head: scores.clone() for head in self.model.heads}
+            return Answers(none, none.clone(), none.clone(), scores, by_head, none.bool())
         device = self.model.device
         entity, relation = entity.to(device), relation.to(device)
         found: list[list[Tensor]] = []
@@ -207,9 +217,28 @@ class Predictor:
         columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
         # Relation by relation came other queries first.
         order = torch.argsort(columns[0], stable=True)
-        query, answer, rank, score, known, *by_head = (column[order] for column in columns)
-        modalities = dict(zip(self.model.heads, by_head, strict=True))
+        query, answer, rank, score, known, *every = (column[order] for column in columns)
+        modalities = dict(zip(self.model.heads, every, strict=True))
         return Answers(query, answer, rank, score, modalities, known)
+
+    def _check_queries(self, entity: Tensor, relation: Tensor) -> None:
+        """Refuse ids that the graph does not have, with the first row that names one."""
+        if entity.dim() != 1 or entity.shape != relation.shape:
+            raise DataError(
+                "Queries: expected as many relations as entities, in two tensors of one dimension;"
+                f" received shapes {list(entity.shape)} and {list(relation.shape)}."
+            )
+        for what, ids, number in (
+            ("entity", entity, self.kg.num_entities),
+            ("relation", relation, 2 * self.kg.num_relations),
+        ):
+            bad = ((ids < 0) | (ids >= number)).nonzero().flatten()
+            if len(bad):
+                row = int(bad[0])
+                raise DataError(
+                    f"Queries, row {row}: the {what} id {int(ids[row])} is out of range; expected 0"
+                    f" to {number - 1}."
+                )
 
     @torch.no_grad()
     def _best(

@@ -407,6 +407,39 @@ def test_predict_gives_all_unknown_tails_best_first(candidates):
     assert not any(answer.known for answer in answers)
 
 
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+def test_no_queries_have_no_answers(candidates):
+    run = fit(epochs=0, candidates=candidates)
+    none = torch.empty(0, dtype=torch.int64)
+    found = ig.Predictor(run.model, run.kg).answers(none, none)
+    one = ig.Predictor(run.model, run.kg).answers(torch.tensor([3]), torch.tensor([1]))
+    assert list(found.modalities) == run.model.heads
+    columns = zip(
+        (*found[:4], found.known, *found.modalities.values()),
+        (*one[:4], one.known, *one.modalities.values()),
+        strict=True,
+    )
+    assert all(len(empty) == 0 and empty.dtype == full.dtype for empty, full in columns)
+
+
+@pytest.mark.parametrize(
+    ("entity", "relation", "message"),
+    [
+        ([0, 12, 13], [0, 0, 0], "row 1: the entity id 12 is out of range; expected 0 to 11"),
+        ([0, -1], [0, 0], "row 1: the entity id -1 is out of range"),
+        ([0, 1], [0, 4], "row 1: the relation id 4 is out of range; expected 0 to 3"),
+        ([0, 1], [0], r"received shapes \[2\] and \[1\]"),
+    ],
+)
+def test_queries_that_the_graph_cannot_have_are_refused_with_their_row(
+    entity, relation, message, finished
+):
+    kg = finished.kg
+    assert (kg.num_entities, kg.num_relations) == (12, 2)
+    with pytest.raises(DataError, match=message):
+        ig.Predictor(finished.model, kg).answers(torch.tensor(entity), torch.tensor(relation))
+
+
 def test_known_facts_are_left_out_unless_asked_for_and_then_marked(finished):
     kg = finished.kg
     for head in range(kg.num_entities):
