@@ -221,6 +221,16 @@ def test_texts_of_new_entities_are_encoded_where_there_is_an_encoder(run):
     expected = ig.Predictor(run.model, run.kg).predict_new({"text": feat}, relation="after", k=20)
     assert status == 200
     assert [answer["label"] for answer in found["answers"]] == [a.entity for a in expected]
+    body = {"relation": "after", "texts": [" ", "ab", "\n\t", ""]}
+    assert ask(address, "api/complete-new", body)[2] == found
+    status, _, told = ask(address, "api/complete-new", {"relation": "after", "texts": ["", " \n"]})
+    assert (status, told["detail"]) == (
+        422,
+        "texts: expected at least one that is not blank, or features in views; received 2 that are"
+        " blank.",
+    )
+    body = {"relation": "after", "texts": [" "], "views": {"image": [[0.0] * 6]}}
+    assert ask(address, "api/complete-new", body)[2]["heads"] == ["image"]
     Lengths.width = 4
     with pytest.raises(ig.DataError, match=r"makes 4 numbers a text; .* was trained on 5"):
         make_app(run, text_encoder=Lengths())
@@ -235,7 +245,14 @@ def test_texts_of_new_entities_are_encoded_where_there_is_an_encoder(run):
         ("api/complete", {"relation": "after"}, 422, "either head or tail"),
         ("api/complete", {"relation": "after", "head": "e1", "tail": "e2"}, 422, "either"),
         ("api/complete", {"relation": "after", "head": "nobody"}, 404, "No entity is called"),
+        (
+            "api/complete",
+            {"relation": "after", "head": "E99"},
+            404,
+            "No entity is called or labelled 'E99'. The nearest known: 'e9'",
+        ),
         ("api/complete", {"relation": "never", "head": "e1"}, 404, "No relation"),
+        ("api/complete", {"relation": "afterr", "head": "e1"}, 404, "The nearest known: 'after'"),
         ("api/complete", {"relation": "after", "head": "e1", "top": 0}, 422, "query.top"),
         ("api/complete", {"head": "e1"}, 422, "query.relation"),
         ("api/complete", {"relation": "after", "head": "x" * 10_001}, 422, "10000 characters"),

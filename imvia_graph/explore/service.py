@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rapidfuzz import fuzz, process
 
-from imvia_graph._display import folded, shown
+from imvia_graph._display import folded, nearest, shown
 from imvia_graph.encode import Encoder
 from imvia_graph.errors import DataError, UnknownLabelError
 from imvia_graph.inference import (
@@ -26,7 +26,7 @@ from imvia_graph.inference import (
 from imvia_graph.pictures import Pictures
 from imvia_graph.run import Run
 
-#: Entities up to which a search that finds too little looks for names that are written alike.
+#: Entities up to which names that are written alike are looked for, where too little is found.
 FUZZY = 50_000
 #: Letters of what is searched for that count.
 LONGEST_SEARCH = 200
@@ -173,9 +173,18 @@ class Service:
         texts: Sequence[str],
         top: int,
     ) -> Json:
-        """Answers for an entity that was not trained on, by its views alone; says that it is."""
+        """Answers for an entity that was not trained on, by its views alone; says that it is.
+
+        Blank texts are left out.
+        """
         relation_id = self._id("relation", relation)
         features = {name: _features(name, rows) for name, rows in views.items() if rows}
+        given, texts = len(texts), [text for text in texts if text.strip()]
+        if given and not texts and not features:
+            raise DataError(
+                "texts: expected at least one that is not blank, or features in views; received"
+                f" {given} that {'is' if given == 1 else 'are'} blank."
+            )
         if texts:
             if self.text_encoder is None:
                 raise DataError(
@@ -212,15 +221,24 @@ class Service:
     # -- parts of answers -----------------------------------------------------------------------
 
     def _id(self, kind: str, name: str) -> int:
-        """The one that a label or display name means, told without looking for similar ones."""
+        """The one that a label or display name means."""
         found = self._ids[kind].find(name)
         if len(found) != 1:
             how = "are called" if found else "is called or labelled"
             raise UnknownLabelError(
                 f"{len(found) or 'No'} {'entities' if found and kind == 'entity' else kind}"
-                f" {how} '{shown(name, 80)}'."
+                f" {how} '{shown(name, 80)}'.{'' if found else self._near(kind, name)}"
             )
         return found[0]
+
+    def _near(self, kind: str, name: str) -> str:
+        """What is called like an unknown name, as a sentence, where looking for it is quick."""
+        ids = self._ids[kind]
+        if len(ids.by_label) > FUZZY:
+            return ""
+        alike = nearest(name[:LONGEST_SEARCH], [*ids.by_label, *ids.by_name])
+        quoted = ", ".join(f"'{shown(known, 80)}'" for known in alike)
+        return f" The nearest known: {quoted}." if alike else " None is like it."
 
     def _relation(self, relation: int) -> Json:
         return {"label": self.kg.relations[relation], "name": self.kg.relation_names[relation]}

@@ -154,7 +154,9 @@ class NewEntity(BaseModel):
         description="Features by modality, a row a view, by the encoder that made the graph's.",
     )
     texts: list[Annotated[str, Field(max_length=LONGEST)]] = Field(
-        default_factory=list, max_length=32, description="Texts, where the service encodes them."
+        default_factory=list,
+        max_length=32,
+        description="Texts, where the service encodes them; blank ones are left out.",
     )
     top: int = Field(20, ge=1, le=MOST_ANSWERS)
 
