@@ -611,6 +611,12 @@ def test_the_command_says_what_is_wrong_with_its_options(tmp_path, command):
     assert "expected two columns, as in entity,caption or 0,3" in errors
 
 
+def test_no_views_are_refused():
+    raw = ig.io.RawViews("text", torch.empty(0, dtype=torch.int64), [])
+    with pytest.raises(ig.DataError, match="There are no texts to encode"):
+        encode_views(raw, get_encoder("minilm", "text"))
+
+
 def test_views_that_were_there_are_kept(tmp_path, clip):
     kg = ring_kg()
     (tmp_path / "texts.tsv").write_text("e0\tzero\n")

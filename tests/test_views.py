@@ -139,6 +139,17 @@ def test_unknown_entities_are_counted_and_the_first_is_named(tmp_path, caplog):
         io.read_texts(table, PLACES, skip_unknown=True)
 
 
+def test_ids_that_are_all_unknown_are_refused_as_labels_are(tmp_path):
+    table = tmp_path / "texts.tsv"
+    table.write_text("7\ta\n9\tb\n")
+    with pytest.raises(ig.DataError, match=r"texts\.tsv.*none of the 2 rows names an entity"):
+        io.read_texts(table, PLACES, skip_unknown=True)
+    parquet = tmp_path / "texts.parquet"
+    pl.DataFrame({"entity": [7, -1], "text": ["a", "b"]}).write_parquet(parquet)
+    with pytest.raises(ig.DataError, match=r"texts\.parquet.*none of the 2 rows names an entity"):
+        io.read_texts(parquet, PLACES, skip_unknown=True)
+
+
 def packed(content):
     """Gzipped, without the time: what a test is called must be the same in every process."""
     return gzip.compress(content, mtime=0)

@@ -211,7 +211,7 @@ def encode_views(
     Raises
     ------
     DataError
-        Not one view can be read.
+        There are no views, or not one can be read.
     EncoderError
         The encoder gave something else than finite rows of its width.
 
@@ -228,6 +228,10 @@ def encode_views(
         raise EncoderError(
             f"The encoder {encoder.name!r} is for {encoder.modality}s; the views are"
             f" {raw.modality}s."
+        )
+    if not raw.source:
+        raise DataError(
+            f"There are no {raw.modality}s to encode; expected at least one, of an entity."
         )
     if batch_size is None:
         batch_size = 32 if encoder.device.type == "cpu" else 256

@@ -478,7 +478,7 @@ def resolve(
     values: pl.Series, of: Entities, where: str, skip_unknown: bool
 ) -> tuple[Tensor, Tensor]:
     """Which rows name an entity, (n,) bool, and the ids of those, (kept,) int64."""
-    labels, _, _ = _labels(of)
+    labels, _, whole = _labels(of)
     if values.dtype.is_integer():
         ids = torch.from_numpy(values.cast(pl.Int64).to_numpy().copy())
         keep = (ids >= 0) & (ids < len(labels))
@@ -489,6 +489,8 @@ def resolve(
                 f" {int(ids[row])} in row {row + 1}; expected 0 to {len(labels) - 1}.",
                 skip_unknown,
             )
+            if not keep.any():
+                raise DataError(f"{where}: none of the {len(ids)} rows names an entity of {whole}.")
         warn_of_numeric_labels(ids[keep], labels, where)
         return keep, ids[keep]
     keep, ids = resolve_any([values], of, where, skip_unknown)
