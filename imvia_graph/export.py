@@ -65,7 +65,7 @@ def export_embeddings(
       ``<name>.labels.json`` with ``labels`` and ``names`` (lists in row order), and for relations
       ``inverse``. It is a file of its own because a safetensors header ends at 100 MB.
     - ``npz``: the same arrays, with ``labels``, ``names`` (and ``inverse``) as arrays of strings
-      (and bools): ``numpy.load`` reads it without pickle.
+      (and bools), the strings compressed: ``numpy.load`` reads it without pickle.
     - ``parquet``: columns ``label``, ``name`` (and ``inverse``), and a fixed-size list a head.
     - ``word2vec``: the text format, ``rows dim`` in the first line, then a token and its numbers a
       line. A token is the label with ``%``, white space and whatever does not print as the
@@ -243,7 +243,11 @@ def _write_npz(paths: list[Path], table: _Table) -> None:
         # Not numpy.savez, whose own argument `file` could not be the name of a modality.
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                info = zipfile.ZipInfo(f"{name}.npy")
+                # NumPy's strings are as wide as the longest one; numbers hardly get smaller.
+                text = array.dtype.kind == "U"
+                info.compress_type = zipfile.ZIP_DEFLATED if text else zipfile.ZIP_STORED
+                with archive.open(info, "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
 
     _files.write_atomically(paths[0], write)

@@ -223,6 +223,16 @@ def test_unknown_head_format_suffix_and_kind_are_errors(ring_run, tmp_path):
     assert not contents(tmp_path)
 
 
+def test_one_long_name_makes_no_large_npz(tmp_path):
+    names = [f"Entity {i}" for i in range(11)] + ["x" * 50_000]
+    run = make_run(ring_kg(entity_names=names))
+    [path] = ig.export_embeddings(run, tmp_path / "v.npz")
+    arrays = np.load(path, allow_pickle=False)
+    assert arrays["names"].tolist() == names
+    numbers = sum(arrays[head].nbytes for head in run.model.heads)
+    assert path.stat().st_size < numbers + 50_000  # and not 4 bytes a letter and entity
+
+
 def test_npz_refuses_a_label_that_it_would_change(tmp_path):
     run = make_run(ig.MultiViewKG.from_labels([("a\0", "r", "b")]))
     with pytest.raises(ig.DataError, match="NUL"):
