@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import signal
 import threading
@@ -25,6 +26,8 @@ from imvia_graph.model import COMPLEX, IMVIA
 from imvia_graph.ops import refuse_backend
 from imvia_graph.settings import Settings
 from imvia_graph.training import Callback, Progress, Trainer, checked_callbacks, resolve_device
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -337,7 +340,8 @@ def fit(
         ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``, ``views_on``,
         ``cuda_graph``, ``backend``. What is null in them and the run has chosen (``epochs``,
         ``lambda_regularization``, ``complex_head``) stays as the run has it.
-        A run that ended is taken as it is, unless there are more epochs to go.
+        A run that ended is taken as it is, unless there are more epochs to go. Fewer epochs than
+        it has been trained for count as these.
     callbacks : Callback or sequence of Callback
         See `imvia_graph.training.Callback`.
     **overrides
@@ -557,6 +561,18 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
     with _owned(folder, shards):
         # A run that was stopped before its first checkpoint starts again, from the same seed.
         checkpoint.load_last(folder, trainer)
+        trained = trainer.progress.epoch
+        if trainer.epochs < trained:
+            if shards.is_first:
+                logger.warning(
+                    "Setting epochs: the run in %s has %d epochs already, more than the %d that"
+                    " are asked for; it keeps them, and is trained no further.",
+                    folder,
+                    trained,
+                    trainer.epochs,
+                )
+            changed = changed.replace(epochs=trained)
+            trainer.settings = trainer.settings.replace(epochs=trained)
         if shards.is_first:
             checkpoint.upgrade(folder, settings)
             if changed != settings:

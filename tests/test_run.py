@@ -731,6 +731,27 @@ def test_the_model_on_disk_is_the_one_returned_where_a_resumed_run_asks_for_fewe
     assert same_weights(ig.load(tmp_path / "run").model, resumed.model)
 
 
+def test_fewer_epochs_than_a_run_has_are_said_to_be_fewer_and_not_written(tmp_path, caplog):
+    run = fit(tmp_path / "run", epochs=3, patience=None)
+    before = contents(run.folder)
+    resumed = ig.fit(out=run.folder, resume=True, epochs=1)
+    assert "has 3 epochs already, more than the 1 that are asked for" in caplog.text
+    assert contents(run.folder) == before
+    assert resumed.settings.epochs == ig.load(run.folder).settings.epochs == 3
+    assert same_weights(resumed.model, run.model)
+
+
+def test_a_stopped_run_that_is_asked_for_fewer_epochs_ends_with_those_it_has(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", epochs=6, callbacks=[StopAt(epoch=3)])
+    trained = len(metrics_of(tmp_path / "run"))
+    resumed = ig.fit(out=tmp_path / "run", resume=True, epochs=1)
+    loaded = ig.load(tmp_path / "run")
+    assert resumed.progress.epoch == resumed.settings.epochs == loaded.settings.epochs == trained
+    assert resumed.progress.ended == "epochs"
+    assert same_weights(resumed.model, loaded.model)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"dim": 9}, {"seed": 1}, {"learning_rate": 0.5}, {"regime": "kvsall"}, {"modalities": []}],
