@@ -136,11 +136,12 @@ class TensorBoard(Callback):
             ) from error
         self._make = SummaryWriter
         self.folder = folder
+        self.writer: Any = None
 
     def on_start(self, trainer: Trainer) -> None:
         """Go on after the last epoch there is, hiding what was written of later ones."""
         step = trainer.progress.epoch + 1
-        self.writer: Any = self._make(os.fspath(self.folder), purge_step=step)
+        self.writer = self._make(os.fspath(self.folder), purge_step=step)
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Write each number under its name: ``loss``, ``valid/mrr`` and so on."""
@@ -149,9 +150,10 @@ class TensorBoard(Callback):
                 self.writer.add_scalar(name, value, record["epoch"])
         self.writer.flush()
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_close(self, trainer: Trainer) -> None:
         """Close the file."""
-        self.writer.close()
+        if self.writer is not None:  # training may end before it starts
+            self.writer.close()
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -13,7 +13,7 @@ import mmap
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -326,8 +326,9 @@ class Trainer:
         finally:
             for table in self.tables.values():
                 table.forget()
-            for callback in self.callbacks:
-                callback.on_close(self)
+            with ExitStack() as closing:  # each is closed, whatever another one raises
+                for callback in reversed(self.callbacks):
+                    closing.callback(callback.on_close, self)
 
     def _fit(self, epochs: int) -> Progress:
         progress = self.progress

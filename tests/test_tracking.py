@@ -48,6 +48,54 @@ def test_it_gets_every_number_of_every_epoch_also_of_a_resumed_run(tmp_path):
     assert [epoch for epoch, _ in written(folder)["loss"]] == [1, 2, 3]
 
 
+class Ends(ig.Callback):
+    """Ends training at some point, in some way."""
+
+    def __init__(self, where, how):
+        self.where, self.how = where, how
+
+    def on_start(self, trainer):
+        self.meet("start", trainer)
+
+    def on_step(self, trainer, losses):
+        self.meet("step", trainer)
+
+    def meet(self, where, trainer):
+        if where == self.where:
+            if self.how == "error":
+                raise ValueError("here")
+            trainer.stop()
+
+
+@pytest.mark.parametrize("where", ["start", "step"])
+@pytest.mark.parametrize("how", ["error", "stop"])
+@pytest.mark.parametrize("first", [True, False])
+def test_its_file_is_closed_however_training_ends(where, how, first, tmp_path, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    made, closed = [], []
+
+    class Writer(SummaryWriter):
+        def __init__(self, *args, **options):
+            made.append(self)
+            super().__init__(*args, **options)
+
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
+    callbacks = [ig.TensorBoard(tmp_path), Ends(where, how)]
+    chosen = settings(epochs=2)
+    if how == "stop":
+        ig.fit(ring_kg(), settings=chosen, callbacks=callbacks if first else callbacks[::-1])
+    else:
+        with pytest.raises(ValueError, match="here"):
+            ig.fit(ring_kg(), settings=chosen, callbacks=callbacks if first else callbacks[::-1])
+    assert len(made) == (0 if (where, how, first) == ("start", "error", False) else 1)
+    assert closed == made
+
+
 def test_the_command_writes_it_into_the_run_folder(tmp_path):
     graph = ring_kg().save(tmp_path / "ring")
     arguments = ["fit", str(graph), "--out", str(tmp_path / "run"), "--tensorboard"]

@@ -312,6 +312,24 @@ def test_relations_are_predicted_by_their_blocks_alone():
     assert "relation" not in records.records[0]
 
 
+def test_each_callback_is_closed_where_one_fails_to():
+    closed = []
+
+    class Closes(Callback):
+        def __init__(self, name, fails=False):
+            self.name, self.fails = name, fails
+
+        def on_close(self, trainer):
+            closed.append(self.name)
+            if self.fails:
+                raise ValueError(self.name)
+
+    callbacks = [Closes("one"), Closes("two", fails=True), Closes("three")]
+    with pytest.raises(ValueError, match="two"):
+        trained(ring_kg(), callbacks, epochs=1)
+    assert closed == ["one", "two", "three"]
+
+
 # -- the schedule and the average -----------------------------------------------------------------
 
 
