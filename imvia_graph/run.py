@@ -421,8 +421,8 @@ def _best_of(trainer: Trainer) -> IMVIA:
     if not trainer.progress.ended:
         if trainer.best_state is not None:
             trainer.model.load_state_dict(trainer.best_state)
-        elif trainer.average is not None:
-            trainer.average.exchange()
+        else:
+            trainer.keep_average()
     return trainer.model.eval()
 
 

@@ -196,6 +196,8 @@ class Trainer:
         self._unsettled: _Step | None = None
         self._best: dict[str, Tensor] | None = None
         self._best_is_model = False
+        #: Whether the average is in the model, and what is trained in the average.
+        self._averaged = False
         self.batches = Batches(kg, settings, model.device)
         if settings.epochs is None:
             enough = math.ceil(_STEPS / max(len(self.batches), 1))
@@ -311,6 +313,15 @@ class Trainer:
         """Copy the best state where it is the model's own: that is about to change."""
         if self._best_is_model:
             self.best_state = _copy(self.model.state_dict())
+        if self._averaged and self.average is not None:  # training goes on with its own weights
+            self.average.exchange()
+            self._averaged = False
+
+    def keep_average(self) -> None:
+        """Put the average, if there is one, into the model, until training goes on."""
+        if self.average is not None and not self._averaged:
+            self.average.exchange()
+            self._averaged = True
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -352,8 +363,7 @@ class Trainer:
             self._best, self._best_is_model = None, True
         elif not self._best_is_model:
             progress.best_epoch = progress.epoch
-            if self.average is not None:
-                self.average.exchange()
+            self.keep_average()
         for callback in self.callbacks:
             callback.on_end(self)
         return progress

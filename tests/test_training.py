@@ -394,6 +394,20 @@ def test_the_average_is_that_of_the_equation_and_is_what_is_kept(valid):
         assert rank_valid(model, kg) == trainer.progress.best_mrr
 
 
+def test_a_training_that_ended_keeps_the_average_when_it_is_asked_again_and_goes_on_without():
+    kg = ring_kg(valid=0)
+    fixed = {"patience": None, "schedule": "constant", "ema_decay": 0.8}
+    trainer = trained(kg, epochs=2, **fixed)
+    kept = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.fit()
+    assert all(torch.equal(value, kept[name]) for name, value in trainer.model.state_dict().items())
+    whole = trained(kg, epochs=4, **fixed)
+    again = trained(kg, epochs=2, **fixed)
+    again.settings = again.settings.replace(epochs=4)
+    again.fit()
+    assert same_weights(again.model, whole.model)
+
+
 def rank_valid(model, kg):
     ranking = rank(model, kg.valid, kg.answers(), heads=())
     return rank_metrics(torch.cat([ranking.head[DECISION], ranking.tail[DECISION]]))["mrr"]
