@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -197,11 +198,9 @@ def rank(
     queries = with_inverses(triples.long(), model.num_relations).to(device)
     wanted = [*(model.heads if heads is None else heads), DECISION]
     ranks = torch.empty(len(queries), len(wanted), dtype=torch.float64, device=device)
-    training = model.training
-    model.eval()
     parts = Parts("ranking a batch of queries")
     told = _Told(on_batch, len(queries))
-    try:
+    with evaluating(model):
         for relation, group in _by_relation(model, queries[:, 1]):
             counter = Counter(model, shards, known, wanted, chosen, relation)
             while len(group):
@@ -224,8 +223,6 @@ def rank(
                 ranks[block] = 1 + better + tied / 2
                 group = group[len(block) :]
                 told.of_all(len(block))
-    finally:
-        model.train(training)
     # Queries come as all tails, then all heads.
     tail, head = ranks.cpu().tensor_split([len(triples)])
     return Ranking(
@@ -329,6 +326,19 @@ def score_all(
             yield positions, model.scores(model.queries(entity[positions], mine), tables, mine)
 
 
+@contextmanager
+def evaluating(model: IMVIA) -> Iterator[IMVIA]:
+    """The model in evaluation mode, and each of its modules in its own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield model
+    finally:
+        for module in training:
+            module.training = True
+
+
 def evaluate(
     model: IMVIA,
     kg: MultiViewKG,
@@ -398,6 +408,7 @@ __all__ = [
     "Ranking",
     "draw_candidates",
     "evaluate",
+    "evaluating",
     "filtered_ranks",
     "rank",
     "rank_metrics",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from imvia_graph.answers import pointer
 from imvia_graph.errors import DataError, IMVIAError
-from imvia_graph.evaluation import filtered_ranks
+from imvia_graph.evaluation import evaluating, filtered_ranks
 from imvia_graph.kg import PARTS, MultiViewKG
 from imvia_graph.model import COMPLEX, DECISION, IMVIA, Embedding
 from imvia_graph.ops import ViewWeights
@@ -586,19 +585,6 @@ def places(row: Tensor, num_rows: int) -> Tensor:
     """The place, from 1, of each of (n,) ascending row numbers within its row."""
     count = torch.bincount(row, minlength=num_rows)
     return torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row] + 1
-
-
-@contextmanager
-def evaluating(model: IMVIA) -> Iterator[IMVIA]:
-    """The model in evaluation mode, and in its own mode again afterwards."""
-    if not model.training:
-        yield model  # telling every part so takes longer than a query
-        return
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train()
 
 
 # -- explaining -----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from imvia_graph import _files, checkpoint, distributed, inference
 from imvia_graph._guards import MEMORY_ERRORS, is_out_of_memory
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import CheckpointError, DataError, OutOfMemoryError, SettingsError
-from imvia_graph.evaluation import evaluate
+from imvia_graph.evaluation import evaluate, evaluating
 from imvia_graph.io import load_kg, with_validation
 from imvia_graph.kg import MultiViewKG, Split
 from imvia_graph.model import COMPLEX, IMVIA
@@ -181,7 +181,7 @@ class Run:
                 (self.kg.id_of(head), self.kg.id_of(relation, "relation"), self.kg.id_of(tail))
             )
         numbers = torch.tensor(ids, dtype=torch.int64, device=self.model.device).reshape(-1, 3)
-        with inference.evaluating(self.model) as model:
+        with evaluating(self.model) as model:
             parts = [model(*part.unbind(1)).cpu() for part in numbers.split(batch_size)]
         return torch.cat(parts)
 
@@ -200,9 +200,8 @@ class Run:
 
         Those of the head ``complex`` are (num_entities, 2 complex_rank).
         """
-        training = self.model.training
-        tables = self.model.eval().candidates()
-        self.model.train(training)
+        with evaluating(self.model) as model:
+            tables = model.candidates()
         return {head: table.detach().cpu().clone() for head, table in tables.items()}
 
     def relation_embeddings(self) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from imvia_graph.evaluation import (
     rank_metrics,
     score_all,
 )
+from imvia_graph.training import Progress
 
 NAN, INF = float("nan"), float("inf")
 
@@ -315,6 +316,45 @@ def test_only_what_the_index_knows_is_left_out():
     difference = raw.tail["decision"] - filtered.tail["decision"]
     assert (difference >= 0).all()
     assert difference.sum() > 0
+
+
+def modes(model):
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def uses():
+    """What puts a model into evaluation mode, by its name."""
+    ids, chosen, progress = torch.tensor([0, 1]), ig.Settings(), Progress()
+    return {
+        "rank": lambda model, kg: rank(model, kg.test, kg.answers()),
+        "answers": lambda model, kg: ig.Predictor(model, kg).answers(ids, ids),
+        "embeddings": lambda model, kg: ig.Run(model, kg, chosen, progress).entity_embeddings(),
+    }
+
+
+@pytest.mark.parametrize("use", uses().values(), ids=uses())
+def test_each_module_is_in_its_own_mode_again(use):
+    kg = random_kg()
+    model = model_of(kg, batch_norm=True)
+    model.train()
+    model.decoder[0].eval()  # frozen statistics
+    before = modes(model)
+    use(model, kg)
+    assert modes(model) == before
+    assert set(before.values()) == {True, False}
+    model.eval()
+    model.decoder[0].train()
+    before = modes(model)
+    use(model, kg)
+    assert modes(model) == before
+
+
+def test_a_part_in_training_mode_ranks_as_the_others():
+    kg = random_kg()
+    model = model_of(kg, hidden_dropout=0.5).eval()
+    expected = rank(model, kg.test, kg.answers()).tail["decision"]
+    model.decoder[0].train()
+    assert torch.equal(rank(model, kg.test, kg.answers()).tail["decision"], expected)
 
 
 def test_ranking_leaves_the_model_in_its_mode():
