@@ -35,6 +35,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+#: How many seeds torch's generators tell apart.
+SEEDS = 2**64
+
 
 class Settings(BaseModel):
     """Settings of the model, its losses, training and ranking.
@@ -66,7 +69,10 @@ class Settings(BaseModel):
         " (pair), or are held out each by itself (triple), or as the test set was drawn (auto).",
     )
     split_seed: int = Field(
-        0, ge=0, description="Seed of held-out validation and of splitting what has no splits."
+        0,
+        ge=0,
+        lt=SEEDS,
+        description="Seed of held-out validation and of splitting what has no splits.",
     )
     modalities: list[str] | None = Field(
         None, description="Modalities to use, of those that the graph has; null for all."
@@ -246,7 +252,7 @@ class Settings(BaseModel):
         10, ge=1, description="Validations without a better MRR before stopping; null for never."
     )
     checkpoint_every: int = Field(1, ge=1, description="Epochs between checkpoints to resume from.")
-    seed: int = Field(0, ge=0, description="Seed of everything random in training.")
+    seed: int = Field(0, ge=0, lt=SEEDS, description="Seed of everything random in training.")
     non_finite: Literal["stop", "skip"] = Field(
         "stop",
         description="What becomes of training at a step whose loss or gradient is NaN or infinite:"

@@ -1,6 +1,7 @@
 """Settings: one list, reachable by YAML, TOML, --set and keywords, and errors that help."""
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from pydantic import ValidationError
@@ -274,6 +275,8 @@ WRONG = [
     ("epochs", -1, r"greater than or equal to 0"),
     ("patience", 0, r"greater than or equal to 1"),
     ("seed", -1, r"greater than or equal to 0"),
+    ("seed", 2**64, r"less than 18446744073709551616"),
+    ("split_seed", 2**64, r"less than 18446744073709551616"),
     ("modalities", "text", r"list.*'text'"),
     ("modalities", ["text", "image", "text"], r"each modality once, found 'text' more often"),
     ("device", 0, r"string.*0"),
@@ -284,6 +287,12 @@ WRONG = [
 def test_a_value_that_a_setting_cannot_take_is_refused_by_name(key, value, message):
     with pytest.raises(SettingsError, match=f"Setting {key}: .*{message}"):
         Settings.create({key: value})
+
+
+def test_the_largest_seed_is_one_that_torch_takes():
+    for key in ("seed", "split_seed"):
+        largest = getattr(Settings.create({key: 2**64 - 1}), key)
+        assert torch.Generator().manual_seed(largest).initial_seed() == largest
 
 
 def test_several_mistakes_are_told_at_once():
