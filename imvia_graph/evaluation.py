@@ -311,21 +311,6 @@ def _by_relation(model: IMVIA, relation: Tensor) -> Iterator[tuple[Tensor | None
     yield from zip(distinct, order.split(counts.tolist()), strict=True)
 
 
-def score_all(
-    model: IMVIA, entity: Tensor, relation: Tensor, batch_size: int
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield (positions, scores by head) of queries against all entities, batch by batch.
-
-    Queries are taken relation by relation, so that what depends on a relation alone is made once,
-    or nearly so. All candidates' vectors are held.
-    """
-    for under, group in _by_relation(model, relation):
-        tables = model.candidates(under)
-        for positions in group.split(batch_size):
-            mine = relation[positions]
-            yield positions, model.scores(model.queries(entity[positions], mine), tables, mine)
-
-
 @contextmanager
 def evaluating(model: IMVIA) -> Iterator[IMVIA]:
     """The model in evaluation mode, and each of its modules in its own mode again afterwards."""
@@ -412,5 +397,4 @@ __all__ = [
     "filtered_ranks",
     "rank",
     "rank_metrics",
-    "score_all",
 ]

@@ -131,6 +131,20 @@ def assert_same_kg(one, other) -> None:
         assert one.view_sources(modality) == other.view_sources(modality), modality
 
 
+def score_all(model, entity, relation, batch_size=10_000):
+    """Yield (positions, scores by head) of queries against all entities, relation by relation."""
+    groups = [torch.argsort(relation, stable=True)]
+    shared = model.settings.candidates == "shared"
+    if not shared:
+        counts = torch.unique_consecutive(relation[groups[0]], return_counts=True)[1]
+        groups = groups[0].split(counts.tolist())
+    for group in groups:
+        tables = model.candidates(None if shared else relation[group[0]])
+        for positions in group.split(batch_size):
+            mine = relation[positions]
+            yield positions, model.scores(model.queries(entity[positions], mine), tables, mine)
+
+
 def run_python(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
     """Python in another process, with the package as this process has it."""
     return subprocess.run(

@@ -13,6 +13,7 @@ import pytest
 import reference as loops
 import torch
 from conftest import randomised
+from helpers import score_all
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,7 +28,6 @@ from imvia_graph.evaluation import (
     filtered_ranks,
     rank,
     rank_metrics,
-    score_all,
 )
 from imvia_graph.training import Progress
 
@@ -151,7 +151,7 @@ def by_filtered_ranks(model, kg, triples):
     names = [*model.heads, "decision"]
     ranks = {name: torch.empty(len(queries), dtype=torch.float64) for name in names}
     with torch.no_grad():
-        for positions, scores in score_all(model, queries[:, 0], queries[:, 1], 10_000):
+        for positions, scores in score_all(model, queries[:, 0], queries[:, 1]):
             entity, relation, answer = queries[positions].unbind(1)
             pairs = kg.answers().pairs(entity, relation)
             for name in names:
@@ -267,13 +267,13 @@ def test_compiled_ranks_are_those_of_the_scores(monkeypatch, views, keeps, compl
 
 @pytest.mark.parametrize("candidates", ["shared", "relation"])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_score_all_scores_each_triple_once(candidates, batch_size):
+def test_a_predictor_scores_each_triple_once(candidates, batch_size):
     kg = random_kg()
     model = model_of(kg, candidates=candidates).eval()
     entity, relation = torch.tensor([0, 8, 3, 0, 5, 0, 1]), torch.tensor([4, 0, 4, 1, 0, 4, 3])
     seen = []
     with torch.no_grad():
-        for positions, scores in score_all(model, entity, relation, batch_size):
+        for positions, scores in ig.Predictor(model, kg).scores(entity, relation, batch_size):
             assert 1 <= len(positions) <= batch_size
             for row, i in enumerate(positions.tolist()):
                 seen.append(i)
@@ -286,11 +286,12 @@ def test_score_all_scores_each_triple_once(candidates, batch_size):
 
 
 def test_exact_tables_are_made_once_a_relation(monkeypatch):
-    model = model_of(random_kg(), candidates="relation").eval()
+    kg = random_kg()
+    model = model_of(kg, candidates="relation").eval()
     asked, make = [], model.candidates
     monkeypatch.setattr(model, "candidates", lambda r: asked.append(r.item()) or make(r))
     entity, relation = torch.arange(8), torch.tensor([4, 0, 4, 1, 0, 4, 3, 1])
-    assert len(list(score_all(model, entity, relation, batch_size=2))) == 5
+    assert len(list(ig.Predictor(model, kg).scores(entity, relation, batch_size=2))) == 5
     assert sorted(asked) == [0, 1, 3, 4]
 
 
@@ -636,7 +637,7 @@ def test_chosen_candidates_alone_compete(monkeypatch, size, keeps):
     queries = with_inverses(kg.test, kg.num_relations)
     with torch.no_grad():
         scores = {}
-        for positions, part in score_all(model, queries[:, 0], queries[:, 1], 1000):
+        for positions, part in score_all(model, queries[:, 0], queries[:, 1]):
             scores.update(zip(positions.tolist(), part["decision"].tolist(), strict=True))
     for i, (entity, relation, answer) in enumerate(queries.tolist()):
         left = sorted((ids - known[entity, relation]) | {answer})

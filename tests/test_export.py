@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import contents, ring_kg, settings
+from helpers import contents, ring_kg, score_all, settings
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 import imvia_graph as ig
 from imvia_graph import export, inference
 from imvia_graph.cli import command_line
-from imvia_graph.evaluation import score_all
 from imvia_graph.export import Query, predict_all, queries_of, read_queries
 from imvia_graph.training import Progress
 
@@ -507,7 +506,7 @@ def test_answers_score_as_the_model_scores(ring_run):
     frame = predict_all(
         ring_run, [Query("e1", "after", None)], k=100, include_known=True, include_self=True
     )
-    [(_, scores)] = score_all(ring_run.model, torch.tensor([1]), torch.tensor([0]), 8)
+    [(_, scores)] = score_all(ring_run.model, torch.tensor([1]), torch.tensor([0]))
     order = [int(label[1:]) for label in frame["tail"]]
     expected = scores["decision"][0].detach().tolist()
     assert frame["score"].to_list() == pytest.approx([expected[i] for i in order], abs=1e-6)
