@@ -116,6 +116,8 @@ class Predictor:
     ------
     DataError
         The model is another graph's.
+    IMVIAError
+        The model is one of several processes', each of which has a part of the entities.
 
     Examples
     --------
@@ -128,6 +130,7 @@ class Predictor:
 
     def __init__(self, model: IMVIA, kg: MultiViewKG, held: int | None = None) -> None:
         model.check_graph(kg)
+        model.check_whole("queries are answered")
         self.model, self.kg = model, kg
         self.held = HELD if held is None else held
         self._known = kg.answers().to(model.device)

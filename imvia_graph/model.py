@@ -354,11 +354,24 @@ class IMVIA(nn.Module):
         IMVIAError
             Of several processes, each of which has a part of the entities.
         """
-        if not self.shards.alone:
-            raise IMVIAError("IMVIA: triples are scored in one process; `imvia_graph.load` has it.")
+        self.check_whole("triples are scored")
         own = self.embed(tail, None if self.settings.candidates == "shared" else relation).heads
         tables = {name: part[:, None] for name, part in own.items()}
         return self.scores(self.queries(head, relation), tables, relation)[DECISION][:, 0]
+
+    def check_whole(self, what: str) -> None:
+        """Refuse what one process does for all, where each of several has a part of the entities.
+
+        Raises
+        ------
+        IMVIAError
+        """
+        if not self.shards.alone:
+            raise IMVIAError(
+                f"IMVIA: {what} in one process, and this model has a part of the entities, as each"
+                f" of {self.shards.size} processes; `imvia_graph.load` of the run folder has them"
+                " all."
+            )
 
     @property
     def gate_sees_relations(self) -> bool:

@@ -199,7 +199,13 @@ class Run:
         """(num_entities, dim) on the CPU for each head, relation-free; rows as `kg.entities`.
 
         Those of the head ``complex`` are (num_entities, 2 complex_rank).
+
+        Raises
+        ------
+        IMVIAError
+            Of several processes, each of which has a part of the entities.
         """
+        self.model.check_whole("embeddings of all entities are made")
         with evaluating(self.model) as model:
             tables = model.candidates()
         return {head: table.detach().cpu().clone() for head, table in tables.items()}
@@ -261,6 +267,7 @@ class EntityEncoder(nn.Module):
 
     def __init__(self, model: IMVIA) -> None:
         super().__init__()
+        model.check_whole("entities are embedded for other models")
         self.heads = list(model.heads)
         self.num_entities, self.out_feats = model.num_entities, model.settings.dim
         #: The width of each head's embeddings.

@@ -12,7 +12,7 @@ import distributed_worker
 import pytest
 import torch
 from distributed_worker import CASES
-from helpers import ROOT, ring_kg
+from helpers import ROOT, paper_settings, ring_kg
 
 import imvia_graph as ig
 from imvia_graph import checkpoint, distributed
@@ -102,6 +102,20 @@ def test_each_process_holds_its_share_of_the_tables_and_of_their_states(found, r
     thirds = [found[3, rank]["bytes"][regime] for rank in range(3)]
     assert [sum(part) for part in zip(*thirds, strict=True)] == [tables, states]
     assert max(part[0] for part in thirds) == -(-14 // 3) * tables // 14
+
+
+def test_a_part_of_a_model_does_not_answer_for_all():
+    kg = ring_kg(14)
+    model = ig.IMVIA.from_kg(kg, paper_settings(dim=8), Shards(14, 0, 2))
+    run = ig.Run(model, kg, model.settings, ig.training.Progress())
+    for ask in (
+        lambda: run.predict(head=kg.entities[0], relation=kg.relations[0]),
+        lambda: run.score([(kg.entities[0], kg.relations[0], kg.entities[1])]),
+        run.entity_embeddings,
+        lambda: run.encoder,
+    ):
+        with pytest.raises(ig.IMVIAError, match="each of 2 processes; `imvia_graph.load`"):
+            ask()
 
 
 def test_shards_share_everything_out_evenly():
