@@ -52,6 +52,8 @@ _NAMES = (
 _FEW = 10
 #: head, relation, tail, and the full stop with which some files end a line.
 _SPACED_TRIPLE = r"^[ \t]*([^ \t\r]+)[ \t]+([^ \t\r]+)[ \t]+([^ \t\r]+)(?:[ \t]+\.)?[ \t\r]*$"
+#: Rows that are read one by one before they become a frame.
+_ROWS = 2**18
 _SEPARATED = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", SPACES: "spaces"}
 
 Columns = Sequence[int] | Sequence[str]
@@ -104,7 +106,7 @@ def read_triples(
     places = _places(f"{path}, line {number}", cells, named, columns, separator)
     if header is None and columns is None and not named:
         _check_order(f"{path}, line {number}", cells, places, is_header=False)
-    skipped = number if named else 0
+    skipped = _last_line(number, cells) if named else 0
     try:
         frame = _fast(path, separator, quoted, skipped, len(cells), places)
     except (pl.exceptions.PolarsError, OSError):
@@ -280,6 +282,8 @@ def _fast(
         )
         frame = frame.select([TRIPLE_COLUMNS[place] for place in places])
         frame.columns = list(TRIPLE_COLUMNS)
+    elif quoted and not quotes_are_plain(path, separator, skipped):
+        return None
     else:
         schema = dict.fromkeys((f"{i}" for i in range(width)), pl.String)
         chosen = [
@@ -321,15 +325,29 @@ def _has_width(path: Path, separator: str, quoted: bool, skipped: int, width: in
 
     Where quotes are used otherwise than around a cell of one line, the answer is no.
     """
+    line = pl.col("line")
+    empty = line.str.contains(f"^{re.escape(separator)}[{re.escape(separator)}\r]*$")
+    good = line.str.contains("^\r*$") | (_is_whole(separator, quoted, f"{{{width - 1}}}") & ~empty)
+    return bool(_files.scan_lines(path).slice(skipped).select(good.all()).collect().item())
+
+
+def quotes_are_plain(path: Path, separator: str, skipped: int = 0) -> bool:
+    """Whether each quote stands where CSV has it, in a cell of one line; vectorised.
+
+    Where not, the fast reader may take lines for a part of a label, or a quote for none.
+    """
+    lines = _files.scan_lines(path).slice(skipped)
+    lines = lines.filter(pl.col("line").str.contains('"', literal=True))
+    return bool(lines.select(_is_whole(separator, True, "*").all()).collect().item())
+
+
+def _is_whole(separator: str, quoted: bool, times: str) -> pl.Expr:
+    """Whether a line is cells, the first one and others so many ``times`` (of a pattern)."""
     between = re.escape(separator)
     cell = f"[^{between}]*"
     if quoted:
         cell = f'(?:[^{between}"]*|"(?:[^"]|"")*")'
-    line = pl.col("line")
-    whole = line.str.contains(f"^{cell}(?:{between}{cell}){{{width - 1}}}\\r*$")
-    empty = line.str.contains(f"^{between}[{between}\r]*$")
-    good = line.str.contains("^\r*$") | (whole & ~empty)
-    return bool(_files.scan_lines(path).slice(skipped).select(good.all()).collect().item())
+    return pl.col("line").str.contains(f"^{cell}(?:{between}{cell}){times}\\r*$")
 
 
 def _has_nul(frame: pl.DataFrame) -> bool:
@@ -348,7 +366,10 @@ def _slow(
     places: tuple[int, int, int],
 ) -> pl.DataFrame:
     """Exact, line by line: names the first malformed one, or reads what upset the fast reader."""
-    rows = []
+    schema = dict.fromkeys(TRIPLE_COLUMNS, pl.String)
+    frames = [pl.DataFrame(schema=schema)]
+    rows: list[list[str]] = []
+    several: list[tuple[int, int]] = []  # records of several lines: the first line, how many
     for number, cells in read_rows(path, separator, quoted):
         if number <= skipped:
             continue
@@ -366,9 +387,33 @@ def _slow(
                 f"{path}, line {number}: expected three columns (head, relation, tail), found an"
                 f" empty one: {_shown(cells, separator)}. Mend or remove the line."
             )
+        last = _last_line(number, cells)
+        if last > number:
+            several.append((number, last - number + 1))
         rows.append(row)
-    schema = dict.fromkeys(TRIPLE_COLUMNS, pl.String)
-    return pl.DataFrame(rows, schema=schema, orient="row")
+        if len(rows) == _ROWS:
+            frames.append(pl.DataFrame(rows, schema=schema, orient="row"))
+            rows.clear()
+    if several:
+        first = several[0]
+        longest = max(several, key=lambda record: record[1])
+        logger.warning(
+            "%s, line %d: quotes hold line breaks, so that %d lines are one row; there are %d such"
+            " rows, the longest of %d lines from line %d on. If that is not meant, a quote is left"
+            " open there.",
+            path,
+            *first,
+            len(several),
+            longest[1],
+            longest[0],
+        )
+    frames.append(pl.DataFrame(rows, schema=schema, orient="row"))
+    return pl.concat(frames)
+
+
+def _last_line(number: int, cells: Sequence[str]) -> int:
+    """The last line of a record that begins at a line; those of CSV may hold line breaks."""
+    return number + sum(cell.count("\n") for cell in cells)
 
 
 def _count(number: int) -> str:
@@ -382,19 +427,13 @@ def _shown(cells: Sequence[str], separator: str | None) -> str:
 
 
 def read_rows(path: Path, separator: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
-    """Cells of each line that is not blank, with the line's number."""
+    """Cells of each line that is not blank, with the line's number.
+
+    With quotes, cells may hold line breaks: then the number is that of the first line.
+    """
     lines = _files.read_lines(path)
     if quoted:
-        csv.field_size_limit(2**31 - 1)  # lines are as long as they are, in other forms, too
-        reader = csv.reader((line + "\n" for _, line in lines), delimiter=separator)
-        try:
-            for cells in reader:
-                if cells:
-                    yield reader.line_num, cells
-        except csv.Error as error:
-            raise DataError(
-                f"{path}, line {reader.line_num}: expected a line of CSV, but {error}."
-            ) from None
+        yield from _read_quoted(path, separator, lines)
     elif separator == SPACES:
         for number, line in lines:
             cells = re.split(r"[ \t]+", line.strip(" \t"))
@@ -406,6 +445,43 @@ def read_rows(path: Path, separator: str, quoted: bool) -> Iterator[tuple[int, l
         for number, line in lines:
             if line:
                 yield number, line.split(separator)
+
+
+def _read_quoted(
+    path: Path, separator: str, lines: Iterator[tuple[int, str]]
+) -> Iterator[tuple[int, list[str]]]:
+    """Records of CSV, with the line at which each begins."""
+    begin, text = 1, ""
+
+    def feed() -> Iterator[str]:
+        nonlocal text
+        for number, line in lines:
+            if number == begin:
+                text = line
+            yield line + "\n"
+
+    csv.field_size_limit(2**31 - 1)  # lines are as long as they are, in other forms, too
+    reader = csv.reader(feed(), delimiter=separator, strict=True)
+    try:
+        for cells in reader:
+            if cells:
+                yield begin, cells
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        end = reader.line_num
+        where = f"{path}, line {begin}: expected a line of CSV, found"
+        advice = (
+            f" {shorten(text)!r}. Mend the line: a label with a quote in it stands in quotes, the"
+            ' quote in it twice, as in "5"" pipe".'
+        )
+        if "unexpected end" in str(error):
+            what = f"a quote that is opened and never closed, up to line {end}, the last one:"
+        elif "expected after" in str(error):
+            closed = f" in line {end}" if end > begin else ""
+            what = f"text after the quote that closes a label{closed}:"
+        else:
+            raise DataError(f"{where} {shorten(text)!r} ({error}). Mend the line.") from None
+        raise DataError(f"{where} {what}{advice}") from None
 
 
 def read_parquet_triples(path: Path, columns: Columns | None = None) -> pl.DataFrame:

@@ -894,6 +894,35 @@ def test_an_empty_last_cell_does_not_make_reading_slow(name, separator, monkeypa
     assert list(labelled(kg)["train"]) == ROWS
 
 
+@pytest.mark.parametrize(
+    ("marred", "line", "why"),
+    [
+        ({700: 'e700,r1,"e400'}, 701, "never closed, up to line 2001, the last one: "),
+        ({700: '"e700,r1,e400'}, 701, "never closed, up to line 2001, the last one: "),
+        ({700: 'e700,r1,"e4', 1500: 'e1500,r1,"e5'}, 701, "closes a label in line 1501: "),
+        ({700: 'e700,r1,"5" pipe"'}, 701, "closes a label: "),
+    ],
+)
+@pytest.mark.parametrize("pack", [str.encode, lambda text: gzip.compress(text.encode())])
+def test_a_stray_quote_in_csv_is_told_with_its_line(marred, line, why, pack, tmp_path):
+    rows = {i: f"e{i},r1,e{i * 7 % 2000}" for i in range(1, 2001)} | marred
+    content = "\n".join(["head,relation,tail", *rows.values()]) + "\n"
+    write_folder(tmp_path, {"g.csv": pack(content)})
+    told = rf"g\.csv, line {line}: .*{why}{re.escape(repr(marred[700]))}\. Mend"
+    with pytest.raises(DataError, match=told):
+        load_kg(tmp_path / "g.csv", split=False)
+
+
+def test_a_label_of_csv_may_hold_line_breaks_of_which_there_is_word(tmp_path, caplog):
+    (tmp_path / "g.csv").write_text(
+        'note,"head\nof it",relation,tail\nx,a,r,"b\nc"\n\n,"b\nc",r,"5"" x\n\ny"\nx,7" z,r,a\n'
+    )
+    kg = load_kg(tmp_path / "g.csv", split=False, header=True, columns=[1, 2, 3])
+    assert kg.entities == ["a", "b\nc", '5" x\n\ny', '7" z']
+    told = "line 3: quotes hold line breaks, so that 2 lines are one row; there are 2 such rows"
+    assert f"{told}, the longest of 4 lines from line 6 on" in caplog.text
+
+
 @pytest.mark.parametrize("form", ["tsv", "csv", "text", "parquet", "kg"])
 def test_a_first_triple_that_looks_like_a_header_is_not_lost(form, tmp_path):
     kg = MultiViewKG.from_labels([("h", "r", "t"), ("t", "r", "h")])

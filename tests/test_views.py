@@ -109,6 +109,16 @@ def test_a_tsv_has_no_quotes(tmp_path):
     assert io.read_texts(table, PLACES).source == ['"City" of', '5" wide']
 
 
+def test_a_csv_of_texts_may_hold_line_breaks_and_quotes_but_none_left_open(tmp_path):
+    table = tmp_path / "texts.csv"
+    table.write_text('a,"one\ntwo"\nb,7" nails\nc,x\nd,8" y\n')
+    raw = ig.io.read_texts(table, ["a", "b", "c", "d"])
+    assert raw.source == ["one\ntwo", '7" nails', "x", '8" y']
+    table.write_text('a,"one\ntwo"\nb,"x\nc,y\nd,z\n')
+    with pytest.raises(ig.DataError, match=r"texts\.csv, line 3: .*never closed.*'b,\"x'"):
+        ig.io.read_texts(table, ["a", "b", "c", "d"])
+
+
 def test_captions_from_parquet_columns(tmp_path):
     table = tmp_path / "captions [1].parquet"  # a bracket is no pattern
     frame = {"n": [1, 2, 3], "who": [3, 0, 0], "caption": [["a", "b"], [], ["c", None]]}

@@ -26,7 +26,7 @@ from torch import Tensor
 from imvia_graph import _files
 from imvia_graph._display import nearest
 from imvia_graph._parquet import check_parquet
-from imvia_graph._tables import read_rows
+from imvia_graph._tables import quotes_are_plain, read_rows
 from imvia_graph.errors import DataError, IMVIAError
 from imvia_graph.kg import MultiViewKG
 
@@ -340,15 +340,19 @@ def _read_text_table(
 ) -> pl.DataFrame:
     """All columns as text; the header, if there is one, as the names of the columns."""
     _files.check_compressed(path)
+    quoted = separator == ","
     try:
-        frame = pl.read_csv(
-            path,
-            has_header=False,
-            separator=separator,
-            quote_char='"' if separator == "," else None,
-            infer_schema=False,
-            glob=False,
-        )
+        if quoted and not quotes_are_plain(path, separator):
+            frame = _read_by_line(path, separator)
+        else:
+            frame = pl.read_csv(
+                path,
+                has_header=False,
+                separator=separator,
+                quote_char='"' if quoted else None,
+                infer_schema=False,
+                glob=False,
+            )
     except (pl.exceptions.PolarsError, OSError) as error:
         _check_widths(path, separator)
         detail = str(error).strip().splitlines()[0]
@@ -372,8 +376,21 @@ def _read_text_table(
     return frame
 
 
+def _read_by_line(path: Path, separator: str) -> pl.DataFrame:
+    """CSV, exactly: a DataError names the line of a quote that is left open."""
+    rows = [cells for _, cells in _rows(path, separator)]
+    names = [f"column_{i}" for i in range(1, len(rows[0]) + 1)]
+    return pl.DataFrame(rows, dict.fromkeys(names, pl.String), orient="row")
+
+
 def _check_widths(path: Path, separator: str) -> None:
     """A DataError that names the first line that is no text or has more or fewer cells."""
+    for _ in _rows(path, separator):
+        pass
+
+
+def _rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Lines' numbers and cells, of which each line has as many."""
     columns = None
     for number, cells in read_rows(path, separator, separator == ","):
         columns = columns or len(cells)
@@ -384,6 +401,7 @@ def _check_widths(path: Path, separator: str) -> None:
                 f" {len(cells)}: {_files.shorten(separator.join(cells))!r}. Mend or remove the"
                 " line."
             )
+        yield number, cells
 
 
 def _has_nul(frame: pl.DataFrame) -> bool:
