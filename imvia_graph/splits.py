@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -130,16 +130,27 @@ def split_triples(
     >>> [len(part) for part in split_triples(triples)]
     [640, 80, 80]
     """
-    shares = [float(share) for share in fractions]
-    if len(shares) != 3 or not all(0 <= share <= 1 for share in shares) or not shares[0]:
-        raise DataError(
-            "fractions: expected three numbers from 0 to 1, of train (not 0), validation and test;"
-            f" received {fractions!r}."
-        )
-    if abs(sum(shares) - 1) > 1e-6:
-        raise DataError(f"fractions: expected a sum of 1, received {shares}, {sum(shares):g}.")
+    shares = checked_shares("fractions", fractions)
     train, test, valid = _hold_out_parts(triples, [shares[2], shares[1]], seed)
     return train, valid, test
+
+
+def checked_shares(name: str, value: object) -> tuple[float, float, float]:
+    """Shares of train, validation and test; ``name`` is what a DataError calls them."""
+    expected = (
+        f"{name}: expected three numbers from 0 to 1, of train (not 0), validation and test, as"
+        " 0.8, 0.1, 0.1"
+    )
+    given: Any = value.split(",") if isinstance(value, str) else value
+    try:
+        shares = [float(share) for share in given]
+    except (TypeError, ValueError):
+        shares = []
+    if len(shares) != 3 or not all(0 <= share <= 1 for share in shares) or not shares[0]:
+        raise DataError(f"{expected}; received {value!r}.")
+    if abs(sum(shares) - 1) > 1e-6:
+        raise DataError(f"{expected}; their sum is to be 1, that of {shares} is {sum(shares):g}.")
+    return shares[0], shares[1], shares[2]
 
 
 def _hold_out_parts(

@@ -428,6 +428,27 @@ def test_networkx_graphs_say_the_relation_by_key_or_attribute():
         load_kg(nx.Graph([("a", "b")]))
 
 
+@pytest.mark.parametrize("none", [None, False, "none", " None "])
+def test_no_split_may_be_said_in_several_ways(none):
+    frame = pl.DataFrame(ROWS * 20, ["h", "r", "t"], orient="row")
+    assert len(load_kg(frame, split=none).train) == len(frame)
+
+
+def test_shares_may_be_given_as_the_command_line_takes_them():
+    rows = [(f"e{i}", "r", f"e{j}") for i in range(9) for j in range(9)]
+    frame = pl.DataFrame(rows, ["h", "r", "t"], orient="row")
+    expected = load_kg(frame, split=[0.7, 0.2, 0.1])
+    for split in ("0.7,0.2,0.1", " 0.7, 0.2, 0.1", np.array([0.7, 0.2, 0.1])):
+        assert labelled(load_kg(frame, split=split)) == labelled(expected)
+
+
+@pytest.mark.parametrize("split", [0.8, [80, 10, 10], "80/10/10", "all", [0.5, 0.5], [1, 1, 1], {}])
+def test_what_is_no_split_is_told_by_its_name(split):
+    frame = pl.DataFrame(ROWS, ["h", "r", "t"], orient="row")
+    with pytest.raises(DataError, match=r"^split: expected three numbers .* 'none' or False"):
+        load_kg(frame, split=split)
+
+
 def edges(*splits, relation="r"):
     """A graph with an edge a split; None leaves the attribute out."""
     graph = nx.MultiDiGraph()

@@ -24,7 +24,7 @@ from imvia_graph.io import arrays, graphs, rdf, releases, tables
 from imvia_graph.io.openke import read_openke
 from imvia_graph.io.source import Source, from_frames
 from imvia_graph.kg import SPLITS, MultiViewKG, Split
-from imvia_graph.splits import By, count_shared, drawn_by, hold_out, split_triples
+from imvia_graph.splits import By, checked_shares, count_shared, drawn_by, hold_out, split_triples
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def load_kg(
     *,
     hold_out_by: By | Literal["auto"] = "auto",
     format: str | None = None,
-    split: Sequence[float] | bool = True,
+    split: Sequence[float] | str | bool | None = True,
     columns: Columns | None = None,
     header: bool | None = None,
     separator: str | None = None,
@@ -96,13 +96,13 @@ def load_kg(
     format : str, optional
         What a file or folder is, where its name does not tell: ``kg``, ``openke``, ``momok``,
         ``mygo``, ``tsv``, ``csv``, ``text``, ``parquet``, ``ntriples``, ``turtle``, ``npz``.
-    split : sequence of float, or bool
+    split : sequence of float, str, bool or None
         Shares of train, validation and test for a source without splits (True: 0.8, 0.1, 0.1), by
         the rules of
         `imvia_graph.splits.split_triples`: each entity and relation stays in train, triples between
-        the same two entities stay together. False leaves all triples in train. A folder whose only
-        triples are those of ``train`` is such a source where shares are given; else all stay in
-        train.
+        the same two entities stay together. False and None leave all triples in train. A folder
+        whose only triples are those of ``train`` is such a source where shares are given; else all
+        stay in train. Also as the command line takes them: ``"0.8,0.1,0.1"`` or ``"none"``.
     columns : sequence of int or of str, optional
         Tables: places (from 0) or names of the head, relation and tail columns.
     header : bool, optional
@@ -155,6 +155,7 @@ def load_kg(
             f"hold_out_by: expected one of auto, {', '.join(get_args(By))}; received"
             f" {hold_out_by!r}."
         )
+    shares = _shares(split)
     options = {
         "columns": columns,
         "header": header,
@@ -174,10 +175,10 @@ def load_kg(
         read = _read(source, format, options)
     if isinstance(read, Source):
         # A folder that holds train alone is split where that is asked for.
-        read.whole |= _is_asked_for(split) and set(read.parts) == {"train"}
-        read = _built(read, split, seed)
-    elif _is_asked_for(split) and not (len(read.valid) or len(read.test)):
-        parts, note = _split(read.train, split, seed)
+        read.whole |= _is_asked_for(shares) and set(read.parts) == {"train"}
+        read = _built(read, shares, seed)
+    elif _is_asked_for(shares) and not (len(read.valid) or len(read.test)):
+        parts, note = _split(read.train, shares, seed)
         read = read.replace(**parts, notes=[*read.notes, note])
     return read if validation is None else with_validation(read, validation, seed, hold_out_by)
 
@@ -190,6 +191,18 @@ def _built(source: Source, split: Sequence[float] | bool, seed: int) -> MultiVie
         notes.append(note)
     logger.info("%s: %s", source.options.get("name") or "graph", " ".join(notes))
     return source.build(notes=notes)
+
+
+def _shares(split: Sequence[float] | str | bool | None) -> Sequence[float] | bool:
+    """What ``split`` means, as shares or whether to split; a DataError where it means nothing."""
+    if isinstance(split, str) and split.strip().lower() == "none":
+        return False
+    if split is None or isinstance(split, (bool, np.bool_)):
+        return bool(split)
+    try:
+        return checked_shares("split", split)
+    except DataError as error:
+        raise DataError(f"{error} 'none' or False leaves all triples in train.") from None
 
 
 def _is_asked_for(split: Sequence[float] | bool) -> bool:
