@@ -145,7 +145,8 @@ def encode(
     packages, without a download: efficientnet-lite0 for pictures, minilm for texts; or clip, a
     small and strong one of both that is fetched from the network once; or any that open_clip knows,
     open_clip:ARCHITECTURE/TAG or open_clip:ARCHITECTURE/path/to/checkpoint. Nothing is fetched that
-    you do not name.
+    you do not name. Of a text minilm reads the first 256 word pieces, some 200 words, and a CLIP
+    mostly 77 tokens; how many texts are longer is reported.
 
     Killed or stopped, the same command goes on where it was. A picture that cannot be read is
     reported and left out.
@@ -231,6 +232,12 @@ def _tell(report: Report) -> int:
         f"{report.modality}: {report.views} views by {report.encoder} ({report.encoded} encoded"
         f"{reused}{equal}{repeated}) in {report.seconds:.1f} s."
     )
+    if report.cut:
+        reads = f" ({report.context_length} tokens)" if report.context_length else ""
+        say(
+            f"  {report.cut} of {report.encoded + report.reused} distinct texts are longer than"
+            f" {report.encoder} reads{reads}; the rest of each is in no feature."
+        )
     for source, reason in report.broken[:LISTED]:
         say(f"  broken: {shown(source)}: {reason}")
     if report.broken:

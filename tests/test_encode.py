@@ -228,6 +228,49 @@ def test_long_texts_are_cut_by_the_tokenizer(clip):
         assert features.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["clip", "minilm"])
+def test_texts_longer_than_the_encoder_reads_are_counted_once_each_and_again_from_a_cache(
+    name, clip, tmp_path
+):
+    encoder = get_encoder(clip if name == "clip" else name, "text")
+    fits, most = ("word " * (encoder.context_length - 2), encoder.context_length)
+    texts = [fits, fits + "more", "short", "w" * 1_000_000, "word " * 5000, "short", "é" * most]
+    cut = [i for i, exceeds in enumerate(encoder.exceeds_context(texts)) if exceeds]
+    whole = encoder.encode([encoder.prepare(text) for text in (fits, fits.strip())])
+    torch.testing.assert_close(whole[0], whole[1])
+    assert cut[:3] == [1, 3, 4]
+    raw = ig.io.RawViews("text", torch.arange(8), [*texts, fits + "more"])
+    first = encode_views(raw, encoder, batch_size=2, cache=tmp_path).report
+    again = encode_views(raw, encoder, batch_size=3, cache=tmp_path).report
+    assert (first.encoded, again.reused) == (6, 6)
+    assert first.cut == again.cut == len(cut)
+    assert first.context_length == most
+
+
+def test_an_encoder_need_not_tell_what_it_reads():
+    class Length(ig.encode.Encoder):
+        name, modality, width, identity = "length", "text", 1, "length 1"
+
+        def encode(self, items):
+            return torch.tensor([[float(len(item))] for item in items])
+
+    raw = ig.io.RawViews("text", torch.tensor([0]), ["word " * 1000])
+    report = encode_views(raw, Length()).report
+    assert (report.cut, report.context_length) == (0, None)
+
+
+def test_the_command_says_how_many_texts_are_cut(tmp_path, command):
+    ring_kg(views=False).save(tmp_path / "kg")
+    (tmp_path / "texts.tsv").write_text(f"e0\t{'word ' * 300}\ne1\tshort\n")
+    words = ["encode", "kg", "--texts", "texts.tsv", "--text-encoder", "minilm"]
+    code, _, errors = command(*words, "--out", "out")
+    assert code == 0, errors
+    told = " ".join(errors.split())
+    assert "1 of 2 distinct texts are longer than minilm reads (256 tokens)" in told
+    report = json.loads((tmp_path / "out" / "encode.json").read_text())[0]
+    assert (report["cut"], report["context_length"]) == (1, 256)
+
+
 def test_minilm_gives_the_features_of_countries():
     kg = ig.load_kg("countries")
     raw = ig.io.RawViews("text", torch.zeros(40).long(), kg.view_sources("text")[:40])

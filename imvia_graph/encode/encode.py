@@ -52,6 +52,11 @@ class Report:
         Views whose input another entity has too, so that it was not encoded again.
     repeated : int
         Views left out because their entity has the same input already.
+    cut : int
+        Distinct texts, of the ``encoded`` and the ``reused``, that are longer than the encoder
+        reads: what is beyond is in no feature. 0 where the encoder does not tell.
+    context_length : int or None
+        Tokens of a text that the encoder reads, if it tells.
     broken : list of (str, str)
         Source of each view that was left out because it cannot be read, and why.
     seconds : float
@@ -65,6 +70,8 @@ class Report:
     reused: int = 0
     equal: int = 0
     repeated: int = 0
+    cut: int = 0
+    context_length: int | None = None
     broken: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -324,8 +331,15 @@ def _encode_distinct(
     broken: dict[bytes, str] = {}
 
     within = Path(raw.within or raw.root or "").resolve()
+    exceeds_context = getattr(encoder, "exceeds_context", None) if raw.modality == "text" else None
+    if exceeds_context is not None:
+        report.context_length = getattr(encoder, "context_length", None)
+    texts: list[str] = []  # distinct ones that are not yet looked at, done ones included
 
     def finish() -> None:
+        if exceeds_context is not None and texts:
+            report.cut += sum(map(bool, exceeds_context(texts)))
+            texts.clear()
         if batch or broken:
             report.encoded += len(batch)
             done.encode(batch, broken)
@@ -346,6 +360,8 @@ def _encode_distinct(
                 report.broken.append((source, reason))
             elif digest not in seen:
                 seen.add(digest)
+                if raw.modality == "text":
+                    texts.append(source)
                 if digest in done:
                     report.reused += digest in done.row
                 elif reason:

@@ -59,6 +59,12 @@ class Encoder(Protocol):
     device : torch.device
         Where it runs: what mixed precision depends on. The CPU unless it says otherwise.
 
+    Notes
+    -----
+    An encoder of texts that reads no more than the beginning of a long one may say so, by two more
+    attributes, for `Report` to count: ``context_length``, the tokens that it reads, and
+    ``exceeds_context(texts)``, which tells of each text whether it has more (a sequence of bool).
+
     Examples
     --------
     >>> import torch
@@ -168,6 +174,11 @@ def _factory(name: str) -> Factory:
 def not_installed(what: str, extra: str, error: ImportError) -> EncoderError:
     """What to say where an encoder's packages are missing."""
     return EncoderError(f"{what} is not installed ({error}): pip install 'imvia-graph[{extra}]'.")
+
+
+def shortened(text: str, longest: int) -> str:
+    """A text of so many characters at most, white space in it pressed together first."""
+    return text if len(text) <= longest else " ".join(text.split())[:longest]
 
 
 def weights_fingerprint(module: nn.Module, *settings: object) -> str:

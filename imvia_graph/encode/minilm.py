@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from imvia_graph.encode.encoder import Encoder, Modality, not_installed, weights_fingerprint
+from imvia_graph.encode.encoder import (
+    Encoder,
+    Modality,
+    not_installed,
+    shortened,
+    weights_fingerprint,
+)
 
 #: Word pieces of a text that count, as the model was trained; more are cut off.
 LONGEST = 256
@@ -26,6 +32,7 @@ LONGEST_TEXT = 16_384
 class MiniLM(Encoder):
     """all-MiniLM-L6-v2: the mean over the tokens' states, of length one, (n, 384).
 
+    It reads the first 256 word pieces of a text, some 200 words.
     English, Apache-2.0, 22 M parameters. The text features of the built-in graph ``countries``
     are these.
 
@@ -35,6 +42,7 @@ class MiniLM(Encoder):
     name = "minilm"
     modality: Modality = "text"
     width = 384
+    context_length = LONGEST
 
     def __init__(self, argument: str, modality: Modality, device: torch.device) -> None:
         try:
@@ -59,13 +67,22 @@ class MiniLM(Encoder):
 
     def encode(self, items: Sequence[str]) -> Tensor:
         """(n, 384), rows of length one."""
-        texts = [
-            text if len(text) <= LONGEST_TEXT else " ".join(text.split())[:LONGEST_TEXT]
-            for text in items
-        ]
+        texts = [shortened(text, LONGEST_TEXT) for text in items]
         batch = self.tokenizer(
             texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"
         ).to(self.device)
         states = self.model(**batch).last_hidden_state.float()  # (n, tokens, 384)
         mask = batch["attention_mask"][..., None]
         return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
+
+    def exceeds_context(self, texts: Sequence[str]) -> list[bool]:
+        """Of each text, whether it is more word pieces than count."""
+        exceeds = [False] * len(texts)
+        # A word piece is a byte or more of the text; two mark its ends.
+        long = [i for i, text in enumerate(texts) if len(text.encode()) > LONGEST - 2]
+        if long:
+            short = [shortened(texts[i], LONGEST_TEXT) for i in long]
+            pieces = self.tokenizer(short, verbose=False)["input_ids"]  # it warns of long ones
+            for i, text, found in zip(long, short, pieces, strict=True):
+                exceeds[i] = len(found) > LONGEST or len(text) < len(" ".join(texts[i].split()))
+        return exceeds

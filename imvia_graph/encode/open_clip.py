@@ -22,6 +22,7 @@ from imvia_graph.encode.encoder import (
     Encoder,
     Modality,
     not_installed,
+    shortened,
     weights_fingerprint,
 )
 from imvia_graph.errors import EncoderError
@@ -68,7 +69,10 @@ _MODELS: WeakValueDictionary[tuple[str, str], _Model] = WeakValueDictionary()
 
 
 class OpenClip(Encoder):
-    """One side of a CLIP: features of length one, in the space that both sides share."""
+    """One side of a CLIP: features of length one, in the space that both sides share.
+
+    Of a text it reads as many tokens as the model's context is long, mostly 77; some 50 words.
+    """
 
     def __init__(self, model: _Model, name: str, modality: Modality) -> None:
         self.shared = model
@@ -77,13 +81,17 @@ class OpenClip(Encoder):
         self.width = model.width
         self.device = model.device
         self.identity = f"open_clip {modality} {model.fingerprint}"
+        if modality == "text":
+            empty = model.tokenizer([""])  # (1, context length)
+            self.context_length = int(empty.shape[1])
+            self.padding = int(empty[0, -1])
 
     def prepare(self, item: Any) -> Any:
         """A picture as (3, H, W), resized, cut and scaled; a text as it is, if not endless."""
         if self.modality == "image":
             return self.shared.transform(item)
         # Not its tokens: some tokenizers cannot be used by several threads.
-        return _shortened(item)
+        return shortened(item, LONGEST_TEXT)
 
     def encode(self, items: Sequence[Any]) -> Tensor:
         """(n, width), rows of length one."""
@@ -93,6 +101,20 @@ class OpenClip(Encoder):
         else:
             features = model.encode_text(self.shared.tokenizer(list(items)).to(self.device))
         return F.normalize(features.float(), dim=1)
+
+    def exceeds_context(self, texts: Sequence[str]) -> list[bool]:
+        """Of each text, whether it is more tokens than the context holds."""
+        exceeds = [False] * len(texts)
+        # A token is a byte or more of the text; two mark its ends.
+        long = [i for i, text in enumerate(texts) if len(text.encode()) > self.context_length - 2]
+        if long:
+            short = [shortened(texts[i], LONGEST_TEXT) for i in long]
+            cut = self.shared.tokenizer(short)
+            whole = self.shared.tokenizer(short, context_length=self.context_length + 1)
+            more = (whole[:, :-1] != cut).any(dim=1) | (whole[:, -1] != self.padding)
+            for i, text, found in zip(long, short, more.tolist(), strict=True):
+                exceeds[i] = found or len(text) < len(" ".join(texts[i].split()))
+        return exceeds
 
 
 def open_clip_encoder(argument: str, modality: Modality, device: torch.device) -> Encoder:
@@ -179,10 +201,6 @@ def _unusable(argument: str, spec: _Spec, error: Exception) -> EncoderError:
             " architecture, as safetensors or by torch.save; nothing else is unpickled."
         )
     return _not_fetched(argument, detail)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else " ".join(text.split())[:LONGEST_TEXT]
 
 
 @contextlib.contextmanager
