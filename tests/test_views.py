@@ -90,6 +90,16 @@ def test_a_folder_without_folders_says_so(tmp_path):
         io.read_images(tmp_path, PLACES)
 
 
+def test_what_is_left_aside_is_named_with_where_a_picture_belongs(tmp_path, caplog):
+    names = ["P9.jpg", "Paris/1.png", "Paris/sub/2.png", "Thumbs.db", "Lyon/.x/1.png", "Z.jpg"]
+    write_folder(tmp_path, dict.fromkeys([*names, "Lyon/deep/3.png"], "x"))
+    assert io.read_images(tmp_path, PLACES).source == ["Paris/1.png"]
+    assert (
+        "4 files beside the entities' folders or folders inside them are left aside, first"
+        " 'Lyon/deep/', 'P9.jpg', 'Paris/sub/'. A picture belongs into its entity's folder"
+    ) in caplog.text
+
+
 # -- texts ----------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,8 @@ Column = str | int
 #: Names of the column of a table that holds a view; the second column where none is called so.
 PATH_COLUMNS = ("path", "image", "picture", "file", "source")
 TEXT_COLUMNS = ("text", "caption", "description", "source")
+#: Of what is left aside so many are named.
+NAMED = 3
 #: What file managers leave in folders.
 LITTER = {"thumbs.db", "desktop.ini"}
 
@@ -212,7 +214,7 @@ def _raw(modality: str, entity: Tensor, source: list[str], root: Path | None) ->
 
 def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
     folders: list[str] = []
-    aside = 0
+    aside: list[str] = []
     with os.scandir(top) as entries:
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower() in LITTER:
@@ -220,11 +222,12 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
             if _is_folder(entry):
                 folders.append(entry.name)
             else:
-                aside += 1
+                aside.append(entry.name)
     if not folders:
+        files_only = f" but {len(aside)} files" if aside else ""
         raise DataError(
-            f"{top} holds no folders{f' but {aside} files' if aside else ''}; expected a folder an"
-            " entity, called as the entity is, with its pictures: images/<entity>/*."
+            f"{top} holds no folders{files_only}; expected a folder an entity, called as"
+            " the entity is, with its pictures: images/<entity>/*."
         )
     folders.sort()
     # A name as it stands comes first; then what it says decoded. macOS decomposes letters.
@@ -248,7 +251,7 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
                 if entry.name.startswith(".") or entry.name.lower() in LITTER:
                     continue
                 if _is_folder(entry):
-                    aside += 1
+                    aside.append(f"{folder}/{entry.name}/")
                 else:
                     files.append(entry.name)
         source += [f"{folder}/{name}" for name in sorted(files)]
@@ -257,9 +260,11 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
         raise DataError(f"{top}: the folders of the entities hold no files; expected pictures.")
     if aside:
         logger.warning(
-            "%s: %d files beside the entities' folders or folders inside them are left aside.",
+            "%s: %d files beside the entities' folders or folders inside them are left aside, first"
+            " %s. A picture belongs into its entity's folder and no deeper: images/<entity>/*.",
             top,
-            aside,
+            len(aside),
+            ", ".join(map(repr, sorted(aside)[:NAMED])),
         )
     return _raw("image", torch.tensor(entity, dtype=torch.int64), source, top)
 
