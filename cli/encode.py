@@ -15,7 +15,7 @@ from imvia_graph import _files, load_kg
 from imvia_graph._display import shown
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import console, log_to_terminal, say
-from imvia_graph.cli.options import loading_options
+from imvia_graph.cli.options import loading_options, separator
 from imvia_graph.encode import Report, encode_kg
 from imvia_graph.encode.encoder import named_encoder
 from imvia_graph.errors import DataError
@@ -83,6 +83,16 @@ def _columns(ctx: click.Context, option: click.Parameter, value: str | None) -> 
     help="The table's columns, by name or by position from 0.",
 )
 @click.option(
+    "--image-separator",
+    callback=separator,
+    help="TSV, CSV: the character between the table's columns, or tab.",
+)
+@click.option(
+    "--text-separator",
+    callback=separator,
+    help="TSV, CSV: the character between the table's columns, or tab.",
+)
+@click.option(
     "--text-predicate",
     "predicates",
     multiple=True,
@@ -128,6 +138,8 @@ def encode(
     images_root: Path | None,
     image_columns: tuple[Column, Column] | None,
     text_columns: tuple[Column, Column] | None,
+    image_separator: str | None,
+    text_separator: str | None,
     predicates: tuple[str, ...],
     language: str | None,
     loading: dict[str, Any],
@@ -181,14 +193,21 @@ def encode(
     folder = out / ".encode" if cache is None else cache
     raw_texts: Path | RawViews | None = texts
     if texts is not None and form_of(texts) in ("ntriples", "turtle"):
-        if text_columns is not None:
-            raise click.UsageError(f"--text-columns is for tables; {texts} is RDF.")
+        for option, given in (("columns", text_columns), ("separator", text_separator)):
+            if given is not None:
+                raise click.UsageError(f"--text-{option} is for tables; {texts} is RDF.")
         raw_texts = read_literals(texts, kg, predicates=predicates or None, language=language)
     elif predicates or language is not None:
         raise click.UsageError("--text-predicate and --text-language are for --texts in RDF.")
     if names:
         if isinstance(raw_texts, Path):
-            raw_texts = read_texts(raw_texts, kg, columns=text_columns, skip_unknown=skip_unknown)
+            raw_texts = read_texts(
+                raw_texts,
+                kg,
+                columns=text_columns,
+                separator=text_separator,
+                skip_unknown=skip_unknown,
+            )
         raw_texts = read_names(kg) if raw_texts is None else joined(raw_texts, read_names(kg))
     bar = _Bar()
     try:
@@ -205,6 +224,8 @@ def encode(
             images_root=images_root,
             image_columns=image_columns,
             text_columns=text_columns,
+            image_separator=image_separator,
+            text_separator=text_separator,
             skip_unknown=skip_unknown,
             progress=bar.show,
         )

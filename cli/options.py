@@ -38,7 +38,7 @@ def _columns(
     return parts
 
 
-def _separator(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
+def separator(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
     r"""One character, or what stands for one that is hard to type: ``tab``, ``\t``, ``space``."""
     return {"\\t": "\t", "tab": "\t", "space": " "}.get(value or "", value)
 
@@ -76,7 +76,7 @@ _LOADING = {
     ),
     "separator": click.option(
         "--separator",
-        callback=_separator,
+        callback=separator,
         help="Tables: the character between columns, or tab or space.",
     ),
     "literals": click.option(

@@ -54,7 +54,7 @@ _FEW = 10
 _SPACED_TRIPLE = r"^[ \t]*([^ \t\r]+)[ \t]+([^ \t\r]+)[ \t]+([^ \t\r]+)(?:[ \t]+\.)?[ \t\r]*$"
 #: Rows that are read one by one before they become a frame.
 _ROWS = 2**18
-_SEPARATED = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", SPACES: "spaces"}
+SEPARATED = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", SPACES: "spaces"}
 
 Columns = Sequence[int] | Sequence[str]
 
@@ -122,23 +122,25 @@ def read_triples(
             _shown([cells[place] for place in places], separator),
         )
     if not quoted:
-        _warn_of_quotes(path, frame)
+        advice = "say format='csv' and the separator (--from csv --separator tab)"
+        warn_of_quotes(path, frame, advice)
     return frame
 
 
-def _warn_of_quotes(path: Path, frame: pl.DataFrame) -> None:
-    """Labels are taken as they stand; quotes around them may be meant as those of CSV."""
-    begin = frame.select(pl.col(TRIPLE_COLUMNS).str.starts_with('"').any())
-    if not any(begin.row(0)):  # sooner told
+def warn_of_quotes(path: Path, frame: pl.DataFrame, advice: str) -> None:
+    """Cells are taken as they stand; quotes around them may be meant as those of CSV."""
+    text = pl.col(pl.String)
+    begin = frame.select(pl.any_horizontal(text.str.starts_with('"').any()))
+    if not begin.width or not begin.item():  # sooner told
         return
-    quotes = pl.col(TRIPLE_COLUMNS).str.contains('^"(?:[^"]|"")*"$').sum()
-    count = sum(frame.select(quotes).row(0))
+    count = sum(frame.select(text.str.contains('^"(?:[^"]|"")*"$').sum()).row(0))
     if count:
         logger.warning(
-            "%s: %d labels stand in double quotes, which are part of them. If they are quotes as in"
-            " CSV, say format='csv' and the separator (--from csv --separator tab).",
+            "%s: %d labels or texts stand in double quotes, which are part of them. If they are"
+            " quotes as in CSV, %s.",
             path,
             count,
+            advice,
         )
 
 
@@ -222,11 +224,11 @@ def _places(
             )
             if other is not None:
                 raise DataError(
-                    f"{where}: expected three columns separated by {_SEPARATED[separator]}, found"
-                    f" {_SEPARATED[other]}: {_shown(cells, separator)}. Say separator={other!r}"
+                    f"{where}: expected three columns separated by {SEPARATED[separator]}, found"
+                    f" {SEPARATED[other]}: {_shown(cells, separator)}. Say separator={other!r}"
                     f" (--separator {'tab' if other == chr(9) else repr(other)})."
                 )
-        by = f" separated by {_SEPARATED.get(separator, repr(separator))}" if separator else ""
+        by = f" separated by {SEPARATED.get(separator, repr(separator))}" if separator else ""
         raise DataError(
             f"{where}: expected three columns{by} (head, relation, tail), found"
             f" {_count(len(cells))}: {_shown(cells, separator)}. Mend the file, or say which"
@@ -374,7 +376,7 @@ def _slow(
         if number <= skipped:
             continue
         if len(cells) != width:
-            expected = f"{_count(width)} separated by {_SEPARATED.get(separator, repr(separator))}"
+            expected = f"{_count(width)} separated by {SEPARATED.get(separator, repr(separator))}"
             if width == 3:
                 expected += " (head, relation, tail)"
             raise DataError(

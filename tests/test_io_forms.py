@@ -1013,7 +1013,7 @@ def test_another_separator_than_the_names_is_told(line, told, tmp_path):
 def test_quotes_and_spaces_that_are_part_of_labels_are_told(tmp_path, caplog):
     (tmp_path / "g.tsv").write_text('"a"\t"r"\t"b ""c"""\n"b"\t"r"\t"a"\n')
     assert load_kg(tmp_path / "g.tsv", split=False).entities[0] == '"a"'
-    assert "g.tsv: 6 labels stand in double quotes" in caplog.text
+    assert "g.tsv: 6 labels or texts stand in double quotes" in caplog.text
     kg = load_kg(tmp_path / "g.tsv", split=False, format="csv", separator="\t")
     assert kg.entities == ["a", 'b "c"', "b"]
     caplog.clear()

@@ -6,6 +6,7 @@ import pickle
 
 import h5py
 import numpy as np
+import pandas as pd
 import polars as pl
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path, path):
     table = tmp_path / "t" / "table.tsv"
     table.parent.mkdir()
     table.write_text(f"Paris\tok.png\nLyon\t{path}\n")
-    with pytest.raises(ig.DataError, match=r"table\.tsv, row 2: the path .* leaves the folder"):
+    with pytest.raises(ig.DataError, match=r"table\.tsv, line 2: the path .* leaves the folder"):
         io.read_images(table, PLACES)
     assert io.read_images(table, PLACES, root="/").source[1].endswith(path.rpartition("/")[2])
 
@@ -129,6 +130,60 @@ def test_a_csv_of_texts_may_hold_line_breaks_and_quotes_but_none_left_open(tmp_p
         ig.io.read_texts(table, ["a", "b", "c", "d"])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("t.csv", "entity;text\nParis;a, b\nLyon;c\n", r"commas, found semicolons: .*';'.* ';'\)"),
+        ("t.csv", "Paris\ta\nLyon\tb, c\n", r"separated by commas, found tabs.*-separator tab\)"),
+        ("t.tsv", "Paris|a\nLyon|b\n", r"separated by tabs, found bars.*-separator '\|'\)"),
+    ],
+)
+def test_another_separator_of_a_table_is_told_and_may_be_said(tmp_path, name, content, told):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ig.DataError, match=rf"line 1: .*{told}") as caught:
+        io.read_texts(tmp_path / name, PLACES)
+    assert "(--text-separator " in str(caught.value)
+    with pytest.raises(ig.DataError, match="--image-separator"):
+        io.read_images(tmp_path / name, PLACES)
+    mark = next(mark for mark in ";\t|" if mark in content)
+    assert len(io.read_texts(tmp_path / name, PLACES, separator=mark).source) == 2
+    assert len(io.read_images(tmp_path / name, PLACES, separator=mark).source) == 2
+
+
+def test_a_separator_is_one_character_and_of_text_tables_alone(tmp_path):
+    (tmp_path / "t.csv").write_text("Paris||a\n")
+    with pytest.raises(ig.DataError, match=r"^separator: expected one character, received '\|\|'"):
+        io.read_texts(tmp_path / "t.csv", PLACES, separator="||")
+    pl.DataFrame({"entity": ["Paris"], "text": ["a"]}).write_parquet(tmp_path / "t.parquet")
+    for of in ("t.parquet", "."):
+        with pytest.raises(ig.DataError, match=r"^separator: "):
+            io.read_images(tmp_path / of, PLACES, separator=";")
+
+
+def test_quotes_around_whole_texts_of_a_tsv_are_told(tmp_path, caplog):
+    table = tmp_path / "texts.tsv"
+    frame = pd.DataFrame({"entity": ["Paris", "Lyon"], "text": ['the "City"', "plain"]})
+    frame.to_csv(table, sep="\t", index=False)
+    assert '"the ""City"""' in io.read_texts(table, PLACES).source
+    told = "texts.tsv: 1 labels or texts stand in double quotes, which are part of them"
+    assert told in caplog.text
+    table = table.rename(tmp_path / "texts.csv")
+    assert 'the "City"' in io.read_texts(table, PLACES, separator="\t").source
+
+
+def test_a_row_is_told_by_its_line_in_a_text_file_and_by_its_number_elsewhere(tmp_path):
+    rows = {"who": ["Paris", "Lyon", "Rome"], "text": [["a", "b"], ["c"], ["d"]]}
+    pl.DataFrame(rows).write_parquet(tmp_path / "t.parquet")
+    with pytest.raises(ig.DataError, match=r"first 'Rome' in row 3 \(counted from 1\)\."):
+        io.read_texts(tmp_path / "t.parquet", PLACES)
+    (tmp_path / "t.csv").write_text('entity,text\nParis,"a\nb"\n\nLyon,c\nRome,d\n')
+    with pytest.raises(ig.DataError, match=r"first 'Rome' in line 6\."):
+        io.read_texts(tmp_path / "t.csv", PLACES)
+    (tmp_path / "t.tsv").write_text("\nentity\ttext\nParis\ta\n\n\tc\n")
+    with pytest.raises(ig.DataError, match=r"t\.tsv, line 5: the entity is missing"):
+        io.read_texts(tmp_path / "t.tsv", PLACES)
+
+
 def test_captions_from_parquet_columns(tmp_path):
     table = tmp_path / "captions [1].parquet"  # a bracket is no pattern
     frame = {"n": [1, 2, 3], "who": [3, 0, 0], "caption": [["a", "b"], [], ["c", None]]}
@@ -148,7 +203,7 @@ def test_unknown_entities_are_counted_and_the_first_is_named(tmp_path, caplog):
     table.write_text("Paris\ta\nLyom\tb\nRome\tc\nLyom\td\n")
     message = (
         r"texts\.tsv: 3 of 4 rows name 2 entities that are not in the entities given, first 'Lyom'"
-        r" in row 2\. The nearest known: 'Lyon'.*--skip-unknown"
+        r" in line 2\. The nearest known: 'Lyon'.*--skip-unknown"
     )
     with pytest.raises(ig.DataError, match=message):
         io.read_texts(table, PLACES)
@@ -194,7 +249,7 @@ def packed(content):
         ("t.csv", b'Paris,"a\nb"\nLyon,b,c\n', r"t\.csv, line 3: expected 2 columns .* found 3"),
         ("t.csv", b'Paris,"a, b"\nLyon\n', r"t\.csv, line 2: expected 2 columns .* found 1"),
         ("t.csv.gz", packed(b"Paris,a\nLyon\n"), r"t\.csv\.gz, line 2: .* found 1"),
-        ("t.tsv", b"Paris\ta\n\tb\n", "row 2: the entity is missing"),
+        ("t.tsv", b"Paris\ta\n\tb\n", "line 2: the entity is missing"),
         ("t.tsv", b"Paris\nLyon\n", "expected two columns or more, found 1"),
         ("t.tsv", b"Paris\ta\0b\n", "found a NUL byte"),
         ("t.tsv", b"entity\ttext\n", "holds no rows"),

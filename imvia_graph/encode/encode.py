@@ -97,6 +97,8 @@ def encode_kg(
     images_root: str | os.PathLike[str] | None = None,
     image_columns: tuple[Column, Column] | None = None,
     text_columns: tuple[Column, Column] | None = None,
+    image_separator: str | None = None,
+    text_separator: str | None = None,
     skip_unknown: bool = False,
     progress: Progress | None = None,
 ) -> tuple[MultiViewKG, list[Report]]:
@@ -113,7 +115,7 @@ def encode_kg(
         ``minilm`` need no network; ``clip`` is fetched once. Nothing is fetched that is not named.
     device, batch_size, precision, cache, progress
         See `encode_views` and `get_encoder`.
-    images_root, image_columns, text_columns, skip_unknown
+    images_root, image_columns, text_columns, image_separator, text_separator, skip_unknown
         See `imvia_graph.io.read_images` and `imvia_graph.io.read_texts`.
 
     Returns
@@ -145,13 +147,24 @@ def encode_kg(
         image_encoder = image_encoder or named_encoder(None, "image")
         if not isinstance(images, RawViews):
             images = read_images(
-                images, kg, root=images_root, columns=image_columns, skip_unknown=skip_unknown
+                images,
+                kg,
+                root=images_root,
+                columns=image_columns,
+                separator=image_separator,
+                skip_unknown=skip_unknown,
             )
         raw.append((images, image_encoder))
     if texts is not None:
         text_encoder = text_encoder or named_encoder(None, "text")
         if not isinstance(texts, RawViews):
-            texts = read_texts(texts, kg, columns=text_columns, skip_unknown=skip_unknown)
+            texts = read_texts(
+                texts,
+                kg,
+                columns=text_columns,
+                separator=text_separator,
+                skip_unknown=skip_unknown,
+            )
         raw.append((texts, text_encoder))
     if not raw:
         raise DataError("encode: there is nothing to encode; give images, texts or both.")

@@ -14,8 +14,10 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -26,7 +28,7 @@ from torch import Tensor
 from imvia_graph import _files
 from imvia_graph._display import nearest
 from imvia_graph._parquet import check_parquet
-from imvia_graph._tables import quotes_are_plain, read_rows
+from imvia_graph._tables import SEPARATED, quotes_are_plain, read_rows, warn_of_quotes
 from imvia_graph.errors import DataError, IMVIAError
 from imvia_graph.kg import MultiViewKG
 
@@ -83,6 +85,7 @@ def read_images(
     *,
     root: str | os.PathLike[str] | None = None,
     columns: tuple[Column, Column] | None = None,
+    separator: str | None = None,
     skip_unknown: bool = False,
 ) -> RawViews:
     """Whose pictures are where: from a folder of folders, or from a table.
@@ -104,6 +107,9 @@ def read_images(
         The table's columns of entity and path, by name or by position from 0. Default: ``entity``
         and the first of ``path``, ``image``, ``picture``, ``file``, ``source``; where there is no
         header (no cell of the first line is ``entity``), the first two.
+    separator : str, optional
+        The character between the columns of a TSV or CSV table, such as ``;``. Default: a tab in
+        TSV, a comma in CSV.
     skip_unknown : bool
         Whether views of entities that are not in the graph are left out, with a warning, or an
         error.
@@ -131,15 +137,17 @@ def read_images(
     """
     source = Path(source).expanduser()
     if source.is_dir():
+        if separator is not None:
+            raise DataError(f"separator: {source} is a folder of pictures, and no table; leave it.")
         within = None if root is None else Path(root).expanduser()
         return _image_folders(source, of, skip_unknown)._replace(within=within)
-    frame, where = _read_table(source, columns, PATH_COLUMNS, "path")
+    frame, where = _read_table(source, columns, separator, PATH_COLUMNS, "path")
     top = source.parent if root is None else Path(root).expanduser()
     _refuse_blank(frame["value"], where, "path")
     keep, entity = resolve(frame["entity"], of, where, skip_unknown)
     rows = keep.nonzero().flatten().tolist()
     paths = frame["value"].to_list()
-    listed = [_inside(top, paths[row], f"{where}, row {row + 1}") for row in rows]
+    listed = [_inside(top, paths[row], where, row) for row in rows]
     return _raw("image", entity, listed, top)
 
 
@@ -148,6 +156,7 @@ def read_texts(
     of: Entities,
     *,
     columns: tuple[Column, Column] | None = None,
+    separator: str | None = None,
     skip_unknown: bool = False,
 ) -> RawViews:
     r"""Whose texts are which: from a table of entity and text, as many rows an entity as there are.
@@ -158,7 +167,7 @@ def read_texts(
         TSV (one line a text, no quoting), CSV (RFC 4180), both also gzipped, or Parquet, where the
         column may hold a list of texts a row. Rows without a text are left out; the white space
         around a text does not count.
-    of, skip_unknown
+    of, separator, skip_unknown
         As for `read_images`.
     columns : pair of str or int, optional
         The columns of entity and text. Default: ``entity`` and the first of ``text``, ``caption``,
@@ -183,7 +192,7 @@ def read_texts(
         raise DataError(
             f"{source} is a folder; expected a table (TSV, CSV, Parquet) of entity and text."
         )
-    frame, where = _read_table(source, columns, TEXT_COLUMNS, "text")
+    frame, where = _read_table(source, columns, separator, TEXT_COLUMNS, "text")
     keep, entity = resolve(frame["entity"], of, where, skip_unknown)
     texts = frame["value"].fill_null("").str.strip_chars().to_list()
     known = keep.nonzero().flatten().tolist()
@@ -239,7 +248,7 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
             for form in (_composed, unquote, lambda name: _composed(unquote(name)))
         ),
     ]
-    keep, owner = resolve_any(forms, of, f"{top}, folder names", skip_unknown)
+    keep, owner = resolve_any(forms, of, Rows(f"{top}, folder names"), skip_unknown)
     entity: list[int] = []
     source: list[str] = []
     for folder, known, place in zip(folders, keep.tolist(), owner.tolist(), strict=True):
@@ -281,14 +290,14 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _inside(root: Path, path: str, where: str) -> str:
+def _inside(root: Path, path: str, where: Rows, row: int) -> str:
     """The path relative to root, normalised; DataError where it leaves the root."""
     absolute = os.path.abspath(root)
     full = os.path.normpath(os.path.join(absolute, path))
     if "\0" in path or not (full + os.sep).startswith(os.path.join(absolute, "")):
         raise DataError(
-            f"{where}: the path {_files.shorten(path)!r} leaves the folder {root}. Name the folder"
-            " that all paths are in (root=…, on the command line --images-root)."
+            f"{where}, {where.at(row)}: the path {_files.shorten(path)!r} leaves the folder {root}."
+            " Name the folder that all paths are in (root=…, on the command line --images-root)."
         )
     return Path(full[len(os.path.join(absolute, "")) :]).as_posix()
 
@@ -296,37 +305,108 @@ def _inside(root: Path, path: str, where: str) -> str:
 # -- tables ---------------------------------------------------------------------------------------
 
 
+class _Layout(NamedTuple):
+    """How a text table is written."""
+
+    separator: str
+    quoted: bool
+    option: str  # of the command line, that names another separator
+
+    @property
+    def by(self) -> str:
+        """The separator in words."""
+        return SEPARATED.get(self.separator, repr(self.separator))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What messages call a table, and a row of it: by the line of a text file where it is one.
+
+    Attributes
+    ----------
+    name : str
+        The table.
+    numbers : Series, optional
+        Of each row its place in the table, from 0, where that is another.
+    layout : _Layout, optional
+        Of a text file.
+    header : bool
+        Whether a text file's first row is no row of the table.
+    """
+
+    name: str
+    numbers: pl.Series | None = None
+    layout: _Layout | None = None
+    header: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def at(self, row: int) -> str:
+        """Where the row is."""
+        if self.numbers is not None:
+            row = int(self.numbers[row])
+        if self.layout is not None:
+            rows = read_rows(Path(self.name), self.layout.separator, self.layout.quoted)
+            found = next(islice(rows, row + self.header, None), None)
+            if found is not None:
+                return f"line {found[0]}"
+        return f"row {row + 1} (counted from 1)"
+
+
 def _read_table(
-    path: Path, columns: tuple[Column, Column] | None, names: Sequence[str], what: str
-) -> tuple[pl.DataFrame, str]:
+    path: Path,
+    columns: tuple[Column, Column] | None,
+    separator: str | None,
+    names: Sequence[str],
+    what: Literal["path", "text"],
+) -> tuple[pl.DataFrame, Rows]:
     """A frame of ``entity`` (text or integer) and ``value`` (text), and what messages call it."""
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; expected a table of entity and {what}.")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty: expected a table of entity and {what}.")
     kind = _kind(path)
+    where = Rows(str(path))
     if kind == ".parquet":
+        if separator is not None:
+            raise DataError(f"separator: {path} is Parquet, which has none; leave it out.")
         with unreadable(path, "a Parquet file"):
             check_parquet(path)
             frame = pl.read_parquet(path, glob=False)
-        where = str(path)
     elif kind in (".tsv", ".txt", ".tab", ".csv"):
-        frame = _read_text_table(path, "," if kind == ".csv" else "\t", columns)
-        where = str(path)
+        if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
+            raise DataError(f"separator: expected one character, received {separator!r}.")
+        layout = _Layout(
+            separator or ("," if kind == ".csv" else "\t"),
+            kind == ".csv",
+            "--image-separator" if what == "path" else "--text-separator",
+        )
+        frame, header = _read_text_table(path, layout, columns)
+        where = Rows(str(path), layout=layout, header=header)
     else:
         raise DataError(
             f"{path}: expected a table of entity and {what}: .tsv, .csv (also .gz) or .parquet."
         )
-    entity, value = _pick(frame, columns, names, where)
+    entity, value = _pick(frame, columns, names, str(path))
     frame = frame.select(pl.col(entity).alias("entity"), pl.col(value).alias("value"))
     if isinstance(frame.schema["value"], pl.List):
-        frame = frame.explode("value")
+        frame = frame.with_row_index("number").explode("value")
+        where = Rows(str(path), numbers=frame["number"])
     if frame.schema["value"] not in (pl.String, pl.Null):
         frame_type = frame.schema["value"]
         raise DataError(f"{where}, column {value!r}: expected text, found {frame_type}.")
     frame = frame.with_columns(pl.col("value").cast(pl.String))
     if not frame.height:
         raise DataError(f"{where} holds no rows: expected an entity and a {what} a row.")
+    if where.layout is not None and not where.layout.quoted:
+        option = where.layout.option
+        tab = _typed(where.layout.separator)
+        warn_of_quotes(
+            path,
+            frame.select("entity", "value"),
+            f"call the file .csv and say separator={where.layout.separator!r} ({option} {tab})",
+        )
     if not frame.schema["entity"].is_integer():
         frame = frame.with_columns(pl.col("entity").cast(pl.String, strict=False))
         _refuse_blank(frame["entity"], where, "entity")
@@ -340,73 +420,100 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
+def _typed(separator: str) -> str:
+    """A separator as it is given on the command line."""
+    return "tab" if separator == "\t" else repr(separator)
+
+
 def _read_text_table(
-    path: Path, separator: str, columns: tuple[Column, Column] | None
-) -> pl.DataFrame:
-    """All columns as text; the header, if there is one, as the names of the columns."""
+    path: Path, layout: _Layout, columns: tuple[Column, Column] | None
+) -> tuple[pl.DataFrame, bool]:
+    """All columns as text, and whether there is a header, which then names the columns."""
     _files.check_compressed(path)
-    quoted = separator == ","
-    try:
-        if quoted and not quotes_are_plain(path, separator):
-            frame = _read_by_line(path, separator)
-        else:
-            frame = pl.read_csv(
-                path,
-                has_header=False,
-                separator=separator,
-                quote_char='"' if quoted else None,
-                infer_schema=False,
-                glob=False,
-            )
-    except (pl.exceptions.PolarsError, OSError) as error:
-        _check_widths(path, separator)
-        detail = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"{path}: expected a table in UTF-8; it cannot be read ({_files.shorten(detail, 200)})."
-        ) from error
+    frame = _read_fast(path, layout)
+    if frame is None:
+        frame = _read_by_line(path, layout)
     if _has_nul(frame):
         raise DataError(f"{path}: expected text, found a NUL byte.")
-    if frame[frame.columns[-1]].null_count():  # an empty cell, or a row without it
-        _check_widths(path, separator)
     first_row = ["" if cell is None else str(cell) for cell in frame.row(0)]
     if first_row[0].startswith(_files.BOM):
         first_row[0] = first_row[0].removeprefix(_files.BOM)
         first = pl.when(pl.int_range(pl.len()) == 0).then(pl.lit(first_row[0]))
         frame = frame.with_columns(first.otherwise(pl.col("column_1")).alias("column_1"))
+    if len(first_row) == 1:
+        _name_another_separator(f"{path}, line 1", first_row[0], layout)
     named = columns is not None and any(isinstance(column, str) for column in columns)
-    if named or "entity" in first_row:
+    header = named or "entity" in first_row
+    if header:
         if len(set(first_row)) < len(first_row):
             raise DataError(f"{path}, line 1: column names repeat: {first_row}.")
         frame = frame.slice(1).rename(dict(zip(frame.columns, first_row, strict=True)))
+    return frame, header
+
+
+def _read_fast(path: Path, layout: _Layout) -> pl.DataFrame | None:
+    """A row a line that is not blank, or None where lines need to be looked at; vectorised."""
+    try:
+        if layout.quoted and not quotes_are_plain(path, layout.separator):
+            return None
+        frame = pl.read_csv(
+            path,
+            has_header=False,
+            separator=layout.separator,
+            quote_char='"' if layout.quoted else None,
+            infer_schema=False,
+            glob=False,
+        )
+    except (pl.exceptions.PolarsError, OSError):
+        return None
+    # An empty cell, or a row without it, or a blank line.
+    if frame[frame.columns[-1]].null_count():
+        _check_widths(path, layout)
+        if frame.select(pl.all_horizontal(pl.all().is_null()).any()).item():
+            return None
     return frame
 
 
-def _read_by_line(path: Path, separator: str) -> pl.DataFrame:
-    """CSV, exactly: a DataError names the line of a quote that is left open."""
-    rows = [cells for _, cells in _rows(path, separator)]
+def _read_by_line(path: Path, layout: _Layout) -> pl.DataFrame:
+    """The same, exactly; a DataError names the first line that is wrong."""
+    rows = [cells for _, cells in _rows(path, layout)]
+    if not rows:
+        raise DataError(f"{path} is empty: expected a table.")
     names = [f"column_{i}" for i in range(1, len(rows[0]) + 1)]
     return pl.DataFrame(rows, dict.fromkeys(names, pl.String), orient="row")
 
 
-def _check_widths(path: Path, separator: str) -> None:
+def _check_widths(path: Path, layout: _Layout) -> None:
     """A DataError that names the first line that is no text or has more or fewer cells."""
-    for _ in _rows(path, separator):
+    for _ in _rows(path, layout):
         pass
 
 
-def _rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path, layout: _Layout) -> Iterator[tuple[int, list[str]]]:
     """Lines' numbers and cells, of which each line has as many."""
     columns = None
-    for number, cells in read_rows(path, separator, separator == ","):
+    for number, cells in read_rows(path, layout.separator, layout.quoted):
+        if columns is None and len(cells) == 1:
+            _name_another_separator(f"{path}, line {number}", cells[0], layout)
         columns = columns or len(cells)
         if len(cells) != columns:
-            by = "commas" if separator == "," else "tabs"
             raise DataError(
-                f"{path}, line {number}: expected {columns} columns separated by {by}, found"
-                f" {len(cells)}: {_files.shorten(separator.join(cells))!r}. Mend or remove the"
-                " line."
+                f"{path}, line {number}: expected {columns} columns separated by {layout.by}, found"
+                f" {len(cells)}: {_files.shorten(layout.separator.join(cells))!r}. Mend or remove"
+                " the line."
             )
         yield number, cells
+
+
+def _name_another_separator(where: str, line: str, layout: _Layout) -> None:
+    """A DataError where a first line of one cell seems to have several of another separator."""
+    for mark in ("\t", ";", "|", ","):
+        if mark in line and mark != layout.separator:
+            raise DataError(
+                f"{where}: expected two columns or more separated by {layout.by}, found"
+                f" {SEPARATED[mark]}: {_files.shorten(line)!r}. Say separator={mark!r}"
+                f" ({layout.option} {_typed(mark)})."
+            )
 
 
 def _has_nul(frame: pl.DataFrame) -> bool:
@@ -444,12 +551,12 @@ def _pick(
     return picked[0], picked[1]
 
 
-def _refuse_blank(column: pl.Series, where: str, what: str) -> None:
+def _refuse_blank(column: pl.Series, where: Rows, what: str) -> None:
     blank = column.is_null() | (column == "")
     if blank.any():
         row = int(blank.arg_max() or 0)
         raise DataError(
-            f"{where}, row {row + 1}: the {what} is missing ({blank.sum()} such rows). Mend or"
+            f"{where}, {where.at(row)}: the {what} is missing ({blank.sum()} such rows). Mend or"
             " remove the row."
         )
 
@@ -498,10 +605,11 @@ def _labels(of: Entities) -> tuple[Sequence[str], Sequence[str], str]:
 
 
 def resolve(
-    values: pl.Series, of: Entities, where: str, skip_unknown: bool
+    values: pl.Series, of: Entities, where: str | Rows, skip_unknown: bool
 ) -> tuple[Tensor, Tensor]:
     """Which rows name an entity, (n,) bool, and the ids of those, (kept,) int64."""
     labels, _, whole = _labels(of)
+    where = Rows(where) if isinstance(where, str) else where
     if values.dtype.is_integer():
         ids = torch.from_numpy(values.cast(pl.Int64).to_numpy().copy())
         keep = (ids >= 0) & (ids < len(labels))
@@ -509,12 +617,12 @@ def resolve(
             row = int((~keep).nonzero()[0])
             _unknown(
                 f"{where}: {int((~keep).sum())} rows name entity ids out of range, first"
-                f" {int(ids[row])} in row {row + 1}; expected 0 to {len(labels) - 1}.",
+                f" {int(ids[row])} in {where.at(row)}; expected 0 to {len(labels) - 1}.",
                 skip_unknown,
             )
             if not keep.any():
                 raise DataError(f"{where}: none of the {len(ids)} rows names an entity of {whole}.")
-        warn_of_numeric_labels(ids[keep], labels, where)
+        warn_of_numeric_labels(ids[keep], labels, str(where))
         return keep, ids[keep]
     keep, ids = resolve_any([values], of, where, skip_unknown)
     return keep, ids[keep]
@@ -545,7 +653,7 @@ def warn_of_numeric_labels(ids: Tensor, labels: Sequence[str], where: str) -> No
 
 
 def resolve_any(
-    forms: Sequence[pl.Series], of: Entities, where: str, skip_unknown: bool
+    forms: Sequence[pl.Series], of: Entities, where: Rows, skip_unknown: bool
 ) -> tuple[Tensor, Tensor]:
     """As `resolve`, for rows of several spellings: the first that is known; (n,) ids, -1: none."""
     labels, names, whole = _labels(of)
@@ -574,7 +682,7 @@ def resolve_any(
         _unknown(
             f"{where}: {missing.sum()} of {len(found)} rows name"
             f" {forms[0].filter(missing).n_unique()} entities that are not in {whole}, first"
-            f" {values[0]!r} in row {row + 1}.{reason}",
+            f" {values[0]!r} in {where.at(row)}.{reason}",
             skip_unknown,
         )
     numbers = torch.from_numpy(found.fill_null(-1).to_numpy().copy())
