@@ -98,8 +98,8 @@ def encode_labels(
         unknown = series.filter(pl.Series(missing))
         raise DataError(
             f"{where}: {len(unknown)} rows name {unknown.n_unique()} labels that are not in the"
-            f" vocabulary, first {unknown[0]!r} in row {int(missing.argmax()) + 1}. Add them or"
-            " leave these rows out."
+            f" vocabulary, first {unknown[0]!r} in row {int(missing.argmax()) + 1} (counted from"
+            " 1). Add them or leave these rows out."
         )
     return torch.from_numpy(ids)
 

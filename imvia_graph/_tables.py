@@ -259,6 +259,11 @@ def _places(
             raise DataError(
                 f"{where}: there is no column {column}; expected 0 to {len(cells) - 1}."
             )
+    if len(set(places)) < 3:
+        raise DataError(
+            f"columns: expected three different ones, of head, relation and tail; received"
+            f" {columns!r} ({where})."
+        )
     return places[0], places[1], places[2]
 
 
@@ -535,8 +540,8 @@ def frame_of_triples(table: pl.LazyFrame, where: str, columns: Columns | None) -
     if bad.any():
         row = int(bad.arg_true()[0])
         raise DataError(
-            f"{where}, row {row}: expected three labels (head, relation, tail), found"
-            f" {frame.row(row)!r}. Mend or remove the row."
+            f"{where}, row {row + 1} (counted from 1): expected three labels (head, relation,"
+            f" tail), found {frame.row(row)!r}. Mend or remove the row."
         )
     return frame
 

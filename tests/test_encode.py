@@ -261,9 +261,10 @@ def test_an_encoder_need_not_tell_what_it_reads():
 
 def test_the_command_says_how_many_texts_are_cut(tmp_path, command):
     ring_kg(views=False).save(tmp_path / "kg")
-    (tmp_path / "texts.tsv").write_text(f"e0\t{'word ' * 300}\ne1\tshort\n")
-    words = ["encode", "kg", "--texts", "texts.tsv", "--text-encoder", "minilm"]
-    code, _, errors = command(*words, "--out", "out")
+    (tmp_path / "texts.csv").write_text(f"e0;{'word ' * 300}\ne1;short\n")
+    words = ["encode", "kg", "--texts", "texts.csv", "--text-encoder", "minilm"]
+    assert "--text-separator ';'" in command(*words, "--out", "out")[2]
+    code, _, errors = command(*words, "--out", "out", "--text-separator", ";")
     assert code == 0, errors
     told = " ".join(errors.split())
     assert "1 of 2 distinct texts are longer than minilm reads (256 tokens)" in told

@@ -622,6 +622,7 @@ BAD_FILES = {
     "too many in text": ("g.txt", "a r b\na r b c\n", {}, r"g\.txt, line 2.*found 4 columns"),
     "wide without columns": ("g.csv", "1,2,3,4\n", {}, r"line 1.*found 4 columns.*columns="),
     "no such column": ("g.csv", "a,r,b\n", {"columns": [0, 1, 5]}, r"no column 5.*0 to 2"),
+    "a column twice": ("g.csv", "a,r,b\n", {"columns": [0, 1, 1]}, "three different ones.*g.csv"),
     "no such name": (
         "g.csv",
         "a,r,b\n",
@@ -988,6 +989,16 @@ def test_a_frame_goes_by_the_order_of_its_columns_only_where_their_names_agree()
     wrong = pl.DataFrame(rows, ["source", "target", "weight"], orient="row")
     with pytest.raises(DataError, match="'source' and 'target' seem to name"):
         load_kg(wrong, split=False)
+
+
+def test_the_columns_of_a_frame_are_three_and_its_rows_are_counted_from_one():
+    frame = pl.DataFrame([("a", "r", "b"), ("a", None, "c")], ["h", "r", "t"], orient="row")
+    with pytest.raises(DataError, match=r"^columns: expected three different ones"):
+        load_kg(frame, split=False, columns=["h", "t", "t"])
+    with pytest.raises(DataError, match=r"^train, row 2 \(counted from 1\): expected three labels"):
+        load_kg(frame, split=False)
+    with pytest.raises(DataError, match=r"first 'c' in row 2 \(counted from 1\)"):
+        load_kg(frame.fill_null("r"), split=False, entities=["a", "b"])
 
 
 def test_a_first_triple_that_may_be_a_header_is_written_so_that_it_is_read_again(tmp_path):
