@@ -15,6 +15,7 @@ from torch import Tensor
 
 from imvia_graph.errors import DataError
 from imvia_graph.kg import SPLITS, MultiViewKG
+from imvia_graph.splits import HELD_OUT_FRACTION, drawn_by, hold_out
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -573,8 +574,8 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
                 "validation-in-train",
                 f"{validation['in_train']:,} of the {validation['distinct']:,} distinct validation"
                 f" triples are in train and {validation['in_test']:,} in test;"
-                f" {validation['held_out']:,} are truly held out. It cannot choose an epoch: use"
-                " held-out validation (--validation held-out; the default, auto, does so here).",
+                f" {validation['held_out']:,} are truly held out. It cannot choose an epoch."
+                f" {_validate(kg, '--validation held-out; the default, auto, does so here')}",
             )
         )
     elif validation["in_test"]:
@@ -582,8 +583,8 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
             (
                 "validation-in-test",
                 f"{validation['in_test']:,} of the {validation['distinct']:,} distinct validation"
-                " triples are in test: choosing by validation is choosing by test. Use held-out"
-                " validation (--validation held-out).",
+                " triples are in test: choosing by validation is choosing by test."
+                f" {_validate(kg, '--validation held-out')}",
             )
         )
     if shared["train-test"]:
@@ -622,8 +623,8 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
         warnings.append(
             (
                 "no-validation",
-                "There is no validation set, so training keeps its last epoch. Use held-out"
-                " validation (--validation held-out) to choose the best.",
+                "There is no validation set, so training keeps its last epoch, not the best."
+                f" {_validate(kg, '--validation held-out')}",
             )
         )
     if not test:
@@ -631,6 +632,17 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
             ("no-test", "There is no test set: nothing says how good the predictions will be.")
         )
     return [{"code": code, "text": text} for code, text in warnings]
+
+
+def _validate(kg: MultiViewKG, option: str) -> str:
+    """What to validate with: held-out triples, where any can be held out."""
+    by = drawn_by(kg.train, kg.test)
+    if len(hold_out(kg.train, HELD_OUT_FRACTION, keep=kg.test, by=by)[1]):
+        return f"Use held-out validation ({option})."
+    return (
+        "Give a validation set of other triples: no training triple can be held out without losing"
+        " an entity or a relation from train."
+    )
 
 
 def _unseen_warnings(found: dict[str, Any], names: dict[str, str]) -> list[tuple[str, str]]:

@@ -11,11 +11,13 @@ from torch import Tensor
 from imvia_graph.errors import DataError
 
 By = Literal["pair", "triple"]
+#: Share of the training triples that "held-out" validation takes.
+HELD_OUT_FRACTION = 0.05
 
 
 def hold_out(
     triples: Tensor,
-    fraction: float = 0.05,
+    fraction: float = HELD_OUT_FRACTION,
     seed: int = 0,
     keep: Tensor | None = None,
     by: By = "pair",

@@ -268,7 +268,7 @@ def test_a_graph_without_flaws_has_no_warnings():
         (([(0, 0, 1)], [], [(0, 1, 1)]), "unseen-relations", "1 test triple"),
         (([(0, 0, 1)], [], []), "unused-entities", "4 entities"),
         (([(0, 0, 0)], [], []), "loops", "'r0'"),
-        (([(0, 0, 1)], [], []), "no-validation", "held-out"),
+        (([(0, 0, 1)], [], []), "no-validation", "keeps its last epoch"),
         (([(0, 0, 1)], [], []), "no-test", "no test set"),
     ],
 )
@@ -276,6 +276,30 @@ def test_each_flaw_has_its_warning(parts, code, says):
     found = ig.inspect_kg(graph(*parts))
     [text] = [warning["text"] for warning in found["warnings"] if warning["code"] == code]
     assert says in text
+
+
+@pytest.mark.parametrize(
+    ("valid", "test", "code"),
+    [
+        ([], [], "no-validation"),
+        ([(0, 0, 1)], [], "validation-in-train"),
+        ([(9, 0, 0)], [(9, 0, 0)], "validation-in-test"),
+    ],
+)
+def test_held_out_validation_is_advised_only_where_a_triple_can_be_held_out(valid, test, code):
+    star = [(0, 0, i) for i in range(1, 40)]
+    clique = [(i, 0, j) for i in range(10) for j in range(10) if i < j]
+    for train, advised in ((star, False), (clique, True)):
+        found = ig.inspect_kg(graph(train, valid, test, entities=50))
+        [text] = [warning["text"] for warning in found["warnings"] if warning["code"] == code]
+        assert ("--validation held-out" in text) is advised
+        kg = graph(train, valid, test, entities=50)
+        if advised:
+            assert len(ig.load_kg(kg, "held-out").valid)
+        else:
+            assert "Give a validation set of other triples" in text
+            with pytest.raises(ig.DataError, match="no training triple can be held out"):
+                ig.load_kg(kg, "held-out")
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,19 @@ from imvia_graph.io import arrays, graphs, rdf, releases, tables
 from imvia_graph.io.openke import read_openke
 from imvia_graph.io.source import Source, from_frames
 from imvia_graph.kg import SPLITS, MultiViewKG, Split
-from imvia_graph.splits import By, checked_shares, count_shared, drawn_by, hold_out, split_triples
+from imvia_graph.splits import (
+    HELD_OUT_FRACTION,
+    By,
+    checked_shares,
+    count_shared,
+    drawn_by,
+    hold_out,
+    split_triples,
+)
 
 logger = logging.getLogger(__name__)
 
 Validation = Literal["auto", "published", "held-out"]
-#: Share of the training triples that "held-out" validation takes.
-HELD_OUT_FRACTION = 0.05
 #: Forms that ``format=`` can name.
 FOLDERS = ("kg", "openke", "momok", "mygo")
 FORMATS = (*FOLDERS, *tables.TABLES, "ntriples", "turtle", "npz")
