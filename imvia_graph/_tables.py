@@ -100,6 +100,7 @@ def read_triples(
     if first is None:
         return pl.DataFrame(schema=dict.fromkeys(TRIPLE_COLUMNS, pl.String))
     number, cells = first
+    refuse_separator_mark(f"{path}, line {number}", separator.join(cells), "--separator")
     named = header if header is not None else bool(columns_by_name(cells))
     if header is None and columns is not None and isinstance(columns[0], str):
         named = True
@@ -219,14 +220,13 @@ def _places(
         if len(cells) == 3:
             return 0, 1, 2
         if len(cells) == 1 and separator is not None:
-            other = next(
-                (mark for mark in ("\t", ";", ",", "|") if cells[0].count(mark) >= 2), None
-            )
+            other = _another_separator(cells, separator)
             if other is not None:
                 raise DataError(
-                    f"{where}: expected three columns separated by {SEPARATED[separator]}, found"
-                    f" {SEPARATED[other]}: {_shown(cells, separator)}. Say separator={other!r}"
-                    f" (--separator {'tab' if other == chr(9) else repr(other)})."
+                    f"{where}: expected three columns separated by"
+                    f" {SEPARATED.get(separator, repr(separator))}, found {SEPARATED[other]}:"
+                    f" {_shown(cells, separator)}. Say separator={other!r} (--separator"
+                    f" {typed(other)})."
                 )
         by = f" separated by {SEPARATED.get(separator, repr(separator))}" if separator else ""
         raise DataError(
@@ -265,6 +265,28 @@ def _places(
             f" {columns!r} ({where})."
         )
     return places[0], places[1], places[2]
+
+
+def _another_separator(cells: Sequence[str], separator: str) -> str | None:
+    """The mark that seems to separate the three columns of a line, where it is another."""
+    line = separator.join(cells)
+    marks = (mark for mark in ("\t", ";", ",", "|") if mark != separator)
+    return next((mark for mark in marks if line.count(mark) >= 2), None)
+
+
+def typed(separator: str) -> str:
+    """A separator as it is given on the command line."""
+    return {"\t": "tab", " ": "space"}.get(separator, repr(separator))
+
+
+def refuse_separator_mark(where: str, line: str, option: str) -> None:
+    """A DataError where a first line is no row: ``sep=;``, by which Excel knows the separator."""
+    mark = re.fullmatch(r'"?sep=(.)"?', line.strip(" \r"))
+    if mark:
+        raise DataError(
+            f"{where}: {line!r} tells Excel what separates the columns; it is no row. Remove the"
+            f" line, and say separator={mark[1]!r} ({option} {typed(mark[1])})."
+        )
 
 
 def _fast(
@@ -384,9 +406,16 @@ def _slow(
             expected = f"{_count(width)} separated by {SEPARATED.get(separator, repr(separator))}"
             if width == 3:
                 expected += " (head, relation, tail)"
+            other = _another_separator(cells, separator)
+            advice = "Mend or remove the line"
+            if other is not None:
+                advice += (
+                    f"; or, if {SEPARATED[other]} separate the columns, say separator={other!r}"
+                    f" (--separator {typed(other)})"
+                )
             raise DataError(
                 f"{path}, line {number}: expected {expected}, found {_count(len(cells))}:"
-                f" {_shown(cells, separator)}. Mend or remove the line."
+                f" {_shown(cells, separator)}. {advice}."
             )
         row = [cells[place] for place in places]
         if not all(row):
@@ -526,6 +555,8 @@ def frame_of_triples(table: pl.LazyFrame, where: str, columns: Columns | None) -
         _check_order(where, schema.names(), places, is_header=True)
     for place in places:
         dtype = schema.dtypes()[place]
+        if dtype.is_float():
+            _refuse_missing_integers(table, schema.names()[place], where)
         if not (dtype.is_integer() or dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
             raise DataError(
                 f"{where}: expected labels (text or integers) in the column"
@@ -544,6 +575,18 @@ def frame_of_triples(table: pl.LazyFrame, where: str, columns: Columns | None) -
             f" tail), found {frame.row(row)!r}. Mend or remove the row."
         )
     return frame
+
+
+def _refuse_missing_integers(table: pl.LazyFrame, name: str, where: str) -> None:
+    """A DataError where a column of floats is one of integers of which some are missing."""
+    column = table.select(pl.col(name).fill_nan(None)).collect().to_series()
+    missing, there = column.is_null(), column.drop_nulls()
+    if missing.any() and (there == there.floor()).all():
+        raise DataError(
+            f"{where}, row {int(missing.arg_true()[0]) + 1} (counted from 1): the label in the"
+            f" column {name!r} is missing ({missing.sum()} such rows), so that its integers are"
+            " held as floats. Mend or remove the row, and make the column one of integers again."
+        )
 
 
 def read_numbered_labels(path: Path, *, announced: bool | None = None) -> list[str]:

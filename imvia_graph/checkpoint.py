@@ -198,6 +198,8 @@ def open_run(folder: Path) -> tuple[MultiViewKG, Settings]:
     """The graph and the settings of a run folder."""
     if not is_run(folder):
         what = "holds no run (no run.json)" if folder.is_dir() else "does not exist"
+        if folder.is_file():
+            what = "is a file"
         raise CheckpointError(f"{folder} {what}; expected a folder that `fit` wrote.")
     about = _files.read_json(_files.inside(folder, "run.json"))
     if not isinstance(about, dict) or about.get("format") != FORMAT:

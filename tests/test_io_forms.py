@@ -9,6 +9,7 @@ from pathlib import Path
 
 import networkx as nx
 import numpy as np
+import pandas as pd
 import polars as pl
 import pytest
 import torch
@@ -999,6 +1000,44 @@ def test_the_columns_of_a_frame_are_three_and_its_rows_are_counted_from_one():
         load_kg(frame, split=False)
     with pytest.raises(DataError, match=r"first 'c' in row 2 \(counted from 1\)"):
         load_kg(frame.fill_null("r"), split=False, entities=["a", "b"])
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_missing_integer_of_a_frame_is_told_by_its_row(missing):
+    frame = pd.DataFrame({"h": [1, 2, missing, 4], "r": ["a"] * 4, "t": [2, 3, 4, 5]})
+    for source in (frame, pl.DataFrame(frame.to_dict("list"), strict=False)):
+        with pytest.raises(DataError, match=r"^train, row 3 \(counted from 1\): .*'h' is missing"):
+            load_kg(source, split=False)
+    with pytest.raises(DataError, match="found Float64"):
+        load_kg(frame.fillna(2.5), split=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "told"),
+    [
+        ("g.csv", "sep=;\nh;r;t\n", {}, "';'"),
+        ("g.csv", "sep=;\nh;r;t\n", {"separator": ";"}, "';'"),
+        ("g.csv", '\ufeff"sep=,"\r\na,r,b\r\n', {}, "','"),
+        ("g.csv", "sep=,\na,r,b\n", {}, "','"),
+        ("g.tsv", "sep=\t\na\tr\tb\n", {}, "tab"),
+        ("g.txt", "sep=|\na|r|b\n", {}, "'|'"),
+    ],
+)
+def test_the_mark_of_a_separator_is_no_row(name, content, options, told, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(
+        DataError, match=rf"line 1: .*Remove the line.*--separator {re.escape(told)}"
+    ):
+        load_kg(tmp_path / name, split=False, **options)
+    with pytest.raises(DataError, match=r"line 1: .*Remove the line.*--text-separator "):
+        ig.io.read_texts(tmp_path / name, ["a", "b"], **options)
+
+
+def test_bars_between_words_are_named_where_a_line_has_not_three_words(tmp_path):
+    (tmp_path / "g.txt").write_text("New York|in|the USA\nParis|in|France\n")
+    with pytest.raises(DataError, match=r"line 2: .*if bars separate .*--separator '\|'\)"):
+        load_kg(tmp_path / "g.txt", split=False)
+    assert len(load_kg(tmp_path / "g.txt", split=False, separator="|").train) == 2
 
 
 def test_a_first_triple_that_may_be_a_header_is_written_so_that_it_is_read_again(tmp_path):

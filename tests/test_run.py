@@ -979,6 +979,9 @@ def test_a_run_json_that_describes_no_run_is_an_error_that_names_it(content, cop
 def test_a_folder_without_a_run_says_so(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no run \(no run\.json\)"):
         ig.load(tmp_path)
+    (tmp_path / "facts.tsv").write_text("")
+    with pytest.raises(CheckpointError, match=r"facts\.tsv is a file; expected a folder that"):
+        ig.load(tmp_path / "facts.tsv")
     with pytest.raises(CheckpointError, match=r"none does not exist"):
         ig.load(tmp_path / "none")
 

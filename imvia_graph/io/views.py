@@ -28,7 +28,14 @@ from torch import Tensor
 from imvia_graph import _files
 from imvia_graph._display import nearest
 from imvia_graph._parquet import check_parquet
-from imvia_graph._tables import SEPARATED, quotes_are_plain, read_rows, warn_of_quotes
+from imvia_graph._tables import (
+    SEPARATED,
+    quotes_are_plain,
+    read_rows,
+    refuse_separator_mark,
+    typed,
+    warn_of_quotes,
+)
 from imvia_graph.errors import DataError, IMVIAError
 from imvia_graph.kg import MultiViewKG
 
@@ -401,7 +408,7 @@ def _read_table(
         raise DataError(f"{where} holds no rows: expected an entity and a {what} a row.")
     if where.layout is not None and not where.layout.quoted:
         option = where.layout.option
-        tab = _typed(where.layout.separator)
+        tab = typed(where.layout.separator)
         warn_of_quotes(
             path,
             frame.select("entity", "value"),
@@ -420,16 +427,14 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _typed(separator: str) -> str:
-    """A separator as it is given on the command line."""
-    return "tab" if separator == "\t" else repr(separator)
-
-
 def _read_text_table(
     path: Path, layout: _Layout, columns: tuple[Column, Column] | None
 ) -> tuple[pl.DataFrame, bool]:
     """All columns as text, and whether there is a header, which then names the columns."""
     _files.check_compressed(path)
+    for number, cells in islice(read_rows(path, layout.separator, layout.quoted), 1):
+        line = layout.separator.join(cells)
+        refuse_separator_mark(f"{path}, line {number}", line, layout.option)
     frame = _read_fast(path, layout)
     if frame is None:
         frame = _read_by_line(path, layout)
@@ -512,7 +517,7 @@ def _name_another_separator(where: str, line: str, layout: _Layout) -> None:
             raise DataError(
                 f"{where}: expected two columns or more separated by {layout.by}, found"
                 f" {SEPARATED[mark]}: {_files.shorten(line)!r}. Say separator={mark!r}"
-                f" ({layout.option} {_typed(mark)})."
+                f" ({layout.option} {typed(mark)})."
             )
 
 
