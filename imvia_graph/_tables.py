@@ -344,6 +344,10 @@ def _fast(
         return None
     if separator == SPACES and (frame["tail"] == ".").any():
         return None
+    if separator == SPACES and quoted:
+        begin = pl.all().str.starts_with('"').any()
+        if frame.select(pl.any_horizontal(begin)).item():
+            return None
     if quoted and frame.select(pl.any_horizontal((pl.all() == "").any())).item():
         return None
     return frame

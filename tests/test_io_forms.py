@@ -1072,6 +1072,13 @@ def test_quotes_and_spaces_that_are_part_of_labels_are_told(tmp_path, caplog):
     assert "2 entities differ from another one by spaces around the label alone" in caplog.text
 
 
+@pytest.mark.parametrize("row", ['"a" r "b"', 'a "r" "b c"'])
+def test_quotes_as_in_csv_are_none_of_the_labels_where_spaces_separate_columns(row, tmp_path):
+    (tmp_path / "g.txt").write_text(f"{row}\nb r a\n")
+    kg = load_kg(tmp_path / "g.txt", split=False, format="csv", separator=" ")
+    assert not any('"' in label for label in [*kg.entities, *kg.relations])
+
+
 def test_a_cell_of_csv_may_be_as_long_as_one_of_tsv(tmp_path):
     long = "x" * 200_000
     (tmp_path / "g.csv").write_text(f'a,r,"{long},"\nb,"r",a\n\n"{long},",r,a\n')
