@@ -13,7 +13,7 @@ import pandas as pd
 import polars as pl
 import pytest
 import torch
-from helpers import write_folder
+from helpers import ring_kg, write_folder
 
 import imvia_graph as ig
 from imvia_graph import DataError, MultiViewKG, Views, load_kg
@@ -350,13 +350,22 @@ def test_a_folder_that_holds_train_alone_is_split_where_shares_are_given(name, t
     assert sum(part.total() for part in labelled(parts).values()) == 45
 
 
+@pytest.mark.parametrize("kind", ["folder", "graph"])
+def test_a_source_with_splits_of_its_own_is_not_split_again(kind, tmp_path):
+    kg = ring_kg()
+    source = kg.save(tmp_path / "kg") if kind == "folder" else kg
+    with pytest.raises(DataError, match=r"split: the source has splits of its own, train, valid"):
+        ig.load_kg(source, None, split=(0.5, 0.25, 0.25))
+    assert len(ig.load_kg(source, None, split=False).test) == len(kg.test)
+
+
 def test_a_graph_is_split_as_told_and_takes_no_option_of_files():
     rows = [(f"e{i}", "r", f"e{j}") for i in range(10) for j in range(i)]
     kg = MultiViewKG.from_labels(rows)
     assert load_kg(kg, None) is kg
     parts = load_kg(kg, "published", split=(0.6, 0.2, 0.2))
     assert (len(parts.train), len(parts.valid), len(parts.test)) == (27, 9, 9)
-    assert load_kg(parts, "published", split=(0.6, 0.2, 0.2)) is parts
+    assert load_kg(parts, "published") is parts
     with pytest.raises(DataError, match="columns: a MultiViewKG has no such option"):
         load_kg(kg, columns=[0, 2, 1])
 

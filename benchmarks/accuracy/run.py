@@ -7,8 +7,8 @@
 
 A row's settings are the defaults, over them settings/DATASET.yaml, over that
 settings/variants/VARIANT.yaml; ``full`` is the data set's own file alone, ``defaults`` the defaults
-without any file, ``defaults-VARIANT`` the variant's file laid over these, ``complex-n3`` the baseline
-of complex_n3.py. The file of a row is
+without any file, ``defaults-VARIANT`` these with the variant's file over them, ``complex-n3`` the
+baseline of complex_n3.py. The file of a row is
 benchmarks/results/accuracy/DATASET-VARIANT-SEED.json, and a row that is there is not run again. How
 validation chooses is said in protocol.py.
 """

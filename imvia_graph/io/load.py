@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -108,7 +108,8 @@ def load_kg(
         `imvia_graph.splits.split_triples`: each entity and relation stays in train, triples between
         the same two entities stay together. False and None leave all triples in train. A folder
         whose only triples are those of ``train`` is such a source where shares are given; else all
-        stay in train. Also as the command line takes them: ``"0.8,0.1,0.1"`` or ``"none"``.
+        stay in train. Shares are an error where a source has splits of its own. Also as the
+        command line takes them: ``"0.8,0.1,0.1"`` or ``"none"``.
     columns : sequence of int or of str, optional
         Tables: places (from 0) or names of the head, relation and tail columns.
     header : bool, optional
@@ -182,8 +183,12 @@ def load_kg(
     if isinstance(read, Source):
         # A folder that holds train alone is split where that is asked for.
         read.whole |= _is_asked_for(shares) and set(read.parts) == {"train"}
+        if _is_asked_for(shares) and not read.whole:
+            raise _has_splits(read.parts)
         read = _built(read, shares, seed)
-    elif _is_asked_for(shares) and not (len(read.valid) or len(read.test)):
+    elif _is_asked_for(shares):
+        if len(read.valid) or len(read.test):
+            raise _has_splits([part for part in SPLITS if len(read.triples(part))])
         parts, note = _split(read.train, shares, seed)
         read = read.replace(**parts, notes=[*read.notes, note])
     return read if validation is None else with_validation(read, validation, seed, hold_out_by)
@@ -209,6 +214,13 @@ def _shares(split: Sequence[float] | str | bool | None) -> Sequence[float] | boo
         return checked_shares("split", split)
     except DataError as error:
         raise DataError(f"{error} 'none' or False leaves all triples in train.") from None
+
+
+def _has_splits(parts: Iterable[str]) -> DataError:
+    return DataError(
+        f"split: the source has splits of its own, {', '.join(parts)}; leave split out to take"
+        " these."
+    )
 
 
 def _is_asked_for(split: Sequence[float] | bool) -> bool:
