@@ -399,8 +399,7 @@ def _slow(
     places: tuple[int, int, int],
 ) -> pl.DataFrame:
     """Exact, line by line: names the first malformed one, or reads what upset the fast reader."""
-    schema = dict.fromkeys(TRIPLE_COLUMNS, pl.String)
-    frames = [pl.DataFrame(schema=schema)]
+    frames = []
     rows: list[list[str]] = []
     several: list[tuple[int, int]] = []  # records of several lines: the first line, how many
     for number, cells in read_rows(path, separator, quoted):
@@ -412,7 +411,7 @@ def _slow(
                 expected += " (head, relation, tail)"
             other = _another_separator(cells, separator)
             advice = "Mend or remove the line"
-            if other is not None:
+            if other is not None and (len(cells) == 1 or separator == SPACES):
                 advice += (
                     f"; or, if {SEPARATED[other]} separate the columns, say separator={other!r}"
                     f" (--separator {typed(other)})"
@@ -427,12 +426,11 @@ def _slow(
                 f"{path}, line {number}: expected three columns (head, relation, tail), found an"
                 f" empty one: {_shown(cells, separator)}. Mend or remove the line."
             )
-        last = _last_line(number, cells)
-        if last > number:
-            several.append((number, last - number + 1))
+        if quoted and "\n" in "".join(cells):
+            several.append((number, _last_line(number, cells) - number + 1))
         rows.append(row)
         if len(rows) == _ROWS:
-            frames.append(pl.DataFrame(rows, schema=schema, orient="row"))
+            frames.append(_frame(rows))
             rows.clear()
     if several:
         first = several[0]
@@ -447,8 +445,19 @@ def _slow(
             longest[1],
             longest[0],
         )
-    frames.append(pl.DataFrame(rows, schema=schema, orient="row"))
+    frames.append(_frame(rows))
     return pl.concat(frames)
+
+
+def _frame(rows: Sequence[Sequence[str]]) -> pl.DataFrame:
+    """Rows of three labels as a frame."""
+    columns = zip(*rows, strict=True) if rows else [()] * 3
+    return pl.DataFrame(
+        {
+            name: pl.Series(list(column), dtype=pl.String)
+            for name, column in zip(TRIPLE_COLUMNS, columns, strict=True)
+        }
+    )
 
 
 def _last_line(number: int, cells: Sequence[str]) -> int:
