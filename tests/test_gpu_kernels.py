@@ -270,7 +270,7 @@ def test_joint_fusion_matches_the_plain_form(device, rows, width, count, dtype):
     of_weights = torch.randn(rows, count, generator=drawn)
     there = [part.to(device) for part in parts]
     assert fusion.usable(there)
-    joint, weights = fusion.Fuse.apply(vectors.to(device), True, *there)
+    joint, weights = fusion.fuse(vectors.to(device), True, there)
     assert joint.dtype == torch.float32
     inputs = [vectors, *parts]
     alone = torch.autograd.grad(joint, inputs, grad.to(device), retain_graph=True)
@@ -294,9 +294,24 @@ def test_joint_fusion_matches_the_plain_form(device, rows, width, count, dtype):
         for one, other, given_as in zip(grads, expected, inputs, strict=True):
             assert one.dtype == given_as.dtype
             torch.testing.assert_close(one.double(), other, **bounds)
-    without, none = fusion.Fuse.apply(vectors.to(device), False, *there)
+    without, none = fusion.fuse(vectors.to(device), False, there)
     assert none is None
     assert torch.equal(without, joint)
+
+
+def test_joint_fusion_has_gradients_of_gradients(device):  # noqa: F811
+    drawn = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=drawn) for shape in ((2, 3), (4, 3), (4, 3))]
+    seconds = []
+    for form in (lambda v, *parts: fusion.fuse(v, True, parts), fusion.plain):
+        given = [part.to(device).requires_grad_() for part in inputs]
+        joint, weights = form(*given)
+        total = joint.sum() + weights.square().sum()
+        firsts = torch.autograd.grad(total, given, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(first.square().sum() for first in firsts), given))
+    for one, other in zip(*seconds, strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other)
 
 
 def test_a_modality_that_counts_for_nothing_hides_no_other(device):  # noqa: F811
@@ -305,7 +320,7 @@ def test_a_modality_that_counts_for_nothing_hides_no_other(device):  # noqa: F81
     vectors[0] = 1e30
     vectors[1:] = 0
     assert fusion.usable(parts)
-    joint, weights = fusion.Fuse.apply(vectors, True, *parts)
+    joint, weights = fusion.fuse(vectors, True, parts)
     torch.testing.assert_close(joint, torch.full_like(joint, 3.0))
     torch.testing.assert_close(weights, torch.tensor([[0.0, 0.5, 0.5]] * 2, device=device))
 

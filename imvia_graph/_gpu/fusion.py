@@ -42,11 +42,17 @@ def plain(vectors: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
         return (stacked * attention[..., None]).sum(1), attention
 
 
-class Fuse(torch.autograd.Function):
+def fuse(vectors: Tensor, wanted: bool, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """(B, d) of (M, d) attention vectors and M tensors (B, d); and their (B, M) weights if wanted.
 
     The first is in the widest of the parts' dtypes, the second in float32, or None.
     """
+    joint, weights = _Fuse.apply(vectors, wanted, *(part.contiguous() for part in parts))
+    return joint, weights
+
+
+class _Fuse(torch.autograd.Function):
+    """`fuse` of tensors whose rows lie one after the other."""
 
     @staticmethod
     def forward(

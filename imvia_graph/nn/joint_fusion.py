@@ -91,8 +91,7 @@ class JointFusion(nn.Module):
                 f" {len(shapes)} of shapes {shapes[:4]}."
             )
         if fusion.usable(parts):
-            contiguous = [part.contiguous() for part in parts]
-            joint, attention = fusion.Fuse.apply(self.attention, get_attention, *contiguous)
+            joint, attention = fusion.fuse(self.attention, get_attention, parts)
         else:
             dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
             joint, attention = _Fuse.apply(self.attention, *(part.to(dtype) for part in parts))
