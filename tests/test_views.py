@@ -441,7 +441,11 @@ def test_the_other_modalities_are_kept():
         (torch.zeros(4, 2), {}, "every row is zero or NaN"),
         (torch.ones(2, 2), {"entity": ["Paris"]}, "an entity a row, received 1 for 2 rows"),
         (torch.ones(1, 2), {"entity": ["Rome"]}, "first 'Rome' in row 1"),
-        (torch.ones(1, 2), {"entity": [4]}, "ids out of range, first 4 in row 1; expected 0 to 3"),
+        (
+            torch.ones(1, 2),
+            {"entity": [4]},
+            r"first 4 in row 1 \(counted from 1\); expected 0 to 3",
+        ),
         (torch.ones(1, 2, 2), {"entity": [1]}, r"\(views, width\) beside their entities"),
         (torch.ones(4, 2), {"present": [True]}, "one for each of the 4 entities, received 1"),
         (torch.ones(4, 2), {"present": ["Rome"]}, "first 'Rome'"),
