@@ -95,7 +95,9 @@ class JointFusion(nn.Module):
         else:
             dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
             joint, attention = _Fuse.apply(self.attention, *(part.to(dtype) for part in parts))
-        return (joint, attention) if get_attention else joint
+        if attention is None or not get_attention:
+            return joint
+        return joint, attention
 
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
