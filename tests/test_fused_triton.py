@@ -324,7 +324,7 @@ def test_the_layer_refuses_views_of_another_width(device):
     feat, ptr, entity, _ = case([2, 1], [0, 1], 8)
     conv = GatedViewConv(4, 6, backend="triton").to(device)
     given = (x.detach().to(device) for x in (feat, ptr, entity, torch.randn(2, 6)))
-    with pytest.raises(IMVIAError, match=r"gate \(B, d\)"):
+    with pytest.raises(IMVIAError, match=r"view_feat \(V, 4\); received \(3, 8\)"):
         conv.aggregate(*given)
 
 
