@@ -595,7 +595,9 @@ class Trainer:
         rows = self.row_optimizer
         if rows is not None and self.scaler.is_enabled():
             step_by = rows.step_by
-            optimizers.append(_Scaled(self._looked_up(), lambda: step_by(scale)))
+            leaves = [part for part in self._looked_up() if part.grad is not None]
+            if leaves:
+                optimizers.append(_Scaled(leaves, lambda: step_by(scale)))
             rows = None  # the scaler sees to them
         if self.settings.gradient_clip is not None:
             for optimizer in optimizers:
@@ -846,9 +848,9 @@ class Trainer:
         share: float | Tensor = 1.0
         if among is not None:
             weight = among[0].positives.weight
-            share = len(batch.entity) / len(among[0].entity)
-            if weight is not None:
-                share = weight[among[1]].sum() / weight.sum()
+            if weight is None:
+                weight = torch.ones(len(among[0].entity), device=model.device)
+            share = weight[among[1]].sum() / weight.sum()
         if batch.candidate is not None:
             # Each entity is embedded once, however many queries it is a candidate of; of several
             # processes each embeds a part of them, and has them all.

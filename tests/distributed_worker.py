@@ -69,7 +69,7 @@ CASES = {
     "relations predicted": {"lambda_relation": 0.5},
     "relations predicted, sampled": {"lambda_relation": 0.5, "regime": "sampled"},
 }
-STEPS = 8
+STEPS = 5
 
 
 def trainer(kg, **changes):

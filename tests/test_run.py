@@ -800,7 +800,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path):
         fit(tmp_path / "thesis")
     assert contents(tmp_path / "thesis") == {"chapter.tex": b"years of work"}
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="file exists"):
+    with pytest.raises(CheckpointError, match="file is a file"):
         fit(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "x"
 
