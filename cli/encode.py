@@ -256,8 +256,8 @@ def _tell(report: Report) -> int:
     if report.cut:
         reads = f" ({report.context_length} tokens)" if report.context_length else ""
         say(
-            f"  {report.cut} of {report.encoded + report.reused} distinct texts are longer than"
-            f" {report.encoder} reads{reads}; the rest of each is in no feature."
+            f"  longer than {report.encoder} reads{reads}: {report.cut} of"
+            f" {report.encoded + report.reused} distinct texts; the rest of each is in no feature."
         )
     for source, reason in report.broken[:LISTED]:
         say(f"  broken: {shown(source)}: {reason}")

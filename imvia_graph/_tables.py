@@ -77,7 +77,7 @@ def read_triples(
         Plain, gzip or zstd.
     separator : str
         One character; a space stands for any run of spaces and tabs, with or without a full stop
-        at the line's end.
+        at the line's end, but with ``quoted``, where a label stands in quotes, for one space.
     quoted : bool
         Whether labels may stand in double quotes, as in CSV (RFC 4180).
     header : bool, optional
@@ -137,8 +137,8 @@ def warn_of_quotes(path: Path, frame: pl.DataFrame, advice: str) -> None:
     count = sum(frame.select(text.str.contains('^"(?:[^"]|"")*"$').sum()).row(0))
     if count:
         logger.warning(
-            "%s: %d labels or texts stand in double quotes, which are part of them. If they are"
-            " quotes as in CSV, %s.",
+            "%s: labels or texts in double quotes, which are part of them: %d. If they are quotes"
+            " as in CSV, %s.",
             path,
             count,
             advice,
@@ -436,9 +436,9 @@ def _slow(
         first = several[0]
         longest = max(several, key=lambda record: record[1])
         logger.warning(
-            "%s, line %d: quotes hold line breaks, so that %d lines are one row; there are %d such"
-            " rows, the longest of %d lines from line %d on. If that is not meant, a quote is left"
-            " open there.",
+            "%s, line %d: quotes hold line breaks, so that %d lines are one row; rows of this"
+            " kind: %d, the longest of %d lines from line %d on. If that is not meant, a quote is"
+            " left open there.",
             path,
             *first,
             len(several),
@@ -520,8 +520,8 @@ def _read_quoted(
         end = reader.line_num
         where = f"{path}, line {begin}: expected a line of CSV, found"
         advice = (
-            f" {shorten(text)!r}. Mend the line: a label with a quote in it stands in quotes, the"
-            ' quote in it twice, as in "5"" pipe".'
+            f" {shorten(text)!r}. Mend the line: a cell with a quote in it stands in quotes, with"
+            ' the quote in it twice ("5"" pipe").'
         )
         if "unexpected end" in str(error):
             what = f"a quote that is opened and never closed, up to line {end}, the last one:"
@@ -597,8 +597,9 @@ def _refuse_missing_integers(table: pl.LazyFrame, name: str, where: str) -> None
     if missing.any() and (there == there.floor()).all():
         raise DataError(
             f"{where}, row {int(missing.arg_true()[0]) + 1} (counted from 1): the label in the"
-            f" column {name!r} is missing ({missing.sum()} such rows), so that its integers are"
-            " held as floats. Mend or remove the row, and make the column one of integers again."
+            f" column {name!r} is missing (rows of this kind: {missing.sum()}), so that its"
+            " integers are held as floats. Mend or remove the row, and make the column one of"
+            " integers again."
         )
 
 

@@ -330,7 +330,7 @@ def evaluate(
     split: Split = "test",
     batch_size: int = 4096,
     on_batch: Callable[[int, int], None] | None = None,
-    candidates: int | Sequence[int] | Tensor | None = None,
+    candidates: int | Sequence[int | str] | Tensor | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Filtered metrics of a split, as `Ranking.metrics` gives them.
@@ -342,10 +342,10 @@ def evaluate(
     split : {"train", "valid", "test"}
     batch_size, on_batch
         As for `rank`.
-    candidates : int, sequence of int or Tensor, optional
+    candidates : int, sequence of int or str, or Tensor, optional
         What competes with the answer: so many entities, drawn once with the seed by
-        `draw_candidates`, or (C,) int64 ids. Ranks among few are better than among all, and compare
-        with none but those among the same. Default: all entities.
+        `draw_candidates`, or (C,) int64 ids, or labels. Ranks among few are better than among all,
+        and compare with none but those among the same. Default: all entities.
     seed : int
 
     Returns
@@ -358,6 +358,8 @@ def evaluate(
     DataError
         A split without triples, candidates that are no entities of the graph, or a graph that is
         not the model's.
+    UnknownLabelError
+        A candidate's label, or a split, that there is not.
 
     Examples
     --------
@@ -376,6 +378,8 @@ def evaluate(
     triples = kg.triples(split)
     if not len(triples):
         raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
+    if isinstance(candidates, str):
+        raise DataError(f"candidates: expected a number, ids or labels; received {candidates!r}.")
     if isinstance(candidates, Sequence) and any(isinstance(one, str) for one in candidates):
         candidates = [kg.id_of(one) if isinstance(one, str) else one for one in candidates]
     chosen, how = None if candidates is None else torch.as_tensor(candidates), "given"

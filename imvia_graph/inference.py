@@ -238,8 +238,8 @@ class Predictor:
             if len(bad):
                 row = int(bad[0])
                 raise DataError(
-                    f"Queries, row {row}: the {what} id {int(ids[row])} is out of range; expected 0"
-                    f" to {number - 1}."
+                    f"Queries, row {row + 1} (counted from 1): the {what} id {int(ids[row])} is out"
+                    f" of range; expected 0 to {number - 1}."
                 )
 
     @torch.no_grad()

@@ -640,8 +640,8 @@ def _validate(kg: MultiViewKG, option: str) -> str:
     if len(hold_out(kg.train, HELD_OUT_FRACTION, keep=kg.test, by=by)[1]):
         return f"Use held-out validation ({option})."
     return (
-        "Give a validation set of other triples: no training triple can be held out without losing"
-        " an entity or a relation from train."
+        "Give a validation set of other triples: no training triple can be held out: there are too"
+        " few, or each is the only one of an entity or a relation."
     )
 
 

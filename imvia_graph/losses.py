@@ -622,8 +622,8 @@ def factored_completion(
         An unknown loss, or rows that are weighted where the loss is a mean over terms.
     IMVIAError
         Shapes that do not fit; on a CPU also positives outside the scores. On a GPU, which would
-        have to be waited for, these are not looked at. Where gradients of gradients are asked for:
-        `completion` has them.
+        have to be waited for, these are not looked at. Also where gradients of gradients are
+        asked for, which `completion` has.
 
     Examples
     --------

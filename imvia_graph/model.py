@@ -369,8 +369,8 @@ class IMVIA(nn.Module):
         if not self.shards.alone:
             raise IMVIAError(
                 f"IMVIA: {what} in one process, and this model has a part of the entities, as each"
-                f" of {self.shards.size} processes; `imvia_graph.load` of the run folder has them"
-                " all."
+                f" of the {self.shards.size} processes has; `imvia_graph.load` of the run folder"
+                " has all."
             )
 
     @property

@@ -292,7 +292,9 @@ class Settings(BaseModel):
         """YAML reads ``on`` and ``yes`` as true, which Python takes for 1."""
         field = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (field, *get_args(field)):
-            raise ValueError("expected a value of another kind than true or false")
+            raise ValueError(
+                "expected no truth value, which on, off, yes and no are, too, unless in quotes"
+            )
         return value
 
     @field_validator("modalities")
@@ -455,6 +457,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=deep)
             if isinstance(key, Hashable):
                 if key in seen:

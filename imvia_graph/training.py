@@ -870,6 +870,7 @@ class Trainer:
             answers = place[positives.row, positives.col]
             return share * shards.repeated(loss), tables, answers[shards.part(len(answers))]
         if batch.sampled is not None:
+            # In the binary loss an estimate: what the drawn stand for is told a relation.
             sampled, first = batch.sampled.of_process(shards)
             tables = model.candidates(relation, sampled.entity, halves)
             scores = self._scores(asked, batch.relation, lambda rows: tables)
@@ -984,7 +985,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Metrics of both sides on the validation triples; keeps the state if they are the best."""
-        if self.average is None:
+        if self.average is None or self._averaged:
             return self._validate()
         self.average.exchange()
         try:

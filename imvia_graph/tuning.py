@@ -387,6 +387,8 @@ class _Worker:
         #: On the monotonic clock: when no further trial is begun.
         self.progress, self.stop = progress, stop
         self.axes = _axes(space)
+        #: How many settings were tried when drawing gave none but those.
+        self.exhausted: int | None = None
 
     def more(self, trials: int) -> bool:
         """Do one trial if one is wanted; False where the study has its trials, or all there are."""
@@ -441,6 +443,10 @@ class _Worker:
 
         None where all were tried, as far as drawing tells, or the time is up.
         """
+        waiting = (self.optuna.trial.TrialState.WAITING,)
+        left = self.study.get_trials(deepcopy=False, states=waiting)
+        if self.exhausted == len(self._tried()) and not left:
+            return None
         for _ in range(_MOST_REPEATED):
             if self._all_tried() or time.monotonic() >= self.stop:
                 break
@@ -459,8 +465,10 @@ class _Worker:
             if self.axes is not None:
                 every = itertools.product(*self.axes.values())
                 combinations = (dict(zip(self.axes, values, strict=True)) for values in every)
-                left = [params for params in combinations if _key(params) not in tried]
-                self.study.enqueue_trial(random.Random(trial.number).choice(left))
+                others = [params for params in combinations if _key(params) not in tried]
+                self.study.enqueue_trial(random.Random(trial.number).choice(others))
+        else:
+            self.exhausted = len(self._tried())
         return None
 
     def _all_tried(self) -> bool:

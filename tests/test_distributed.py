@@ -114,7 +114,9 @@ def test_a_part_of_a_model_does_not_answer_for_all():
         run.entity_embeddings,
         lambda: run.encoder,
     ):
-        with pytest.raises(ig.IMVIAError, match=r"each of 2 processes; `imvia_graph\.load`"):
+        with pytest.raises(
+            ig.IMVIAError, match=r"each of the 2 processes has; `imvia_graph\.load`"
+        ):
             ask()
 
 

@@ -267,7 +267,7 @@ def test_the_command_says_how_many_texts_are_cut(tmp_path, command):
     code, _, errors = command(*words, "--out", "out", "--text-separator", ";")
     assert code == 0, errors
     told = " ".join(errors.split())
-    assert "1 of 2 distinct texts are longer than minilm reads (256 tokens)" in told
+    assert "longer than minilm reads (256 tokens): 1 of 2 distinct texts" in told
     report = json.loads((tmp_path / "out" / "encode.json").read_text())[0]
     assert (report["cut"], report["context_length"]) == (1, 256)
 

@@ -951,7 +951,7 @@ def test_a_label_of_csv_may_hold_line_breaks_of_which_there_is_word(tmp_path, ca
     )
     kg = load_kg(tmp_path / "g.csv", split=False, header=True, columns=[1, 2, 3])
     assert kg.entities == ["a", "b\nc", '5" x\n\ny', '7" z']
-    told = "line 3: quotes hold line breaks, so that 2 lines are one row; there are 2 such rows"
+    told = "line 3: quotes hold line breaks, so that 2 lines are one row; rows of this kind: 2"
     assert f"{told}, the longest of 4 lines from line 6 on" in caplog.text
 
 
@@ -1072,7 +1072,7 @@ def test_another_separator_than_the_names_is_told(line, told, tmp_path):
 def test_quotes_and_spaces_that_are_part_of_labels_are_told(tmp_path, caplog):
     (tmp_path / "g.tsv").write_text('"a"\t"r"\t"b ""c"""\n"b"\t"r"\t"a"\n')
     assert load_kg(tmp_path / "g.tsv", split=False).entities[0] == '"a"'
-    assert "g.tsv: 6 labels or texts stand in double quotes" in caplog.text
+    assert "g.tsv: labels or texts in double quotes, which are part of them: 6" in caplog.text
     kg = load_kg(tmp_path / "g.tsv", split=False, format="csv", separator="\t")
     assert kg.entities == ["a", 'b "c"', "b"]
     caplog.clear()

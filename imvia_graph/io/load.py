@@ -495,8 +495,8 @@ def with_validation(
     train, valid = hold_out(kg.train, HELD_OUT_FRACTION, seed, keep=kg.test, by=by)
     if not len(valid):
         raise DataError(
-            f"{kg}: no training triple can be held out without losing an entity or a relation from"
-            " train. Give a validation set, or use validation='published'."
+            f"{kg}: no training triple can be held out: there are too few, or each is the only one"
+            " of an entity or a relation. Give a validation set, or use validation='published'."
         )
     reason = ""
     if leaks:

@@ -279,7 +279,8 @@ class TuckerDecoder(nn.Module):
 
         Notes
         -----
-        Under autocast on a GPU gradients are of first order; who asks for theirs gets an error.
+        On a GPU, except in float64, gradients are of first order; who asks for theirs gets an
+        error.
         """
         groups = relation
         if isinstance(groups, Tensor):
