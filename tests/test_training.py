@@ -408,6 +408,19 @@ def test_a_training_that_ended_keeps_the_average_when_it_is_asked_again_and_goes
     assert same_weights(again.model, whole.model)
 
 
+def test_an_average_that_is_in_the_model_is_what_is_validated():
+    kg = ring_kg(valid=3)
+    chosen = settings(ema_decay=0.8, epochs=2, patience=None)
+    without = kg.replace(valid=kg.valid[:0])
+    torch.manual_seed(0)
+    trainer = Trainer(IMVIA.from_kg(without, chosen), without, chosen)
+    trainer.fit()
+    kept = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.kg = kg
+    assert trainer.validate()["mrr"] == rank_valid(trainer.model, kg)
+    assert all(torch.equal(value, kept[name]) for name, value in trainer.best_state.items())
+
+
 def rank_valid(model, kg):
     ranking = rank(model, kg.valid, kg.answers(), heads=())
     return rank_metrics(torch.cat([ranking.head[DECISION], ranking.tail[DECISION]]))["mrr"]
