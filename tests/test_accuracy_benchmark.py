@@ -425,7 +425,7 @@ def test_the_table_has_mean_and_spread_over_seeds_beside_what_is_published(table
 def test_a_row_says_where_its_settings_are_the_defaults(table, monkeypatch):
     monkeypatch.setattr(table, "settings_of", lambda name, _: {"MKG-W": {}}.get(name, {"dim": 8}))
     assert table.name_of("MKG-W", "full") == "IMVIA, structure and names, default settings"
-    assert table.name_of("MKG-Y", "full") == "IMVIA, structure and names"
+    assert table.name_of("MKG-Y", "full") == "IMVIA, structure and names, its own settings"
     assert table.name_of("MKG-W", "structure-alone") == "structure alone"
 
 

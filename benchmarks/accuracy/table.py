@@ -124,9 +124,11 @@ def results_tables(rows: Sequence[Row]) -> str:
 
 
 def name_of(dataset: str, variant: str) -> str:
-    """What a row is called; the full model's says where the data set changes no setting."""
-    is_default = variant == FULL and not settings_of(dataset, FULL)
-    return NAMES[variant] + (", default settings" if is_default else "")
+    """What a row is called; the full model's says whose its settings are."""
+    if variant != FULL:
+        return NAMES[variant]
+    whose = "its own" if settings_of(dataset, FULL) else "default"
+    return f"{NAMES[FULL]}, {whose} settings"
 
 
 def countries_table(rows: Sequence[Row]) -> str:
