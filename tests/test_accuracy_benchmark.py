@@ -422,6 +422,21 @@ def test_the_table_has_mean_and_spread_over_seeds_beside_what_is_published(table
     assert "MKG-W" not in text
 
 
+def test_the_summary_has_the_test_mrr_of_each_data_set_beside_what_is_published(table):
+    rows = [made_up("MKG-Y", "defaults", 0, 0.382), made_up("DB15K", "complex-n3", 0, 0.393)]
+    lines = table.summary_table(rows).splitlines()
+    assert lines[0] == "|  | " + " | ".join(table.DATASETS) + " |"
+    cells = {
+        name: dict(zip(table.DATASETS, found, strict=True))
+        for name, *found in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:])
+    }
+    assert cells["IMVIA, structure and names, default settings"]["MKG-Y"] == "38.20"
+    assert cells["ComplEx-N3, structure alone, tuned"]["DB15K"] == "39.30"
+    assert cells["IMVIA, as published: with pictures and texts"]["MKG-W"] == "35.62"
+    assert len(cells) == 3  # what was not measured has no row
+    assert table.summary_table([]) == ""
+
+
 def test_a_row_says_where_its_settings_are_the_defaults(table, monkeypatch):
     monkeypatch.setattr(table, "settings_of", lambda name, _: {"MKG-W": {}}.get(name, {"dim": 8}))
     assert table.name_of("MKG-W", "full") == "IMVIA, structure and names, default settings"
