@@ -9,20 +9,29 @@ import pytest
 import torch
 from helpers import ROOT, run_python
 
+import imvia_graph as ig
 from imvia_graph.cli import command_line
 from imvia_graph.settings import Settings
 
 DOCS = ROOT / "docs"
-PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+PAGES = ["../README.md", *sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))]
 
 
-def blocks(page, language):
+def blocks(page, *languages):
     text = (DOCS / page).read_text("utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\S*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for language, block in found if language in languages]
+
+
+def commands_of(page):
+    """The command lines of a page's shell blocks, tagged as such or not tagged."""
+    lines = "".join(blocks(page, "sh", "")).replace("\\\n", " ").splitlines()
+    lines = [line.removeprefix(".venv/bin/") for line in lines]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("imvia-graph ")]
 
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "pycon")]
-WITH_COMMANDS = [page for page in PAGES if "imvia-graph" in "".join(blocks(page, "sh"))]
+WITH_COMMANDS = [page for page in PAGES if commands_of(page)]
 
 
 @pytest.mark.slow
@@ -41,10 +50,7 @@ def test_python_of_a_page_runs_and_gives_what_it_says(page, tmp_path, monkeypatc
 @pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_commands_of_a_page_are_understood(page):
     """Options and their values are parsed; nothing is run."""
-    lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line) for line in lines if line.startswith("imvia-graph ")]
-    assert commands
-    for _, name, *arguments in commands:
+    for _, name, *arguments in commands_of(page):
         command = command_line.get_command(click.Context(command_line), name)
         assert command is not None, name
         if ">" in arguments:
@@ -57,6 +63,24 @@ def test_commands_of_a_page_are_understood(page):
             if isinstance(parameter.type, click.Path):
                 parameter.type.exists = False
         command.make_context(name, list(arguments))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_of_the_library_that_a_page_uses_are_there(page):
+    text = (DOCS / page).read_text("utf-8")
+    names = set(re.findall(r"\b(?:ig|imvia_graph)((?:\.[A-Za-z]\w*)+)", text))
+    for name in names - {".cli", ".encoders"}:  # a module without torch, a group of entry points
+        found = ig
+        for part in name[1:].split("."):
+            found = getattr(found, part)
+    for block in blocks(page, "python"):
+        compile(block, page, "exec")
+
+
+def test_files_that_the_readme_links_to_are_there():
+    targets = re.findall(r"\]\((?!http)([^)#]*)", (ROOT / "README.md").read_text("utf-8"))
+    assert targets
+    assert not [target for target in targets if target and not (ROOT / target).exists()]
 
 
 def test_scripts_that_pages_show_are_there():
