@@ -339,7 +339,8 @@ def evaluate(
     ----------
     model : IMVIA
     kg : MultiViewKG
-    split : {"train", "valid", "test"}
+    split : {"train", "valid", "test"}, optional
+        Default: ``test``.
     batch_size, on_batch
         As for `rank`.
     candidates : int, sequence of int or str, or Tensor, optional
@@ -347,6 +348,7 @@ def evaluate(
         `draw_candidates`, or (C,) int64 ids, or labels. Ranks among few are better than among all,
         and compare with none but those among the same. Default: all entities.
     seed : int
+        Of that draw. Default: 0.
 
     Returns
     -------

@@ -99,7 +99,7 @@ class Predictor:
 
     The candidate tables are made at the first query and kept: for a model that is asked often and
     trained no more. With ``candidates="relation"`` those of the last few relations are kept. Tables
-    of more than a gigabyte are not kept unless ``held`` allows it, but made anew, bit by bit, for
+    of more than a gigabyte are not kept unless ``held`` allows it, but made anew, in portions, for
     each batch of queries: a single one then takes seconds.
 
     Parameters
@@ -519,14 +519,18 @@ def predict(
 
     Parameters
     ----------
+    model : IMVIA
+        A trained model.
+    kg : MultiViewKG
+        The graph that it was trained on.
     relation : str
         Label or display name.
-    head, tail : str
-        One of the two: the end that is given.
+    head, tail : str, optional
+        One of the two, by label or display name: the end that is given.
     k : int
-        How many answers.
+        How many answers. Default: 10.
     include_known : bool
-        Whether triples of the graph are among the answers.
+        Whether triples of the graph are among the answers. Default: False.
     include_self : bool, optional
         Whether the given entity itself may be an answer. Default: where a training triple of the
         relation relates an entity to itself.
@@ -759,6 +763,8 @@ def view_weights(model: IMVIA, entity: int, relation: int | None = None) -> dict
 
     Parameters
     ----------
+    model : IMVIA
+        Whose gate weighs them.
     entity : int
         Its id.
     relation : int, optional

@@ -47,12 +47,13 @@ def inspect_kg(
         Left as it is.
     threshold : float
         Two relations are inverses (copies) where the shares of both in each other are at least
-        this, a relation is symmetric where its share in itself is.
+        this, a relation is symmetric where its share in itself is. Default: 0.8.
     near : float
         They are near-inverses (near-copies) where the share of one is at least this, and a
-        relation is near-symmetric where its own is.
+        relation is near-symmetric where its own is. Default: 0.5.
     minimum : int
         Pairs that two relations must have in common to be listed at all; fewer say nothing.
+        Default: 3.
 
     Returns
     -------

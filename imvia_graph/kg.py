@@ -100,21 +100,23 @@ class MultiViewKG:
     ----------
     entities, relations : sequence of str
         Distinct, non-empty labels in id order.
-    train, valid, test : Tensor
-        (n, 3) int64 rows of (head, relation, tail). ``valid`` and ``test`` may be empty or None.
-        Repeated rows are kept.
+    train : Tensor
+        (n, 3) int64 rows of (head, relation, tail). Repeated rows are kept.
+    valid, test : Tensor, optional
+        The same; they may be empty. Default: None, no triples.
     known : Tensor, optional
         (n, 3) triples that are known to be true but are in no split: nothing is trained on or
         ranked for them, but they do not compete in filtered ranks and are not predicted.
+        Default: None, no triples.
     views : mapping of str to Views, optional
         Views by modality. Any name that is not one of ``entity``, ``structure``, ``joint``,
-        ``decision`` and can be a file's name.
+        ``complex``, ``decision`` and can be a file's name. Default: none.
     name : str, optional
-        What the graph is called.
+        What the graph is called. Default: nothing.
     entity_names, relation_names : sequence of str, optional
         Display names in id order; the labels where there are none.
     notes : sequence of str, optional
-        What a reader should know about how the splits came about.
+        What a reader should know about how the splits came about. Default: none.
 
     Attributes
     ----------
@@ -203,10 +205,10 @@ class MultiViewKG:
         Parameters
         ----------
         train, valid, test : iterable of (head, relation, tail)
-            Labels.
+            Labels. Default of ``valid`` and ``test``: none.
         views : mapping, optional
-            Modality to ``(feat, entity)`` or `Views`; whose each row of ``feat`` is, by labels or
-            by ids.
+            Modality to ``(feat, entity)`` or `Views`; which entity each row of ``feat`` belongs to,
+            by labels or by ids. Default: none.
         **options
             Further arguments of `MultiViewKG`.
 

@@ -70,8 +70,9 @@ class IMVIA(nn.Module):
         mapped, in their file; only double precision and what `moderate` has to scale are copied.
         They move with the model to another device unless they are too large for it (the setting
         ``views_on``); then those that are asked for go there.
-    settings : Settings
-        The group *model*, and ``alignment``, ``temperature`` and ``information_dim``.
+    settings : Settings, optional
+        The group *model*, and ``alignment``, ``temperature`` and ``information_dim``. Default: all
+        as they are by default.
     shards : Shards, optional
         Which entities are this process's, where there are several (`imvia_graph.distributed`).
         Default: all.

@@ -34,15 +34,15 @@ def hold_out(
         (n, 3) int64.
     fraction : float
         Share of the triples to hold out, in (0, 1). Fewer are held out where the rules above leave
-        fewer.
+        fewer. Default: 0.05.
     seed : int
-        The same seed gives the same split.
+        The same seed gives the same split. Default: 0.
     keep : Tensor, optional
         (m, 3) int64: whatever is between the ends of one of these stays in train; of ``triple``,
-        these themselves.
+        these themselves. Default: none.
     by : {"pair", "triple"}
         What stays together: triples between the same two entities, or copies of a triple alone, as
-        where a test set was drawn so, too (`drawn_by`).
+        where a test set was drawn so, too (`drawn_by`). Default: ``pair``.
 
     Returns
     -------
@@ -115,9 +115,9 @@ def split_triples(
         (n, 3) int64.
     fractions : sequence of float
         Shares of train, validation and test; their sum is 1. Validation and test sets are smaller
-        where the rules leave fewer triples for them.
+        where the rules leave fewer triples for them. Default: 0.8, 0.1, 0.1.
     seed : int
-        The same seed gives the same split.
+        The same seed gives the same split. Default: 0.
 
     Returns
     -------

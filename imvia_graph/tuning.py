@@ -161,21 +161,23 @@ def tune(
     study : path
         The SQLite file, made where it is not there.
     trials : int
-        Trials in the study in all, those of other calls and workers included.
+        Trials in the study in all, those of other calls and workers included. Default: 50.
     space : mapping, optional
         For each setting to search a list of values, or a mapping with ``low``, ``high`` and
         optionally ``step`` or ``log``. Default: `SPACE`. A study keeps its space.
     settings : mapping, optional
         Settings that all trials share, over the defaults. A study keeps them, too, but for the
-        machine's: ``device``, ``backend``, ``ranking_batch_size``.
+        machine's: ``device``, ``backend``, ``ranking_batch_size``. Default: none.
     seed : int
-        Of the search. Each trial trains with the seed of ``settings``.
+        Of the search. Each trial trains with the seed of ``settings``. Default: 0.
     prune : bool
         Whether to end a trial that is worse than the median of the others at the same epoch.
+        Default: True.
     timeout : float, optional
-        Seconds after which no further trial is begun.
+        Seconds after which no further trial is begun. Default: None, no limit.
     progress : callable, optional
         Called with trial, state, best MRR and epochs: at each epoch and at the end of each trial.
+        Default: nothing is.
 
     Returns
     -------

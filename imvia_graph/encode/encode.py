@@ -113,8 +113,11 @@ def encode_kg(
     image_encoder, text_encoder : str or Encoder
         See `get_encoder`; needed where there are pictures or texts. ``efficientnet-lite0`` and
         ``minilm`` need no network; ``clip`` is fetched once. Nothing is fetched that is not named.
-    device, batch_size, precision, cache, progress
-        See `encode_views` and `get_encoder`.
+    device : str or torch.device
+        Where encoders that are named run. Default: the CPU (the command's ``--device`` is ``auto``,
+        a GPU where there is one).
+    batch_size, precision, cache, progress
+        See `encode_views`.
     images_root, image_columns, text_columns, image_separator, text_separator, skip_unknown
         See `imvia_graph.io.read_images` and `imvia_graph.io.read_texts`.
 
@@ -213,7 +216,7 @@ def encode_views(
         Inputs encoded at a time. Default: 256 on a GPU, 32 on the CPU.
     precision : {"auto", "float32", "bfloat16", "float16"}
         What the encoder computes in, by autocast; features are float32. ``auto`` is bfloat16 on a
-        GPU that has it, float32 elsewhere.
+        GPU that has it, float32 elsewhere. Default: ``auto``.
     cache : path, optional
         A folder in which each finished batch is kept, so that a run that was killed goes on there,
         whatever the folder holds of other encoders and inputs. ``log.jsonl`` in it has a line as a
@@ -221,7 +224,7 @@ def encode_views(
     workers : int, optional
         Threads that read and decode. Default: one a core, 8 at most.
     progress : callable, optional
-        Called with the modality, the views done and the views in all.
+        Called with the modality, the views done and the views in all. Default: nothing is.
 
     Returns
     -------

@@ -113,7 +113,7 @@ def get_encoder(spec: str, modality: Modality, device: str | torch.device = "cpu
     modality : {"image", "text"}
         Which side.
     device : str or torch.device
-        Where it runs.
+        Where it runs. Default: the CPU.
 
     Raises
     ------

@@ -1,8 +1,9 @@
 """Features in: safetensors, npz, npy, HDF5 and torch files become `Views` as they are.
 
 Three shapes are read (`views_from_array`): (N, d), a row an entity; (N, k, d), up to k views an
-entity; (V, d) with a column that says whose each row is. HDF5 and npy files are read in portions,
-of which only the views stay in memory; of an npz or HDF5 file only the arrays that are used.
+entity; (V, d) with a column that says which entity each row belongs to. HDF5 and npy files are read
+in portions, of which only the views stay in memory; of an npz or HDF5 file only the arrays that are
+used.
 """
 
 from __future__ import annotations
@@ -56,10 +57,12 @@ def with_views(
     kg : MultiViewKG
         The graph.
     views : mapping
-        Modality to a file (`read_features`), an array or a pair of an array and whose each of its
-        rows is (`views_from_array`), or `Views`. A modality that the graph has already is replaced.
+        Modality to a file (`read_features`), an array, or a pair of an array and the entity that
+        each of its rows belongs to (`views_from_array`), or `Views`. A modality that the graph has
+        already is replaced.
     skip_unknown : bool
-        Whether rows of entities that are not in the graph are left out, or an error.
+        Whether rows of entities that are not in the graph are left out, or an error. Default: an
+        error.
 
     Raises
     ------
@@ -126,8 +129,8 @@ def read_features(
         of floating-point rows; whose they are is read from ``entity``, ``entities``, ``labels`` or
         ``ids``, and who has any from ``present`` or ``mask``. A file whose arrays are all called as
         entities holds an array (d,) or (k, d) for each. A table beside the file, of the same name
-        with ``.csv`` and a column ``entity`` (and ``source``), says whose each row is, as in a KG
-        folder.
+        with ``.csv`` and a column ``entity`` (and ``source``), says which entity each row belongs
+        to, as in a KG folder.
     of : MultiViewKG or sequence of str
         The graph, or the labels of its entities in id order.
     key : str, optional
@@ -216,7 +219,7 @@ def views_from_array(
     of : MultiViewKG or sequence of str
         The graph, or the labels of its N entities in id order.
     entity : sequence, optional
-        (V,) labels or ids: whose each row of ``feat`` is. Every row is a view then.
+        (V,) labels or ids: which entity each row of ``feat`` belongs to. Every row is a view then.
     present : sequence, optional
         For (N, d) and (N, k, d): which entities have views, as (N,) bool, or a list of their labels
         or ids. The rows of all others are left aside; for (N, k, d) the absent places of those that

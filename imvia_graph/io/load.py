@@ -92,31 +92,33 @@ def load_kg(
         validation set aside (`MultiViewKG.known`); ``auto`` is held-out where the source's
         validation set shares triples with its train or test set, published otherwise.
         `MultiViewKG.notes` says what was done. What is chosen here `fit` keeps; with None it is
-        left to `fit` and its setting ``validation``.
+        left to `fit` and its setting ``validation``. Default: ``auto``.
     hold_out_by : {"auto", "pair", "triple"}
         What stays together in holding out: triples between the same two entities (``pair``, so that
         none has its inverse in train), or nothing (``triple``); ``auto`` as the source's test set
-        was drawn (see `imvia_graph.splits.drawn_by`), pair by pair without one.
+        was drawn (see `imvia_graph.splits.drawn_by`), pair by pair without one. Default: ``auto``.
     seed : int
-        Seed of the held-out set, and of the split of a source without splits.
+        Seed of the held-out set, and of the split of a source without splits. Default: 0.
     format : str, optional
         What a file or folder is, where its name does not tell: ``kg``, ``openke``, ``momok``,
         ``mygo``, ``tsv``, ``csv``, ``text``, ``parquet``, ``ntriples``, ``turtle``, ``npz``.
+        Default: what it looks like.
     split : sequence of float, str, bool or None
-        Shares of train, validation and test for a source without splits (True: 0.8, 0.1, 0.1), by
-        the rules of
-        `imvia_graph.splits.split_triples`: each entity and relation stays in train, triples between
-        the same two entities stay together. False and None leave all triples in train. A folder
-        whose only triples are those of ``train`` is such a source where shares are given; else all
-        stay in train. Shares are an error where a source has splits of its own. Also as the
-        command line takes them: ``"0.8,0.1,0.1"`` or ``"none"``.
+        Shares of train, validation and test for a source without splits (True, the default: 0.8,
+        0.1, 0.1), by the rules of `imvia_graph.splits.split_triples`: each entity and relation
+        stays in train, triples between the same two entities stay together. False and None leave
+        all triples in train. A folder whose only triples are those of ``train`` is such a source
+        where shares are given; else all stay in train. Shares are an error where a source has
+        splits of its own. Also as the command line takes them: ``"0.8,0.1,0.1"`` or ``"none"``.
     columns : sequence of int or of str, optional
-        Tables: places (from 0) or names of the head, relation and tail columns.
+        Tables: places (from 0) or names of the head, relation and tail columns. Default: those
+        that the header names, or all three.
     header : bool, optional
         Tables: whether the first line names the columns. If not told, it does where its cells are
         ``head, relation, tail``, ``subject, predicate, object`` or the like.
     separator : str, optional
         Tables: the character between columns; a space stands for any run of spaces and tabs.
+        Default: that of the form.
     relation_attribute : str, optional
         Graphs: the edge attribute (networkx) or edge data (DGL) that holds the relation.
     literals : {"leave-out", "numbers"}, optional
