@@ -75,15 +75,28 @@ class SettingsTables(SphinxDirective):
                 if groups[name] == group:
                     default = "null" if field.default is None else str(field.default).lower()
                     default = field.default if isinstance(field.default, str) else default
-                    lines.append(
-                        f"| `{name}` | `{default}` | {values_of(field.annotation)} |"
-                        f" {field.description} |"
-                    )
+                    values = values_of(field.annotation) + bounds_of(field.metadata)
+                    lines.append(f"| `{name}` | `{default}` | {values} | {field.description} |")
             lines.append("")
         container = nodes.section()
         container.document = self.state.document
         self.state.nested_parse(StringList(lines, str(source)), 0, container, match_titles=True)
         return container.children
+
+
+def bounds_of(metadata: list[typing.Any]) -> str:
+    """What a number must not pass, behind what it may be."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    bounds = [
+        (sign, getattr(part, name, None)) for part in metadata for name, sign in signs.items()
+    ]
+    # A seed's bound is a power of two.
+    parts = [
+        f"{sign} {bound:g}" if bound < 2**32 else f"{sign} 2^{bound.bit_length() - 1}"
+        for sign, bound in bounds
+        if bound is not None
+    ]
+    return f", {' and '.join(parts)}" if parts else ""
 
 
 def values_of(annotation: typing.Any) -> str:
