@@ -27,7 +27,7 @@ from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Parts, listed
 from imvia_graph._recorded import RecordedSteps, can_record
 from imvia_graph._streams import Streams
 from imvia_graph.batches import Batch, Batches
-from imvia_graph.errors import SettingsError, TrainingError
+from imvia_graph.errors import IMVIAError, SettingsError, TrainingError
 from imvia_graph.evaluation import draw_candidates, rank, rank_metrics
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import (
@@ -150,7 +150,8 @@ class Trainer:
     Parameters
     ----------
     model : IMVIA
-        Trained in place, on the device where it is.
+        Trained in place, on the device where it is; parameters that require no gradient stay as
+        they are.
     kg : MultiViewKG
         Its ``train`` is trained on, its ``valid`` chooses the epoch; ``test`` only filters.
     settings : Settings
@@ -556,19 +557,27 @@ class Trainer:
                 losses, estimation = self.losses(batch)
             # The estimators of L1 learn from their own loss alone, and the model not from that. It
             # comes first: the graph is kept for the model's, which lets go of it as it passes.
+            estimating = [p for p in self.estimators if p.requires_grad]
             if (
                 self.estimator_optimizer is None
                 or estimation is None
                 or not estimation.requires_grad
+                or not estimating
             ):
                 estimation = None
             else:
                 # Where L1 was computed, and nothing else waits for it.
                 with self.streams.beside("modalities", self.streams.begun, join=False):
-                    estimation.backward(inputs=self.estimators, retain_graph=True)
+                    estimation.backward(inputs=estimating, retain_graph=True)
                 estimation = estimation.detach()
-            wanted = [*self.parameters, *self._looked_up()]
-            self.scaler.scale(losses["loss"]).backward(inputs=wanted)
+            wanted = [*(p for p in self.parameters if p.requires_grad), *self._looked_up()]
+            if wanted and losses["loss"].requires_grad:
+                self.scaler.scale(losses["loss"]).backward(inputs=wanted)
+            elif estimation is None:
+                raise IMVIAError(
+                    "Training: the loss depends on no parameter that requires gradients, and"
+                    " nothing would change. Call requires_grad_() on what is to be trained."
+                )
         self.shards.sum_gradients(self.replicated)
         return {name: value.detach() for name, value in losses.items()}, estimation
 
@@ -589,9 +598,12 @@ class Trainer:
             self.estimator_optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.estimator_optimizer.step()
         scale = None
-        optimizers: list[Any] = [self.optimizer]
-        if self.table_optimizer is not None:
-            optimizers.append(self.table_optimizer)
+        # The scaler takes none all of whose parameters are left as they are.
+        optimizers: list[Any] = [
+            optimizer
+            for optimizer in (self.optimizer, self.table_optimizer)
+            if optimizer is not None and _has_gradients(optimizer)
+        ]
         rows = self.row_optimizer
         if rows is not None and self.scaler.is_enabled():
             step_by = rows.step_by
@@ -607,7 +619,8 @@ class Trainer:
             if not self.scaler.is_enabled():
                 optimizer.found_inf = bad
             self.scaler.step(optimizer)
-        self.scaler.update()
+        if optimizers:
+            self.scaler.update()
         if rows is not None and (bad is None or not bad):
             rows.step_by(scale)
         if self.average is not None:
@@ -1046,6 +1059,10 @@ class _Scaled:
     def __init__(self, rows: Sequence[Tensor], step: Callable[[], None]) -> None:
         self.param_groups = [{"params": list(rows)}]
         self.step = step
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

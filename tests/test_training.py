@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import imvia_graph as ig
-from imvia_graph import SettingsError, training
+from imvia_graph import IMVIAError, SettingsError, training
 from imvia_graph.answers import with_inverses
 from imvia_graph.batches import Batch, Batches, pack
 from imvia_graph.evaluation import evaluate, rank, rank_metrics
@@ -504,6 +504,37 @@ def test_rows_stay_as_they_are_where_float16_overflows():
     trainer.scaler = torch.amp.GradScaler("cpu")
     trainer.train_step(next(iter(trainer.batches)))
     assert not torch.equal(model.entity.weight, before[0])
+
+
+@pytest.mark.parametrize(
+    ("regime", "precision"),
+    [("1vsall", "float32"), ("kvsall", "float32"), ("sampled", "float32"), ("sampled", "float16")],
+)
+def test_what_requires_no_gradient_stays_as_it_is_and_the_rest_learns(regime, precision):
+    kg = ring_kg(valid=0)
+    changes = {"complex_head": True, "batch_size": 99, **without_dropout()}
+    chosen = settings(regime=regime, precision=precision, **changes)
+    model = IMVIA.from_kg(kg, chosen)
+    parts = {"entity", "encoder", "relation", "decoder", "decision", "information"}
+    parts |= {"complex_entity", "complex_relation"}
+    for free in ({"entity"}, {"information"}, parts - {"entity", "information", "encoder"}):
+        model.requires_grad_(False)
+        for part in free:
+            getattr(model, part).requires_grad_(True)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trainer = Trainer(model, kg, chosen)
+        trainer.model.train()
+        trainer.scaler = torch.amp.GradScaler("cpu", 2.0**8, enabled=precision == "float16")
+        trainer.train_step(next(iter(trainer.batches)))
+        moved = {name for name, p in model.named_parameters() if p.ne(before[name]).any()}
+        assert {name.split(".")[0] for name in moved} == free
+
+
+def test_nothing_that_could_learn_is_an_error():
+    kg = ring_kg()
+    model = IMVIA.from_kg(kg, settings()).requires_grad_(False)
+    with pytest.raises(IMVIAError, match=r"no parameter that requires gradients.*requires_grad_"):
+        Trainer(model, kg, settings()).fit()
 
 
 def test_a_named_precision_is_taken_and_auto_is_one_that_the_device_has():

@@ -30,7 +30,8 @@ class EntityTable(nn.Embedding):
     std : float
     lazy : bool
         Whether rows that are looked up while gradients are made are leaves of their own, kept until
-        `gradients` is asked for: nothing of the table's size is made in a step.
+        `gradients` is asked for: nothing of the table's size is made in a step. Where the weight
+        requires no gradient, they are not.
 
     Examples
     --------
@@ -73,7 +74,8 @@ class EntityTable(nn.Embedding):
 
     def forward(self, row: Tensor) -> Tensor:
         """(n, dim) of (n,) int64 rows."""
-        if not self.lazy or not torch.is_grad_enabled():
+        learns = self.weight.requires_grad and torch.is_grad_enabled()
+        if not (self.lazy and learns):
             return lookup(row, self.weight)
         rows = self.weight.detach()[row].requires_grad_()
         self._looked_up.append((row, rows))
