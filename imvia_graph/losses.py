@@ -490,7 +490,7 @@ def binary_completion(scores: Tensor, positives: Positives, label_smoothing: flo
         Rows that are weighted: it is a mean over terms, not over rows.
     """
     _check_weights("binary", positives)
-    scores = _at_least_float32(scores)
+    scores = at_least_float32(scores)
     smooth = label_smoothing / scores.shape[1]
     positive = scores[positives.row, positives.col]
     # -y log s(S) - (1 - y) log s(-S) = softplus(S) - y S = softplus(-S) + (1 - y) S
@@ -516,7 +516,7 @@ def softmax_completion(
     Parameters are those of `binary_completion`; the mean over the queries i is weighted where
     ``positives`` say so. Not in the paper; it learns far faster.
     """
-    scores = _at_least_float32(scores)
+    scores = at_least_float32(scores)
     counts = torch.bincount(positives.row, minlength=len(scores)).to(scores.dtype)
     share = (1 - label_smoothing) / counts[positives.row]
     positive = share * scores[positives.row, positives.col]
@@ -824,7 +824,7 @@ def sampled_completion(
     function = _sampled_softmax if loss == "softmax" else _sampled_binary
     total = torch.zeros((), device=first.device)
     for part in scores.values():
-        part = _at_least_float32(part)
+        part = at_least_float32(part)
         total = total + function(part, positives, drawn, label_smoothing, shards)
     return total
 
@@ -1034,7 +1034,7 @@ class _Squares(torch.autograd.Function):
         """In torch's operations, and with their gradients."""
         total = torch.zeros_like(weights[0].sum())
         for part, weight in zip(parts, weights, strict=True):
-            total = total + (_at_least_float32(part).square().sum(1) * weight).sum()
+            total = total + (at_least_float32(part).square().sum(1) * weight).sum()
         return total
 
     @staticmethod
@@ -1047,7 +1047,7 @@ class _Squares(torch.autograd.Function):
         with torch.autocast(share.device.type, enabled=False):
             sizes = []
             for part in parts:
-                exact = _at_least_float32(part)
+                exact = at_least_float32(part)
                 sizes.append(torch.linalg.vecdot(exact, exact).to(share.dtype))
             of_queries = torch.stack(sizes[: 2 * count]).sum(0) @ share
             return of_queries + torch.stack(sizes[2 * count :]).sum(0) @ of_answers
@@ -1086,7 +1086,7 @@ class _Cubes(torch.autograd.Function):
         """In torch's operations, and with their gradients."""
         total = torch.zeros_like(weights[0].sum())
         for part, weight in zip(parts, weights, strict=True):
-            squares = _squared_moduli(_at_least_float32(part))
+            squares = _squared_moduli(at_least_float32(part))
             # The root of zero has no gradient; that of its cube is zero.
             moduli = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
             total = total + ((squares * moduli).sum(1) * weight).sum()
@@ -1102,7 +1102,7 @@ class _Cubes(torch.autograd.Function):
         every = []
         with torch.autocast(share.device.type, enabled=False):
             for part, weight in zip(parts, weights, strict=True):
-                squares, moduli = _moduli(_at_least_float32(part))
+                squares, moduli = _moduli(at_least_float32(part))
                 total = total + torch.linalg.vecdot(squares, moduli).to(share.dtype) @ weight
                 every.append(moduli)
         ctx.save_for_backward(share, of_answers, *parts, *every)
@@ -1191,7 +1191,7 @@ def relation_prediction(
     >>> relation_prediction(torch.zeros(2, 4), torch.tensor([3, 0]))  # log 4
     tensor(1.3863)
     """
-    losses = functional.cross_entropy(_at_least_float32(scores), relation, reduction="none")
+    losses = functional.cross_entropy(at_least_float32(scores), relation, reduction="none")
     if counts is not None:
         return losses @ counts.to(losses.dtype) / counts.sum()
     return losses.sum() / max(len(losses) if number is None else number, 1)
@@ -1227,7 +1227,8 @@ def total_loss(
 # -- shared ---------------------------------------------------------------------------------------
 
 
-def _at_least_float32(scores: Tensor) -> Tensor:
+def at_least_float32(scores: Tensor) -> Tensor:
+    """Scores in float32, or in float64 where they are."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 

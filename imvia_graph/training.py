@@ -32,6 +32,7 @@ from imvia_graph.evaluation import draw_candidates, rank, rank_metrics
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import (
     Positives,
+    at_least_float32,
     completion,
     dura,
     factored_completion,
@@ -755,8 +756,8 @@ class Trainer:
         model, settings, shards = self.model, self.settings, self.shards
         l1 = l2 = torch.zeros((), device=model.device)
         estimation = None
-        # Autocast makes the products in them; the sums over what comes of those want float32.
-        sources = {name: embedded.heads[name].float() for name in model.sources}
+        # Autocast makes the products in them; the sums over what comes of those want more digits.
+        sources = {name: at_least_float32(embedded.heads[name]) for name in model.sources}
         aligned = model.alignment is not None and settings.lambda_alignment
         informed = model.information is not None and settings.lambda_information
         present = embedded.present

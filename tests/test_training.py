@@ -530,6 +530,20 @@ def test_what_requires_no_gradient_stays_as_it_is_and_the_rest_learns(regime, pr
         assert {name.split(".")[0] for name in moved} == free
 
 
+def test_a_model_in_float64_has_the_losses_of_one_in_float32():
+    kg, found = ring_kg(), []
+    chosen = settings(batch_size=99, lambda_alignment=0.1, lambda_relation=0.1, **without_dropout())
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        model = IMVIA.from_kg(kg, chosen).to(dtype)
+        trainer = Trainer(model, kg, chosen)
+        torch.manual_seed(1)
+        losses = trainer.train_step(next(iter(trainer.batches)))
+        found.append({name: value.item() for name, value in losses.items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert all(found[1].values())
+
+
 def test_nothing_that_could_learn_is_an_error():
     kg = ring_kg()
     model = IMVIA.from_kg(kg, settings()).requires_grad_(False)
