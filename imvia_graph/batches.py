@@ -279,10 +279,10 @@ class Sampler:
 
     Entity j is among them with probability
 
-    .. math:: q_j = 1 - (1 - a_j)^B (1 - p_j)^n
+    .. math:: q_j = 1 - (1 - p_j)^n \prod_{i=0}^{c_j - 1} \left(1 - \frac{B}{A - i}\right)
 
-    where :math:`a_j` is its share of the training answers, B the number of queries, and n entities
-    are drawn with probabilities :math:`p_j`: equal, or as the degree plus one.
+    where it is :math:`c_j` of the A training answers, of which the batch has B, each once an epoch,
+    and n entities are drawn with probabilities :math:`p_j`: equal, or as the degree plus one.
 
     Parameters
     ----------
@@ -297,9 +297,10 @@ class Sampler:
         kind, size = settings.negative_sampling, kg.num_entities
         device = answers.key.device
         self.num_drawn = 0 if kind == "in-batch" else settings.negatives
-        times = torch.bincount(answers.answer, minlength=size)
-        #: Logarithms of not being a query's answer, and of not being what is drawn.
-        self.not_answer = torch.log1p(-times.double() / max(len(answers.answer), 1)).to(device)
+        #: How many of the answers each entity is.
+        self.times = torch.bincount(answers.answer, minlength=size)
+        self.num_answers = len(answers.answer)
+        self._not_answers: dict[int, Tensor] = {}
         self.sums: Tensor | None = None
         self.num_entities = size
         drawn = torch.full((1,), 1 / size, dtype=torch.float64)
@@ -307,6 +308,7 @@ class Sampler:
             degree = torch.bincount(kg.train[:, [0, 2]].flatten(), minlength=size).double() + 1
             drawn = degree / degree.sum()
             self.sums = degree.cumsum(0) / degree.sum()
+        #: Logarithm of not being what is drawn.
         self.not_drawn = torch.log1p(-drawn).to(device)
 
     def draw(self, answer: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -318,10 +320,21 @@ class Sampler:
             drawn = torch.searchsorted(self.sums, place).clamp(max=self.num_entities - 1)
         candidate = torch.cat([answer, drawn.to(answer.device)]).unique()
         not_drawn = self.not_drawn if self.sums is None else self.not_drawn[candidate]
-        not_there = len(answer) * self.not_answer[candidate]
+        not_there = self._not_answer(len(answer))[self.times[candidate]]
         if self.num_drawn:
             not_there = not_there + self.num_drawn * not_drawn
         return candidate, (-torch.expm1(not_there)).log().float()
+
+    def _not_answer(self, number: int) -> Tensor:
+        """Logarithm of not being among so many answers, by how many of all an entity is."""
+        if number not in self._not_answers:
+            most = int(self.times.max())
+            left = self.num_answers - torch.arange(most, dtype=torch.float64)
+            # That each of its own is not there, given that those before it are not.
+            each = torch.log1p(-(number / left).clamp(max=1))
+            of_any = torch.cat([each.new_zeros(1), each.cumsum(0)])
+            self._not_answers[number] = of_any.to(self.times.device)
+        return self._not_answers[number]
 
 
 def _rows_of(answers: AnswerIndex, at_a_time: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -1080,3 +1081,26 @@ def test_sampled_negatives_are_no_true_answers_of_their_queries():
         for t in row
     )
     assert count < 10  # of 16,000; 1,600 by chance
+
+
+@pytest.mark.parametrize("batch_size", [100, 1000])
+@pytest.mark.parametrize("kind", ["in-batch", "uniform", "degree"])
+def test_a_shared_candidate_is_told_how_likely_it_is_to_be_there(kind, batch_size):
+    kg, answers, number = star_kg(), Counter(), 0
+    for _, _, tail in with_inverses(kg.train, kg.num_relations).tolist():
+        answers[tail] += 1
+    chosen = settings(regime="sampled", negative_sampling=kind, batch_size=batch_size, negatives=3)
+    degree = torch.bincount(kg.train[:, [0, 2]].flatten(), minlength=kg.num_entities) + 1
+    drawn = {
+        "in-batch": torch.zeros(kg.num_entities),
+        "uniform": torch.full((kg.num_entities,), 1 / kg.num_entities),
+        "degree": degree / degree.sum(),
+    }[kind]
+    for batch in Batches(kg, chosen, CPU):
+        number += 1
+        size, every = len(batch.entity), answers.total()
+        for entity, log_q in zip(*(part.tolist() for part in batch.sampled[:2]), strict=True):
+            others = math.comb(every - answers[entity], size) / math.comb(every, size)
+            absent = others * (1 - drawn[entity].item()) ** 3
+            assert math.exp(log_q) == pytest.approx(1 - absent, rel=1e-5)
+    assert number == math.ceil(answers.total() / batch_size)
