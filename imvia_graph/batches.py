@@ -243,7 +243,7 @@ class Batches:
     ) -> Batch:
         """Queries whose answers, and what is drawn, are candidates of them all."""
         assert self.sampler is not None
-        candidate, log_q = self.sampler.draw(answer, self.generator)
+        candidate, log_q = self.sampler.draw(relation, answer, self.generator)
         asked = torch.searchsorted(candidate, answer)
         row, col = self._answers_among(query, candidate)
         other = col != asked[row]
@@ -282,7 +282,10 @@ class Sampler:
     .. math:: q_j = 1 - (1 - p_j)^n \prod_{i=0}^{c_j - 1} \left(1 - \frac{B}{A - i}\right)
 
     where it is :math:`c_j` of the A training answers, of which the batch has B, each once an epoch,
-    and n entities are drawn with probabilities :math:`p_j`: equal, or as the degree plus one.
+    and n entities are drawn with probabilities :math:`p_j`: equal, or as the degree plus one. With
+    ``candidates="relation"`` a batch has so many of the answers under each of its relations, and
+    the product is over these, too: where no entities are drawn, the candidates stand for those that
+    answer the batch's relations.
 
     Parameters
     ----------
@@ -290,17 +293,28 @@ class Sampler:
     answers : AnswerIndex
         Those of the training triples.
     settings : Settings
-        ``negatives`` and ``negative_sampling``.
+        ``candidates``, ``negatives`` and ``negative_sampling``.
     """
 
     def __init__(self, kg: MultiViewKG, answers: AnswerIndex, settings: Settings) -> None:
         kind, size = settings.negative_sampling, kg.num_entities
         device = answers.key.device
         self.num_drawn = 0 if kind == "in-batch" else settings.negatives
-        #: How many of the answers each entity is.
+        #: With candidates of each relation: (relation, entity) of each number in `times`, as keys.
+        self.keys: Tensor | None = None
+        #: How many of the answers each entity is; of all, or of each relation's, their number and
+        #: the most that one entity is.
         self.times = torch.bincount(answers.answer, minlength=size)
-        self.num_answers = len(answers.answer)
-        self._not_answers: dict[int, Tensor] = {}
+        self.num_answers = [len(answers.answer)]
+        self.most = [int(self.times.max())]
+        if settings.candidates == "relation":
+            relation = (answers.key // size).repeat_interleave(answers.ptr.diff())
+            keys = relation * size + answers.answer
+            self.keys, self.times = keys.unique(return_counts=True)
+            self.num_answers = torch.bincount(relation).tolist()
+            most = self.times.new_zeros(len(self.num_answers))
+            self.most = most.scatter_reduce(0, self.keys // size, self.times, "amax").tolist()
+        self._not_answers: dict[tuple[int, int], Tensor] = {}
         self.sums: Tensor | None = None
         self.num_entities = size
         drawn = torch.full((1,), 1 / size, dtype=torch.float64)
@@ -311,7 +325,9 @@ class Sampler:
         #: Logarithm of not being what is drawn.
         self.not_drawn = torch.log1p(-drawn).to(device)
 
-    def draw(self, answer: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, relation: Tensor, answer: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """(C,) distinct candidates, ascending, with the logarithm of each one's probability."""
         if self.sums is None:
             drawn = torch.randint(self.num_entities, (self.num_drawn,), generator=generator)
@@ -319,22 +335,30 @@ class Sampler:
             place = torch.rand(self.num_drawn, dtype=torch.float64, generator=generator)
             drawn = torch.searchsorted(self.sums, place).clamp(max=self.num_entities - 1)
         candidate = torch.cat([answer, drawn.to(answer.device)]).unique()
-        not_drawn = self.not_drawn if self.sums is None else self.not_drawn[candidate]
-        not_there = self._not_answer(len(answer))[self.times[candidate]]
+        if self.keys is None:
+            not_there = self._not_answer(0, len(answer))[self.times[candidate]]
+        else:
+            not_there = torch.zeros(len(candidate), dtype=torch.float64, device=answer.device)
+            asked = (part.tolist() for part in relation.unique(return_counts=True))
+            for one, number in zip(*asked, strict=True):
+                key = one * self.num_entities + candidate
+                place = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
+                times = torch.where(self.keys[place] == key, self.times[place], 0)
+                not_there += self._not_answer(one, number)[times]
         if self.num_drawn:
+            not_drawn = self.not_drawn if self.sums is None else self.not_drawn[candidate]
             not_there = not_there + self.num_drawn * not_drawn
         return candidate, (-torch.expm1(not_there)).log().float()
 
-    def _not_answer(self, number: int) -> Tensor:
-        """Logarithm of not being among so many answers, by how many of all an entity is."""
-        if number not in self._not_answers:
-            most = int(self.times.max())
-            left = self.num_answers - torch.arange(most, dtype=torch.float64)
+    def _not_answer(self, group: int, number: int) -> Tensor:
+        """Logarithm of not being among so many of a group's answers, by how many an entity is."""
+        if (group, number) not in self._not_answers:
+            left = self.num_answers[group] - torch.arange(self.most[group], dtype=torch.float64)
             # That each of its own is not there, given that those before it are not.
             each = torch.log1p(-(number / left).clamp(max=1))
             of_any = torch.cat([each.new_zeros(1), each.cumsum(0)])
-            self._not_answers[number] = of_any.to(self.times.device)
-        return self._not_answers[number]
+            self._not_answers[group, number] = of_any.to(self.times.device)
+        return self._not_answers[group, number]
 
 
 def _rows_of(answers: AnswerIndex, at_a_time: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -1083,24 +1083,34 @@ def test_sampled_negatives_are_no_true_answers_of_their_queries():
     assert count < 10  # of 16,000; 1,600 by chance
 
 
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
 @pytest.mark.parametrize("batch_size", [100, 1000])
 @pytest.mark.parametrize("kind", ["in-batch", "uniform", "degree"])
-def test_a_shared_candidate_is_told_how_likely_it_is_to_be_there(kind, batch_size):
-    kg, answers, number = star_kg(), Counter(), 0
-    for _, _, tail in with_inverses(kg.train, kg.num_relations).tolist():
-        answers[tail] += 1
-    chosen = settings(regime="sampled", negative_sampling=kind, batch_size=batch_size, negatives=3)
+def test_a_shared_candidate_is_told_how_likely_it_is_to_be_there(kind, batch_size, candidates):
+    kg = star_kg()
+    changes = {"negative_sampling": kind, "batch_size": batch_size, "candidates": candidates}
+    chosen = settings(regime="sampled", negatives=3, **changes)
     degree = torch.bincount(kg.train[:, [0, 2]].flatten(), minlength=kg.num_entities) + 1
     drawn = {
         "in-batch": torch.zeros(kg.num_entities),
         "uniform": torch.full((kg.num_entities,), 1 / kg.num_entities),
         "degree": degree / degree.sum(),
     }[kind]
-    for batch in Batches(kg, chosen, CPU):
-        number += 1
-        size, every = len(batch.entity), answers.total()
+
+    def of(relation):
+        """What a batch draws from: all answers, or those under a relation."""
+        return relation if candidates == "relation" else 0
+
+    answers = defaultdict(Counter)
+    for _, relation, tail in with_inverses(kg.train, kg.num_relations).tolist():
+        answers[of(relation)][tail] += 1
+    batches = list(Batches(kg, chosen, CPU))
+    assert len(batches) >= len(kg.train) * 2 / batch_size
+    for batch in batches:
+        asked = Counter(of(relation) for relation in batch.relation.tolist())
         for entity, log_q in zip(*(part.tolist() for part in batch.sampled[:2]), strict=True):
-            others = math.comb(every - answers[entity], size) / math.comb(every, size)
-            absent = others * (1 - drawn[entity].item()) ** 3
+            absent = (1 - drawn[entity].item()) ** 3
+            for group, size in asked.items():
+                every = answers[group].total()
+                absent *= math.comb(every - answers[group][entity], size) / math.comb(every, size)
             assert math.exp(log_q) == pytest.approx(1 - absent, rel=1e-5)
-    assert number == math.ceil(answers.total() / batch_size)
