@@ -28,6 +28,9 @@ from imvia_graph.answers import AnswerIndex, expand, pointer
 from imvia_graph.distributed import Shards
 from imvia_graph.model import DECISION, IMVIA
 
+#: Of vectors and scores, whatever the model's is: in float64 the product of MKL gives equal columns
+#: other last bits in other places.
+_DTYPE = torch.float32
 #: Queries and candidates of a tile at most: scores of four heads that a CPU's last cache holds, and
 #: what keeps a GPU busy.
 _SIDE, _SIDE_ON_GPU = 768, 4096
@@ -129,14 +132,12 @@ class Counter:
         chunks = -(-tiles // _MADE)
         #: Candidates that are made at a time.
         self.made = -(-tiles // chunks) * self.width
-        dtype = model.entity.weight.dtype
-        a_row = sum(self.widths.values()) * dtype.itemsize
+        a_row = sum(self.widths.values()) * _DTYPE.itemsize
         self.keeps = self.size * a_row <= _KEPT
         self._kept: list[Tensor] | None = None
         #: Queries, at least, to be given at a time, so that tables are not made too often.
         self.queries = 1 if self.keeps else max(1, _QUERIES // a_row)
-        kernels = _kernels.load("scores") if self.device.type == "cpu" else None
-        self.kernels = kernels if dtype == torch.float32 else None
+        self.kernels = _kernels.load("scores") if self.device.type == "cpu" else None
 
     def count(
         self,
@@ -278,8 +279,10 @@ class Counter:
 
     def _empty(self, rows: int) -> list[Tensor]:
         """(heads, rows, d) of each width, filled with whatever."""
-        like = self.model.entity.weight
-        return [like.new_empty(heads, rows, width) for width, heads in _by_width(self.widths)]
+        return [
+            torch.empty(heads, rows, width, dtype=_DTYPE, device=self.device)
+            for width, heads in _by_width(self.widths)
+        ]
 
     def _answers(self, answer: Tensor) -> list[Tensor]:
         """Vectors (heads, B, d) of each width, of (B,) answers, on every process."""
@@ -432,7 +435,7 @@ def _by_width(widths: Mapping[str, int]) -> list[tuple[int, int]]:
 def _stacked(rows: Mapping[str, Tensor], count: int) -> list[Tensor]:
     """(heads, count, d) of (n, d) rows a head, of each width, with zeros behind them."""
     same = itertools.groupby(rows.values(), lambda part: part.shape[1])
-    return [_filled(torch.stack(list(parts)), count) for _, parts in same]
+    return [_filled(torch.stack(list(parts)).to(_DTYPE), count) for _, parts in same]
 
 
 def _up(number: int, multiple: int) -> int:

@@ -308,6 +308,18 @@ def test_ranks_with_many_ties_match_a_loop_over_all_triples():
     assert (as_lists(found.tail), as_lists(found.head)) == (tail, head)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_entities_are_tied_whatever_the_precision_of_the_model(dtype):
+    kg = larger_kg(views=False, entities=100)
+    model = model_of(kg, dim=64).to(dtype).eval()
+    with torch.no_grad():
+        for table in model.entity_tables:
+            table.weight.copy_(table.weight[0].clone())
+    found = rank(model, kg.test, AnswerIndex.from_triples([kg.test[:0]], kg.num_entities, 1))
+    for ranks in (*found.tail.values(), *found.head.values()):
+        assert ranks.eq((kg.num_entities + 1) / 2).all()
+
+
 def test_only_what_the_index_knows_is_left_out():
     kg = random_kg()
     model = model_of(kg).eval()
