@@ -21,6 +21,7 @@ from imvia_graph.nn import (
     gated_view_conv,
 )
 from imvia_graph.nn.dropout import Dropout
+from imvia_graph.nn.tucker_decoder import complex_product
 
 
 def conv_of(view_feats=4, entity_feats=3, rel_feats=2, **options):
@@ -494,6 +495,13 @@ def test_blocks_alone_score_as_complex_numbers_do():
     query = decoder(head, torch.ones(4, 2).double(), torch.arange(4), blocks)
     h, c, t = (torch.complex(*part.chunk(2, dim=1)) for part in (head, blocks, tail))
     torch.testing.assert_close((query * tail).sum(1), (h * c * t.conj()).sum(1).real)
+
+
+@pytest.mark.parametrize("rows", [(1, 3), (3, 1)])
+def test_one_row_of_numbers_is_multiplied_with_each_of_several(rows):
+    left, right = (double(size, 5) for size in rows)
+    several = complex_product(left.expand(3, -1), right.expand(3, -1))
+    assert_agree(complex_product(left, right), several, [left, right])
 
 
 def test_batch_normalisation_in_evaluation_leaves_eq_6_up_to_its_scale():

@@ -366,7 +366,7 @@ def complex_product(left: Tensor, right: Tensor) -> Tensor:
     Parameters
     ----------
     left, right : Tensor
-        (B, d).
+        (B, d), or (1, d) for the same numbers in each row.
 
     Returns
     -------
@@ -381,7 +381,10 @@ def complex_product(left: Tensor, right: Tensor) -> Tensor:
     tensor([[-5., 10.]])
     """
     dtype = torch.promote_types(left.dtype, right.dtype)
-    out: Tensor = _ComplexProduct.apply(left.to(dtype), right.to(dtype))
+    # Rows alone: a column is no number.
+    rows = torch.broadcast_shapes(left.shape[:1], right.shape[:1])
+    both = (numbers.to(dtype).expand(*rows, -1) for numbers in (left, right))
+    out: Tensor = _ComplexProduct.apply(*both)
     return out
 
 
