@@ -400,12 +400,13 @@ class Trainer:
         """An epoch, or what is left of it, and its validation."""
         settings, progress = self.settings, self.progress
         self._started = time.perf_counter() - progress.elapsed
-        skipped = progress.skipped
         losses = self.train_epoch()
         progress.epoch += 1
         record: dict[str, Any] = {"epoch": progress.epoch, **losses}
-        if progress.skipped > skipped:
-            record["skipped"] = progress.skipped - skipped
+        # Of the whole epoch, also where a part of it was trained before a stop.
+        skipped = len(self.batches) - round(self._summed["steps"].item())
+        if skipped:
+            record["skipped"] = skipped
         record["seconds"] = time.perf_counter() - self._started
         last = progress.epoch >= self.epochs
         if len(self.kg.valid) and (progress.epoch % settings.validate_every == 0 or last):

@@ -461,6 +461,21 @@ def test_bad_steps_are_skipped_and_counted_where_that_is_asked_for(what, monkeyp
     assert all(torch.tensor(record["loss"]).isfinite() for record in records)
 
 
+def test_steps_that_were_skipped_before_a_stop_are_counted_in_their_epoch(tmp_path, monkeypatch):
+    class Stop(Callback):
+        def on_step(self, trainer, losses):
+            if trainer.progress.step == 2:
+                trainer.stop()
+
+    for name, callbacks in ("whole", []), ("run", [Stop()]):
+        Spoil(monkeypatch, {1}, term="completion")
+        fit(tmp_path / name, epochs=1, non_finite="skip", callbacks=callbacks)
+        monkeypatch.undo()
+    ig.fit(out=tmp_path / "run", resume=True)
+    assert [record["skipped"] for record in metrics_of(tmp_path / "run")] == [1]
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_a_skipped_step_changes_neither_weights_nor_running_statistics(monkeypatch):
     spoil = Spoil(monkeypatch, {1}, term="completion")
     fit(epochs=1, non_finite="skip", batch_norm=True)
