@@ -185,6 +185,8 @@ def rank(
         Candidates that are no entities of the model.
     UnknownLabelError
         A head that the model does not have.
+    OutOfMemoryError
+        A query that does not fit into memory or, with several processes, ``batch_size`` of them.
     """
     for name in heads or ():
         if name not in model.heads:
@@ -362,6 +364,8 @@ def evaluate(
         not the model's.
     UnknownLabelError
         A candidate's label, or a split, that there is not.
+    OutOfMemoryError
+        A query that does not fit into memory.
 
     Examples
     --------

@@ -54,8 +54,9 @@ class IMVIA(nn.Module):
 
     For a query (h, r, ?) each head m - structure, every modality, joint - embeds h under r (Eq. 1
     to 3 for a modality), decodes it with r into a query vector (Eq. 6), and scores candidates by
-    inner products; the relation-aware decision adds the heads up. Queries (?, r, t) are (t, r + R)
-    with an embedding of their own for each inverse relation.
+    inner products; the head ``complex``, of ComplEx, has tables of its own and multiplies h and r
+    as complex numbers. The relation-aware decision adds the heads up. Queries (?, r, t) are
+    (t, r + R) with an embedding of their own for each inverse relation.
 
     A step of training, of ranking or of prediction asks three things in turn: `queries`,
     `candidates`, `scores`.

@@ -363,8 +363,11 @@ def fit(
     Raises
     ------
     DataError, SettingsError, CheckpointError
+        A graph, settings or a run folder that cannot be taken as they are.
     TrainingError
         A loss or a gradient that is not finite (see the setting ``non_finite``).
+    OutOfMemoryError
+        What does not fit into memory, however few queries are taken at a time.
     StorageError
         A checkpoint does not fit on the disk (see the setting ``disk_full``).
     KeyboardInterrupt

@@ -46,7 +46,7 @@ class Settings(BaseModel):
     ------
     SettingsError
         From `Settings.create` and `Settings.read`: an unknown key (with the nearest known one) or a
-        value that the key cannot take.
+        value that the key cannot take. The constructor raises pydantic's ``ValidationError``.
 
     Examples
     --------
