@@ -6,7 +6,7 @@ are asked for through inverse relations: (tail, relation + num_relations) is ans
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -163,6 +163,19 @@ def with_inverses(triples: Tensor, num_relations: int) -> Tensor:
     head, relation, tail = triples.unbind(dim=1)
     inverse = torch.stack([tail, relation + num_relations, head], dim=1)
     return torch.cat([triples, inverse])
+
+
+def by_relation(relation: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each of the relations of (Q,) queries, a scalar, and the positions of its queries.
+
+    >>> import torch
+    >>> from imvia_graph.answers import by_relation
+    >>> [(int(one), rows.tolist()) for one, rows in by_relation(torch.tensor([7, 2, 7]))]
+    [(2, [1]), (7, [0, 2])]
+    """
+    order = torch.argsort(relation, stable=True)
+    distinct, counts = torch.unique_consecutive(relation[order], return_counts=True)
+    yield from zip(distinct, order.split(counts.tolist()), strict=True)
 
 
 def pointer(counts: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imvia_graph._guards import MEMORY_ERRORS, Parts, is_out_of_memory
 from imvia_graph._tiles import Counter
-from imvia_graph.answers import AnswerIndex, with_inverses
+from imvia_graph.answers import AnswerIndex, by_relation, with_inverses
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import DataError, OutOfMemoryError, UnknownLabelError
 from imvia_graph.kg import MultiViewKG, Split
@@ -304,13 +304,10 @@ def _by_relation(model: IMVIA, relation: Tensor) -> Iterator[tuple[Tensor | None
     Queries are taken relation by relation in any case, so that what depends on a relation alone is
     made once, or nearly so.
     """
-    order = torch.argsort(relation, stable=True)
-    if model.settings.candidates == "shared":
-        if len(order):
-            yield None, order
-        return
-    distinct, counts = torch.unique_consecutive(relation[order], return_counts=True)
-    yield from zip(distinct, order.split(counts.tolist()), strict=True)
+    if model.settings.candidates != "shared":
+        yield from by_relation(relation)
+    elif len(relation):
+        yield None, torch.argsort(relation, stable=True)
 
 
 @contextmanager

@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from imvia_graph.answers import pointer
+from imvia_graph.answers import by_relation, pointer
 from imvia_graph.errors import DataError, IMVIAError
 from imvia_graph.evaluation import evaluating, filtered_ranks
 from imvia_graph.kg import PARTS, MultiViewKG
@@ -283,11 +283,9 @@ class Predictor:
 
     def _batches(self, relation: Tensor, batch_size: int) -> Iterator[Tensor]:
         """Positions of queries that are scored together: where need be, of one relation."""
-        groups: Sequence[Tensor] = [torch.arange(len(relation), device=relation.device)]
+        groups = [torch.arange(len(relation), device=relation.device)]
         if self.model.settings.candidates != "shared":
-            order = torch.argsort(relation, stable=True)
-            counts = torch.unique_consecutive(relation[order], return_counts=True)[1]
-            groups = order.split(counts.tolist())
+            groups = [rows for _, rows in by_relation(relation)]
         scored = self.model.num_entities if self.holds else PORTION
         # Beside the scores of each head and of the decision some matrices of the same shape.
         room = SCORES // (4 * scored * (len(self.model.heads) + 4))
