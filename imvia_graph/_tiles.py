@@ -27,6 +27,7 @@ from imvia_graph import _kernels
 from imvia_graph.answers import AnswerIndex, expand, pointer
 from imvia_graph.distributed import Shards
 from imvia_graph.model import DECISION, IMVIA
+from imvia_graph.nn.decision_fusion import weighted_sum
 
 #: Of vectors and scores, whatever the model's is: in float64 the product of MKL gives equal columns
 #: other last bits in other places.
@@ -325,7 +326,7 @@ class Counter:
                 cuts = _kernels.even_cuts(rows.stop - rows.start)
                 _kernels.share_out(self.kernels.diagonals, cuts, given)
             else:
-                every = self._with_decision(scores[:, : rows.stop - rows.start], weights[rows])
+                every = _with_decision(scores[:, : rows.stop - rows.start], weights[rows])
                 for m, part in enumerate(every):
                     found[rows, m] = part.diagonal()
         return found
@@ -359,14 +360,6 @@ class Counter:
 
     # -- without the kernel -----------------------------------------------------------------------
 
-    def _with_decision(self, scores: Tensor, weights: Tensor) -> Iterator[Tensor]:
-        """(rows, width) scores by each head and, last, by the decision."""
-        decision = scores[0] * weights[:, :1]
-        for m in range(1, len(scores)):
-            decision = decision + scores[m] * weights[:, m, None]
-        yield from scores
-        yield decision
-
     def _by_tile(self, row: Tensor, col: Tensor, rows: int) -> tuple[Tensor, Tensor, list[int]]:
         """Pairs of a query and a position in the order of tiles, then of slices; where each begins.
 
@@ -392,7 +385,7 @@ class Counter:
         pairs = slice(*starts[which : which + 2])
         row, col = row[pairs] - rows.start, col[pairs] - begin
         counts = batch.counts[rows]
-        every = self._with_decision(scores[:, : rows.stop - rows.start], batch.weights[rows])
+        every = _with_decision(scores[:, : rows.stop - rows.start], batch.weights[rows])
         for m, part in enumerate(every):
             if not self.wanted[m]:
                 continue
@@ -415,6 +408,11 @@ def _scores(queries: Sequence[Tensor], candidates: Sequence[Tensor]) -> Tensor:
         torch.bmm(query, candidate.transpose(1, 2), out=out[first : first + len(query)])
         first += len(query)
     return out
+
+
+def _with_decision(scores: Tensor, weights: Tensor) -> list[Tensor]:
+    """(rows, width) scores by each head and, last, by the decision."""
+    return [*scores, weighted_sum(scores, weights)]
 
 
 def _filled(rows: Tensor, count: int) -> Tensor:

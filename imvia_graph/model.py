@@ -18,6 +18,7 @@ from imvia_graph.errors import DataError, IMVIAError, SettingsError
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.losses import Alignment, MutualInformation
 from imvia_graph.nn import DecisionFusion, JointFusion, MultiViewEncoder, TuckerDecoder
+from imvia_graph.nn.decision_fusion import weighted_sum
 from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.nn.multi_view_encoder import views_present
 from imvia_graph.nn.tucker_decoder import (
@@ -574,11 +575,7 @@ class IMVIA(nn.Module):
         """The relation-aware decision over the heads' scores."""
         if self.settings.decision == "detached":
             scores = [score.detach() for score in scores]
-        weights = self.decision_weights(relation)
-        decided = scores[0] * weights[:, :1].to(scores[0].dtype)
-        for m, score in enumerate(scores[1:], start=1):
-            decided = decided + score * weights[:, m, None].to(score.dtype)
-        return decided
+        return weighted_sum(scores, self.decision_weights(relation))
 
     def decision_weights(self, relation: Tensor) -> Tensor:
         """(B, heads) weights of the heads in the decision under (B,) relations; rows sum to 1.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -84,13 +85,17 @@ class DecisionFusion(nn.Module):
                 f"DecisionFusion: expected scores of {heads} heads, of one shape, with a row for"
                 f" each of {len(rel_feat)} queries; received {len(shapes)} of shapes {shapes[:4]}."
             )
-        weights = self.weights(rel_feat)
-        total = torch.zeros_like(scores[0])
-        for m, score in enumerate(scores):
-            weight = weights[:, m].to(score.dtype)
-            total = total + weight.reshape(-1, *[1] * (score.dim() - 1)) * score
-        return total
+        return weighted_sum(scores, self.weights(rel_feat))
 
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
         return f"rel_feats={self.linear.in_features}, num_heads={self.linear.out_features}"
+
+
+def weighted_sum(scores: Sequence[Tensor] | Tensor, weights: Tensor) -> Tensor:
+    """(B, …) sum of M times (B, …) scores, times (B, M) weights, in the scores' dtype."""
+    parts = (
+        score * weights[:, m].to(score.dtype).reshape(-1, *[1] * (score.dim() - 1))
+        for m, score in enumerate(scores)
+    )
+    return functools.reduce(torch.add, parts)
