@@ -247,20 +247,21 @@ class _Work:
             loss = _compiled_gradients(scores, row, col, of_rows, weights, grad_weights, self.terms)
         elif self.on_gpu:
             terms = self.terms
+            softmax = terms.loss == "softmax"
             loss = _gpu_scores.gradients(
                 scores,
-                self.size,
-                row,
-                col,
-                share,
-                counts,
-                of_rows,
-                weights,
-                grad_weights,
-                terms.loss == "softmax",
-                terms.label_smoothing,
-                terms.detached,
-                None if terms.loss == "softmax" else _on_device(terms.of_a_term, scores.device),
+                size=self.size,
+                row=row,
+                col=col,
+                share=share,
+                counts=counts,
+                of_rows=of_rows,
+                weights=weights,
+                grad_weights=grad_weights,
+                softmax=softmax,
+                label_smoothing=terms.label_smoothing,
+                detached=terms.detached,
+                numbers=None if softmax else _on_device(terms.of_a_term, scores.device),
             )
         else:
             loss = _gradients(scores, row, col, share, of_rows, weights, grad_weights, self.terms)

@@ -666,16 +666,16 @@ def factored_completion(
         row, col, share = row[mine], col[mine] - shards.start, share[mine]
         counts = None if counts is None else counts[mine]
     terms = Terms(
-        loss,
-        label_smoothing,
-        detached,
-        dtype,
-        num_queries,
-        num_candidates,
-        num_positives,
-        in_all,
-        parts,
-        shards,
+        loss=loss,
+        label_smoothing=label_smoothing,
+        detached=detached,
+        dtype=dtype,
+        num_queries=num_queries,
+        num_candidates=num_candidates,
+        num_positives=num_positives,
+        num_in_all=in_all,
+        parts=parts,
+        shards=shards,
     )
     # The mean over the rows, each times its weight over the mean weight.
     of_rows = positives.weight
