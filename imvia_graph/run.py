@@ -126,7 +126,12 @@ class Run:
         include_known: bool = False,
         include_self: bool | None = None,
     ) -> list[inference.Prediction]:
-        """The best answers to a query; see `imvia_graph.inference.predict`."""
+        """The best answers to a query; see `imvia_graph.inference.predict`.
+
+        The model may have changed since the last call, so each makes all that it needs anew. Where
+        many are asked, ``ig.Predictor(run.model, run.kg)`` keeps it, and `Predictor.answers` takes
+        many queries at once.
+        """
         return inference.predict(
             self.model,
             self.kg,
