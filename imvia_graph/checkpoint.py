@@ -641,18 +641,15 @@ def _write(
         return
     # The order is that of the file; all take it, though one writes.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    pending = [name for name in order if name in split]
+    tables = [name for name in order if name in split]
     if not shards.is_first:
-        for name in pending:
+        for name in tables:
             shards.send_rows(tensors[name])
         return
+    received = {name: shards.receive_rows(tensors[name]) for name in tables}
 
     def parts(name: str) -> Iterator[Tensor]:
-        if name not in split:
-            yield tensors[name]
-            return
-        pending.remove(name)
-        yield from shards.receive_rows(tensors[name])
+        return received[name] if name in split else iter([tensors[name]])
 
     shapes = {
         name: (
@@ -664,9 +661,9 @@ def _write(
     try:
         _files.write_tensor_parts(path, shapes, parts, metadata, CHECKSUM, previous)
     finally:
-        # Where writing failed, the others still send.
-        for name in pending:
-            for _ in shards.receive_rows(tensors[name]):
+        # Where writing failed, in the middle of a table, too, the others still send.
+        for rows in received.values():
+            for _ in rows:
                 pass
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -118,6 +119,24 @@ def test_a_part_of_a_model_does_not_answer_for_all():
             ig.IMVIAError, match=r"each of the 2 processes has; `imvia_graph\.load`"
         ):
             ask()
+
+
+@pytest.mark.parametrize("size", [100, 100_000, 200_000])  # before and in the first table, in the second
+def test_where_a_disk_is_full_all_rows_are_received_that_others_send(size, monkeypatch, tmp_path):
+    received = []
+    monkeypatch.setattr(torch.distributed, "recv", lambda rows, rank: received.append(len(rows)))
+    monkeypatch.setattr(distributed, "_PORTION", 2**15)  # 8 rows
+    tables = {f"model/{name}": torch.rand(20, 1024) for name in "abc"}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(ig.StorageError, match="cannot be written"):
+            checkpoint._write(
+                tmp_path / "last.safetensors", tables, {}, None, Shards(40, 0, 2), set(tables)
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert received == [8, 8, 4] * 3
 
 
 def test_shards_share_everything_out_evenly():
