@@ -13,11 +13,11 @@ from typing import Any
 import click
 
 from imvia_graph import _files, load_kg
-from imvia_graph.checkpoint import TEST, is_run
+from imvia_graph.checkpoint import TEST, is_of_job, is_run
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import console, log_to_terminal, metrics_table, say
 from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
-from imvia_graph.distributed import NOT_JOINED, RESTARTED, has_restarted, is_first, is_launched
+from imvia_graph.distributed import JOB, NOT_JOINED, is_first, is_launched, job
 from imvia_graph.errors import SettingsError
 from imvia_graph.io import with_views
 from imvia_graph.run import fit as fit_model
@@ -116,7 +116,8 @@ def fit(
             "Under torchrun, name the run folder with --out: processes that are started again go on"
             " with what they find there."
         )
-    if has_restarted() and out is not None and is_run(out):
+    this = job()
+    if out is not None and is_of_job(out, this):  # started in the place of one that made it
         resume, source, features, loading = True, None, (), {}
     named = {"epochs": epochs, "seed": seed, "device": device, "validation": validation}
     changes = Settings.read_all(files)
@@ -196,6 +197,7 @@ def _launch(processes: int, source: str | None, out: Path | None) -> None:
         max_restarts=0,
         monitor_interval=0.2,
     )
+    os.environ[JOB] = config.run_id
     # Each would take all cores, and all of them together would wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     for attempt in range(_RESTARTS + 1):
@@ -210,7 +212,6 @@ def _launch(processes: int, source: str | None, out: Path | None) -> None:
             if attempt == _RESTARTS or not is_run(out):
                 raise
             click.echo("A process was killed; all go on from the last checkpoint.", err=True)
-            os.environ[RESTARTED] = "1"
 
 
 def _callbacks(bar: Callback, tensorboard: bool, out: Path) -> list[Callback]:

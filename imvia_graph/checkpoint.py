@@ -2,7 +2,8 @@
 
 A run folder, format version 3:
 
-- ``run.json``: format, version, the graph's name, versions of what ran it;
+- ``run.json``: format, version, the graph's name, versions of what ran it; where torchrun started
+  the command line, the `job`, by which processes that are started again know their own run;
 - ``settings.yaml``: every setting;
 - ``kg/``: the graph as it was trained on, splits included (see `MultiViewKG.save`);
 - ``metrics.jsonl``: a line an epoch;
@@ -42,7 +43,7 @@ from torch import Tensor
 
 from imvia_graph import _files
 from imvia_graph._version import __version__
-from imvia_graph.distributed import Shards
+from imvia_graph.distributed import Shards, job
 from imvia_graph.errors import CheckpointError, DataError, IMVIAError, StorageError
 from imvia_graph.kg import MultiViewKG
 from imvia_graph.model import IMVIA
@@ -126,7 +127,8 @@ def start_run(folder: Path, kg: MultiViewKG, settings: Settings) -> None:
     """
     check_free(folder)
     _write_graph(folder, kg, settings)
-    _files.write_json(folder / "run.json", _about(kg))
+    about, this = _about(kg), job()
+    _files.write_json(folder / "run.json", about if this is None else {**about, "job": this})
 
 
 def _write_graph(folder: Path, kg: MultiViewKG, settings: Settings) -> None:
@@ -182,11 +184,23 @@ def save_run(
 
 def is_resumable(folder: Path) -> bool:
     """Whether a run folder is one that training goes on with, by what its ``run.json`` says."""
+    about = _said_of(folder)
+    return about is not None and about.get("resumable") is not False
+
+
+def is_of_job(folder: Path, name: str | None) -> bool:
+    """Whether a folder is the run folder that processes of a `job` made."""
+    about = _said_of(folder)
+    return about is not None and name is not None and about.get("job") == name
+
+
+def _said_of(folder: Path) -> dict[str, Any] | None:
+    """What a folder's ``run.json`` says; None where it says nothing."""
     try:
         about = _files.read_json(folder / "run.json")
     except (OSError, DataError):
-        return False
-    return isinstance(about, dict) and about.get("resumable") is not False
+        return None
+    return about if isinstance(about, dict) else None
 
 
 def is_run(folder: Path) -> bool:
@@ -723,6 +737,7 @@ __all__ = [
     "check_free",
     "fitting_model",
     "history_of",
+    "is_of_job",
     "is_run",
     "load_best",
     "load_last",

@@ -8,9 +8,12 @@ softmax, and counts in ranks. The collectives are torch.distributed's: NCCL on G
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -295,8 +298,8 @@ def _exchanged(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
 NOT_JOINED = 75
 _TO_JOIN, _TO_WAIT = timedelta(seconds=90), timedelta(minutes=30)
 
-#: Set by ``fit --processes`` for processes that it starts again.
-RESTARTED = "IMVIA_GRAPH_RESTARTED"
+#: Where processes have the name of their `job`; ``fit --processes`` gives it to those it starts.
+JOB = "IMVIA_GRAPH_JOB"
 
 
 def is_launched() -> bool:
@@ -304,10 +307,18 @@ def is_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
-def has_restarted() -> bool:
-    """Whether this process was started in the place of one that died."""
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or RESTARTED in os.environ
-    return is_launched() and again
+def job() -> str | None:
+    """A name that the processes of one torchrun have in common, those started again, too.
+
+    Whoever asks first leaves it in torchrun's store. None where torchrun started nothing, and where
+    nobody asked before a process group was made.
+    """
+    if not is_launched():
+        return None
+    if JOB not in os.environ and not dist.is_initialized():
+        named: bytes = _meeting()[0].compare_set("imvia_graph/job", "", uuid.uuid4().hex)
+        os.environ[JOB] = named.decode()
+    return os.environ.get(JOB)
 
 
 def is_first() -> bool:
@@ -335,9 +346,9 @@ def join(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=_TO_JOIN))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, rank, size = _meeting()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    with _reaching_others():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"imvia_graph/{attempt}", store),
@@ -345,9 +356,6 @@ def join(device: torch.device) -> None:
             world_size=size,
             timeout=_TO_JOIN,
         )
-    except RuntimeError as error:
-        print(f"The other processes cannot be reached: {error}", file=sys.stderr)
-        raise SystemExit(NOT_JOINED) from None
     # Later they may have to wait for one that writes a checkpoint.
     if hasattr(dist, "set_timeout"):
         dist.set_timeout(_TO_WAIT)
@@ -355,13 +363,30 @@ def join(device: torch.device) -> None:
         dist.distributed_c10d._set_pg_timeout(_TO_WAIT, dist.group.WORLD)
 
 
+@functools.cache
+def _meeting() -> tuple[dist.Store, int, int]:
+    """The store that torchrun describes, this process's rank, and how many there are."""
+    with _reaching_others():
+        store, rank, size = next(dist.rendezvous("env://", timeout=_TO_JOIN))
+    return store, rank, size
+
+
+@contextmanager
+def _reaching_others() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        print(f"The other processes cannot be reached: {error}", file=sys.stderr)
+        raise SystemExit(NOT_JOINED) from None
+
+
 __all__ = [
+    "JOB",
     "NOT_JOINED",
-    "RESTARTED",
     "Shards",
-    "has_restarted",
     "is_first",
     "is_launched",
+    "job",
     "join",
     "local_device",
 ]

@@ -1,5 +1,6 @@
 """Several processes, over gloo, against one: losses, ranks, memory, checkpoints, faults."""
 
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import time
 import distributed_worker
 import pytest
 import torch
+from click.testing import CliRunner
 from distributed_worker import CASES
 from helpers import ROOT, paper_settings, ring_kg
 
@@ -121,7 +123,9 @@ def test_a_part_of_a_model_does_not_answer_for_all():
             ask()
 
 
-@pytest.mark.parametrize("size", [100, 100_000, 200_000])  # before and in the first table, in the second
+@pytest.mark.parametrize(
+    "size", [100, 100_000, 200_000]
+)  # in the header, the first, the second table
 def test_where_a_disk_is_full_all_rows_are_received_that_others_send(size, monkeypatch, tmp_path):
     received = []
     monkeypatch.setattr(torch.distributed, "recv", lambda rows, rank: received.append(len(rows)))
@@ -280,6 +284,63 @@ def test_a_group_of_which_a_process_is_killed_goes_on_by_itself(
     assert killed == 2
     assert metrics_of(out) == metrics_of(unbroken)
     assert (out / "test.json").read_text() == (unbroken / "test.json").read_text()
+
+
+@pytest.fixture
+def agent_store(monkeypatch):
+    """A store as torchrun has it, which knows this process as the first of two."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    described = {
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        distributed.JOB: "",  # so that what is put there is taken away in the end
+    }
+    for name, value in described.items():
+        monkeypatch.setenv(name, value)
+    start_again(monkeypatch, attempt=0)
+    yield store
+    distributed._meeting.cache_clear()
+
+
+def start_again(monkeypatch, attempt):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+    monkeypatch.delenv(distributed.JOB)
+    distributed._meeting.cache_clear()
+
+
+def test_processes_started_again_have_the_name_of_those_before_them(agent_store, monkeypatch):
+    first = distributed.job()
+    assert first
+    for attempt in (1, 2):
+        start_again(monkeypatch, attempt)
+        assert distributed.job() == first
+    agent_store.delete_key("imvia_graph/job")  # as in the store of another torchrun
+    start_again(monkeypatch, 0)
+    assert distributed.job() not in (None, first)
+
+
+@pytest.mark.parametrize("of_this_job", [True, False])
+def test_processes_started_again_go_on_with_a_run_of_their_own_alone(
+    of_this_job, agent_store, folder, tmp_path, monkeypatch
+):
+    command = importlib.import_module("imvia_graph.cli.fit")
+    asked = []
+    monkeypatch.setattr(command, "fit_model", lambda kg, **options: asked.append((kg, options)))
+    if not of_this_job:
+        monkeypatch.setenv(distributed.JOB, "another")
+    out = tmp_path / "run"
+    checkpoint.start_run(out, ring_kg(10), paper_settings())
+    if of_this_job:
+        assert distributed.job() in (out / "run.json").read_text()
+    start_again(monkeypatch, 1)
+    CliRunner().invoke(command.fit, [str(folder), "--out", str(out), *FIT])
+    ((kg, options),) = asked
+    assert options["out"] == out
+    assert (kg is None, options.get("resume", False)) == (of_this_job, of_this_job)
 
 
 def test_under_torchrun_the_folder_is_named(folder):
