@@ -260,9 +260,11 @@ class RunFolder(Callback):
         self.shards = Shards(0) if shards is None else shards
         self._best_epoch: int | None = None
         self._lines: list[str] = []
+        self._made = _when_made(folder)
 
     def on_start(self, trainer: Trainer) -> None:
         """Remove what a killed process left, and metrics of epochs that the checkpoint lacks."""
+        self._check_there()
         if self.shards.is_first:
             for name in (BEST, LAST, METRICS, "run.json", "settings.yaml", TEST):
                 _files.remove_unfinished(self.folder / name)
@@ -301,6 +303,7 @@ class RunFolder(Callback):
         state = trainer.model.state_dict() if best is None else best
         path = self.folder / BEST
         split = split_names(trainer.model)
+        self._check_there()
         if self.shards.is_first:  # what it holds is of another model soon
             (self.folder / TEST).unlink(missing_ok=True)
         if self._write(
@@ -316,6 +319,7 @@ class RunFolder(Callback):
 
     def _write(self, trainer: Trainer, write: Callable[[], None]) -> bool:
         """Whether it was written; where the disk is full, stop or go on, as set."""
+        self._check_there()
         problem = None
         try:
             write()
@@ -330,6 +334,30 @@ class RunFolder(Callback):
         if self.shards.is_first:
             logger.warning("%s Training goes on, and the next checkpoint is tried.", told)
         return False
+
+    def _check_there(self) -> None:
+        """Stop where the folder was moved or deleted: nobody would find what is written."""
+        gone = None
+        if self.shards.is_first and (self._made is None or _when_made(self.folder) != self._made):
+            gone = (
+                f"The run folder {self.folder} is gone: it was moved, deleted or replaced while"
+                " training. What was kept until then is where it was moved to, and can be gone on"
+                " with there."
+            )
+        told = self.shards.first_tells(gone)
+        if told is not None:
+            raise StorageError(told)
+
+
+def _when_made(folder: Path) -> int | None:
+    """When a run folder was made or upgraded, in seconds; None where there is none.
+
+    Unlike the number of its inode it is the same on every file system as long as the folder is.
+    """
+    try:
+        return int((folder / "run.json").stat().st_mtime)
+    except OSError:
+        return None
 
 
 #: Whether a file can be replaced while it is mapped: what is mapped then stays the old one.

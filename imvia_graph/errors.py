@@ -40,7 +40,7 @@ class OutOfMemoryError(IMVIAError, MemoryError):
 
 
 class StorageError(IMVIAError, OSError):
-    """What a disk did not take: it is full, a quota or the limit of a file's size is reached."""
+    """What a disk did not take: it is full, a quota is reached, or the folder is gone."""
 
 
 class CheckpointError(IMVIAError):

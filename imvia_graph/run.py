@@ -374,7 +374,8 @@ def fit(
     OutOfMemoryError
         What does not fit into memory, however few queries are taken at a time.
     StorageError
-        A checkpoint does not fit on the disk (see the setting ``disk_full``).
+        A checkpoint does not fit on the disk (see the setting ``disk_full``), or the run folder was
+        moved or deleted meanwhile.
     KeyboardInterrupt
         Ctrl-C. With ``out``, the step in hand is finished and its place kept first, for SIGTERM,
         too, so that ``resume`` goes on there; a second signal does not wait.

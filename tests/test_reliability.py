@@ -269,6 +269,43 @@ def test_what_writers_left_that_were_killed_is_removed(tmp_path):
     assert [path.name for path in out.glob(".*")] == [".lock"]
 
 
+class AtEpoch(Callback):
+    """Does something once, at the end of an epoch."""
+
+    def __init__(self, epoch, do):
+        self.epoch, self.do = epoch, do
+
+    def on_epoch(self, trainer, record):
+        if record["epoch"] == self.epoch:
+            self.do()
+
+
+@pytest.mark.parametrize("disk_full", ["stop", "continue"])
+def test_a_folder_that_is_moved_while_training_stops_it_and_is_gone_on_with(disk_full, tmp_path):
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    move = AtEpoch(2, lambda: out.rename(moved))
+    with pytest.raises(ig.StorageError, match=r"run folder .*run is gone: it was moved"):
+        fit(out, epochs=4, callbacks=[move], disk_full=disk_full)
+    assert not out.exists()
+    assert ig.fit(out=moved, resume=True).progress.epoch == 4
+    assert len(metrics_of(moved)) == 4
+
+
+def test_a_folder_in_whose_place_another_run_is_made_is_left_alone(tmp_path):
+    out = tmp_path / "run"
+    there = {}
+
+    def replace():
+        out.rename(tmp_path / "moved")
+        fit(out, epochs=1)
+        os.utime(out / "run.json", (0, 0))  # some time lies between two runs
+        there.update(contents(out))
+
+    with pytest.raises(ig.StorageError, match="replaced while training"):
+        fit(out, epochs=4, callbacks=[AtEpoch(1, replace)])
+    assert contents(out) == there
+
+
 # -- a full disk ----------------------------------------------------------------------------------
 
 
