@@ -63,6 +63,15 @@ def is_at(path: Path, source: Mapped | None) -> bool:
         return False
 
 
+def is_written_into(source: Mapped) -> bool:
+    """Whether something wrote into a file since it was mapped; one that was replaced stays."""
+    try:
+        found = _identity(source.path.stat())
+    except OSError:
+        return False
+    return found[:2] == source.identity[:2] and found != source.identity
+
+
 def put(path: Path, feat: Tensor, source: Mapped | None, may_link: bool) -> dict[str, Any] | None:
     """Have features at a path: a clone, a link or a copy, as told above.
 
@@ -148,4 +157,13 @@ def _cloned(source: Path, path: Path) -> bool:
     return True
 
 
-__all__ = ["LARGE", "Mapped", "check", "is_at", "is_record", "map_features", "put"]
+__all__ = [
+    "LARGE",
+    "Mapped",
+    "check",
+    "is_at",
+    "is_record",
+    "is_written_into",
+    "map_features",
+    "put",
+]

@@ -282,6 +282,7 @@ class RunFolder(Callback):
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Append the metrics; write the best model where it is new, and what resuming needs."""
         progress, settings = trainer.progress, trainer.settings
+        self._check_views(trainer)
         if trainer.best_state is not None and progress.best_epoch != self._best_epoch:
             self._write_best(trainer)
         self._lines.append(json.dumps(record, ensure_ascii=False))
@@ -291,6 +292,7 @@ class RunFolder(Callback):
 
     def on_stop(self, trainer: Trainer) -> None:
         """Keep the place within the epoch."""
+        self._check_views(trainer)
         self._write(trainer, lambda: save_trainer(self.folder / LAST, trainer))
 
     def on_end(self, trainer: Trainer) -> None:
@@ -347,6 +349,22 @@ class RunFolder(Callback):
         told = self.shards.first_tells(gone)
         if told is not None:
             raise StorageError(told)
+
+    def _check_views(self, trainer: Trainer) -> None:
+        """Stop where features changed in their file: the model would not be one of the graph's."""
+        changed = None
+        for modality, (feat, _) in trainer.model.views.items() if self.shards.is_first else ():
+            path = trainer.kg.written_into(modality)
+            # What the model has copied stays as it was.
+            if path and feat.data_ptr() == trainer.kg.views(modality)[0].data_ptr():
+                changed = (
+                    f"{path} has changed while training: something wrote into that file instead of"
+                    f" replacing it. The last checkpoint in {self.folder} is of before, and can be"
+                    " gone on with where the graph in there is unchanged."
+                )
+        told = self.shards.first_tells(changed)
+        if told is not None:
+            raise DataError(told)
 
 
 def _when_made(folder: Path) -> int | None:

@@ -438,6 +438,16 @@ class MultiViewKG:
         self._check_modality(modality)
         return self._held[modality].root
 
+    def written_into(self, modality: str) -> Path | None:
+        """The file that features of a modality are mapped from, if something wrote into it since.
+
+        The features are then other ones than they were. A file that was replaced, as everything in
+        this library does, leaves them alone.
+        """
+        self._check_modality(modality)
+        file = self._held[modality].file
+        return file.path if file is not None and _linked.is_written_into(file) else None
+
     def _check_modality(self, modality: str) -> None:
         if modality not in self._held:
             raise UnknownLabelError(

@@ -368,7 +368,8 @@ def fit(
     Raises
     ------
     DataError, SettingsError, CheckpointError
-        A graph, settings or a run folder that cannot be taken as they are.
+        A graph, settings or a run folder that cannot be taken as they are; features that something
+        writes into while they are trained on.
     TrainingError
         A loss or a gradient that is not finite (see the setting ``non_finite``).
     OutOfMemoryError

@@ -232,6 +232,43 @@ def test_what_writes_into_the_source_is_noticed(folder, tmp_path, large):
         ig.load(tmp_path / "run")
 
 
+class Change(ig.Callback):
+    """Gives features other numbers after the first epoch: in their file, or replacing it."""
+
+    def __init__(self, path, replaces):
+        self.path, self.replaces = path, replaces
+
+    def on_epoch(self, trainer, record):
+        if record["epoch"] == 1:
+            feat = load_file(self.path)["feat"]
+            other = self.path.with_suffix(".new")
+            save_file({"feat": feat.flip(0).contiguous()}, other)
+            if self.replaces:
+                other.replace(self.path)
+            else:
+                self.path.write_bytes(other.read_bytes())
+
+
+@pytest.mark.parametrize("scaled", [False, True])  # of what is scaled the model has a copy
+@pytest.mark.parametrize("replaces", [False, True])
+def test_features_that_change_while_training_end_it_where_the_model_sees_them(
+    scaled, replaces, folder, tmp_path
+):
+    path = folder / "views" / "image.safetensors"
+    if scaled:
+        save_file({"feat": load_file(path)["feat"] * 64}, path)
+    out, change = tmp_path / "run", Change(path, replaces)
+    options = {"settings": settings(epochs=3), "callbacks": [change]}
+    if scaled or replaces:
+        run = ig.fit(folder, out=out, **options)
+        assert ig.load(out).evaluate() == run.evaluate()
+        return
+    with pytest.raises(ig.DataError, match=r"image\.safetensors has changed while training"):
+        ig.fit(folder, out=out, **options)
+    assert ig.load(out).progress.epoch == 1
+    assert ig.fit(out=out, resume=True).progress.epoch == 3
+
+
 def test_a_run_folder_that_is_moved_or_copied_loads(folder, tmp_path, large):
     run_of(folder, tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "copy", copy_function=shutil.copyfile)
