@@ -162,24 +162,21 @@ def save_run(
         The folder holds something already, in which nothing is touched; or is another process's.
     """
     shards = model.shards
-    refused: Exception | None = None
     with contextlib.ExitStack() as stack:
-        if shards.is_first:
-            try:
-                check_free(folder)
-                stack.enter_context(locked(folder))
-                _write_graph(folder, kg, settings)
-                lines = (json.dumps(record, ensure_ascii=False) for record in history)
-                _files.write_text(folder / METRICS, "".join(f"{line}\n" for line in lines))
-            except (IMVIAError, OSError) as error:  # the others wait to hear of it
-                refused = error
-        told = shards.first_tells(None if refused is None else str(refused))
-        if told is not None:
-            raise refused or CheckpointError(told)
-        save_model(folder / BEST, model.state_dict(), progress, shards, split_names(model))
-        if shards.is_first:  # last, so that what is a run has a model
+
+        def begin() -> None:
+            check_free(folder)
+            stack.enter_context(locked(folder))
+            _write_graph(folder, kg, settings)
+            lines = (json.dumps(record, ensure_ascii=False) for record in history)
+            _files.write_text(folder / METRICS, "".join(f"{line}\n" for line in lines))
+
+        def finish() -> None:  # last, so that what is a run has a model
             _files.write_json(folder / "run.json", {**_about(kg), "resumable": False})
-    shards.wait()
+
+        shards.first_does(begin)
+        save_model(folder / BEST, model.state_dict(), progress, shards, split_names(model))
+        shards.first_does(finish)
 
 
 def is_resumable(folder: Path) -> bool:
@@ -265,9 +262,7 @@ class RunFolder(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """Remove what a killed process left, and metrics of epochs that the checkpoint lacks."""
         self._check_there()
-        if self.shards.is_first:
-            for name in (BEST, LAST, METRICS, "run.json", "settings.yaml", TEST):
-                _files.remove_unfinished(self.folder / name)
+        self.shards.first_does(self._remove_unfinished)
         lines = read_metrics(self.folder)
         self._lines = [line for line in lines if _epoch_of(line) <= trainer.progress.epoch]
         self._write(trainer, self._write_metrics)
@@ -306,14 +301,18 @@ class RunFolder(Callback):
         path = self.folder / BEST
         split = split_names(trainer.model)
         self._check_there()
-        if self.shards.is_first:  # what it holds is of another model soon
-            (self.folder / TEST).unlink(missing_ok=True)
+        # What it holds is of another model soon.
+        self.shards.first_does(lambda: (self.folder / TEST).unlink(missing_ok=True))
         if self._write(
             trainer, lambda: save_model(path, state, trainer.progress, self.shards, split)
         ):
             self._best_epoch = trainer.progress.best_epoch
             if best is not None and self.shards.alone and _MAY_REPLACE_MAPPED:
                 trainer.best_state = _mapped(path)
+
+    def _remove_unfinished(self) -> None:
+        for name in (BEST, LAST, METRICS, "run.json", "settings.yaml", TEST):
+            _files.remove_unfinished(self.folder / name)
 
     def _write_metrics(self) -> None:
         if self.shards.is_first:
@@ -322,15 +321,21 @@ class RunFolder(Callback):
     def _write(self, trainer: Trainer, write: Callable[[], None]) -> bool:
         """Whether it was written; where the disk is full, stop or go on, as set."""
         self._check_there()
-        problem = None
+        problem: Exception | None = None
         try:
             write()
-        except StorageError as error:
+        except (IMVIAError, OSError) as error:
             problem = error
         # What the first process meets is met by all.
-        told = self.shards.first_tells(None if problem is None else str(problem))
+        told, is_full = self.shards.first_tells(
+            [None if problem is None else str(problem), isinstance(problem, StorageError)]
+        )
         if told is None:
+            if problem is not None:
+                raise problem
             return True
+        if not is_full:
+            raise problem or CheckpointError(told)
         if trainer.settings.disk_full == "stop":
             raise problem or StorageError(told)
         if self.shards.is_first:

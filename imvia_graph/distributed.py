@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from imvia_graph.errors import CheckpointError, IMVIAError
+
 
 class Shards:
     """Entities in ranges of ids, one a process, and what processes tell each other.
@@ -220,6 +222,24 @@ class Shards:
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+    def first_does(self, do: Callable[[], None]) -> None:
+        """Have the first process do something while the others wait; what it meets, all meet.
+
+        Raises
+        ------
+        IMVIAError, OSError
+            As the first process meets them; on the others a CheckpointError that says the same.
+        """
+        met: Exception | None = None
+        if self.is_first:
+            try:
+                do()
+            except (IMVIAError, OSError) as error:  # the others wait to hear of it
+                met = error
+        told = self.first_tells(None if met is None else str(met))
+        if told is not None:
+            raise met or CheckpointError(told)
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -425,9 +425,7 @@ def fit(
         progress = trainer.fit()
     else:
         with _owned(folder, shards, new=True):
-            if shards.is_first:
-                checkpoint.start_run(folder, graph, trainer.settings)
-            shards.wait()
+            shards.first_does(lambda: checkpoint.start_run(folder, graph, trainer.settings))
             progress = _fit_in(folder, trainer)
     return Run(_best_of(trainer), graph, trainer.settings, progress, folder, records.found)
 
@@ -483,12 +481,14 @@ def _device(settings: Settings) -> torch.device:
 @contextmanager
 def _owned(folder: Path, shards: Shards, new: bool = False) -> Iterator[None]:
     """Have a run folder to oneself: the first process has it for all."""
-    if not shards.is_first:
-        yield
-        return
-    if new:
-        checkpoint.check_free(folder)
-    with checkpoint.locked(folder):
+    with ExitStack() as stack:
+
+        def take() -> None:
+            if new:
+                checkpoint.check_free(folder)
+            stack.enter_context(checkpoint.locked(folder))
+
+        shards.first_does(take)
         yield
 
 
@@ -589,10 +589,13 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
                 )
             changed = changed.replace(epochs=trained)
             trainer.settings = trainer.settings.replace(epochs=trained)
-        if shards.is_first:
+
+        def note_changes() -> None:
             checkpoint.upgrade(folder, settings)
             if changed != settings:
                 _files.write_text(folder / "settings.yaml", changed.to_yaml())
+
+        shards.first_does(note_changes)
         progress = _fit_in(folder, trainer)
     return Run(_best_of(trainer), graph, changed, progress, folder)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import distributed_worker
 import pytest
@@ -141,6 +142,49 @@ def test_where_a_disk_is_full_all_rows_are_received_that_others_send(size, monke
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert received == [8, 8, 4] * 3
+
+
+@pytest.fixture
+def in_turn(monkeypatch):
+    """Two processes, the second of which does what it does when the first one is done."""
+    told = []
+
+    def first_tells(shards, value):
+        if not shards.is_first:
+            return told.pop(0)
+        told.append(value)
+        return value
+
+    monkeypatch.setattr(Shards, "first_tells", first_tells)
+    return Shards(4, 0, 2), Shards(4, 1, 2)
+
+
+def refuse():
+    raise PermissionError("the folder may not be written")
+
+
+def test_what_the_first_process_meets_all_meet_with_the_same_words(in_turn, tmp_path):
+    first, second = in_turn
+    with pytest.raises(PermissionError, match="may not be written"):
+        first.first_does(refuse)
+    with pytest.raises(ig.CheckpointError, match="may not be written"):
+        second.first_does(refuse)
+    (tmp_path / "notes.txt").touch()
+    for shards in in_turn:
+        with pytest.raises(ig.CheckpointError, match="is not empty"):
+            importlib.import_module("imvia_graph.run")._owned(
+                tmp_path, shards, new=True
+            ).__enter__()
+
+
+def test_a_checkpoint_that_may_not_be_written_ends_all_processes(in_turn, tmp_path):
+    trainer = SimpleNamespace(settings=paper_settings(disk_full="continue"))
+    (tmp_path / "run.json").touch()
+    first, second = (checkpoint.RunFolder(tmp_path, shards) for shards in in_turn)
+    with pytest.raises(PermissionError, match="may not be written"):
+        first._write(trainer, refuse)
+    with pytest.raises(ig.CheckpointError, match="may not be written"):
+        second._write(trainer, lambda: None)
 
 
 def test_shards_share_everything_out_evenly():
