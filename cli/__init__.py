@@ -46,9 +46,10 @@ class Terminated(KeyboardInterrupt):
 def stopped(error: BaseException | None, message: str = "Stopped.") -> SystemExit:
     """What ends a command that was stopped, after a word about it: 130 for Ctrl-C, 143 for SIGTERM.
 
-    As a shell has it: 128 and the number of the signal.
+    As a shell has it: 128 and the number of the signal. Of several processes the first one speaks.
     """
-    click.echo(message, err=True)
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":
+        click.echo(message, err=True)
     return SystemExit(143 if isinstance(error, Terminated) else 130)
 
 

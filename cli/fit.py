@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -173,11 +174,14 @@ def fit(
 
 #: How often processes of which one was killed are started again.
 _RESTARTS = 10
+#: Seconds for processes that are stopped to finish their step and to keep their place.
+_TO_STOP = 600
 
 
 def _launch(processes: int, source: str | None, out: Path | None) -> None:
     """Run this command in several processes; where one is killed, all go on from the checkpoint."""
     import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -187,6 +191,9 @@ def _launch(processes: int, source: str | None, out: Path | None) -> None:
             raise click.UsageError("SOURCE is missing: a data set's name or a folder.")
         out = _free_folder(Path(source).name)
         arguments += ["--out", str(out)]
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}
+    # Older torch waits for 30 seconds until it kills.
+    patience: dict[str, Any] = {"shutdown_timeout": _TO_STOP} if "shutdown_timeout" in known else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -196,6 +203,7 @@ def _launch(processes: int, source: str | None, out: Path | None) -> None:
         run_id=uuid.uuid4().hex,
         max_restarts=0,
         monitor_interval=0.2,
+        **patience,
     )
     os.environ[JOB] = config.run_id
     # Each would take all cores, and all of them together would wait for one another.
@@ -204,6 +212,8 @@ def _launch(processes: int, source: str | None, out: Path | None) -> None:
         try:
             elastic_launch(config, sys.executable)("-m", "imvia_graph", *arguments)
             return
+        except SignalException as error:  # the processes have had it, too, and have said so
+            raise SystemExit(128 + error.sigval) from None
         except ChildFailedError as error:
             codes = {failure.exitcode for failure in error.failures.values()}
             told = [code for code in codes if code > 0 and code != NOT_JOINED]

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -506,22 +507,29 @@ def _fit_in(folder: Path, trainer: Trainer) -> Progress:
 def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
     """Have SIGINT and SIGTERM stop a trainer; they do what they would have done when it has.
 
-    A second one does so at once. In another thread than the main one signals are left alone.
+    A second one does so at once; not one that torchrun passes on of what Ctrl-C sent to all. In
+    another thread than the main one signals are left alone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before: dict[int, Any] = {}
     received: list[int] = []
+    first = 0.0
 
     def put_back() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def stop(number: int, frame: Any) -> None:
+        nonlocal first
         if received:
+            again = number == received[0] and time.monotonic() - first < _SAME_SIGNAL
+            if again and distributed.is_launched():
+                return
             put_back()
             signal.raise_signal(number)
+        first = time.monotonic()
         received.append(number)
         trainer.stop()
 
@@ -536,6 +544,10 @@ def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
         put_back()
         if received:
             signal.raise_signal(received[0])
+
+
+#: Seconds in which a signal that comes again to one of several processes is still the same one.
+_SAME_SIGNAL = 1.0
 
 
 #: Settings that a resumed run may change without becoming another run.

@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner
 from distributed_worker import CASES
 from helpers import ROOT, paper_settings, ring_kg
+from torch.distributed.elastic.multiprocessing import api
 
 import imvia_graph as ig
 from imvia_graph import checkpoint, distributed
@@ -385,6 +386,47 @@ def test_processes_started_again_go_on_with_a_run_of_their_own_alone(
     ((kg, options),) = asked
     assert options["out"] == out
     assert (kg is None, options.get("resume", False)) == (of_this_job, of_this_job)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_processes_that_a_signal_stops_end_the_command_as_a_shell_has_it(
+    number, code, monkeypatch, tmp_path
+):
+    def stopped(*_):
+        raise api.SignalException("received a death signal", number)
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: stopped)
+    monkeypatch.setenv(distributed.JOB, "")  # so that it is put back
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = importlib.import_module("imvia_graph.cli.fit")
+    with pytest.raises(SystemExit) as ended:
+        command._launch(2, "countries", tmp_path / "run")
+    assert ended.value.code == code
+
+
+@pytest.mark.parametrize("later", [0, 5])
+def test_a_signal_that_torchrun_passes_on_again_is_no_second_one(later, monkeypatch):
+    run = importlib.import_module("imvia_graph.run")
+    monkeypatch.setattr(distributed, "is_launched", lambda: True)
+    now = [0.0]
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    done = []
+    trainer = SimpleNamespace(stop=lambda: done.append("stop"))
+
+    def train():
+        with run._stopping_on_signals(trainer):
+            signal.raise_signal(signal.SIGINT)
+            now[0] += later
+            signal.raise_signal(signal.SIGINT)
+            done.append("step")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == (["stop"] if later else ["stop", "step"])
 
 
 def test_under_torchrun_the_folder_is_named(folder):
