@@ -26,7 +26,14 @@ from imvia_graph.kg import MultiViewKG, Split
 from imvia_graph.model import COMPLEX, IMVIA
 from imvia_graph.ops import refuse_backend
 from imvia_graph.settings import Settings
-from imvia_graph.training import Callback, Progress, Trainer, checked_callbacks, resolve_device
+from imvia_graph.training import (
+    Callback,
+    Progress,
+    Trainer,
+    checked_callbacks,
+    resolve_device,
+    training_dtype,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -350,8 +357,8 @@ def fit(
         Whether to go on with the run in ``out``, with its graph and its settings; of the
         settings given, only `RESUMABLE` may differ: ``epochs``, ``patience``, ``device``,
         ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``, ``views_on``,
-        ``cuda_graph``, ``backend``. What is null in them and the run has chosen (``epochs``,
-        ``lambda_regularization``, ``complex_head``) stays as the run has it.
+        ``cuda_graph``, ``backend``. What is left open in them and the run has chosen (``epochs``,
+        ``lambda_regularization``, ``complex_head``, ``precision``) stays as the run has it.
         A run that ended is taken as it is, unless there are more epochs to go. Fewer epochs than
         it has been trained for count as these.
     callbacks : Callback or sequence of Callback
@@ -566,13 +573,20 @@ RESUMABLE = (
 
 
 #: Settings that may be left open: training chooses, and the run has what it chose.
-_LEFT_OPEN = ("epochs", "lambda_regularization", "complex_head")
+_LEFT_OPEN = {
+    "epochs": None,
+    "lambda_regularization": None,
+    "complex_head": None,
+    "precision": "auto",
+}
 
 
 def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, Any]) -> Run:
     graph, settings = checkpoint.open_run(folder)
     overrides = {
-        key: value for key, value in overrides.items() if value is not None or key not in _LEFT_OPEN
+        key: value
+        for key, value in overrides.items()
+        if key not in _LEFT_OPEN or value != _LEFT_OPEN[key]
     }
     changed = settings.replace(**overrides)
     for key in overrides:
@@ -586,6 +600,10 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
     shards = Shards.of_world(graph.num_entities)
     model = checkpoint.fitting_model(folder, graph, changed, shards=shards).to(device)
     trainer = Trainer(model, graph, changed, callbacks)
+    # Runs of before left it to each machine.
+    changed = changed.replace(precision=trainer.settings.precision)
+    if shards.is_first:
+        _warn_of_slow_precision(trainer)
     with _owned(folder, shards):
         # A run that was stopped before its first checkpoint starts again, from the same seed.
         checkpoint.load_last(folder, trainer)
@@ -610,6 +628,17 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
         shards.first_does(note_changes)
         progress = _fit_in(folder, trainer)
     return Run(_best_of(trainer), graph, changed, progress, folder)
+
+
+def _warn_of_slow_precision(trainer: Trainer) -> None:
+    """A run goes on in the precision that it has, on a machine that would not choose it, too."""
+    here = training_dtype(trainer.settings.replace(precision="auto"), trainer.model.device)
+    if trainer.precision == torch.bfloat16 != here:
+        logger.warning(
+            "Setting precision: the run is trained in bfloat16, in which this device (%s) does not"
+            " compute in hardware. It goes on as it began, but its steps may be slow.",
+            trainer.model.device,
+        )
 
 
 def load(folder: str | os.PathLike[str], device: str = "auto") -> Run:

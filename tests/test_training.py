@@ -15,6 +15,7 @@ import imvia_graph as ig
 from imvia_graph import IMVIAError, SettingsError, training
 from imvia_graph.answers import with_inverses
 from imvia_graph.batches import Batch, Batches, pack
+from imvia_graph.distributed import Shards
 from imvia_graph.evaluation import evaluate, rank, rank_metrics
 from imvia_graph.losses import Positives, n3
 from imvia_graph.model import DECISION, IMVIA
@@ -550,6 +551,36 @@ def test_nothing_that_could_learn_is_an_error():
     model = IMVIA.from_kg(kg, settings()).requires_grad_(False)
     with pytest.raises(IMVIAError, match=r"no parameter that requires gradients.*requires_grad_"):
         Trainer(model, kg, settings()).fit()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_goes_on_in_the_precision_that_it_began_in(there, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("imvia_graph.training.cpu_has_bfloat16", lambda: there)
+    began = "bfloat16" if there else "float32"
+    options = settings(precision="auto", epochs=1, device="cpu")
+    run = ig.fit(ring_kg(), settings=options, out=tmp_path / "run")
+    assert run.settings.precision == began
+    monkeypatch.setattr("imvia_graph.training.cpu_has_bfloat16", lambda: not there)
+    assert ig.load(tmp_path / "run").settings.precision == began
+    with caplog.at_level("WARNING"):
+        again = ig.fit(out=tmp_path / "run", resume=True, epochs=2, precision="auto")
+    assert again.settings.precision == began
+    assert ("does not compute in hardware" in caplog.text) == there
+    with pytest.raises(SettingsError, match="Setting precision: the run in"):
+        ig.fit(out=tmp_path / "run", resume=True, precision="float16")
+    # A folder of before, which leaves it to each machine, says it once it is gone on with.
+    path = tmp_path / "run" / "settings.yaml"
+    path.write_text(path.read_text().replace(f"precision: {began}", "precision: auto"))
+    ig.fit(out=tmp_path / "run", resume=True, epochs=3)
+    assert ig.load(tmp_path / "run").settings.precision != "auto"
+
+
+def test_several_processes_take_the_precision_that_all_have(monkeypatch):
+    monkeypatch.setattr("imvia_graph.training.cpu_has_bfloat16", lambda: True)
+    kg, chosen = ring_kg(), settings(precision="auto")
+    assert Trainer(IMVIA.from_kg(kg, chosen), kg, chosen).precision == torch.bfloat16
+    monkeypatch.setattr(Shards, "max_", lambda shards, lacks: torch.ones_like(lacks))
+    assert Trainer(IMVIA.from_kg(kg, chosen), kg, chosen).precision == torch.float32
 
 
 def test_a_named_precision_is_taken_and_auto_is_one_that_the_device_has():
