@@ -120,3 +120,59 @@ def exp(x: Any) -> Any:
     p = p * r + np.float32(5.0000001201e-1)
     p = p * (r * r) + r + np.float32(1)
     return p * as_float(np.uint32(k + np.int32(127)) << np.uint32(23))
+
+
+def as_floats(row: Any, buffer: Any) -> Any:
+    """A row in float32 or float64: itself, or half precision in the buffer."""
+
+
+@overload(as_floats, inline="always")
+def _as_floats(row: Any, buffer: Any) -> Any:
+    def as_it_is(row: Any, buffer: Any) -> Any:
+        return row
+
+    def in_buffer(row: Any, buffer: Any) -> Any:
+        for j in range(buffer.size):
+            buffer[j] = widened(row[j])
+        return buffer
+
+    return as_it_is if row.dtype == buffer.dtype else in_buffer
+
+
+def largest_magnitude(row: Any) -> Any:
+    """The largest absolute value of a row; NaN where there is one."""
+
+
+@overload(largest_magnitude, inline="always")
+def _largest_magnitude(row: Any) -> Any:
+    def of_float32(row: Any) -> Any:
+        # As integers, whose maximum needs no order of comparisons.
+        top = np.uint32(0)
+        for j in range(row.size):
+            top = max(top, as_bits(row[j]) & np.uint32(0x7FFFFFFF))
+        return as_float(top)
+
+    def of_float64(row: Any) -> Any:
+        top = abs(row[0])
+        for j in range(1, row.size):
+            top = max(top, abs(row[j]))
+        return top
+
+    return of_float32 if row.dtype == numba.types.float32 else of_float64
+
+
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e^-x) of a float32 or float64; NaN of NaN."""
+
+
+@overload(sigmoid, inline="always")
+def _sigmoid(x: Any) -> Any:
+    def of_float32(x: Any) -> Any:
+        e = exp(-abs(x))
+        found = (np.float32(1) if x >= 0 else e) / (np.float32(1) + e)
+        return found if x == x else x
+
+    def of_float64(x: Any) -> Any:
+        return 1.0 / (1.0 + np.exp(-x))
+
+    return of_float32 if x == numba.types.float32 else of_float64
