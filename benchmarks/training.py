@@ -13,7 +13,7 @@ modality, setting B 8 image views of 512 and 4 text views of 384. The rows:
   thing changed: the naive form's regime (kvsall and binary), float32, candidates of each relation,
   and relations of the default width, 64; whole epochs after two steps of warm-up;
 - PyKEEN's ComplEx of embedding_dim 256 in its LCWA training loop with inverse triples, whole epochs
-  from the first batch on.
+  from the first batch on; in the same batches as ours, and in the 256 that it takes by default.
 
 Each row runs in a process of its own; ours keep the memory that they free, as `imvia-graph fit`
 does, the naive form and PyKEEN run as they would in a script of anyone's. Peak memory is the
@@ -69,6 +69,8 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, relations of width 64": {"relation_dim": 64},
 }
 NAIVE, PYKEEN = "naive", "PyKEEN ComplEx"
+#: Its batches.
+PYKEENS = {PYKEEN: 1024, f"{PYKEEN}, batches of 256": 256}
 
 
 @measure.options
@@ -89,7 +91,7 @@ def main(
     row: dict[str, Any] | None,
 ) -> None:
     if row:
-        kinds = {"rates": measure.rates, NAIVE: run_naive, PYKEEN: run_pykeen}
+        kinds = {"rates": measure.rates, NAIVE: run_naive, **dict.fromkeys(PYKEENS, run_pykeen)}
         print(json.dumps(kinds.get(row["form"], run_ours)(row)))
         return
     machine = measure.machine(device, threads)
@@ -102,9 +104,9 @@ def main(
         return (not only or name.startswith(only)) and not name.startswith(skip)
 
     rows = []
-    if wanted(PYKEEN) and measure.has("pykeen"):
-        rows.append(measure.in_process(__file__, {**common, "form": PYKEEN}, threads))
-        measure.told(rows[-1], PYKEEN)
+    for form in filter(wanted, PYKEENS if measure.has("pykeen") else ()):
+        rows.append(measure.in_process(__file__, {**common, "form": form}, threads))
+        measure.told(rows[-1], form)
     for setting in SETTINGS:
         for form in filter(wanted, [NAIVE, *OURS]):
             mine = {**common, "setting": setting, "form": form}
@@ -303,7 +305,7 @@ def run_pykeen(row: dict[str, Any]) -> dict[str, Any]:
                 torch.cuda.synchronize()
             stamps.append(time.perf_counter())
 
-    given = {"batch_size": 1024, "use_tqdm": False, "use_tqdm_batch": False}
+    given = {"batch_size": PYKEENS[row["form"]], "use_tqdm": False, "use_tqdm_batch": False}
     loop.train(triples, num_epochs=1, only_size_probing=True, **given)
     loop.train(triples, num_epochs=row["epochs"], callbacks=Clock(), **given)
     times = [after - before for before, after in itertools.pairwise(stamps)]
