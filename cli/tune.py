@@ -9,7 +9,7 @@ import click
 from rich.status import Status
 from rich.table import Table
 
-from imvia_graph import load_kg
+from imvia_graph import _files, load_kg
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import cell, console, log_to_terminal, say
 from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
@@ -117,6 +117,7 @@ def tune(
     best_file = out or study.with_suffix(".yaml")
     if best_file.resolve() == study.resolve():
         raise SettingsError(f"--out and --study are both {study}; give the study another name.")
+    _files.check_target(best_file)
     settings = Settings.create(fixed)
     keep_freed_memory()
     kg = load_kg(source, None, settings.split_seed, **loading)

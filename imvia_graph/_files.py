@@ -322,18 +322,47 @@ def portions(feat: Tensor) -> Iterator[Tensor]:
     yield from feat.split(max(1, 2**21 // max(1, feat[:1].nbytes)))
 
 
+def check_target(path: Path, *, follow: bool = True) -> None:
+    """A DataError where there is something under a name that is no file: a folder, a device.
+
+    A link is what it leads to; without ``follow``, it is taken for a file.
+    """
+    try:
+        kind = path.stat(follow_symlinks=follow).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(kind):
+        raise DataError(f"{path} is a folder; expected the name of a file to write.")
+    if not stat.S_ISREG(kind) and not stat.S_ISLNK(kind):
+        raise DataError(
+            f"{path} is no file but a device, a pipe or a socket, which a file would replace."
+            " Expected the name of a file to write."
+        )
+
+
 def write_atomically(
-    path: Path, write: Callable[[Path], None], previous: Path | None = None
+    path: Path,
+    write: Callable[[Path], None],
+    previous: Path | None = None,
+    *,
+    follow: bool = False,
 ) -> None:
     """Write beside ``path``, flush to disk, then rename: a reader sees the old file or the new.
 
-    With ``previous``, the old file is kept under that name.
+    With ``previous``, the old file is kept under that name. A link is replaced, so that nothing is
+    written outside of a folder that a stranger made; with ``follow``, for files that a user names,
+    what it leads to is.
 
     Raises
     ------
+    DataError
+        What is there is a folder, a device or the like.
     StorageError
         The disk is full; ``path`` and ``previous`` are as they were.
     """
+    check_target(path, follow=follow)
+    if follow and path.is_symlink():
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:
@@ -430,18 +459,18 @@ def storing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, follow: bool = False) -> None:
     r"""Write UTF-8 text atomically, with ``\\n`` line ends on every system."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
-    write_atomically(path, write)
+    write_atomically(path, write, follow=follow)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, follow: bool = False) -> None:
     """Write JSON atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", follow=follow)
 
 
 def read_json(path: Path) -> Any:

@@ -720,6 +720,7 @@ def write_table(
     separator: str = "\t",
     quoted: bool = False,
     header: bool = False,
+    follow: bool = False,
 ) -> None:
     """Write a table atomically; a name that ends in ``.gz`` or ``.zst`` is compressed."""
     compression: Literal["uncompressed", "gzip", "zstd"] = "uncompressed"
@@ -736,9 +737,9 @@ def write_table(
             check_extension=False,
         )
 
-    _files.write_atomically(path, write)
+    _files.write_atomically(path, write, follow=follow)
 
 
-def write_lines(path: Path, lines: pl.Series) -> None:
+def write_lines(path: Path, lines: pl.Series, *, follow: bool = False) -> None:
     """Write one text a line, atomically; compressed as `write_table` does."""
-    write_table(path, lines.to_frame())
+    write_table(path, lines.to_frame(), follow=follow)

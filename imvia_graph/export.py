@@ -121,7 +121,8 @@ def export_embeddings(
         raise DataError(f"what: expected entities or relations, received {what!r}.")
     heads = _heads(run.model.heads, heads)
     paths = _paths(path, chosen, heads)
-    _check_free(paths, force)
+    for each in paths:
+        check_free(each, force)
     tables = run.entity_embeddings() if what == "entities" else run.relation_embeddings()
     table = _Table.of(run.kg, what, {head: tables[head] for head in heads})
     write: dict[EmbeddingFormat, Callable[[list[Path], _Table], None]] = {
@@ -192,14 +193,13 @@ def _paths(path: Path, format: EmbeddingFormat, heads: Sequence[str]) -> list[Pa
     return [path]
 
 
-def _check_free(paths: Iterable[Path], force: bool) -> None:
-    for path in paths:
-        if path.is_dir():
-            raise DataError(f"{path} is a folder; expected the name of a file to write.")
-        if path.exists() and not force:
-            raise DataError(
-                f"{path} exists. Choose another file, or write over it with --force (force=True)."
-            )
+def check_free(path: Path, force: bool) -> None:
+    """A DataError where a file may not be written: what is there is none, or is to be kept."""
+    _files.check_target(path)
+    if os.path.lexists(path) and not force:
+        raise DataError(
+            f"{path} exists. Choose another file, or write over it with --force (force=True)."
+        )
 
 
 def _write_safetensors(paths: list[Path], table: _Table) -> None:
@@ -214,7 +214,7 @@ def _write_safetensors(paths: list[Path], table: _Table) -> None:
     if table.inverse is not None:
         about["inverse"] = table.inverse
     # Tensors last: where they are, their labels are.
-    _files.write_json(beside, about)
+    _files.write_json(beside, about, follow=True)
     metadata = {
         "format": FORMAT,
         "version": str(FORMAT_VERSION),
@@ -223,7 +223,9 @@ def _write_safetensors(paths: list[Path], table: _Table) -> None:
     }
     # Contiguous and distinct tensors: heads may share one table.
     tensors = {head: value.clone() for head, value in table.heads.items()}
-    _files.write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    _files.write_atomically(
+        path, lambda temporary: save_file(tensors, temporary, metadata), follow=True
+    )
 
 
 def _write_npz(paths: list[Path], table: _Table) -> None:
@@ -250,7 +252,7 @@ def _write_npz(paths: list[Path], table: _Table) -> None:
                 with archive.open(info, "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
 
-    _files.write_atomically(paths[0], write)
+    _files.write_atomically(paths[0], write, follow=True)
 
 
 def _renamed(heads: dict[str, Tensor], taken: Sequence[str]) -> dict[str, Any]:
@@ -276,7 +278,7 @@ def _write_parquet(paths: list[Path], table: _Table) -> None:
         kind = pl.Array(pl.Float32, array.shape[1])
         series.append(pl.Series(name, array, dtype=kind))
     frame = pl.DataFrame(series)
-    _files.write_atomically(paths[0], lambda temporary: frame.write_parquet(temporary))
+    _files.write_atomically(paths[0], frame.write_parquet, follow=True)
 
 
 def _write_word2vec(paths: list[Path], table: _Table) -> None:
@@ -291,7 +293,7 @@ def _write_word2vec(paths: list[Path], table: _Table) -> None:
         frame = pl.from_numpy(value.numpy(), schema=[f"column_{i}" for i in range(width)])
         frame = frame.insert_column(0, pl.Series("token", tokens, dtype=pl.String))
         header = f"{rows} {width}\n".encode()
-        _files.write_atomically(path, _word2vec_writer(header, frame))
+        _files.write_atomically(path, _word2vec_writer(header, frame), follow=True)
 
 
 def _word2vec_writer(header: bytes, frame: pl.DataFrame) -> Callable[[Path], None]:
@@ -387,7 +389,7 @@ def export_predictions(
     """
     path = Path(path)
     chosen = _format(path, format, PREDICTION_SUFFIXES, get_args(PredictionFormat))
-    _check_free([path], force)
+    check_free(path, force)
     frame = predict_all(run, queries, k=k, include_known=include_known, include_self=include_self)
     if chosen == "tsv":
         for column in _files.TRIPLE_COLUMNS:
@@ -395,6 +397,7 @@ def export_predictions(
         _files.write_atomically(
             path,
             lambda temporary: frame.write_csv(temporary, separator="\t", quote_style="never"),
+            follow=True,
         )
     else:
         _write_ntriples(path, frame)
@@ -594,7 +597,7 @@ def _write_ntriples(path: Path, frame: pl.DataFrame) -> None:
         made = rdf.iris(labels.to_list(), base)
         columns.append(frame[column].replace_strict(labels, made, return_dtype=pl.String))
     lines = pl.select(pl.format("<{}> <{}> <{}> .", *columns).alias("line")).to_series()
-    _files.write_text(path, "".join(f"{line}\n" for line in lines))
+    _files.write_text(path, "".join(f"{line}\n" for line in lines), follow=True)
 
 
 __all__ = [

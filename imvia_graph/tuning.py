@@ -621,7 +621,7 @@ def write_best(path: Path, found: Tuned, about: str) -> None:
     """The best settings as a YAML file that ``fit --settings`` takes, on any device."""
     values = {key: value for key, value in found.settings.items() if key not in MACHINE}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    _files.write_text(path, f"# {about}\n{text}")
+    _files.write_text(path, f"# {about}\n{text}", follow=True)
 
 
 __all__ = ["SPACE", "Range", "Tuned", "check_space", "read_space", "tune", "write_best"]

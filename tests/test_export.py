@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from urllib.parse import unquote
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import imvia_graph as ig
-from imvia_graph import export, inference
+from imvia_graph import _files, export, inference
 from imvia_graph.cli import command_line
 from imvia_graph.export import Query, predict_all, queries_of, read_queries
 from imvia_graph.training import Progress
@@ -578,3 +579,69 @@ def test_the_command_says_in_one_line_that_a_file_exists(folder, tmp_path):
     result = command(folder, "--out", tmp_path / "v.npz")
     assert isinstance(result.exception, ig.DataError)
     assert command(folder, "--out", tmp_path / "v.npz", "--force").exit_code == 0
+
+
+# -- what is written over -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def not_a_file(tmp_path, request):
+    """A pipe or a link to one, under a name that tells no format."""
+    path = tmp_path / "there"
+    os.mkfifo(path)
+    if request.param == "link to a pipe":
+        path = path.rename(tmp_path / "pipe").with_name("there")
+        path.symlink_to("pipe")
+    return path
+
+
+@pytest.mark.parametrize("not_a_file", ["pipe", "link to a pipe"], indirect=True)
+def test_what_is_no_file_is_never_written_over(ring_run, not_a_file):
+    before = not_a_file.lstat(), not_a_file.stat()
+    for format in ("safetensors", "npz", "parquet", "word2vec"):
+        heads = ["structure"]
+        with pytest.raises(ig.DataError, match="is no file but a device"):
+            ig.export_embeddings(ring_run, not_a_file, format, heads=heads, force=True)
+    for format in ("tsv", "ntriples"):
+        query = [Query("e1", "after", None)]
+        with pytest.raises(ig.DataError, match="is no file but a device"):
+            ig.export_predictions(ring_run, not_a_file, query, format, force=True)
+    for format in ("kg", "tsv", "npz", "ntriples"):
+        with pytest.raises(ig.DataError, match="is no file but a device"):
+            ig.io.write_kg(ring_run.kg, not_a_file, format, overwrite=True)
+    with pytest.raises(ig.DataError, match="is no file but a device"):
+        _files.write_text(not_a_file.resolve(), "in a folder of our own")
+    assert (not_a_file.lstat(), not_a_file.stat()) == before
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".parquet", ".txt", ".tsv", ".nt"])
+def test_what_a_link_leads_to_is_written_and_the_link_stays(ring_run, tmp_path, suffix):
+    target, link = tmp_path / "elsewhere" / "target", tmp_path / f"link{suffix}"
+    link.symlink_to(target)
+
+    def write(force):
+        if suffix in (".tsv", ".nt"):
+            query = [Query("e1", "after", None)]
+            ig.export_predictions(ring_run, link, query, force=force)
+        else:
+            ig.export_embeddings(ring_run, link, heads=["structure"], force=force)
+
+    with pytest.raises(ig.DataError, match="exists"):  # though it leads to nothing
+        write(force=False)
+    for _ in range(2):
+        write(force=True)
+        assert link.is_symlink()
+        assert target.stat().st_size > 0
+        target.write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", ["g.tsv", "g.parquet", "g.nt", "g.ttl", "g.npz", "graph.npz"])
+def test_a_graph_is_written_to_what_a_link_leads_to(tmp_path, name):
+    link = tmp_path / name
+    link.symlink_to(tmp_path / f"target-{name}")
+    kg = ring_kg(views=False)
+    with pytest.raises(ig.DataError, match="is there already"):
+        ig.io.write_kg(kg, link)
+    ig.io.write_kg(kg, link, overwrite=True)
+    assert link.is_symlink()
+    assert ig.load_kg(tmp_path / f"target-{name}", split=False).num_entities == kg.num_entities

@@ -1,6 +1,7 @@
 """The report: its numbers are the library's, it stands alone, and no name does harm in it."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -300,6 +301,19 @@ def test_a_file_that_exists_is_kept_unless_forced(runs, tmp_path):
     assert path.read_text() == "mine"
     with pytest.raises(ig.DataError, match="at least one run"):
         ig.write_report([], tmp_path / "none.html")
+
+
+def test_what_is_no_file_is_not_written_over_and_links_are_followed(runs, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ig.DataError, match="is no file but a device"):
+        ig.write_report(runs[0], tmp_path / "pipe", force=True)
+    link = tmp_path / "report.html"
+    link.symlink_to(tmp_path / "target.html")
+    with pytest.raises(ig.DataError, match="--force"):
+        ig.write_report(runs[0], link)
+    ig.write_report(runs[0], link, force=True)
+    assert link.is_symlink()
+    assert (tmp_path / "target.html").stat().st_size > 1000
 
 
 def test_the_command_writes_it_with_the_pictures_of_the_run(runs, tmp_path):

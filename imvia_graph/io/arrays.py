@@ -131,7 +131,7 @@ def to_arrays(kg: MultiViewKG) -> dict[str, npt.NDArray[np.int64]]:
     return {split: kg.triples(split).numpy() for split in SPLITS}
 
 
-def write_npz(kg: MultiViewKG, target: Path) -> list[Path]:
+def write_npz(kg: MultiViewKG, target: Path, *, follow: bool = False) -> list[Path]:
     """Write triples and labels into one npz file; no pickles in it."""
     arrays: dict[str, Any] = {
         **to_arrays(kg),
@@ -147,7 +147,7 @@ def write_npz(kg: MultiViewKG, target: Path) -> list[Path]:
         with temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
-    _files.write_atomically(target, write)
+    _files.write_atomically(target, write, follow=follow)
     return [target]
 
 

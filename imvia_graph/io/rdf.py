@@ -408,8 +408,8 @@ def write_rdf(
             [decode_triples(kg.triples(split), entities, relations) for split in splits]
         )
         if form == "ntriples":
-            lines = frame.select(pl.format("<{}> <{}> <{}> .", "head", "relation", "tail"))
-            write_lines(path, lines.to_series())
+            line = pl.format("<{}> <{}> <{}> .", "head", "relation", "tail")
+            lines = frame.select(line).to_series()
         else:
             node = library.NamedNode
             triples = (
@@ -417,6 +417,7 @@ def write_rdf(
                 for head, relation, tail in frame.sort("head", maintain_order=True).iter_rows()
             )
             text = library.serialize(triples, format=library.RdfFormat.TURTLE)
-            write_lines(path, pl.Series(text.decode().removesuffix("\n").split("\n")))
+            lines = pl.Series(text.decode().removesuffix("\n").split("\n"))
+        write_lines(path, lines, follow=path == target)
         written.append(path)
     return written

@@ -157,7 +157,7 @@ def write_tables(
             [decode_triples(kg.triples(split), kg.entities, kg.relations) for split in splits]
         )
         if form == "parquet":
-            _files.write_atomically(path, frame.write_parquet)
+            _files.write_atomically(path, frame.write_parquet, follow=path == target)
         else:
             write_table(
                 path,
@@ -166,6 +166,7 @@ def write_tables(
                 quoted=form == "csv",
                 # Without a header, a first row of the labels h, r, t would pass for one.
                 header=form == "csv" or may_be_header(frame.row(0)),
+                follow=path == target,
             )
         written.append(path)
     return written

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from imvia_graph import _files
 from imvia_graph.errors import DataError
 from imvia_graph.io import arrays, rdf, releases, tables
 from imvia_graph.io.openke import write_openke_files
@@ -94,13 +95,14 @@ def write_kg(
             f"compression: expected gzip or zstd, with one of {', '.join(texts)}; received"
             f" {compression!r} with {format!r}."
         )
-    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
+    if not target.is_dir():
+        _files.check_target(target)
+    taken = any(target.iterdir()) if target.is_dir() else os.path.lexists(target)
+    if taken and not overwrite:
         raise DataError(
             f"{target} is there already and not empty. Name another target, or allow overwriting."
         )
     folder = target
-    if format == "npz" and target.suffix != ".npz":
-        target = folder / arrays.NPZ_NAME
     if format != "kg" and any((folder / "views").glob("*.safetensors")):
         raise DataError(
             f"{folder} is a KG folder with views, which the form {format} does not carry. Name"
@@ -127,7 +129,9 @@ def _write(kg: MultiViewKG, target: Path, format: str, compression: str | None) 
     if format == "mygo":
         return releases.write_mygo(kg, target)
     if format == "npz":
-        return arrays.write_npz(kg, target)
+        if target.suffix == ".npz":
+            return arrays.write_npz(kg, target, follow=True)
+        return arrays.write_npz(kg, target / arrays.NPZ_NAME)
     if format in ("ntriples", "turtle"):
         return rdf.write_rdf(kg, target, format, compression=compression)
     return tables.write_tables(kg, target, format, compression=compression)

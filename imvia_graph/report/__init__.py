@@ -16,6 +16,7 @@ from typing import Any
 from imvia_graph import _files
 from imvia_graph._display import shown
 from imvia_graph.errors import DataError
+from imvia_graph.export import check_free
 from imvia_graph.pictures import Pictures
 from imvia_graph.report.gather import Numbers, environment, gather, sizes
 from imvia_graph.run import Run
@@ -86,10 +87,7 @@ def write_report(
             )
     if not runs:
         raise DataError("report: expected at least one run.")
-    if path.is_dir() or (path.exists() and not force):
-        raise DataError(
-            f"{path} exists. Choose another file, or write over it with --force (force=True)."
-        )
+    check_free(path, force)
     try:
         template = _template()
     except ImportError as error:
@@ -101,7 +99,7 @@ def write_report(
         gather(run, name, Pictures(run.kg, run.folder, pictures))
         for run, name in zip(runs, names, strict=True)
     ]
-    _files.write_text(path, template.render(**_page(found, path)))
+    _files.write_text(path, template.render(**_page(found, path)), follow=True)
     return path
 
 
