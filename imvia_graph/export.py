@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imvia_graph import _files
+from imvia_graph.checkpoint import BEST, LAST, LOCK, METRICS, PREVIOUS, TEST, is_run
 from imvia_graph.errors import DataError, UnknownLabelError
 from imvia_graph.inference import Predictor, Query, Side, query_ids
 from imvia_graph.kg import SPLITS, MultiViewKG
@@ -43,6 +44,9 @@ EMBEDDING_SUFFIXES: dict[str, EmbeddingFormat] = {
 PREDICTION_SUFFIXES: dict[str, PredictionFormat] = {".tsv": "tsv", ".nt": "ntriples"}
 #: What the labels file of a safetensors export says of its format.
 FORMAT, FORMAT_VERSION = "imvia-graph/embeddings", 1
+#: What a run folder is made of, and its folder of the graph.
+OWN_FILES = (BEST, LAST, PREVIOUS, METRICS, TEST, LOCK, "run.json", "settings.yaml")
+GRAPH = "kg"
 #: Names that the columns beside the embeddings have.
 LABEL_COLUMNS = {"npz": ("labels", "names", "inverse"), "parquet": ("label", "name", "inverse")}
 
@@ -101,7 +105,7 @@ def export_embeddings(
     Raises
     ------
     DataError
-        A file exists; an unknown format; labels that the format cannot carry.
+        A file exists, or belongs to a run; an unknown format; labels that the format cannot carry.
     UnknownLabelError
         A head that the model does not have.
 
@@ -196,10 +200,23 @@ def _paths(path: Path, format: EmbeddingFormat, heads: Sequence[str]) -> list[Pa
 def check_free(path: Path, force: bool) -> None:
     """A DataError where a file may not be written: what is there is none, or is to be kept."""
     _files.check_target(path)
+    _refuse_own(path)
     if os.path.lexists(path) and not force:
         raise DataError(
             f"{path} exists. Choose another file, or write over it with --force (force=True)."
         )
+
+
+def _refuse_own(path: Path) -> None:
+    """A DataError where a path is that of a file which a run folder is made of, links followed."""
+    whole = path.resolve()
+    for folder in whole.parents:
+        first, *deeper = whole.relative_to(folder).parts
+        if is_run(folder) and (first == GRAPH if deeper else first in {GRAPH, *OWN_FILES}):
+            raise DataError(
+                f"{path} belongs to the run in {folder}, and is not written over. Choose another"
+                " file."
+            )
 
 
 def _write_safetensors(paths: list[Path], table: _Table) -> None:
@@ -373,7 +390,8 @@ def export_predictions(
     Raises
     ------
     DataError
-        The file exists; an unknown format; labels that TSV cannot carry; bad queries.
+        The file exists, or belongs to a run; an unknown format; labels that TSV cannot carry; bad
+        queries.
     UnknownLabelError
         A query names what the graph does not know.
 

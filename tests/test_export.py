@@ -645,3 +645,25 @@ def test_a_graph_is_written_to_what_a_link_leads_to(tmp_path, name):
     ig.io.write_kg(kg, link, overwrite=True)
     assert link.is_symlink()
     assert ig.load_kg(tmp_path / f"target-{name}", split=False).num_entities == kg.num_entities
+
+
+def own_files(folder):
+    """Every file of a run, and some that it may have."""
+    there = contents(folder)
+    return [*there, "last.safetensors", "previous.safetensors", "test.json", "kg/new.tsv"]
+
+
+def test_no_file_of_a_run_is_written_over(ring_run, folder, tmp_path):
+    before = contents(folder)
+    (tmp_path / "link").symlink_to(folder)
+    assert {"best.safetensors", "run.json", "kg/views/image.safetensors"} <= before.keys()
+    for name in own_files(folder):
+        query = [Query("e1", "after", None)]
+        with pytest.raises(ig.DataError, match="belongs to the run in"):
+            ig.export_predictions(ring_run, tmp_path / "link" / name, query, "tsv", force=True)
+    with pytest.raises(ig.DataError, match="belongs to the run in"):
+        ig.export_embeddings(ring_run, folder / "best.safetensors", force=True)
+    assert contents(folder) == before
+    other = folder / "embeddings.parquet"
+    ig.export_embeddings(ring_run, other)
+    other.unlink()

@@ -314,6 +314,8 @@ def test_what_is_no_file_is_not_written_over_and_links_are_followed(runs, tmp_pa
     ig.write_report(runs[0], link, force=True)
     assert link.is_symlink()
     assert (tmp_path / "target.html").stat().st_size > 1000
+    with pytest.raises(ig.DataError, match="belongs to the run in"):
+        ig.write_report(runs[0], runs[0].folder / "metrics.jsonl", force=True)
 
 
 def test_the_command_writes_it_with_the_pictures_of_the_run(runs, tmp_path):

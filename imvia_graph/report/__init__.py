@@ -67,7 +67,8 @@ def write_report(
     Raises
     ------
     DataError
-        No run; a file that exists; a run without triples to rank; matplotlib or Jinja missing.
+        No run; a file that exists, or belongs to a run; a run without triples to rank; matplotlib
+        or Jinja missing.
 
     Examples
     --------
