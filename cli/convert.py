@@ -37,7 +37,8 @@ from imvia_graph.io.write import WRITTEN, write_kg
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Write even if TARGET is there already; replaces the graph that a folder holds.",
+    help="Write even if TARGET is there already; replaces the graph that a folder holds, and names"
+    " the files that are removed.",
 )
 def convert(
     source: str,
@@ -65,7 +66,8 @@ def convert(
     kg = load_kg(source, validation, seed, **loading)
     for note in kg.notes:
         click.echo(printable(note))
-    lost = write_kg(kg, target, form, compression=compression, overwrite=overwrite)
+    read = source if Path(source).exists() else None  # a data set's name is no path
+    lost = write_kg(kg, target, form, compression=compression, overwrite=overwrite, source=read)
     click.echo(printable(f"Wrote {target}: {repr(kg)[1:-1]}."))
     for sentence in lost:
         click.echo(printable(f"Note: {sentence}"), err=True)

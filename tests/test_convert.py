@@ -2,7 +2,7 @@
 
 import pytest
 from click.testing import CliRunner
-from helpers import ring_kg, write_folder
+from helpers import contents, ring_kg, write_folder
 
 from imvia_graph import MultiViewKG, load_kg
 from imvia_graph.cli import command_line
@@ -68,6 +68,47 @@ def test_a_target_that_is_there_is_left_alone_unless_told(tmp_path):
     assert isinstance(result.exception, DataError)
     assert (tmp_path / "g.csv").read_text() == "mine"
     assert run(source, tmp_path / "g.csv", "--overwrite").exit_code == 0
+
+
+def test_files_that_are_removed_are_named(tmp_path):
+    source = ring_kg(views=False).save(tmp_path / "kg")
+    write_folder(tmp_path / "out", {"train.csv": "a,b,c\n", "Dev.nt.gz": "", "readme.md": "mine"})
+    result = run(source, tmp_path / "out", "--to", "tsv", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert f"graph that was there: {tmp_path}/out/Dev.nt.gz, {tmp_path}/out/train.csv." in (
+        result.stderr
+    )
+    assert sorted(contents(tmp_path / "out")) == [
+        *("readme.md", "test.tsv", "train.tsv", "valid.tsv")
+    ]
+    assert "Removed" not in run(source, tmp_path / "out", "--to", "tsv", "--overwrite").output
+
+
+@pytest.mark.parametrize("to", ["kg", "tsv", "openke", "npz"])
+def test_files_beside_the_source_that_were_not_read_stay(to, tmp_path):
+    rows = "".join(f"a{i},r,b{i}\n" for i in range(9))
+    folder = write_folder(tmp_path / "g", {"train.csv": rows, "valid.csv": rows, "test.csv": rows})
+    before = contents(folder)
+    result = run(folder / "train.csv", folder, "--to", to, "--overwrite")
+    assert isinstance(result.exception, DataError)
+    assert "'test.csv', 'valid.csv' would be removed, which were not read" in str(result.exception)
+    assert contents(folder) == before
+    # Where all of them are read, they may go; and a graph may be written anew beside its source.
+    assert run(folder, folder, "--to", to, "--overwrite").exit_code == 0
+    write_folder(tmp_path / "other", {"facts.csv": rows})
+    for _ in range(2):
+        result = run(tmp_path / "other/facts.csv", tmp_path / "other", "--to", to, "--overwrite")
+        assert result.exit_code == 0, result.output
+        assert "Removed" not in result.output
+
+
+def test_arrays_that_are_no_splits_are_not_removed(tmp_path):
+    source = ring_kg(views=False).save(tmp_path / "kg")
+    write_folder(tmp_path / "out", {"test.npy": "features", "train.csv": "a,b,c\n"})
+    before = contents(tmp_path / "out")
+    result = run(source, tmp_path / "out", "--overwrite")
+    assert "'test.npy' is of no graph that can be read" in str(result.exception)
+    assert contents(tmp_path / "out") == before
 
 
 def test_shares_that_are_no_numbers_are_a_usage_error(tmp_path):

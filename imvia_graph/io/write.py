@@ -39,6 +39,7 @@ def write_kg(
     *,
     compression: str | None = None,
     overwrite: bool = False,
+    source: str | os.PathLike[str] | None = None,
 ) -> list[str]:
     r"""Write a graph to disk in a form that `load_kg` reads.
 
@@ -62,16 +63,21 @@ def write_kg(
         that the folder held in any form, the files of triples and labels that are not written anew
         are removed, so that the folder holds this graph and nothing of that; other files stay. A
         form without views is not written into a KG folder with views.
+    source : path, optional
+        What the graph was read from. Where that lies in the folder to write, files beside it that
+        would be removed are not this graph's, and nothing is written.
 
     Returns
     -------
     list of str
-        What the form did not carry, a sentence each; empty where nothing was lost.
+        What the form did not carry, and which files were removed, a sentence each; empty where
+        nothing was lost.
 
     Raises
     ------
     DataError
-        A label that the form cannot carry (a tab in TSV), a target that is there already.
+        A label that the form cannot carry (a tab in TSV), a target that is there already, files to
+        be removed that are not of the graph that was there.
 
     Examples
     --------
@@ -108,14 +114,60 @@ def write_kg(
             f"{folder} is a KG folder with views, which the form {format} does not carry. Name"
             " another target, or remove it first."
         )
+    if folder.is_dir():
+        _refuse_strange(folder, _names(kg, folder, format, compression), source)
     written = _write(kg, target, format, compression)
     # Only now, so that a graph that cannot be written does not cost the one that is there.
+    removed = []
     if folder.is_dir():
         kept = {folder / name for name in KG_FILES} if format == "kg" else set(written)
-        for path in _graph_files(folder):
-            if path not in kept:
-                path.unlink()
-    return _lost(kg, format, written == [target] and format not in ("kg", "npz"))
+        removed = [path for path in _graph_files(folder) if path not in kept]
+        for path in removed:
+            path.unlink()
+    lost = _lost(kg, format, written == [target] and format not in ("kg", "npz"))
+    if removed:
+        lost.append(
+            "Removed, for they were of the graph that was there:"
+            f" {', '.join(str(path) for path in removed)}."
+        )
+    return lost
+
+
+def _names(kg: MultiViewKG, folder: Path, format: str, compression: str | None) -> set[str]:
+    """The files that a form may have in a folder."""
+    if format == "kg":
+        return set(KG_FILES)
+    if format == "npz":
+        return {arrays.NPZ_NAME}
+    if format in ("openke", "momok", "mygo"):
+        return {*LAYOUT_FILES, *(f"{split}.txt" for split in SPLITS)}
+    return {path.name for path, _ in tables.target_files(kg, folder, format, compression)}
+
+
+def _refuse_strange(folder: Path, kept: set[str], source: str | os.PathLike[str] | None) -> None:
+    """A DataError where files would be removed that are of no graph that was read or replaced."""
+    removed = [path for path in _graph_files(folder) if path.name not in kept]
+    whole = None if source is None else Path(source).resolve()
+    if whole is not None and folder.resolve() in whole.parents:
+        strange = [path.name for path in removed if path.resolve() != whole]
+        if strange:
+            raise DataError(
+                f"{folder}: {', '.join(map(repr, strange))} would be removed, which were not read"
+                f" with {source}. Name another target, or read the folder."
+            )
+    # Of arrays, all splits are in one file: `load_kg` reads no such file.
+    arrays_of_splits = [
+        path.name
+        for path in removed
+        if tables.form_of(path) == "npz"
+        and path.name != arrays.NPZ_NAME
+        and tables.split_of_file(path) != "train"
+    ]
+    if arrays_of_splits:
+        raise DataError(
+            f"{folder}: {', '.join(map(repr, arrays_of_splits))} is of no graph that can be read,"
+            " and none could be read beside it. Move it away, or name another target."
+        )
 
 
 def _write(kg: MultiViewKG, target: Path, format: str, compression: str | None) -> list[Path]:
