@@ -4,6 +4,7 @@ import json
 import os
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -266,6 +267,22 @@ def test_labels_are_shown_as_one_printable_line(label, expected):
 
 def test_names_are_looked_up_without_case_and_accents():
     assert folded("ÎLE São") == "ile sao"
+
+
+def test_names_that_look_like_the_plots_own_markup_stay_as_they_are():
+    from imvia_graph.report import plots
+
+    names = ["font-family: Comic", '#010203 id="x"', 'href="#a url(#b)', "font: 9px Comic"]
+    series = {name: [1.0, 2.0, 3.0, 4.0] for name in names[:2]}
+    for svg in (
+        plots.bars(names, series, "title", "MRR %"),
+        plots.heat_map(names, names[:2], [[0.1, 0.2]] * 4, "title"),
+        plots.curves({name: [(1, 2), (2, 3)] for name in names}, "title", "loss"),
+    ):
+        assert not re.search(
+            "#010203|font: |font-family: (?!inherit)", re.sub(">[^<]*<", "><", svg)
+        )
+        assert set(names) <= {part.text for part in ElementTree.fromstring(svg).iter()}
 
 
 def test_a_report_is_of_runs(tmp_path):

@@ -146,10 +146,15 @@ def _svg(figure: Figure, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     mark = f"p{next(_numbers)}-"
-    svg = re.sub(r'\bid="', f'id="{mark}', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{mark}", svg)
-    svg = svg.replace(_TEXT, "currentColor")
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+
+    def mended(tag: re.Match[str]) -> str:
+        text = re.sub(r'\bid="', f'id="{mark}', tag[0])
+        text = re.sub(r'(href="#|url\(#)', rf"\g<1>{mark}", text)
+        text = text.replace(_TEXT, "currentColor")
+        text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
+        return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+
+    # Not between the tags, where names stand, which may be of any text; there < and > are escaped.
+    svg = re.sub(r"<[^>]*>", mended, svg)
     label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
