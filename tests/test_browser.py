@@ -228,6 +228,33 @@ def test_by_keyboard_alone(watched, address):
     assert watched.faults == []
 
 
+def test_enter_takes_what_the_text_says_by_then(browser, address):
+    watched = Watched(browser, 1400)
+    page = watched.open(address)
+    settled(page, "Choose an entity")
+    entity = page.get_by_role("combobox", name="Entity")
+    entity.press("Enter")  # nothing is asked for
+    entity.press_sequentially("A")
+    expect(page.get_by_role("option").first).to_be_visible()
+    # As fast as a hand that knows the name: the list is still that of the first letter.
+    entity.evaluate("node => { node.value = 'Austria'; node.dispatchEvent(new Event('input')); }")
+    entity.press("Enter")
+    settled(page, "answers to (Austria, ")
+    expect(entity).to_have_value("Austria")
+    for nothing in ("", "  "):
+        entity.fill(nothing)
+        entity.press("Enter")
+        settled(page, "answers to (Austria, ")
+    entity.fill("qqqq")
+    entity.press("Enter")
+    settled(page, "No entity is called qqqq.")
+    page.keyboard.press("Tab")  # what is shown is still Austria's
+    expect(entity).to_have_value("Austria")
+    assert "entity=Austria" in page.url
+    assert watched.faults == []
+    page.context.close()
+
+
 def test_the_page_of_the_service_is_read_without_a_network(watched, address):
     page = watched.open(f"{address}docs")
     expect(page.get_by_role("heading", name="GET /api/complete")).to_be_visible()

@@ -7,6 +7,7 @@ const PATIENCE = 150; // milliseconds without a key before names are looked for
 
 let about = null; // what /api/run says
 let asked = 0; // the number of the last question: answers to earlier ones are dropped
+let current = ""; // the name of the entity that is shown
 
 // -- parts of the page --------------------------------------------------------------------------
 
@@ -100,6 +101,7 @@ async function show() {
   const state = read();
   const mine = ++asked;
   fillForm(state);
+  current = "";
   if (!state.entity) {
     byId("result").hidden = true;
     byId("status").textContent = "Choose an entity to begin.";
@@ -110,7 +112,8 @@ async function show() {
     query[state.ask === "tail" ? "head" : "tail"] = state.entity;
     const found = await get("api/complete", query);
     if (mine !== asked) return;
-    byId("entity").value = shown(found.given.name);
+    current = shown(found.given.name);
+    byId("entity").value = current;
     showAnswers(found, state);
     showViews(byId("given"), found.given);
     byId("given-title").textContent = `Views of ${shown(found.given.name)}`;
@@ -151,7 +154,8 @@ function fillRelations() {
 
 // -- finding an entity: a combobox with a listbox, as the ARIA practices describe it --------------
 
-const finder = { found: [], place: -1, timer: 0, number: 0 };
+// What was found for which text.
+const finder = { found: [], text: null, place: -1, timer: 0, number: 0 };
 
 function closeList() {
   clearTimeout(finder.timer);
@@ -162,11 +166,15 @@ function closeList() {
   finder.place = -1;
 }
 
+// Whether what is found is of the text that stands in the field.
 async function find() {
+  clearTimeout(finder.timer);
   const mine = ++finder.number;
-  const found = await get("api/entities", { q: byId("entity").value.slice(0, 200), limit: 12 });
-  if (mine !== finder.number) return;
+  const text = byId("entity").value;
+  const found = await get("api/entities", { q: text.slice(0, 200), limit: 12 });
+  if (mine !== finder.number) return false;
   finder.found = found;
+  finder.text = text;
   finder.place = -1;
   byId("found").replaceChildren(
     ...found.map((entity, i) =>
@@ -176,6 +184,7 @@ async function find() {
   byId("found").hidden = found.length === 0;
   byId("entity").setAttribute("aria-expanded", String(found.length > 0));
   byId("entity").removeAttribute("aria-activedescendant");
+  return text === byId("entity").value;
 }
 
 function point(place) {
@@ -196,14 +205,18 @@ function choose(place) {
 }
 
 async function onKey(event) {
-  const open = !byId("found").hidden;
+  const text = byId("entity").value;
+  // Soon after a key the list is still that of the text before it.
+  const ready = !byId("found").hidden && finder.text === text;
   if (event.key === "ArrowDown" || event.key === "ArrowUp") {
     event.preventDefault();
-    if (!open) await find();
+    if (!ready && !(await find())) return;
     point(finder.place + (event.key === "ArrowDown" ? 1 : finder.place < 0 ? 0 : -1));
   } else if (event.key === "Enter") {
     event.preventDefault();
-    if (!open) await find();
+    if (!text.trim() && !(ready && finder.place >= 0)) return;
+    if (!ready && !(await find())) return;
+    if (!finder.found.length) byId("status").textContent = `No entity is called ${shown(text)}.`;
     choose(Math.max(0, finder.place));
   } else if (event.key === "Escape") {
     closeList();
@@ -388,7 +401,11 @@ async function start() {
   });
   entity.addEventListener("focus", () => entity.select());
   entity.addEventListener("keydown", onKey);
-  entity.addEventListener("blur", closeList);
+  entity.addEventListener("blur", () => {
+    closeList();
+    // Where the whole window loses the focus, the field keeps it, and what was typed.
+    if (document.activeElement !== entity) entity.value = current;
+  });
   // Before the field loses the focus, which would close the list.
   byId("found").addEventListener("mousedown", (event) => {
     event.preventDefault();
