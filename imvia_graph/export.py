@@ -24,6 +24,7 @@ from imvia_graph import _files
 from imvia_graph.checkpoint import BEST, LAST, LOCK, METRICS, PREVIOUS, TEST, is_run
 from imvia_graph.errors import DataError, UnknownLabelError
 from imvia_graph.inference import Predictor, Query, Side, query_ids
+from imvia_graph.io.arrays import text_array
 from imvia_graph.kg import SPLITS, MultiViewKG
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def export_embeddings(
       ``<name>.labels.json`` with ``labels`` and ``names`` (lists in row order), and for relations
       ``inverse``. It is a file of its own because a safetensors header ends at 100 MB.
     - ``npz``: the same arrays, with ``labels``, ``names`` (and ``inverse``) as arrays of strings
-      (and bools), the strings compressed: ``numpy.load`` reads it without pickle.
+      (and bools), the strings compressed: ``numpy.load`` reads it without pickle. In memory all
+      strings are as wide as the longest one; where that is more than 1 GiB, it is an error.
     - ``parquet``: columns ``label``, ``name`` (and ``inverse``), and a fixed-size list a head.
     - ``word2vec``: the text format, ``rows dim`` in the first line, then a token and its numbers a
       line. A token is the label with ``%``, white space and whatever does not print as the
@@ -105,7 +107,8 @@ def export_embeddings(
     Raises
     ------
     DataError
-        A file exists, or belongs to a run; an unknown format; labels that the format cannot carry.
+        A file exists, or belongs to a run; an unknown format; labels that the format cannot
+        carry.
     UnknownLabelError
         A head that the model does not have.
 
@@ -251,8 +254,8 @@ def _write_npz(paths: list[Path], table: _Table) -> None:
     if any("\0" in text for texts in (table.labels, table.names) for text in texts):
         raise DataError(f"{paths[0]}: a label holds a NUL character, which npz cannot carry.")
     arrays: dict[str, Any] = {
-        columns[0]: np.array(table.labels, dtype=np.str_),
-        columns[1]: np.array(table.names, dtype=np.str_),
+        columns[0]: text_array(paths[0], table.labels, "Parquet or safetensors"),
+        columns[1]: text_array(paths[0], table.names, "Parquet or safetensors"),
     }
     if table.inverse is not None:
         arrays[columns[2]] = np.array(table.inverse, dtype=bool)

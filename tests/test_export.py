@@ -21,6 +21,7 @@ import imvia_graph as ig
 from imvia_graph import _files, export, inference
 from imvia_graph.cli import command_line
 from imvia_graph.export import Query, predict_all, queries_of, read_queries
+from imvia_graph.io import arrays
 from imvia_graph.training import Progress
 
 #: Labels that formats like to stumble over.
@@ -231,6 +232,18 @@ def test_one_long_name_makes_no_large_npz(tmp_path):
     assert arrays["names"].tolist() == names
     numbers = sum(arrays[head].nbytes for head in run.model.heads)
     assert path.stat().st_size < numbers + 50_000  # and not 4 bytes a letter and entity
+
+
+def test_npz_refuses_labels_that_would_take_gigabytes(tmp_path, monkeypatch):
+    kg = ring_kg(entity_names=["x" * 1000] + [f"Entity {i}" for i in range(11)])
+    monkeypatch.setattr(arrays, "MOST_BYTES", 4 * 12 * 1000)
+    ig.export_embeddings(make_run(kg), tmp_path / "v.npz")
+    monkeypatch.setattr(arrays, "MOST_BYTES", 4 * 12 * 1000 - 1)
+    with pytest.raises(ig.DataError, match=r"12 labels of up to 1,000 letters take .* Parquet"):
+        ig.export_embeddings(make_run(kg), tmp_path / "w.npz")
+    with pytest.raises(ig.DataError, match=r"12 labels of up to 1,000 letters"):
+        ig.io.write_kg(kg.replace(entities=kg.entity_names), tmp_path / "g.npz")
+    assert [*contents(tmp_path)] == ["v.npz"]
 
 
 def test_npz_refuses_a_label_that_it_would_change(tmp_path):

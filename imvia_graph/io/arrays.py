@@ -22,6 +22,8 @@ from imvia_graph.kg import SPLITS, MultiViewKG, Split
 
 #: The file in a folder that an npz is written to.
 NPZ_NAME = "triples.npz"
+#: Bytes that an array of labels may take.
+MOST_BYTES = 2**30
 
 
 def split_of(name: str) -> Split | None:
@@ -131,12 +133,27 @@ def to_arrays(kg: MultiViewKG) -> dict[str, npt.NDArray[np.int64]]:
     return {split: kg.triples(split).numpy() for split in SPLITS}
 
 
+def text_array(path: Path, texts: Sequence[str], instead: str) -> npt.NDArray[np.str_]:
+    """Texts as an npz file holds them; a DataError where that takes far more room than they do.
+
+    All texts of a NumPy array are as wide as the longest one, whoever reads it.
+    """
+    longest = max(map(len, texts), default=0)
+    if 4 * longest * len(texts) > MOST_BYTES:
+        raise DataError(
+            f"{path}: as an array of NumPy, {len(texts):,} labels of up to {longest:,} letters take"
+            f" {4 * longest * len(texts) / 2**30:.1f} GiB, for all are as wide as the longest one."
+            f" Write {instead} instead, or shorten the label."
+        )
+    return np.array(texts, dtype=np.str_)
+
+
 def write_npz(kg: MultiViewKG, target: Path, *, follow: bool = False) -> list[Path]:
     """Write triples and labels into one npz file; no pickles in it."""
     arrays: dict[str, Any] = {
         **to_arrays(kg),
-        "entities": np.array(kg.entities, dtype=np.str_),
-        "relations": np.array(kg.relations, dtype=np.str_),
+        "entities": text_array(target, kg.entities, "the form kg or parquet"),
+        "relations": text_array(target, kg.relations, "the form kg or parquet"),
     }
     for name in ("entities", "relations"):
         # numpy drops NULs at the end of a text.
