@@ -385,6 +385,29 @@ def test_links_among_pictures_do_not_lead_out_unless_that_is_named(way, tmp_path
         assert "e2/private.png" in seen.view_sources("image")
 
 
+def test_pictures_whose_names_are_no_text_are_broken_and_shown_as_bytes(tmp_path):
+    from PIL import Image
+
+    images = os.fsencode(tmp_path / "images")
+    for name in (b"e1/1.png", b"e1/caf\xe9.png", b"e\xff/1.png"):
+        path = os.path.join(images, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path, "PNG")
+    write_folder(tmp_path, {"facts.tsv": TRAIN})
+    arguments = ["encode", tmp_path / "facts.tsv", "--split", "none", "--out", tmp_path / "kg"]
+    arguments += ["--images", tmp_path / "images", "--image-encoder", "efficientnet-lite0"]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    assert r"broken: e1/b'caf\xe9.png': its name is not UTF-8" in result.output
+    assert ig.load_kg(tmp_path / "kg").view_sources("image") == ["e1/1.png"]
+    [report] = json.loads((tmp_path / "kg" / "encode.json").read_text("utf-8"))
+    names = [r"b'e\xff'", r"e1/b'caf\xe9.png'"]
+    assert report["broken"] == [[name, "its name is not UTF-8"] for name in names]
+    os.remove(os.path.join(images, b"e1/1.png"))
+    with pytest.raises(ig.DataError, match=r"hold no files.*left out, b'e\\xff': its name is not"):
+        ig.io.read_images(tmp_path / "images", ["e1"])
+
+
 LINKED = ["train.tsv", "entities.tsv", "kg.json", "views/image.safetensors", "views/image.csv"]
 
 

@@ -262,7 +262,7 @@ def encode_views(
         raise DataError(f"batch_size: expected 1 or more, received {batch_size}.")
     start = time.perf_counter()
     dtype = _dtype(precision, encoder.device)
-    report = Report(raw.modality, encoder.name, repeated=raw.repeated)
+    report = Report(raw.modality, encoder.name, repeated=raw.repeated, broken=list(raw.broken))
     done = _Done(encoder, dtype, None if cache is None else Path(cache))
     digests = _encode_distinct(raw, encoder, done, report, batch_size, workers, progress)
     views = _assemble(raw, digests, done, report)

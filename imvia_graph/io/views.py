@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tokenize
 import unicodedata
 import zipfile
@@ -73,6 +74,8 @@ class RawViews(NamedTuple):
         path; the same bytes under another path are found when they are encoded.
     within : Path or None
         The folder that links among the pictures must not lead out of; ``root`` where None.
+    broken : list of (str, str)
+        What is left out because of its name, and why.
     """
 
     modality: str
@@ -81,6 +84,7 @@ class RawViews(NamedTuple):
     root: Path | None = None
     repeated: int = 0
     within: Path | None = None
+    broken: Sequence[tuple[str, str]] = ()
 
 
 # -- raw views ------------------------------------------------------------------------------------
@@ -102,7 +106,8 @@ def read_images(
     source : path
         A folder ``images/<entity>/*``: a folder is called as its entity's label or display name,
         percent-encoded (``%2F`` for a slash) where that cannot be a folder's name. Every file in it
-        is a picture, in the order of the names; hidden files and deeper folders are left aside. Or
+        is a picture, in the order of the names; hidden files and deeper folders are left aside, and
+        a name that is not UTF-8 is that of a broken one. Or
         a table (TSV, CSV, Parquet; TSV and CSV also gzipped) of entity and path.
     of : MultiViewKG or sequence of str
         The graph, or the labels of its entities in id order.
@@ -231,20 +236,26 @@ def _raw(modality: str, entity: Tensor, source: list[str], root: Path | None) ->
 def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
     folders: list[str] = []
     aside: list[str] = []
+    broken: list[tuple[str, str]] = []
     with os.scandir(top) as entries:
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower() in LITTER:
                 continue
-            if _is_folder(entry):
+            if not _is_folder(entry):
+                aside.append(entry.name)
+            elif _is_text(entry.name):
                 folders.append(entry.name)
             else:
-                aside.append(entry.name)
-    if not folders:
+                broken.append((_named(entry.name), _NOT_TEXT))
+    if not folders and not broken:
         files_only = f" but {len(aside)} files" if aside else ""
         raise DataError(
             f"{top} holds no folders{files_only}; expected a folder an entity, called as"
             " the entity is, with its pictures: images/<entity>/*."
         )
+    if not folders:
+        name, reason = min(broken)
+        raise DataError(f"{top}: no folder is an entity's. The first, {name}: {reason}.")
     folders.sort()
     # A name as it stands comes first; then what it says decoded. macOS decomposes letters.
     names = pl.Series(folders, dtype=pl.String)
@@ -268,12 +279,19 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
                     continue
                 if _is_folder(entry):
                     aside.append(f"{folder}/{entry.name}/")
-                else:
+                elif _is_text(entry.name):
                     files.append(entry.name)
+                else:
+                    broken.append((f"{folder}/{_named(entry.name)}", _NOT_TEXT))
         source += [f"{folder}/{name}" for name in sorted(files)]
         entity += [place] * len(files)
     if not source:
-        raise DataError(f"{top}: the folders of the entities hold no files; expected pictures.")
+        found = (
+            f"; the first that was left out, {min(broken)[0]}: {min(broken)[1]}" if broken else ""
+        )
+        raise DataError(
+            f"{top}: the folders of the entities hold no files; expected pictures{found}."
+        )
     if aside:
         logger.warning(
             "%s: %d files beside the entities' folders or folders inside them are left aside, first"
@@ -282,7 +300,22 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
             len(aside),
             ", ".join(map(repr, sorted(aside)[:NAMED])),
         )
-    return _raw("image", torch.tensor(entity, dtype=torch.int64), source, top)
+    raw = _raw("image", torch.tensor(entity, dtype=torch.int64), source, top)
+    return raw._replace(broken=sorted(broken))
+
+
+#: Why a file whose name holds other bytes is left out.
+_NOT_TEXT = "its name is not UTF-8"
+
+
+def _is_text(name: str) -> bool:
+    """Whether the name of a file is text: bytes that are none come as halves of surrogate pairs."""
+    return not re.search("[\ud800-\udfff]", name)
+
+
+def _named(name: str) -> str:
+    """The name of a file that is not text: its bytes."""
+    return repr(os.fsencode(name))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
