@@ -107,14 +107,14 @@ def read_images(
         A folder ``images/<entity>/*``: a folder is called as its entity's label or display name,
         percent-encoded (``%2F`` for a slash) where that cannot be a folder's name. Every file in it
         is a picture, in the order of the names; hidden files and deeper folders are left aside, and
-        a name that is not UTF-8 is that of a broken one. Or
-        a table (TSV, CSV, Parquet; TSV and CSV also gzipped) of entity and path.
+        a name that is not UTF-8 is that of a broken one. Or a table (TSV, CSV, Parquet; TSV and CSV
+        also gzipped) of entity and path.
     of : MultiViewKG or sequence of str
         The graph, or the labels of its entities in id order.
     root : path, optional
         Where the paths of a table start, and what they must not leave, by links neither. Default:
         the table's folder. For a folder of folders, what links in it must not lead out of; by
-        default that folder itself. What does is no picture that can be read.
+        default that folder itself. What does is no picture that can be read, nor a folder of such.
     columns : pair of str or int, optional
         The table's columns of entity and path, by name or by position from 0. Default: ``entity``
         and the first of ``path``, ``image``, ``picture``, ``file``, ``source``; where there is no
@@ -152,7 +152,7 @@ def read_images(
         if separator is not None:
             raise DataError(f"separator: {source} is a folder of pictures, and no table; leave it.")
         within = None if root is None else Path(root).expanduser()
-        return _image_folders(source, of, skip_unknown)._replace(within=within)
+        return _image_folders(source, of, skip_unknown, within)
     frame, where = _read_table(source, columns, separator, PATH_COLUMNS, "path")
     top = source.parent if root is None else Path(root).expanduser()
     _refuse_blank(frame["value"], where, "path")
@@ -233,7 +233,8 @@ def _raw(modality: str, entity: Tensor, source: list[str], root: Path | None) ->
     )
 
 
-def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
+def _image_folders(top: Path, of: Entities, skip_unknown: bool, within: Path | None) -> RawViews:
+    bounds = (within or top).resolve()
     folders: list[str] = []
     aside: list[str] = []
     broken: list[tuple[str, str]] = []
@@ -243,10 +244,13 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
                 continue
             if not _is_folder(entry):
                 aside.append(entry.name)
-            elif _is_text(entry.name):
-                folders.append(entry.name)
-            else:
+            elif not _is_text(entry.name):
                 broken.append((_named(entry.name), _NOT_TEXT))
+            elif entry.is_symlink() and not Path(entry).resolve().is_relative_to(bounds):
+                # Not even the names of what is there are anybody's business.
+                broken.append((f"{entry.name}/", f"it is a link that leads out of {bounds}"))
+            else:
+                folders.append(entry.name)
     if not folders and not broken:
         files_only = f" but {len(aside)} files" if aside else ""
         raise DataError(
@@ -301,7 +305,7 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool) -> RawViews:
             ", ".join(map(repr, sorted(aside)[:NAMED])),
         )
     raw = _raw("image", torch.tensor(entity, dtype=torch.int64), source, top)
-    return raw._replace(broken=sorted(broken))
+    return raw._replace(broken=sorted(broken), within=within)
 
 
 #: Why a file whose name holds other bytes is left out.
