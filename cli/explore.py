@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -12,6 +13,16 @@ from imvia_graph.encode import get_encoder
 from imvia_graph.explore import make_app, serve
 from imvia_graph.pictures import Pictures
 from imvia_graph.run import load
+
+#: GiB of which the bytes are still a number that a machine counts with.
+MOST_HELD = 2**30
+
+
+def _finite(ctx: click.Context, option: click.Parameter, value: float) -> float:
+    # Of "nan" no range tells that it is beyond its ends.
+    if not math.isfinite(value):
+        raise click.BadParameter(f"expected a number of GiB, received {value}.")
+    return value
 
 
 @click.command()
@@ -41,7 +52,8 @@ from imvia_graph.run import load
 )
 @click.option(
     "--hold",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(min=0, max=MOST_HELD),
+    callback=_finite,
     default=4,
     show_default=True,
     metavar="GIB",

@@ -198,6 +198,7 @@ class Predictor:
         """
         if k < 1:
             raise DataError(f"predict: expected k of at least 1, received {k}.")
+        k = min(k, self.kg.num_entities)  # as a tensor's number at most
         self._check_queries(entity, relation)
         if not len(entity):
             none, scores = torch.empty(0, dtype=torch.int64), torch.empty(0)
@@ -575,7 +576,8 @@ def best(scores: Tensor, excluded: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
     """
     lowest = -torch.inf
     scores = scores.masked_fill(excluded, lowest)
-    worst = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1:]
+    k = min(k, scores.shape[1])
+    worst = scores.topk(k, dim=1).values[:, -1:]
     # Those that tie with the last one included, so that which of them stay is told by their ids.
     row, column = ((scores >= worst) & (scores > lowest)).nonzero(as_tuple=True)
     order = torch.argsort(scores[row, column], descending=True, stable=True)

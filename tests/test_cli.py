@@ -463,6 +463,27 @@ def test_predict_prints_one_json_list_that_is_what_the_function_gives(run):
     assert json.loads(heads)[0]["entity"] == loaded.predict(tail="e3", relation="after")[0].entity
 
 
+@pytest.mark.parametrize("top", ["99999999999999999999", str(2**62)])
+def test_more_answers_than_there_are_entities_may_be_asked_for(top, run):
+    options = ("--head", "e1", "--relation", "after", "--json", "--known", "--self")
+    assert len(json.loads(invoke("predict", run, *options, "--top", top).stdout)) == 12
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--hold", "nan", "expected a number of GiB, received nan"),
+        ("--hold", "inf", "not in the range"),
+        ("--hold", "1e300", "not in the range"),
+    ],
+)
+def test_what_the_explorer_cannot_do_is_a_usage_error(option, value, message, run):
+    result = invoke("explore", run, option, value)
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert message in result.stderr
+
+
 def test_predict_shows_a_table_with_known_facts_marked(run):
     query = ["--head", "e3", "--relation", "opposite"]
     result = invoke("predict", run, *query, "--top", 12, "--known")
