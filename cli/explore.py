@@ -25,11 +25,19 @@ def _finite(ctx: click.Context, option: click.Parameter, value: float) -> float:
     return value
 
 
+def _address(ctx: click.Context, option: click.Parameter, value: str) -> str:
+    # The system takes nothing for all addresses that this machine has.
+    if not value.strip():
+        raise click.BadParameter("expected an address; 0.0.0.0 stands for all of this machine's.")
+    return value
+
+
 @click.command()
 @run_argument
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option(
     "--host",
+    callback=_address,
     default="127.0.0.1",
     show_default=True,
     help="Address to listen at; another one than this lets other machines in.",

@@ -475,6 +475,8 @@ def test_more_answers_than_there_are_entities_may_be_asked_for(top, run):
         ("--hold", "nan", "expected a number of GiB, received nan"),
         ("--hold", "inf", "not in the range"),
         ("--hold", "1e300", "not in the range"),
+        ("--host", "", "expected an address"),
+        ("--host", "  ", "expected an address"),
     ],
 )
 def test_what_the_explorer_cannot_do_is_a_usage_error(option, value, message, run):

@@ -387,6 +387,11 @@ def test_only_addresses_and_names_that_are_allowed_reach_the_service(host, allow
     assert Guard(None, ["my.host"]).allows(host) is allowed
 
 
+def test_an_empty_host_does_not_let_everybody_in():
+    with pytest.raises(ig.DataError, match="host: expected an address"):
+        serve(None, "")
+
+
 def test_every_answer_carries_the_guards_and_strange_hosts_get_none(address):
     for path, headers, status in (
         ("", {}, 200),

@@ -96,9 +96,13 @@ def serve(
 
     Raises
     ------
+    DataError
+        The host is empty, which the system would take for all addresses of this machine.
     OSError
         The port is taken, or the address not this machine's.
     """
+    if not host.strip():
+        raise DataError("host: expected an address; 0.0.0.0 stands for all of this machine's.")
     try:
         import uvicorn
     except ImportError as error:
