@@ -176,6 +176,19 @@ def test_entities_are_found_by_the_start_of_a_label_that_is_not_their_name():
     assert [found["label"] for found in service.search("14", 1)] == ["Q183"]
 
 
+def test_entities_of_long_labels_that_are_found_can_be_asked_about():
+    labels = [letter * 100_000 for letter in "x漢"] + [f"e{i}" for i in range(10)]
+    address = served(make_app(make_run(ring_kg().replace(entities=labels))))
+    for label in labels[:2]:
+        found = ask(address, "api/entities", q=label[:50])[2][0]["label"]
+        assert found == label
+        status, _, told = ask(address, "api/complete", relation="after", head=found)
+        assert (status, told["given"]["label"]) == (200, label)
+    long, longer = labels[:2]
+    status, _, told = ask(address, "api/explain", relation="after", head=long, tail=longer)
+    assert (status, told["tail"]["label"]) == (200, longer)
+
+
 def test_tables_that_are_not_held_are_said_to_be_slow(caplog):
     run = make_run(ring_kg())
     app = make_app(run, held=0)
@@ -255,7 +268,12 @@ def test_texts_of_new_entities_are_encoded_where_there_is_an_encoder(run):
         ("api/complete", {"relation": "afterr", "head": "e1"}, 404, "The nearest known: 'after'"),
         ("api/complete", {"relation": "after", "head": "e1", "top": 0}, 422, "query.top"),
         ("api/complete", {"head": "e1"}, 422, "query.relation"),
-        ("api/complete", {"relation": "after", "head": "x" * 10_001}, 422, "10000 characters"),
+        (
+            "api/complete",
+            {"relation": "after", "head": "x" * 100_001},
+            422,
+            "more than 100000 characters",
+        ),
         ("api/explain", {"head": "\x00<b>", "relation": "after", "tail": "e1"}, 404, "␀<b>"),
         ("api/entities", {"limit": 101}, 422, "query.limit"),
         ("views/image/0", {}, 404, "no such picture"),

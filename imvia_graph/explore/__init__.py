@@ -19,8 +19,8 @@ from imvia_graph.run import Run
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of a request's line and headers: a label of 10,000 letters is as long as 90 kB in a link.
-LONGEST_HEAD = 256 * 1024
+#: Bytes of a request's line and headers: three labels of 100,000 letters are 2.7 MB in a link.
+LONGEST_HEAD = 4 * 1024**2
 
 
 def make_app(

@@ -18,15 +18,18 @@ import anyio.to_thread
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from imvia_graph._version import __version__
 from imvia_graph.errors import DataError, UnknownLabelError
 from imvia_graph.explore.service import Service
 from imvia_graph.inference import Side
 
-#: Letters of a label in a request, answers, views of a new entity, and bytes of a body.
+#: Letters of a text in a request, answers, views of a new entity, and bytes of a body.
 LONGEST, MOST_ANSWERS, MOST_VIEWS, MOST_BYTES = 10_000, 1000, 256, 8 * 1024**2
+#: Letters of a label in a request.
+LONGEST_LABEL = 100_000
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
@@ -47,6 +50,15 @@ PAGES = {
     "/explore.css": ("explore.css", "text/css; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
+
+
+def _bounded(label: str) -> str:
+    if len(label) > LONGEST_LABEL:
+        raise PydanticCustomError(
+            "too_long",
+            f"A label of more than {LONGEST_LABEL} characters cannot be asked about here.",
+        )
+    return label
 
 
 # -- shapes ---------------------------------------------------------------------------------------
@@ -146,7 +158,7 @@ class NewEntity(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    relation: str = Field(max_length=LONGEST)
+    relation: Annotated[str, AfterValidator(_bounded)]
     ask: Side = Field("tail", description="The end that is asked for; the new entity is the other.")
     views: dict[str, Annotated[list[list[float]], Field(max_length=MOST_VIEWS)]] = Field(
         default_factory=dict,
@@ -179,7 +191,11 @@ class Problem(BaseModel):
 
 # -- routes ---------------------------------------------------------------------------------------
 
-Label = Annotated[str, Query(max_length=LONGEST, description="Label or display name.")]
+Label = Annotated[
+    str,
+    AfterValidator(_bounded),
+    Query(description="Label or display name, up to 100,000 letters."),
+]
 REFUSED: dict[int | str, dict[str, Any]] = {
     404: {"model": Problem, "description": "No such entity or relation."},
     422: {"model": Problem, "description": "A question that cannot be asked so."},
