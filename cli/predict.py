@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 from rich.markup import escape
 from rich.table import Table
 
+from imvia_graph._display import shown
 from imvia_graph.cli.display import cell, json_text, results
 from imvia_graph.cli.options import device_option, run_argument
+from imvia_graph.inference import Prediction
 from imvia_graph.run import load
+
+#: Letters of an answer for which, or for a word of it, there is room beside the heads' scores.
+ANSWER = 24
 
 
 @click.command()
@@ -65,19 +71,32 @@ def predict(
         click.echo(json_text([answer._asdict() for answer in answers]))
         return
     query = f"({head}, {relation}, ?)" if head is not None else f"(?, {relation}, {tail})"
-    table = Table(title=cell(query), title_justify="left")
-    table.add_column("", justify="right")
-    table.add_column("answer")
-    table.add_column("score", justify="right")
     heads = trained.model.heads if len(trained.model.heads) > 1 else []
-    for name in heads:
-        table.add_column(cell(name), justify="right")
+    table = _table(query, answers, heads)
+    # Where a terminal is too narrow for all, no number is cut: the heads' are left out.
+    wide = results.options.update_width(10_000)
+    least = results.measure(_table("", answers, heads, ANSWER), options=wide).minimum
+    if least > results.width:
+        table = _table(query, answers, [])
+    results.print(table)
+
+
+def _table(
+    query: str, answers: Sequence[Prediction], heads: Sequence[str], longest: int = 120
+) -> Table:
+    """Rank, answer with so many letters at most, score, and the scores of heads."""
+    table = Table(title=cell(query), title_justify="left")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("answer", overflow="fold")
+    table.add_column("score", justify="right", no_wrap=True)
+    for head in heads:
+        table.add_column(cell(head), justify="right", no_wrap=True)
     for place, answer in enumerate(answers, 1):
         name = answer.name if answer.name == answer.entity else f"{answer.name} ({answer.entity})"
         table.add_row(
             str(place),
-            cell(name) + escape(" [known]" if answer.known else ""),
+            escape(shown(name, longest) + (" [known]" if answer.known else "")),
             f"{answer.score:.3f}",
             *(f"{answer.modalities[head]:.3f}" for head in heads),
         )
-    results.print(table)
+    return table

@@ -16,6 +16,7 @@ from helpers import TINY, contents, differing_tensors, ring_kg, run_python, writ
 
 import imvia_graph as ig
 from imvia_graph.cli import COMMANDS, command_line, main
+from imvia_graph.cli.display import results
 
 METRICS = ["mrr", "mr", "hits@1", "hits@3", "hits@10", "hits@100"]
 #: --set of a model that trains in no time.
@@ -495,6 +496,19 @@ def test_predict_shows_a_table_with_known_facts_marked(run):
     assert re.search(r"│ +\d+ │ e9 \[known\] +│", result.stdout)
     assert "joint" in result.stdout
     assert "[known]" not in invoke("predict", run, *query).stdout
+
+
+@pytest.mark.parametrize(("columns", "heads"), [(20, 0), (40, 0), (72, 0), (80, 5), (200, 5)])
+def test_predict_cuts_no_number_on_a_narrow_terminal(columns, heads, run, monkeypatch):
+    monkeypatch.setattr(results, "width", columns)
+    answers = ig.load(run).predict(head="e3", relation="opposite", k=10)
+    query = ["--head", "e3", "--relation", "opposite"]
+    shown = invoke("predict", run, *query).stdout
+    for place, answer in enumerate(answers, 1):
+        scores = [answer.score, *list(answer.modalities.values())[:heads]]
+        numbers = " +│ +".join(re.escape(f"{score:.3f}") for score in scores)
+        name = answer.name[:2]  # at 20 columns the rest is in the next line
+        assert re.search(rf"│ +{place} │ {name}\d? +│ +{numbers} │\n", shown), shown
 
 
 def test_labels_like_console_markup_are_shown_as_they_are(tmp_path):
