@@ -8,14 +8,14 @@ from typing import Any
 import click
 
 from imvia_graph._display import printable
-from imvia_graph.cli.options import loading_options
+from imvia_graph.cli.options import NamedFile, loading_options
 from imvia_graph.io.load import Validation, load_kg
 from imvia_graph.io.write import WRITTEN, write_kg
 
 
 @click.command()
 @click.argument("source")
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("target", type=NamedFile())
 @click.option(
     "--to",
     "form",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 
 from imvia_graph.cli.display import console
-from imvia_graph.cli.options import device_option, run_argument
+from imvia_graph.cli.options import NamedFile, device_option, run_argument
 from imvia_graph.export import (
     Side,
     What,
@@ -25,7 +25,7 @@ PREDICTIONS = ("tsv", "ntriples")
 
 @click.command()
 @run_argument
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write.")
+@click.option("--out", type=NamedFile(), required=True, help="File to write.")
 @click.option(
     "--format",
     type=click.Choice([*EMBEDDINGS, *PREDICTIONS]),
@@ -64,7 +64,7 @@ PREDICTIONS = ("tsv", "ntriples")
 )
 @click.option(
     "--queries",
-    type=click.Path(path_type=Path),
+    type=NamedFile(),
     help="File of queries: head, relation, tail a line, separated by tabs, ? for the missing end.",
 )
 @click.option("--top", type=click.IntRange(min=1), help="Answers a query.  [default: 10]")

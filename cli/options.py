@@ -26,6 +26,24 @@ def device_option(command: Command) -> Command:
     )(command)
 
 
+class NamedFile(click.Path):
+    """The path of a file; ``-``, which elsewhere stands for a standard stream, is refused."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        if str(value) == "-":
+            self.fail(
+                "standard input and output are not read and written here; name a file"
+                " (./- for one that is called so).",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
 def _columns(
     ctx: click.Context, option: click.Parameter, value: str | None
 ) -> list[int] | list[str] | None:

@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from imvia_graph.cli.display import console
-from imvia_graph.cli.options import device_option
+from imvia_graph.cli.options import NamedFile, device_option
 from imvia_graph.report import write_report
 from imvia_graph.run import load
 
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
+@click.option("--out", type=NamedFile(), required=True, help="HTML file to write.")
 @click.option(
     "--images",
     type=click.Path(path_type=Path),

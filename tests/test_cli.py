@@ -498,6 +498,23 @@ def test_predict_shows_a_table_with_known_facts_marked(run):
     assert "[known]" not in invoke("predict", run, *query).stdout
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "RUN", "--out", "-", "--format", "npz"),
+        ("export", "RUN", "--out", "x.tsv", "--queries", "-"),
+        ("report", "RUN", "--out", "-"),
+        ("convert", "countries", "-"),
+    ],
+)
+def test_a_minus_is_no_file(arguments, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*(run if argument == "RUN" else argument for argument in arguments))
+    assert result.exit_code == 2
+    assert "standard input and output are not read and written here; name a file" in result.stderr
+    assert not contents(tmp_path)
+
+
 @pytest.mark.parametrize(("columns", "heads"), [(20, 0), (40, 0), (72, 0), (80, 5), (200, 5)])
 def test_predict_cuts_no_number_on_a_narrow_terminal(columns, heads, run, monkeypatch):
     monkeypatch.setattr(results, "width", columns)
