@@ -366,7 +366,7 @@ def write_atomically(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:
-        with storing(path):
+        with storing(path), _naming(path):
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=_aside(path))
             os.close(handle)
             temporary = Path(name)
@@ -386,9 +386,24 @@ def write_atomically(
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the system name the file that is asked for, and not the one beside it."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename
+        if not isinstance(named, str) or not Path(named).name.startswith(_aside(path)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _aside(path: Path) -> str:
-    """How the names of files begin that become ``path`` once they are whole."""
-    return f".{path.name}."
+    """How the names of files begin that become ``path`` once they are whole.
+
+    Of a long name it is the beginning, for a name has 255 bytes at most.
+    """
+    return f".{path.name[:50]}."
 
 
 def remove_unfinished(path: Path) -> None:

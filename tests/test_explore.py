@@ -447,6 +447,17 @@ def test_pages_ask_nothing_of_the_network(address):
         assert "//" not in text.replace("// ", "")
 
 
+def test_pages_answer_those_who_ask_for_the_head_alone(address):
+    connection = http.client.HTTPConnection(urlsplit(address).netloc)
+    for page in ("/", "/docs", "/explore.js"):
+        connection.request("HEAD", page)
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (200, b"")
+        assert int(answer.headers["Content-Length"]) > 100
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    connection.close()
+
+
 def test_the_openapi_page_names_every_operation(address):
     _, _, api = ask(address, "openapi.json")
     assert set(api["paths"]) == {

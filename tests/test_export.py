@@ -1,6 +1,7 @@
 """What `export_embeddings` and `export_predictions` write is read back equal, by other readers."""
 
 import csv
+import errno
 import json
 import os
 from urllib.parse import unquote
@@ -680,3 +681,22 @@ def test_no_file_of_a_run_is_written_over(ring_run, folder, tmp_path):
     other = folder / "embeddings.parquet"
     ig.export_embeddings(ring_run, other)
     other.unlink()
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path, monkeypatch):
+    path = tmp_path / ("漢" * 80 + ".txt")  # 244 bytes: what is beside it must not be longer
+    _files.write_text(path, "whole")
+    assert path.read_text() == "whole"
+    for name in ("a" * 300, "漢" * 90):
+        with pytest.raises(OSError, match="too long") as caught:
+            _files.write_text(tmp_path / name, "whole")
+        assert caught.value.filename == str(tmp_path / name)
+
+    def refuse(dir, prefix):
+        raise PermissionError(errno.EACCES, "Permission denied", f"{dir}/{prefix}abc")
+
+    monkeypatch.setattr(_files.tempfile, "mkstemp", refuse)
+    with pytest.raises(PermissionError) as caught:
+        _files.write_text(path, "new")
+    assert caught.value.filename == str(path)
+    assert contents(tmp_path) == {path.name: b"whole"}

@@ -217,7 +217,7 @@ def build(service: Service, allow_hosts: Sequence[str] = ()) -> FastAPI:
     app.add_exception_handler(DataError, _problem(422))
     app.add_exception_handler(RequestValidationError, _invalid)
     for path, (name, kind) in PAGES.items():
-        app.add_api_route(path, _page(name, kind), methods=["GET"], include_in_schema=False)
+        app.add_api_route(path, _page(name, kind), methods=["GET", "HEAD"], include_in_schema=False)
 
     @app.get("/api/run", response_model=About, summary="The run: graph, heads, relations")
     def about() -> Any:
