@@ -9,7 +9,6 @@ import click
 
 from imvia_graph.cli.display import console
 from imvia_graph.cli.options import device_option, run_argument
-from imvia_graph.encode import get_encoder
 from imvia_graph.explore import make_app, serve
 from imvia_graph.pictures import Pictures
 from imvia_graph.run import load
@@ -93,13 +92,10 @@ def explore(
       imvia-graph explore runs/mine --images ~/pictures
     """
     trained = load(run, device)
-    encoder = None
-    if text_encoder is not None:
-        encoder = get_encoder(text_encoder, "text", trained.model.device)
     app = make_app(
         trained,
         pictures=Pictures(trained.kg, run, images),
-        text_encoder=encoder,
+        text_encoder=text_encoder,
         allow_hosts=allow_hosts,
         held=int(hold * 2**30),
     )

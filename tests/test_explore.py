@@ -249,6 +249,16 @@ def test_texts_of_new_entities_are_encoded_where_there_is_an_encoder(run):
         make_app(run, text_encoder=Lengths())
 
 
+def test_an_encoder_is_one_of_texts_or_the_name_of_one(run):
+    with pytest.raises(ig.EncoderError, match="There is no encoder 'maxilm'"):
+        make_app(run, text_encoder="maxilm")
+    with pytest.raises(ig.DataError, match="expected an encoder of texts"):
+        make_app(run, text_encoder=5)
+    pytest.importorskip("PIL", reason="the extra encoders is not installed")
+    with pytest.raises(ig.EncoderError, match="is for images, not for texts"):
+        make_app(run, text_encoder="efficientnet-lite0")
+
+
 # -- what it refuses ------------------------------------------------------------------------------
 
 

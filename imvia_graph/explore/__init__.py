@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from imvia_graph.encode import Encoder
+from imvia_graph.encode import Encoder, get_encoder
 from imvia_graph.errors import DataError
 from imvia_graph.pictures import Pictures
 from imvia_graph.run import Run
@@ -27,7 +27,7 @@ def make_app(
     run: Run,
     *,
     pictures: Pictures | None = None,
-    text_encoder: Encoder | None = None,
+    text_encoder: str | Encoder | None = None,
     allow_hosts: Sequence[str] = (),
     held: int | None = None,
 ) -> Any:
@@ -39,8 +39,9 @@ def make_app(
         A trained run.
     pictures : Pictures, optional
         Where the pictures of the views are. Default: what the graph and the run folder know.
-    text_encoder : Encoder, optional
-        What made the graph's ``text`` views; with it, new entities can be asked about by texts.
+    text_encoder : str or Encoder, optional
+        What made the graph's ``text`` views, or its name as for `imvia_graph.encode.get_encoder`;
+        with it, new entities can be asked about by texts.
     allow_hosts : sequence of str
         Names under which requests may ask for this service, beside ``localhost`` and addresses.
     held : int, optional
@@ -50,6 +51,8 @@ def make_app(
     ------
     DataError
         FastAPI is not installed, or the encoder does not fit the graph.
+    EncoderError
+        There is no encoder of that name, or it is none of texts.
 
     Examples
     --------
@@ -66,6 +69,8 @@ def make_app(
         from imvia_graph.explore.web import build
     except ImportError as error:
         raise _not_installed(error) from error
+    if isinstance(text_encoder, str):
+        text_encoder = get_encoder(text_encoder, "text", run.model.device)
     service = Service(run, pictures or Pictures(run.kg, run.folder), text_encoder, held)
     if not service.predictor.holds:
         logger.warning(

@@ -51,6 +51,8 @@ class Service:
         self.predictor = Predictor(run.model.eval(), run.kg, held)
         self.text_encoder = text_encoder
         if text_encoder is not None:
+            if getattr(text_encoder, "modality", None) != "text":
+                raise DataError(f"text_encoder: expected an encoder of texts: {text_encoder!r}.")
             views = run.model.views
             width = views["text"][0].shape[1] if "text" in views else None
             if text_encoder.width != width:
