@@ -598,6 +598,7 @@ class MultiViewKG:
         try:
             for modality, held in self._held.items():
                 path = folder / "views" / f"{modality}.safetensors"
+                _files.check_target(path, follow=False)
                 if not _linked.is_at(path, held.file):
                     staged[path] = path.with_name(f"{path.name}.new")
                     staged[path].unlink(missing_ok=True)

@@ -436,6 +436,23 @@ def test_a_run_folder_does_not_lead_out_of_itself(command, name, trained, tmp_pa
     assert_refused(result, "leaves the folder")
 
 
+@pytest.mark.parametrize("name", ["train.tsv", "entities.tsv", "views/image.safetensors"])
+def test_saving_a_graph_replaces_links_and_no_pipe(name, tmp_path):
+    folder = ring_kg().save(tmp_path / "kg")
+    outside = tmp_path / "outside"
+    outside.write_text("years of work")
+    (folder / name).unlink()
+    (folder / name).symlink_to(outside)
+    ring_kg().save(folder)
+    assert not (folder / name).is_symlink()
+    assert outside.read_text() == "years of work"
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ig.DataError, match="is no file but a device"):
+        ring_kg().save(folder)
+    assert (folder / name).is_fifo()
+
+
 def test_going_on_with_a_strangers_run_writes_through_no_link(trained, tmp_path):
     folder = write_folder(tmp_path / "stranger", trained)
     outside = tmp_path / "outside"
