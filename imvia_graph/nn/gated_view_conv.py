@@ -20,6 +20,7 @@ from imvia_graph.ops import (
     Backend,
     ViewWeights,
     check,
+    check_shapes,
     choose,
     fused_cpu,
     fused_triton,
@@ -326,7 +327,7 @@ class GatedViewConv(nn.Module):
         backend = choose(view_feat, entity_feat) if self.backend == "auto" else self.backend
         if backend == "numba" and self._adds_halves(view_feat, entity_feat):
             half, added, row = self._halves(*given, apart=True)
-            check(view_feat, ptr, entity, half)
+            check_shapes(view_feat, ptr, entity, half)
             found = fused_cpu.aggregate(view_feat, ptr, entity, half, added, row, self.absent)
             return found[0], ViewWeights(*found[1:]) if get_weight else None, True
         gate = self.gate(*given)

@@ -119,8 +119,8 @@ class _Aggregate(torch.autograd.Function):
         order = _order(entity)
         kept_for_backward = (feat, ptr, entity, gate, added, row, order, weight_ptr, weight, kept)
         given = (*kept_for_backward, absent.to(out.dtype).contiguous(), out)
-        cuts = _cuts(weight_ptr, order)
-        _kernels.share_out(_kernels.load("views").forward, cuts, given)
+        ctx.cuts = _cuts(weight_ptr, order)
+        _kernels.share_out(_kernels.load("views").forward, ctx.cuts, given)
         ctx.save_for_backward(*kept_for_backward)
         return out, weight
 
@@ -133,7 +133,7 @@ class _Aggregate(torch.autograd.Function):
         grad_gate = torch.empty_like(gate)
         grad_feat = weight.new_zeros(feat.shape if of_feat else (0, gate.shape[1]))
         # Queries of one entity add to the same views: they stay on one thread.
-        cuts = _cuts(weight_ptr, order, entity if of_feat else None)
+        cuts = _cuts(weight_ptr, order, entity) if of_feat else ctx.cuts
         given = (grad_out.contiguous(), grad_weight.contiguous(), grad_gate, grad_feat)
         _kernels.share_out(_kernels.load("views").backward, cuts, (*tensors, *given))
         grad_added = None
