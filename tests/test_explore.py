@@ -282,7 +282,7 @@ def test_an_encoder_is_one_of_texts_or_the_name_of_one(run):
             "api/complete",
             {"relation": "after", "head": "x" * 100_001},
             422,
-            "more than 100000 characters",
+            "more than 100,000 letters",
         ),
         ("api/explain", {"head": "\x00<b>", "relation": "after", "tail": "e1"}, 404, "␀<b>"),
         ("api/entities", {"limit": 101}, 422, "query.limit"),

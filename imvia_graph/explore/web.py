@@ -19,7 +19,6 @@ from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
 from imvia_graph._version import __version__
 from imvia_graph.errors import DataError, UnknownLabelError
@@ -54,10 +53,7 @@ PAGES = {
 
 def _bounded(label: str) -> str:
     if len(label) > LONGEST_LABEL:
-        raise PydanticCustomError(
-            "too_long",
-            f"A label of more than {LONGEST_LABEL} characters cannot be asked about here.",
-        )
+        raise ValueError(f"a label of more than {LONGEST_LABEL:,} letters cannot be asked about")
     return label
 
 
@@ -326,7 +322,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
     """What is wrong with a request, without what was sent: that may be of any size and kind."""
     assert isinstance(error, RequestValidationError)
     told = [
-        f"{'.'.join(str(part) for part in found['loc'][:3])[:200]}: {found['msg'][:200]}"
+        f"{'.'.join(str(part) for part in found['loc'][:3])[:200]}:"
+        f" {found['msg'].removeprefix('Value error, ')[:200]}"
         for found in error.errors()[:5]
     ]
     return await _problem(422)(request, DataError("; ".join(told)))
