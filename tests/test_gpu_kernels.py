@@ -97,10 +97,12 @@ def moved(positives, device):  # noqa: F811
     return Positives(*(None if part is None else part.to(device) for part in positives))
 
 
-@pytest.mark.parametrize("number", [None, 9], ids=["as-they-are", "filled-up"])
-@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize(
+    ("size", "heads", "number"),
+    [(5, 1, None), (333, 4, None), (333, 4, 9)],
+    ids=["a-head", "heads", "filled-up"],
+)
 @pytest.mark.parametrize("decided", ["trained", "detached", "not"])
-@pytest.mark.parametrize("size", [5, 333])
 @pytest.mark.parametrize(
     ("loss", "positives"),
     [("softmax", POSITIVES), ("softmax", WEIGHTED), ("binary", POSITIVES)],
