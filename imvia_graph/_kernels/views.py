@@ -129,7 +129,7 @@ def forward(
         sums[:] = 0
         unit_gate(gate[i], added[row_of[i] if logits else 0], logits, unit)
         total = shift = zero
-        following, left = ahead(order, place + 2, stop, ptr, entity)
+        following, left = ahead(order, place + 1, stop, ptr, entity)
         for k in range(count):
             ask_for(data, stride, size, following, left, k, count)
             row = as_floats(feat[first + k], buffer)
@@ -221,13 +221,12 @@ def backward(
             continue
         largest = unit_gate(gate[i], added[row_of[i] if logits else 0], logits, unit)
         above = grad_out[i]
-        following, left = ahead(order, place + 2, stop, ptr, entity)
+        following, left = ahead(order, place + 1, stop, ptr, entity)
         # Relative to the first view: of a single one, and of equal ones, they are zeros.
         origin = as_floats(feat[first], base)
         # What the mean is off by, all views are: it is of twice the precision.
         mean = total = 0.0
         for k in range(count):
-            ask_for(data, stride, size, following, left, k, count)
             slopes[k] = grad_weight[at + k]
             slopes[k] += difference(above, as_floats(feat[first + k], buffer), origin)
             total += weight[at + k]
@@ -235,6 +234,8 @@ def backward(
         mean /= total
         slope[:] = 0
         for k in range(count):
+            # Not before: what is read for the second time is to be in the cache still.
+            ask_for(data, stride, size, following, left, k, count)
             row = as_floats(feat[first + k], buffer)
             scale, ab, ac = kept[at + k, 0], kept[at + k, 2], kept[at + k, 3]
             p = weight[at + k] * weight.dtype.type(slopes[k] - mean) * kept[at + k, 1]
