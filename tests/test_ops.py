@@ -173,7 +173,7 @@ def test_backends_agree_in_float32(d, other):
     for one, other in zip(*results, strict=True):
         assert one.dtype == torch.float32
         # With one dimension every cosine is 1, and the gate's gradient rounding alone.
-        assert (one - other).norm() <= 1e-6 * one.norm().clamp(min=0.1)
+        assert (one - other).norm() <= 1e-6 * one.norm().clamp(min=1e-3)
 
 
 def test_auto_takes_what_is_there(monkeypatch):
@@ -393,64 +393,3 @@ def test_entities_and_pointers_that_lead_outside_the_views_are_refused(
     gate = torch.rand(2, 2, requires_grad=True)
     with pytest.raises(IMVIAError, match=match):
         gated_view_aggregate(feat, ptr, torch.tensor(entity), gate, backend=backend)
-
-
-# -- gates whose halves the compiled loops add ----------------------------------------------------
-
-
-def added_case(dtype, rows, queries=40, d=5):
-    """Views of 12 entities, some without, and two halves of the gates, one a row of several."""
-    torch.manual_seed(rows)
-    feat, ptr, entity, half = case([3, 0, 1, 7, 2, 0, 4, 1, 9, 2, 5, 1], range(12), d, dtype)
-    entity = torch.randint(12, (queries,))
-    half, added = torch.randn(queries, d).to(dtype), torch.randn(rows, d).to(dtype)
-    row = torch.randint(rows, (queries,)) if 1 < rows < queries else None
-    leaves = [part.requires_grad_() for part in (feat, half, added, torch.randn(d).to(dtype))]
-    return leaves, ptr, entity, row
-
-
-@pytest.mark.parametrize("rows", [1, 6, 40], ids=["one row", "rows", "a row a query"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_loops_that_add_the_halves_of_a_gate_agree_with_torch(dtype, rows):
-    (feat, half, added, absent), ptr, entity, row = added_case(dtype, rows)
-    leaves = feat, half, added, absent
-    direction, slope = torch.randn(len(entity), feat.shape[1]).to(dtype), None
-    found = []
-    for apart in (True, False):
-        if apart:
-            out, weight, _ = fused_cpu.aggregate(feat, ptr, entity, half, added, row, absent)
-        else:
-            gate = torch.sigmoid(half + (added if row is None else added[row]))
-            out, weights = gated_view_aggregate(
-                feat, ptr, entity, gate, backend="reference", get_weight=True
-            )
-            weight = weights.weight
-            out = torch.where((ptr.diff()[entity] > 0)[:, None], out, absent)
-        slope = torch.randn_like(weight) if slope is None else slope
-        loss = (out * direction).sum() + (weight * slope).sum()
-        found.append([out, weight, *torch.autograd.grad(loss, leaves)])
-    for one, other in zip(*found, strict=True):
-        assert one.dtype == dtype
-        bound = 3e-6 if dtype == torch.float32 else 1e-13
-        assert (one - other).norm() <= bound * other.norm()
-
-
-def test_sums_that_saturate_the_sigmoid_or_are_not_finite_are_as_torch_has_them():
-    feat = torch.randn(4, 8)
-    half = torch.tensor([200.0, -60.0, torch.nan, torch.inf])[:, None].repeat(1, 8)
-    half[1, ::2] = 3.0
-    ptr, entity = torch.tensor([0, 4]), torch.zeros(4, dtype=torch.int64)
-    out, _, _ = fused_cpu.aggregate(feat, ptr, entity, half, torch.zeros(8))
-    expected = gated_view_aggregate(feat, ptr, entity, torch.sigmoid(half), backend="reference")
-    assert out[2].isnan().all()
-    assert out[[0, 1, 3]].isfinite().all()
-    assert torch.allclose(out, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
-
-
-@pytest.mark.parametrize("row", [[0, 2], [-1, 0]])
-def test_rows_that_are_not_there_are_refused(row):
-    feat, ptr = torch.randn(2, 3), torch.tensor([0, 1, 2])
-    with pytest.raises(IMVIAError, match="rows from 0 to 1"):
-        fused_cpu.aggregate(
-            feat, ptr, torch.tensor([0, 1]), feat, torch.randn(2, 3), torch.tensor(row)
-        )

@@ -6,7 +6,7 @@ and to convert it afterwards, and loses nothing.
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,19 +47,14 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
-def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is a linear one whose calls nobody replaced, or listens to."""
-    return type(layer) is nn.Linear and not any(getattr(layer, hooks) for hooks in _HOOKS)
-
-
 def linear(layer: nn.Module, feat: Tensor) -> Tensor:
     """``layer(feat)``; of (B, k) features on a GPU under autocast in fewer passes over memory.
 
     Gradients are of first order there: who asks for theirs gets an error.
     """
-    if feat.dim() == 2 and is_plain(layer):
+    if type(layer) is nn.Linear and feat.dim() == 2:
         dtype = half_precision(layer.weight)
-        if dtype is not None:
+        if dtype is not None and not any(getattr(layer, hooks) for hooks in _HOOKS):
             out: Tensor = Linear.apply(feat, layer.weight, layer.bias, dtype)
             return out
     found: Tensor = layer(feat)

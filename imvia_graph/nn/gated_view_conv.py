@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from imvia_graph import _gpu
 from imvia_graph._dgl import dgl
 from imvia_graph._gpu.lookup import lookup
-from imvia_graph._gpu.products import is_plain, linear
+from imvia_graph._gpu.products import linear
 from imvia_graph.answers import pointer
 from imvia_graph.errors import IMVIAError
 from imvia_graph.ops import (
@@ -20,9 +19,7 @@ from imvia_graph.ops import (
     Backend,
     ViewWeights,
     check,
-    check_shapes,
     choose,
-    fused_cpu,
     fused_triton,
     gated_view_aggregate,
     picking,
@@ -278,67 +275,49 @@ class GatedViewConv(nn.Module):
         picking.check_range(view_feat, ptr, entity)
         if picking.apart(view_feat, entity):
             view_feat, ptr, entity = picking.pick_views(view_feat, ptr, entity)
-        count = several = None
+        count = several = weights = None
         if not _gpu.is_waited_for(entity.device):
             count = ptr[entity + 1] - ptr[entity]
             several = None if get_weight or not len(view_feat) else _worth_gating(count)
         if several is None:
-            out, weights, filled = self._gated(
-                view_feat, ptr, entity, entity_feat, rel_feat, relation, halves, get_weight
+            gate = self.gate(entity_feat, rel_feat, relation, halves)
+            if not get_weight and self._fills(view_feat, gate):
+                check(view_feat, ptr, entity, gate)
+                out, _, _ = fused_triton.aggregate(view_feat, ptr, entity, gate, False, self.absent)
+                return out.to(torch.promote_types(view_feat.dtype, self.absent.dtype))
+            result = gated_view_aggregate(
+                view_feat, ptr, entity, gate, backend=self.backend, get_weight=get_weight
             )
+            out, weights = result if isinstance(result, tuple) else (result, None)
         else:
             own_row = relation is None and rel_feat is not None and rel_feat.dim() == 2
-            gated, weights, filled = self._gated(
-                view_feat,
-                ptr,
-                entity[several],
+            gate = self.gate(
                 entity_feat[several],
                 rel_feat[several] if own_row and rel_feat is not None else rel_feat,
                 None if relation is None else relation[several],
                 halves,
             )
+            gated = gated_view_aggregate(
+                view_feat, ptr, entity[several], gate, backend=self.backend
+            )
+            assert isinstance(gated, Tensor)
             # The weight of an only view is 1, whatever the gate.
             only = view_feat[ptr[entity].clamp(max=len(view_feat) - 1)]
-            out, filled = only.to(gated.dtype).index_copy(0, several, gated), False
+            out = only.to(gated.dtype).index_copy(0, several, gated)
+        has_view = ptr[entity + 1] > ptr[entity] if count is None else count > 0
         # The sums are in float32 at least; a layer in half precision gives half precision.
         out = out.to(torch.promote_types(view_feat.dtype, self.absent.dtype))
-        if not filled:
-            has_view = ptr[entity + 1] > ptr[entity] if count is None else count > 0
-            # A GPU would have to be waited for, to know whether any is missing.
-            if _gpu.is_waited_for(out.device) or not has_view.all():
-                out = torch.where(has_view[:, None], out, self.absent.to(out.dtype))
-            else:
-                out = _Involved.apply(out, self.absent)
+        # A GPU would have to be waited for, to know whether any is missing.
+        if _gpu.is_waited_for(out.device) or not has_view.all():
+            out = torch.where(has_view[:, None], out, self.absent.to(out.dtype))
+        else:
+            out = _Involved.apply(out, self.absent)
         return out if weights is None else (out, weights)
 
-    def _gated(
-        self,
-        view_feat: Tensor,
-        ptr: Tensor,
-        entity: Tensor,
-        entity_feat: Tensor,
-        rel_feat: Tensor | None,
-        relation: Tensor | None,
-        halves: dict[Any, Tensor] | None,
-        get_weight: bool = False,
-    ) -> tuple[Tensor, ViewWeights | None, bool]:
-        """Eq. 1 to 3, and whether entities without views have ``absent`` already."""
-        given = entity_feat, rel_feat, relation, halves
-        backend = choose(view_feat, entity_feat) if self.backend == "auto" else self.backend
-        if backend == "numba" and self._adds_halves(view_feat, entity_feat):
-            half, added, row = self._halves(*given, apart=True)
-            check_shapes(view_feat, ptr, entity, half)
-            found = fused_cpu.aggregate(view_feat, ptr, entity, half, added, row, self.absent)
-            return found[0], ViewWeights(*found[1:]) if get_weight else None, True
-        gate = self.gate(*given)
-        if backend == "triton" and not get_weight and fused_triton.usable(view_feat, gate):
-            check(view_feat, ptr, entity, gate)
-            out, _, _ = fused_triton.aggregate(view_feat, ptr, entity, gate, False, self.absent)
-            return out, None, True
-        result = gated_view_aggregate(
-            view_feat, ptr, entity, gate, backend=self.backend, get_weight=get_weight
-        )
-        return (*result, False) if isinstance(result, tuple) else (result, None, False)
+    def _fills(self, view_feat: Tensor, gate: Tensor) -> bool:
+        """Whether the aggregation itself gives entities without views the vector ``absent``."""
+        backend = choose(view_feat, gate) if self.backend == "auto" else self.backend
+        return backend == "triton" and fused_triton.usable(view_feat, gate)
 
     @staticmethod
     def _check_rows(
@@ -364,52 +343,24 @@ class GatedViewConv(nn.Module):
         halves: dict[Any, Tensor] | None = None,
     ) -> Tensor:
         """Eq. 1: (B, view_feats) gates; arguments as those of `aggregate`."""
-        half, added, row = self._halves(entity_feat, rel_feat, relation, halves)
-        if added is not None:
-            half = half + (added if row is None else lookup(row, added))
-        return self.activation(half)
-
-    def _halves(
-        self,
-        entity_feat: Tensor,
-        rel_feat: Tensor | None,
-        relation: Tensor | None,
-        halves: dict[Any, Tensor] | None,
-        apart: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The entities' half of the gate, what is added to it, and which row of that.
-
-        With ``apart`` the bias is in what is added, which has fewer rows.
-        """
-        half = None if halves is None else halves.get(self)
-        if half is None:
-            half = self._half(self.gate_entity, entity_feat, apart)
+        gate: Tensor | None = None if halves is None else halves.get(self)
+        if gate is None:
+            gate = self._linear(self.gate_entity, entity_feat)
             if halves is not None:
-                halves[self] = half
-        bias = self.gate_entity.bias if apart else None
-        if rel_feat is None:
-            return half, bias, None
-        if self.gate_relation is None:
-            raise dgl.DGLError(
-                "This layer was made without rel_feats, but received a rel_feat of shape"
-                f" {tuple(rel_feat.shape)}. Give rel_feats to the constructor."
-            )
-        if relation is not None and len(relation) < len(rel_feat):
-            rel_feat, relation = lookup(relation, rel_feat), None
-        added = self._half(self.gate_relation, rel_feat)
-        return half, added if bias is None else added + bias, relation
+                halves[self] = gate
+        if rel_feat is not None:
+            if self.gate_relation is None:
+                raise dgl.DGLError(
+                    "This layer was made without rel_feats, but received a rel_feat of shape"
+                    f" {tuple(rel_feat.shape)}. Give rel_feats to the constructor."
+                )
+            if relation is not None and len(relation) < len(rel_feat):
+                rel_feat, relation = lookup(relation, rel_feat), None
+            half = self._linear(self.gate_relation, rel_feat)
+            gate = gate + (half if relation is None else lookup(relation, half))
+        return self.activation(gate)
 
-    def _adds_halves(self, view_feat: Tensor, entity_feat: Tensor) -> bool:
-        """Whether the compiled loops can add the halves of the gate, and apply the sigmoid."""
-        return (
-            self.activation is torch.sigmoid
-            and is_plain(self.gate_entity)
-            and fused_cpu.usable(view_feat, entity_feat)
-        )
-
-    def _half(self, layer: nn.Linear, feat: Tensor, without_bias: bool = False) -> Tensor:
-        if without_bias:
-            return functional.linear(feat, layer.weight)
+    def _linear(self, layer: nn.Linear, feat: Tensor) -> Tensor:
         # Gradients of gradients are promised for the reference alone.
         found: Tensor = layer(feat) if self.backend == "reference" else linear(layer, feat)
         return found

@@ -194,12 +194,6 @@ def refuse_backend(backend: Backend, device: torch.device) -> None:
 
 def check(feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor) -> None:
     """Refuse shapes that do not fit, and where that is known without waiting what is not there."""
-    check_shapes(feat, ptr, entity, gate)
-    picking.check_range(feat, ptr, entity)
-
-
-def check_shapes(feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor) -> None:
-    """Refuse shapes that do not fit, and places that are no integers."""
     if (
         feat.dim() != 2
         or ptr.dim() != 1
@@ -216,3 +210,4 @@ def check_shapes(feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor) -> Non
             raise IMVIAError(
                 f"gated_view_aggregate: expected {name} in int64; received {part.dtype}."
             )
+    picking.check_range(feat, ptr, entity)
