@@ -64,6 +64,8 @@ BEST, LAST, METRICS = "best.safetensors", "last.safetensors", "metrics.jsonl"
 TEST = "test.json"
 #: The checkpoint before the last one, and the lock of who trains.
 PREVIOUS, LOCK = "previous.safetensors", ".lock"
+#: What a run folder is made of, beside its folder of the graph.
+_OWN_FILES = (BEST, LAST, PREVIOUS, METRICS, TEST, LOCK, "run.json", "settings.yaml")
 #: What the checksum is called among the metadata of a file.
 CHECKSUM = "sha256"
 
@@ -239,6 +241,16 @@ def upgrade(folder: Path, settings: Settings) -> None:
     if about["version"] < FORMAT_VERSION:
         _files.write_text(folder / "settings.yaml", settings.to_yaml())
         _files.write_json(folder / "run.json", {**about, "version": FORMAT_VERSION})
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder that a path is a part of, links followed; None where it is of none."""
+    whole = path.resolve()
+    for folder in whole.parents:
+        first, *deeper = whole.relative_to(folder).parts
+        if is_run(folder) and (first == "kg" if deeper else first in {"kg", *_OWN_FILES}):
+            return folder
+    return None
 
 
 class RunFolder(Callback):
@@ -796,6 +808,7 @@ __all__ = [
     "load_trainer",
     "locked",
     "open_run",
+    "run_of",
     "save_model",
     "save_run",
     "save_trainer",

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imvia_graph import _files
-from imvia_graph.checkpoint import BEST, LAST, LOCK, METRICS, PREVIOUS, TEST, is_run
+from imvia_graph.checkpoint import run_of
 from imvia_graph.errors import DataError, UnknownLabelError
 from imvia_graph.inference import Predictor, Query, Side, query_ids
 from imvia_graph.io.arrays import text_array
@@ -45,9 +45,6 @@ EMBEDDING_SUFFIXES: dict[str, EmbeddingFormat] = {
 PREDICTION_SUFFIXES: dict[str, PredictionFormat] = {".tsv": "tsv", ".nt": "ntriples"}
 #: What the labels file of a safetensors export says of its format.
 FORMAT, FORMAT_VERSION = "imvia-graph/embeddings", 1
-#: What a run folder is made of, and its folder of the graph.
-OWN_FILES = (BEST, LAST, PREVIOUS, METRICS, TEST, LOCK, "run.json", "settings.yaml")
-GRAPH = "kg"
 #: Names that the columns beside the embeddings have.
 LABEL_COLUMNS = {"npz": ("labels", "names", "inverse"), "parquet": ("label", "name", "inverse")}
 
@@ -203,23 +200,15 @@ def _paths(path: Path, format: EmbeddingFormat, heads: Sequence[str]) -> list[Pa
 def check_free(path: Path, force: bool) -> None:
     """A DataError where a file may not be written: what is there is none, or is to be kept."""
     _files.check_target(path)
-    _refuse_own(path)
+    folder = run_of(path)
+    if folder is not None:
+        raise DataError(
+            f"{path} belongs to the run in {folder}, and is not written over. Choose another file."
+        )
     if os.path.lexists(path) and not force:
         raise DataError(
             f"{path} exists. Choose another file, or write over it with --force (force=True)."
         )
-
-
-def _refuse_own(path: Path) -> None:
-    """A DataError where a path is that of a file which a run folder is made of, links followed."""
-    whole = path.resolve()
-    for folder in whole.parents:
-        first, *deeper = whole.relative_to(folder).parts
-        if is_run(folder) and (first == GRAPH if deeper else first in {GRAPH, *OWN_FILES}):
-            raise DataError(
-                f"{path} belongs to the run in {folder}, and is not written over. Choose another"
-                " file."
-            )
 
 
 def _write_safetensors(paths: list[Path], table: _Table) -> None:
