@@ -176,8 +176,9 @@ def save_run(
         def finish() -> None:  # last, so that what is a run has a model
             _files.write_json(folder / "run.json", {**_about(kg), "resumable": False})
 
+        state, split = model.state_dict(), split_names(model)
         shards.first_does(begin)
-        save_model(folder / BEST, model.state_dict(), progress, shards, split_names(model))
+        shards.all_do(lambda: save_model(folder / BEST, state, progress, shards, split))
         shards.first_does(finish)
 
 

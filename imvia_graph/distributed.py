@@ -231,15 +231,20 @@ class Shards:
         IMVIAError, OSError
             As the first process meets them; on the others a CheckpointError that says the same.
         """
+        self.all_do(lambda: do() if self.is_first else None)
+
+    def all_do(self, do: Callable[[], None]) -> None:
+        """Have every process do its part of what the first one writes; see `first_does`."""
         met: Exception | None = None
-        if self.is_first:
-            try:
-                do()
-            except (IMVIAError, OSError) as error:  # the others wait to hear of it
-                met = error
+        try:
+            do()
+        except (IMVIAError, OSError) as error:  # the others wait to hear of it
+            met = error
         told = self.first_tells(None if met is None else str(met))
         if told is not None:
             raise met or CheckpointError(told)
+        if met is not None:
+            raise met
 
     def wait(self) -> None:
         """Until all processes are here."""

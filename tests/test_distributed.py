@@ -177,6 +177,26 @@ def test_what_the_first_process_meets_all_meet_with_the_same_words(in_turn, tmp_
             ).__enter__()
 
 
+def test_a_full_disk_while_a_trained_model_is_saved_is_told_to_all_processes(
+    in_turn, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(torch.distributed, "recv", lambda rows, rank: None)
+    monkeypatch.setattr(torch.distributed, "send", lambda rows, rank: None)
+    kg, settings = ring_kg(4), paper_settings(dim=256, precision="float32")
+    models = [ig.IMVIA.from_kg(kg, settings, shards) for shards in in_turn]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        for model, error in zip(models, (ig.StorageError, ig.CheckpointError), strict=True):
+            with pytest.raises(error, match="best.safetensors cannot be written"):
+                checkpoint.save_run(
+                    tmp_path / "run", kg, settings, model, ig.training.Progress(), []
+                )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not checkpoint.is_run(tmp_path / "run")
+
+
 def test_a_checkpoint_that_may_not_be_written_ends_all_processes(in_turn, tmp_path):
     trainer = SimpleNamespace(settings=paper_settings(disk_full="continue"))
     (tmp_path / "run.json").touch()
