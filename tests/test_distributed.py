@@ -188,7 +188,7 @@ def test_a_full_disk_while_a_trained_model_is_saved_is_told_to_all_processes(
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         for model, error in zip(models, (ig.StorageError, ig.CheckpointError), strict=True):
-            with pytest.raises(error, match="best.safetensors cannot be written"):
+            with pytest.raises(error, match=r"best\.safetensors cannot be written"):
                 checkpoint.save_run(
                     tmp_path / "run", kg, settings, model, ig.training.Progress(), []
                 )
