@@ -70,10 +70,6 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.command(context_settings={"show_default": True})(command)
 
 
-def _row(context: click.Context, parameter: click.Parameter, value: str | None) -> Row | None:
-    return json.loads(value) if value else None
-
-
 def has(package: str) -> bool:
     """Whether a package is installed: rows of what is not are left out."""
     return importlib.util.find_spec(package) is not None
@@ -258,16 +254,21 @@ def finish(report: Row, out: Path, tables: Sequence[Table]) -> None:
     for one in report["goals"]:
         bound = f"≥ {one['at_least']:g}" if "at_least" in one else f"≤ {one['at_most']:g}"
         table.add_row(one["goal"], bound, f"{one['value']:.3g}", "yes" if one["met"] else "no")
-    console = Console()
-    console.width = max(console.width, 140)
-    for part in [*tables, table]:
-        console.print(part)
     about = report["machine"]
-    console.print(
+    shown(
+        *tables,
+        table,
         f"{about['device']}, {about['threads']} threads, load before {about['load_before'][0]},"
         f" torch {about['versions']['torch']}; written to {out}",
-        markup=False,
     )
+
+
+def shown(*parts: Table | str) -> None:
+    """Show tables and lines on a terminal, wide enough for them."""
+    console = Console()
+    console.width = max(console.width, 140)
+    for part in parts:
+        console.print(part, markup=False)
 
 
 def table_of(title: str, *columns: str, texts: int = 1) -> Table:

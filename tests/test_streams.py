@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import imvia_graph as ig
-from imvia_graph import _factored
+from imvia_graph import _factored, _recorded
 from imvia_graph._recorded import RecordedSteps
 from imvia_graph._streams import Streams
 from imvia_graph.training import Trainer
@@ -283,3 +283,25 @@ def test_what_a_part_did_not_wait_for_or_keep_is_found(gpu, monkeypatch):
     mark = Streams.mark
     early = (Streams, "mark", lambda self: self.begun or mark(self))
     assert watched_step(gpu, monkeypatch, broken=early)[0].raced
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: next(iter(changes), "defaults"))
+def test_a_gpu_computes_the_same_bits_beside_each_other_and_one_after_the_other(
+    monkeypatch, changes
+):
+    kg = ig.load_kg("countries")
+    # Kernels long enough to be at work at the same time.
+    settings = ig.Settings(dim=128, information_dim=128, device="cuda", seed=3, **changes)
+    states = []
+    for most in (_recorded._FEW, -1):
+        monkeypatch.setattr(_recorded, "_FEW", most)
+        torch.manual_seed(0)
+        trainer = Trainer(ig.IMVIA.from_kg(kg, settings).to("cuda"), kg, settings)
+        for _ in range(6):
+            trainer.train_epoch()
+        assert trainer.recorded.graphs
+        assert trainer.recorded.streams.are_several == (most > 0)
+        states.append(trainer.model.state_dict())
+    beside, alone = states
+    assert [name for name in alone if not torch.equal(beside[name], alone[name])] == []
