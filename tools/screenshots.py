@@ -25,15 +25,14 @@ import imvia_graph as ig
 from imvia_graph.explore import make_app
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-QUESTION = "?head=France&relation=borders"
+QUESTION = "?entity=France&relation=borders"
 PORT = 8765
 
 
-def main(*runs: str) -> None:
+def main(*folders: str) -> None:
     """Draw all of them."""
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(ig.load(runs[0], "cpu")), port=PORT, log_level="warning")
-    )
+    runs = [ig.load(folder, "cpu") for folder in folders]
+    server = uvicorn.Server(uvicorn.Config(make_app(runs[0]), port=PORT, log_level="warning"))
     threading.Thread(target=server.run, daemon=True).start()
     while not server.started:
         time.sleep(0.1)
