@@ -2,88 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import polars as pl
 import torch
 from torch import Tensor
 
-from imvia_graph import _files, _linked, _owner, _tables
+from imvia_graph import _files, _linked
 from imvia_graph._dgl import dgl
-from imvia_graph._display import nearest, shown
-from imvia_graph._labels import (
-    Vocabulary,
-    are_distinct,
-    decode_triples,
-    encode_labels,
-    encode_runs,
-    encode_triples,
-    index_triples,
-)
+from imvia_graph._display import nearest
+from imvia_graph._labels import are_distinct, encode_labels, index_triples
 from imvia_graph.answers import AnswerIndex, pointer
 from imvia_graph.errors import DataError, UnknownLabelError
+from imvia_graph.kg.folder import read, write
+from imvia_graph.kg.parts import SPLITS, Held, Split, Views
 
-logger = logging.getLogger(__name__)
-
-#: What ``kg.json`` says of the folder's format.
-FORMAT, FORMAT_VERSION = "imvia-graph/kg", 1
-#: What ``kg.json`` says of a folder while it is being written.
-UNFINISHED = "unfinished"
 #: Names that a modality cannot take: node types of the graph and heads of the model.
 RESERVED_MODALITIES = ("entity", "structure", "joint", "complex", "decision")
-
-Split = str  # "train", "valid" or "test"
-SPLITS: tuple[Split, ...] = ("train", "valid", "test")
-#: The splits, and triples that are in none.
-PARTS = (*SPLITS, "known")
-
-
-class Views(NamedTuple):
-    """The views of one modality, as they go into a `MultiViewKG`.
-
-    Features that are mapped from a file stay there, if they are sorted by entity: what is sorted
-    here is sorted in memory.
-
-    Attributes
-    ----------
-    feat : Tensor
-        (V, d_m) floating point: a row a view.
-    entity : Tensor
-        (V,) int64: the entity that each view shows; any order, zero or many views an entity.
-    source : sequence of str, optional
-        Where each view comes from: a path, an address or the text itself.
-    root : path, optional
-        The folder that relative paths among the sources start from.
-    """
-
-    feat: Tensor
-    entity: Tensor
-    source: Sequence[str] | pl.Series | None = None
-    root: str | os.PathLike[str] | None = None
-
-
-class _Held(NamedTuple):
-    """The views of one modality, as a graph holds them: checked, and sorted by entity."""
-
-    feat: Tensor
-    #: (num_entities + 1,) int64.
-    ptr: Tensor
-    #: None where none is known.
-    source: pl.Series | None
-    root: Path | None
-    #: What the features are mapped from, if they are.
-    file: _linked.Mapped | None = None
-
-    @property
-    def entity(self) -> Tensor:
-        """(V,) int64: the entity of each view."""
-        return torch.repeat_interleave(torch.arange(len(self.ptr) - 1), self.ptr.diff())
 
 
 class MultiViewKG:
@@ -276,7 +215,7 @@ class MultiViewKG:
                 )
         return triples
 
-    def _checked_views(self, modality: str, views: Views) -> _Held:
+    def _checked_views(self, modality: str, views: Views) -> Held:
         if not isinstance(modality, str) or not re.fullmatch(
             r"[^\x00-\x1f\x7f/\\.][^\x00-\x1f\x7f/\\]*", modality
         ):
@@ -331,7 +270,7 @@ class MultiViewKG:
             source = None if source is None else source.gather(pl.Series(order.numpy()))
         ptr = pointer(torch.bincount(entity, minlength=self.num_entities))
         root = None if views.root is None else Path(views.root).absolute()
-        return _Held(feat, ptr, None if source is None else _files.known_texts(source), root)
+        return Held(feat, ptr, None if source is None else _files.known_texts(source), root)
 
     def _check_finite(self, where: str, feat: Tensor, entity: Tensor) -> None:
         # In portions: features may be mapped from a file, and larger than memory.
@@ -583,73 +522,7 @@ class MultiViewKG:
         DataError
             A label holds a tab or a line end, which a TSV file cannot carry. Nothing is written.
         """
-        folder = Path(folder)
-        tables = (
-            ("entities.tsv", "entity", self._entities, self._entity_names),
-            ("relations.tsv", "relation", self._relations, self._relation_names),
-        )
-        for file, _, *columns in tables:
-            for labels in columns:
-                if labels is not None:
-                    _files.check_tsv_labels(folder / file, labels)
-        folder.mkdir(parents=True, exist_ok=True)
-        # What takes long and room goes beside what is there, which is whole until that is done.
-        links, staged = {}, {}
-        try:
-            for modality, held in self._held.items():
-                path = folder / "views" / f"{modality}.safetensors"
-                _files.check_target(path, follow=False)
-                if not _linked.is_at(path, held.file):
-                    staged[path] = path.with_name(f"{path.name}.new")
-                    staged[path].unlink(missing_ok=True)
-                linked = _linked.put(staged.get(path, path), held.feat, held.file, may_link)
-                if linked is not None:
-                    links[modality] = linked
-        except BaseException:
-            for new in staged.values():
-                new.unlink(missing_ok=True)
-            raise
-        left_over = _old_modalities(folder)
-        # From here to the end the folder is none that `load` takes.
-        marked = {"format": FORMAT, "version": FORMAT_VERSION, UNFINISHED: True}
-        _files.write_json(folder / "kg.json", {**_old_about(folder), **marked})
-        for file, column, labels, names in tables:
-            _files.write_label_table(folder / file, column, labels, names)
-        for part in PARTS:
-            path = folder / f"{part}.tsv"
-            if part in SPLITS or len(self.known):
-                frame = decode_triples(getattr(self, part), self._entities, self._relations)
-                _tables.write_table(path, frame)
-            else:
-                path.unlink(missing_ok=True)  # of a graph that was saved here before
-        for path, new in staged.items():
-            new.replace(path)
-        for modality, held in self._held.items():
-            path = folder / "views" / f"{modality}.safetensors"
-            owners = self._entities.gather(pl.Series(held.entity.numpy()))
-            _files.write_view_table(path.with_suffix(".csv"), owners, held.source)
-        for modality in left_over:
-            if modality not in self._held:
-                for ending in (".safetensors", ".csv"):
-                    (folder / "views" / f"{modality}{ending}").unlink(missing_ok=True)
-        about: dict[str, Any] = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "name": self.name,
-            "notes": self.notes,
-            "modalities": self.modalities,
-        }
-        roots = {
-            name: _root_in(folder, held.root) for name, held in self._held.items() if held.root
-        }
-        if roots:
-            about["roots"] = roots
-            if (signature := _owner.sign(roots)) is not None:
-                about["roots_signature"] = signature
-        if links:
-            about["links"] = links
-        _files.write_json(folder / "kg.json", about)
-        return folder
+        return write(self, folder, may_link)
 
     @classmethod
     def load(cls, folder: str | Path) -> MultiViewKG:
@@ -663,55 +536,7 @@ class MultiViewKG:
         DataError
             A missing or malformed file, labels or rows that do not fit; the message says where.
         """
-        folder = Path(folder)
-        about = _read_about(folder)
-        frames = [_read_split(folder, part) for part in PARTS]
-        entities = relations = pl.Series(dtype=pl.String)
-        triples: list[Tensor] = []
-        entity_names = relation_names = None
-        listed_entities = _files.inside(folder, "entities.tsv")
-        listed_relations = _files.inside(folder, "relations.tsv")
-        if not (listed_entities.is_file() and listed_relations.is_file()):
-            entities, relations, triples = index_triples(frames)
-        if listed_entities.is_file():
-            entities, entity_names = _files.read_label_table(listed_entities, "entity")
-        if listed_relations.is_file():
-            relations, relation_names = _files.read_label_table(listed_relations, "relation")
-        if listed_entities.is_file() or listed_relations.is_file():
-            ends, kinds = Vocabulary(entities), Vocabulary(relations)
-            triples = [
-                encode_triples(frame, ends, kinds, str(folder / f"{part}.tsv"))
-                for frame, part in zip(frames, PARTS, strict=True)
-            ]
-            del ends, kinds
-        del frames
-        files = {path.stem: path for path in sorted((folder / "views").glob("*.safetensors"))}
-        listed = [name for name in about.get("modalities", []) if name in files]
-        names = listed + [name for name in files if name not in listed]
-        roots = _followed_roots(folder, about)
-        read = {name: _read_views(files[name], entities) for name in names}
-        links = about.get("links", {})
-        for name, (views, _) in read.items():
-            if name in links:
-                _linked.check(files[name], views.feat, links[name])
-        graph = cls(
-            entities,
-            relations,
-            triples[0],
-            triples[1],
-            triples[2],
-            known=triples[3],
-            views={name: views._replace(root=roots.get(name)) for name, (views, _) in read.items()},
-            name=about.get("name") or folder.resolve().name,
-            entity_names=entity_names,
-            relation_names=relation_names,
-            notes=about.get("notes", []),
-        )
-        for name, (views, mapped) in read.items():
-            held = graph._held[name]
-            if held.feat.data_ptr() == views.feat.data_ptr():  # as it was, and so in the file
-                graph._held[name] = held._replace(file=mapped)
-        return graph
+        return read(cls, folder)
 
     def replace(self, **changes: Any) -> MultiViewKG:
         """The same graph with some constructor arguments changed; views may be given or kept."""
@@ -809,146 +634,3 @@ def _texts(items: Sequence[Any] | pl.Series) -> pl.Series:
     if isinstance(items, pl.Series) and items.dtype == pl.String:
         return items.fill_null("")
     return pl.Series([str(item) for item in items], dtype=pl.String)
-
-
-# -- the folder's files ---------------------------------------------------------------------------
-
-
-def _root_in(folder: Path, root: Path) -> str:
-    """How a KG folder names a folder of pictures: from itself on, where it holds it."""
-    try:
-        return str(root.resolve().relative_to(folder.resolve()))
-    except (ValueError, OSError, RuntimeError):
-        return str(root)
-
-
-def _followed_roots(folder: Path, about: Mapping[str, Any]) -> dict[str, Path]:
-    """The folders of pictures that a KG folder names, less those outside that we did not sign."""
-    named: dict[str, str] = about.get("roots", {})
-    own = bool(named) and _owner.is_own(named, about.get("roots_signature"))
-    followed = {}
-    for modality, root in named.items():
-        path = folder / root  # absolute, or from the folder on
-        try:
-            within = path.resolve().is_relative_to(folder.resolve())
-        except (ValueError, OSError, RuntimeError):  # a NUL; links that lead in a circle
-            continue
-        if own or within:
-            followed[modality] = path
-        else:
-            logger.warning(
-                "%s: the folder of the views %r, %s, lies outside of the KG folder and was not"
-                " written there by you on this machine; it is not looked into. --images FOLDER of"
-                " `report` and `explore` names one.",
-                shown(str(folder / "kg.json")),
-                modality,
-                shown(_files.shorten(root)),
-            )
-    return followed
-
-
-def _read_about(folder: Path) -> dict[str, Any]:
-    path = _files.inside(folder, "kg.json")
-    if not path.is_file():
-        return {}
-    about = _files.read_json(path)
-    if not isinstance(about, dict) or about.get("format", FORMAT) != FORMAT:
-        raise DataError(f"{path}: expected the description of a KG folder ({FORMAT!r}).")
-    if about.get(UNFINISHED):
-        raise DataError(
-            f"{path}: the graph was not written to its end: writing it was stopped, or there was no"
-            " room left. Write it again; or, if that cannot be, remove 'unfinished' from this file:"
-            " the triples, labels and views in the folder are then of two graphs."
-        )
-    for key in ("modalities", "notes"):
-        listed = about.get(key, [])
-        if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-            raise DataError(
-                f"{path}: expected a list of texts for {key!r}, found {_files.bounded(listed)}."
-            )
-    roots = about.get("roots", {})
-    if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):
-        raise DataError(
-            f"{path}: expected a folder a modality for 'roots', found {_files.bounded(roots)}."
-        )
-    links = about.get("links", {})
-    if not isinstance(links, dict) or not all(map(_linked.is_record, links.values())):
-        raise DataError(
-            f"{path}: expected size, time and checksum a modality for 'links', found"
-            f" {_files.bounded(links)}."
-        )
-    if not isinstance(about.get("name") or "", str):
-        raise DataError(
-            f"{path}: expected a text for 'name', found {_files.bounded(about['name'])}."
-        )
-    version = about.get("version", FORMAT_VERSION)
-    if type(version) is not int or version < 1:
-        raise DataError(
-            f"{path}: expected a format version, 1 or more, found {_files.bounded(version)}."
-        )
-    if version > FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {version} is newer than this library reads"
-            f" ({FORMAT_VERSION}). Update imvia-graph."
-        )
-    return about
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a graph that `MultiViewKG.save` has written to its end."""
-    path = folder / "kg.json"
-    if not path.is_file():
-        return False
-    about = _files.read_json(path)
-    return not (isinstance(about, dict) and about.get(UNFINISHED))
-
-
-def _old_about(folder: Path) -> dict[str, Any]:
-    """What kg.json says of a folder that is written over; nothing where it says nothing."""
-    try:
-        about = _files.read_json(folder / "kg.json")
-    except (OSError, DataError):
-        return {}
-    return about if isinstance(about, dict) else {}
-
-
-def _old_modalities(folder: Path) -> list[str]:
-    """Modalities of a graph that was saved here before; their files would be taken for ours."""
-    if not (folder / "kg.json").is_file():
-        return []
-    there = [path.stem for path in (folder / "views").glob("*.safetensors")]
-    if not is_whole(folder):
-        return there  # of that graph, or of one before it
-    names = _read_about(folder).get("modalities") or []
-    return [name for name in names if name in there]
-
-
-def _read_split(folder: Path, split: Split) -> pl.DataFrame:
-    path = _files.inside(folder, f"{split}.tsv")
-    if path.is_file():
-        return _tables.read_triples(path)
-    if split == "train":
-        raise DataError(
-            f"{path}: a KG folder needs this file, a line a triple: head, relation, tail,"
-            " separated by tabs."
-        )
-    return pl.DataFrame(schema=dict.fromkeys(_files.TRIPLE_COLUMNS, pl.String))
-
-
-def _read_views(path: Path, entities: pl.Series) -> tuple[Views, _linked.Mapped | None]:
-    folder = path.parent.parent
-    path = _files.inside(folder, f"views/{path.name}")
-    table = _files.inside(folder, f"views/{path.stem}.csv")
-    if not table.is_file():
-        raise DataError(
-            f"{table}: missing; it names the entity (and source) of each row of {path.name}."
-        )
-    feat, mapped = _linked.map_features(path)
-    labels, source = _files.read_view_table(table)
-    if len(labels) != len(feat):
-        raise DataError(
-            f"{path} holds {len(feat)} rows of features, but {table.name} names {len(labels)}"
-            " views; expected one row each. Make both again from the same source."
-        )
-    entity = encode_runs(labels, entities, str(table))
-    return Views(feat, entity, source), mapped
