@@ -9,10 +9,9 @@ from helpers import ROOT, ring_kg
 from helpers import paper_settings as settings
 
 import imvia_graph as ig
-from imvia_graph import losses
 from imvia_graph.answers import with_inverses
 from imvia_graph.batches import Batch
-from imvia_graph.losses import Positives
+from imvia_graph.losses import Positives, information
 from imvia_graph.training import Trainer
 
 _spec = importlib.util.spec_from_file_location("naive", ROOT / "benchmarks" / "naive.py")
@@ -104,7 +103,7 @@ def test_naive_losses_and_gradients_are_the_trainer_s(kg, both, monkeypatch):
     ours, theirs = both
     # The same permutation in both: the next row of those that take part.
     monkeypatch.setattr(naive, "shuffled", lambda count, device: torch.arange(count).roll(-1))
-    monkeypatch.setattr(losses, "_shuffle", _next_row)
+    monkeypatch.setattr(information, "_shuffle", _next_row)
     # The library computes L1 and L2 in float32; here it is not to.
     monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
     queries = next(theirs.batches())

@@ -1,0 +1,42 @@
+"""What several losses share: rows that take part, and the precision of sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(scores: Tensor) -> Tensor:
+    """Scores in float32, or in float64 where they are."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def zero(embeddings: Mapping[str, Tensor]) -> Tensor:
+    first = next(iter(embeddings.values()), torch.zeros(()))
+    return first.new_zeros(())
+
+
+def without_absent(
+    embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor]:
+    """Embeddings with zeros in the rows that take no part, whatever stands there."""
+    return {
+        name: embedding.masked_fill(~present[name][:, None], 0.0)
+        if present is not None and name in present
+        else embedding
+        for name, embedding in embeddings.items()
+    }
+
+
+def present_in_both(
+    embeddings: Mapping[str, Tensor],
+    present: Mapping[str, Tensor] | None,
+    pairs: Sequence[tuple[str, str]],
+) -> Tensor:
+    """(P, B) bool: for each pair of modalities the rows that have both."""
+    first = next(iter(embeddings.values()))
+    everywhere = torch.ones(len(first), dtype=torch.bool, device=first.device)
+    masks = {name: (present or {}).get(name, everywhere) for name in embeddings}
+    return torch.stack([masks[m] for m, _ in pairs]) & torch.stack([masks[n] for _, n in pairs])

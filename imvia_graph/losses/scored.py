@@ -1,0 +1,166 @@
+"""L3 (Eq. 7): completion, from scores of all candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from imvia_graph.errors import SettingsError
+from imvia_graph.losses._shared import at_least_float32
+
+
+class Positives(NamedTuple):
+    """Which of a batch's (B, N) scores belong to true triples.
+
+    Attributes
+    ----------
+    row, col : Tensor
+        (P,) int64: score (row, col) is a positive; pairs are distinct, every row has at least one.
+    weight : Tensor or None
+        (B,) weights of the rows in the mean over them; None for equal ones. With the number of a
+        row's positives the softmax loss is that of rows of one positive each, at the cost of one.
+    counts : Tensor or None
+        (P,) float32, where rows ascend and the last pair is repeated so that P is a given number: 0
+        for a repetition, else 1. Only `factored_completion` takes it. None where all are distinct.
+    """
+
+    row: Tensor
+    col: Tensor
+    weight: Tensor | None = None
+    counts: Tensor | None = None
+
+
+def binary_completion(scores: Tensor, positives: Positives, label_smoothing: float = 0.0) -> Tensor:
+    r"""Binary cross-entropy with positives and negatives in equal shares (L3 of a head, Eq. 7).
+
+    .. math::
+        -\frac{1}{|T_+|} \sum_{T_+} \log \sigma(S) - \frac{1}{|T_-|} \sum_{T_-} \log \sigma(-S)
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, N) of B queries and N candidates; whatever is not positive is negative.
+    positives : Positives
+    label_smoothing : float, optional
+        :math:`\epsilon`: targets become :math:`(1 - \epsilon) y + \epsilon / N`. Default: ``0``.
+
+    Returns
+    -------
+    Tensor
+        A scalar.
+
+    Raises
+    ------
+    SettingsError
+        Rows that are weighted: it is a mean over terms, not over rows.
+    """
+    check_weights("binary", positives)
+    scores = at_least_float32(scores)
+    smooth = label_smoothing / scores.shape[1]
+    positive = scores[positives.row, positives.col]
+    # -y log s(S) - (1 - y) log s(-S) = softplus(S) - y S = softplus(-S) + (1 - y) S
+    everything = functional.softplus(scores).sum() - smooth * scores.sum()
+    as_negatives = (functional.softplus(positive) - smooth * positive).sum()
+    num_negative = scores.numel() - len(positive)
+    positive_loss = functional.softplus(-positive) + (label_smoothing - smooth) * positive
+    return positive_loss.sum() / max(len(positive), 1) + (everything - as_negatives) / max(
+        num_negative, 1
+    )
+
+
+def softmax_completion(
+    scores: Tensor, positives: Positives, label_smoothing: float = 0.0
+) -> Tensor:
+    r"""Softmax cross-entropy over the candidates, with equal shares for a query's positives.
+
+    .. math::
+        \frac{1}{B} \sum_i \left[ \log \sum_t \exp S_{it}
+        - \frac{1 - \epsilon}{|T_i|} \sum_{t \in T_i} S_{it} - \frac{\epsilon}{N} \sum_t S_{it}
+        \right]
+
+    Parameters are those of `binary_completion`; the mean over the queries i is weighted where
+    ``positives`` say so. Not in the paper; it learns far faster.
+    """
+    scores = at_least_float32(scores)
+    counts = torch.bincount(positives.row, minlength=len(scores)).to(scores.dtype)
+    share = (1 - label_smoothing) / counts[positives.row]
+    positive = share * scores[positives.row, positives.col]
+    loss = scores.logsumexp(dim=1).index_add(0, positives.row, -positive)
+    if label_smoothing:
+        loss = loss - label_smoothing * scores.mean(dim=1)
+    return weighted_mean(loss, positives.weight)
+
+
+COMPLETIONS = {"softmax": softmax_completion, "binary": binary_completion}
+
+
+def completion(
+    scores: Mapping[str, Tensor],
+    positives: Positives,
+    loss: str = "softmax",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """L3: the sum over the heads of `softmax_completion` or (Eq. 7) `binary_completion`.
+
+    Parameters
+    ----------
+    scores : mapping of str to Tensor
+        (B, N) a head.
+    positives : Positives
+    loss : {"softmax", "binary"}, optional
+        Default: ``"softmax"``.
+    label_smoothing : float, optional
+        Default: ``0``.
+
+    Returns
+    -------
+    Tensor
+        A scalar.
+
+    Raises
+    ------
+    SettingsError
+        An unknown loss, or rows that are weighted where the loss is a mean over terms.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.losses import Positives, completion
+    >>> scores = {"structure": torch.zeros(2, 4), "text": torch.zeros(2, 4)}
+    >>> positives = Positives(row=torch.tensor([0, 1]), col=torch.tensor([3, 0]))
+    >>> completion(scores, positives) / 2  # log 4 a head
+    tensor(1.3863)
+    """
+    check_loss(loss)
+    function = COMPLETIONS[loss]
+    parts = [function(part, positives, label_smoothing) for part in scores.values()]
+    return torch.stack(parts).sum()
+
+
+def weighted_mean(rows: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean over (B,) rows with (B,) weights, or equal ones."""
+    if weight is None:
+        return rows.sum() / max(len(rows), 1)
+    weight = weight.to(rows.dtype)
+    return (rows * weight).sum() / weight.sum()
+
+
+def check_weights(loss: str, positives: Positives) -> None:
+    """Refuse weights of rows where the loss is a mean over terms."""
+    if loss != "softmax" and positives.weight is not None:
+        raise SettingsError(
+            f"completion: the loss {loss!r} has no weights of queries; 'softmax' has. Leave"
+            " positives.weight out."
+        )
+
+
+def check_loss(loss: str) -> None:
+    """Refuse the name of a loss that there is none of."""
+    if loss not in COMPLETIONS:
+        raise SettingsError(
+            f"completion: unknown loss {loss!r}; expected one of {', '.join(COMPLETIONS)}."
+        )
