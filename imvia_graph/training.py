@@ -5,12 +5,9 @@ It knows nothing of files or the terminal but through callbacks.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import math
-import mmap
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,8 +19,17 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
+from imvia_graph._average import Average
 from imvia_graph._gpu.lookup import lookup
 from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Parts, listed
+from imvia_graph._machine import (
+    Holes,
+    cpu_has_bfloat16,
+    give_back_freed_memory,
+    keep_freed_memory,
+    resolve_device,
+    training_dtype,
+)
 from imvia_graph._recorded import RecordedSteps, can_record
 from imvia_graph._streams import Streams
 from imvia_graph.batches import Batch, Batches
@@ -192,7 +198,7 @@ class Trainer:
         self.progress = Progress()
         self.sums: dict[str, Tensor] = {}
         self.parts = Parts("training on a batch of queries")
-        self._holes = _Holes()
+        self._holes = Holes()
         self._stopping = False
         self._started = time.perf_counter()
         self._unsettled: _Step | None = None
@@ -1090,155 +1096,6 @@ _ADVICE = (
     "Try a smaller learning_rate, a gradient_clip, or precision=float32, or leave such steps out"
     " with non_finite=skip, which a resumed run takes, too."
 )
-
-
-class Average:
-    r"""The exponential moving average of a model's state, running statistics included.
-
-    .. math:: \bar\theta_s = d_s \bar\theta_{s-1} + (1 - d_s) \theta_s, \quad
-        d_s = \min\left(d, \frac{1 + s}{10 + s}\right)
-
-    The decay starts lower, so that the first weights are soon forgotten.
-
-    Parameters
-    ----------
-    model : IMVIA
-    decay : float
-        d.
-    """
-
-    def __init__(self, model: IMVIA, decay: float) -> None:
-        self.model, self.decay = model, decay
-        self.state = {name: value.clone() for name, value in self._followed().items()}
-
-    def _followed(self) -> dict[str, Tensor]:
-        state = self.model.state_dict()
-        return {name: value for name, value in state.items() if value.is_floating_point()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After step number ``step``, from 0 on."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        now = self._followed()
-        torch._foreach_lerp_(list(self.state.values()), [now[name] for name in self.state], weight)
-
-    @torch.no_grad()
-    def exchange(self) -> None:
-        """Put the average into the model and the model's weights here; twice is as before."""
-        for name, value in self._followed().items():
-            kept = value.clone()
-            value.copy_(self.state[name])
-            self.state[name].copy_(kept)
-
-
-# -- precision -----------------------------------------------------------------------------------
-
-
-def training_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """The precision of training on a device."""
-    if settings.precision != "auto":
-        dtype: torch.dtype = getattr(torch, settings.precision)
-        return dtype
-    if device.type == "cuda":
-        gains = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        gains = device.type == "cpu" and cpu_has_bfloat16()
-    return torch.bfloat16 if gains else torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return bool(supported and supported()) and any(
-        flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16")
-    )
-
-
-def _cpu_flags() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line for line in file if line.startswith("flags")), "")
-    except OSError:
-        return ""
-
-
-def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory for the next step, and not return it to the system.
-
-    A step on a CPU frees tensors of tens of megabytes and asks for them again. As glibc is set,
-    each of them is mapped anew, and every page of it zeroed by the system at its first touch: half
-    the time of a training on MKG-Y. The command line calls this; in a program of your own it is
-    your choice, since it holds for the whole process: its resident size stays at its peak.
-
-    Returns
-    -------
-    bool
-        Whether it was done: on Linux with glibc.
-    """
-    libc = _glibc()
-    # From malloc.h: M_MMAP_MAX = -4, the number of blocks that may be mapped one by one;
-    # M_TRIM_THRESHOLD = -1, the free bytes on top of the heap that are kept.
-    return libc is not None and bool(libc.mallopt(-4, 0) and libc.mallopt(-1, 2**31 - 1))
-
-
-def give_back_freed_memory() -> None:
-    """Return to the system what is free now, where that can be done: on Linux with glibc.
-
-    So that reading a graph, training, ranking and saving do not each leave their own holes.
-    """
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
-class _Holes:
-    """Gives memory back where steps, whose tensors differ a little in size, leave holes in it.
-
-    That costs the page faults of a step, and so is done only once the process has grown.
-    """
-
-    #: Growth in bytes since the first step after memory was given back.
-    GROWTH = 192 * 2**20
-
-    def __init__(self) -> None:
-        self.before: int | None = None
-
-    def look(self) -> None:
-        """After a step."""
-        now = _resident_size()
-        if self.before is None or now < self.before:
-            self.before = now
-        elif now - self.before > self.GROWTH:
-            give_back_freed_memory()
-            self.before = None
-
-
-def _resident_size() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * mmap.PAGESIZE
-    except OSError:
-        return 0
-
-
-@functools.cache
-def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that a setting names, ``auto`` included."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            f"Setting device: {name!r} cannot be used here ({str(error).splitlines()[0]})."
-        ) from None
-    return device
 
 
 __all__ = [

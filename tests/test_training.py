@@ -555,12 +555,12 @@ def test_nothing_that_could_learn_is_an_error():
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_run_goes_on_in_the_precision_that_it_began_in(there, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr("imvia_graph.training.cpu_has_bfloat16", lambda: there)
+    monkeypatch.setattr("imvia_graph._machine.cpu_has_bfloat16", lambda: there)
     began = "bfloat16" if there else "float32"
     options = settings(precision="auto", epochs=1, device="cpu")
     run = ig.fit(ring_kg(), settings=options, out=tmp_path / "run")
     assert run.settings.precision == began
-    monkeypatch.setattr("imvia_graph.training.cpu_has_bfloat16", lambda: not there)
+    monkeypatch.setattr("imvia_graph._machine.cpu_has_bfloat16", lambda: not there)
     assert ig.load(tmp_path / "run").settings.precision == began
     with caplog.at_level("WARNING"):
         again = ig.fit(out=tmp_path / "run", resume=True, epochs=2, precision="auto")
@@ -576,7 +576,7 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(there, monkeypatch, tmp
 
 
 def test_several_processes_take_the_precision_that_all_have(monkeypatch):
-    monkeypatch.setattr("imvia_graph.training.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("imvia_graph._machine.cpu_has_bfloat16", lambda: True)
     kg, chosen = ring_kg(), settings(precision="auto")
     assert Trainer(IMVIA.from_kg(kg, chosen), kg, chosen).precision == torch.bfloat16
     monkeypatch.setattr(Shards, "max_", lambda shards, lacks: torch.ones_like(lacks))
