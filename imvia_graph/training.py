@@ -16,11 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
-from torch.utils.checkpoint import checkpoint
 
 from imvia_graph._average import Average
-from imvia_graph._gpu.lookup import lookup
 from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Parts, listed
 from imvia_graph._machine import (
     Holes,
@@ -30,26 +27,15 @@ from imvia_graph._machine import (
     resolve_device,
     training_dtype,
 )
+from imvia_graph._objective import Objective
 from imvia_graph._recorded import RecordedSteps, can_record
 from imvia_graph._streams import Streams
 from imvia_graph.batches import Batch, Batches
 from imvia_graph.errors import IMVIAError, SettingsError, TrainingError
 from imvia_graph.evaluation import draw_candidates, rank, rank_metrics
 from imvia_graph.kg import MultiViewKG
-from imvia_graph.losses import (
-    Positives,
-    at_least_float32,
-    completion,
-    dura,
-    factored_completion,
-    n3,
-    relation_prediction,
-    sampled_completion,
-    total_loss,
-)
-from imvia_graph.model import COMPLEX, DECISION, IMVIA, MANY, Embedding
+from imvia_graph.model import DECISION, IMVIA, MANY
 from imvia_graph.nn.entity_table import EntityTable
-from imvia_graph.nn.multi_view_encoder import views_present
 from imvia_graph.optimizers import (
     RowOptimizer,
     follows_rows,
@@ -223,6 +209,7 @@ class Trainer:
             chosen = str(self.precision).removeprefix("torch.")
             settings = settings.replace(precision=chosen)
         self.settings = settings
+        self.objective = Objective(model, settings, self.parts)
         self.known = kg.answers()
         several = settings.ranking_candidates
         self._ranked_against = (
@@ -727,288 +714,10 @@ class Trainer:
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         """The total and its parts (Eq. 4, 5, 7, 8), and the loss of L1's estimators."""
-        model, settings = self.model, self.settings
-        streams = self.streams
-        asked = streams.mark()  # the batch is there
-        # Embedded and decoded is this process's part of the queries.
-        embedded = model.embed(batch.entity, batch.relation, streams)
-        embedding_done = streams.mark()
-        with streams.beside("relations", asked):
-            groups = model.grouped(batch.relation, batch.most_relations)
-        queries = model.decode(embedded, groups, streams=streams)
-        streams.meet("positives")
-        (l3, regularization, cubes), tables = self._completion(batch, embedded.heads, queries)
-        with streams.beside("modalities", embedding_done):
-            l1, l2, estimation = self._between_modalities(batch, embedded)
-        streams.keep([*embedded.heads.values(), *embedded.present.values(), l1, l2])
-        streams.keep(part for part in groups if isinstance(part, Tensor))
-        total = total_loss(
-            l1,
-            l2,
-            l3,
-            settings.lambda_information,
-            settings.lambda_alignment,
-            settings.lambda_completion,
-        )
-        parts = {"information": l1, "alignment": l2, "completion": l3}
-        if settings.lambda_regularization:
-            total = total + settings.lambda_regularization * regularization
-            parts["regularization"] = regularization
-        if settings.complex_head and settings.lambda_n3:
-            total = total + settings.lambda_n3 * cubes
-            parts["n3"] = cubes
-        if settings.lambda_relation:
-            parts["relation"] = self._relation(batch, tables)
-            total = total + settings.lambda_relation * parts["relation"]
-        return {"loss": total, **parts}, estimation
-
-    def _between_modalities(
-        self, batch: Batch, embedded: Embedding
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """L1 and L2 of a batch, and the loss of L1's estimators."""
-        model, settings, shards = self.model, self.settings, self.shards
-        l1 = l2 = torch.zeros((), device=model.device)
-        estimation = None
-        # Autocast makes the products in them; the sums over what comes of those want more digits.
-        sources = {name: at_least_float32(embedded.heads[name]) for name in model.sources}
-        aligned = model.alignment is not None and settings.lambda_alignment
-        informed = model.information is not None and settings.lambda_information
-        present = embedded.present
-        if (aligned or informed) and not shards.alone:
-            # These compare the rows of a batch with each other: every process has all of them.
-            rows = len(batch.entity)
-            sources = {name: shards.gather(value, rows) for name, value in sources.items()}
-            present = views_present(model.views, batch.entity)
-        if model.alignment is not None and aligned:
-            l2 = shards.repeated(model.alignment(sources, batch.entity, present))
-        if model.information is not None and informed:
-            l1, estimation = model.information.both(sources, present)
-            l1 = shards.repeated(l1)
-        return l1, l2, estimation
-
-    def _relation(self, batch: Batch, tables: Mapping[str, Tensor] | None) -> Tensor:
-        """Relation prediction, added up over the heads; ``tables`` of all entities, or None.
-
-        Both entities are embedded free of the relation, which the gates would give away.
-        """
-        model, shards = self.model, self.shards
-        row, answer, _, counts = batch.positives
-        asked, relation, number = batch.entity[row], batch.relation[row], len(row)
-        if batch.candidate is not None:
-            answer = batch.candidate[row, answer]
-        elif batch.sampled is not None:
-            answer = batch.sampled.entity[answer]
-        if tables is not None:
-            pairs = torch.cat([asked, answer])
-            rows = {head: embedding(pairs, table) for head, table in tables.items()}
-            heads = {head: part[:number] for head, part in rows.items()}
-            tails = {head: part[number:] for head, part in rows.items()}
-        else:
-            heads, tails = model.embed(asked).heads, model.embed(answer).heads
-            relation = relation[shards.part(number)]
-        total = torch.zeros((), device=model.device)
-        for scores in model.relation_scores(heads, tails).values():
-            total = total + relation_prediction(scores, relation, number, counts)
-        return shards.total(total)
-
-    def _completion(
-        self, batch: Batch, heads: Mapping[str, Tensor], queries: Mapping[str, Tensor]
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Mapping[str, Tensor] | None]:
-        """L3, DURA and N3 of a batch, and the candidates where they are all entities.
-
-        ``heads`` and ``queries`` are the embeddings and vectors of this process's part of its
-        queries. With ``candidates="relation"`` the tables are made a relation.
-        """
-        shards, rows = self.shards, len(batch.entity)
-        asked = {head: shards.gather(query, rows) for head, query in queries.items()}
-        if self.settings.candidates == "shared":
-            loss, tables, answers = self._scored(batch, asked)
-            true = self._true(tables, None if batch.positives.counts is not None else answers)
-            squares, cubes = self._regularization(batch, heads, queries, true, answers)
-            whole = shards.alone and batch.candidate is None and batch.sampled is None
-            return (loss, squares, cubes), tables if whole else None
-        loss = torch.zeros((), device=self.model.device)
-        # All relations of the batch have the same candidates, unless each query has its own.
-        halves: dict[Any, Tensor] | None = {} if batch.candidate is None else None
-        parts = []
-        for one in batch.relation.unique():
-            mine = (batch.relation == one).nonzero().flatten()
-            of_relation = {head: query[mine] for head, query in asked.items()}
-            of_part, tables, answers = self._scored(
-                batch.of(mine), of_relation, one, halves, among=(batch, mine)
-            )
-            loss = loss + of_part
-            parts.append(self._true(tables, answers))
-        true = {head: torch.cat([part[head] for part in parts]) for head in parts[0]}
-        squares, cubes = self._regularization(batch, heads, queries, true, None)
-        return (loss, squares, cubes), None
-
-    def _scored(
-        self,
-        batch: Batch,
-        asked: Mapping[str, Tensor],
-        relation: Tensor | None = None,
-        halves: dict[Any, Tensor] | None = None,
-        among: tuple[Batch, Tensor] | None = None,
-    ) -> tuple[Tensor, Mapping[str, Tensor], Tensor]:
-        """L3 of queries whose candidates are the same, or are sampled for each.
-
-        Parameters
-        ----------
-        batch : Batch
-        asked : mapping of str to Tensor
-            The vectors of all its queries.
-        relation : Tensor, optional
-            Of its candidates; see `IMVIA.candidates`, as for ``halves``.
-        halves : dict, optional
-        among : tuple of Batch and Tensor, optional
-            A larger batch and the rows of it that this one is: the loss is their part of its mean.
-
-        Returns
-        -------
-        tuple of Tensor, mapping and Tensor
-            The loss, the tables of candidates, and this process's answers in them.
-        """
-        model, settings, shards = self.model, self.settings, self.shards
-        positives = batch.positives
-        learns = model.learns_decision
-        share: float | Tensor = 1.0
-        if among is not None:
-            weight = among[0].positives.weight
-            if weight is None:
-                weight = torch.ones(len(among[0].entity), device=model.device)
-            share = weight[among[1]].sum() / weight.sum()
-        if batch.candidate is not None:
-            # Each entity is embedded once, however many queries it is a candidate of; of several
-            # processes each embeds a part of them, and has them all.
-            distinct, place = batch.candidate.unique(return_inverse=True)
-            embedded = model.embed(distinct, relation).heads
-            tables: Mapping[str, Tensor] = {
-                head: shards.gather(table, len(distinct)) for head, table in embedded.items()
-            }
-            scores = self._scores(
-                asked,
-                batch.relation,
-                lambda rows: {head: table[place[rows]] for head, table in tables.items()},
-            )
-            if not learns:
-                del scores[DECISION]
-            loss = completion(scores, positives, settings.loss, settings.label_smoothing)
-            answers = place[positives.row, positives.col]
-            return share * shards.repeated(loss), tables, answers[shards.part(len(answers))]
-        if batch.sampled is not None:
-            # In the binary loss an estimate: what the drawn stand for is told a relation.
-            sampled, first = batch.sampled.of_process(shards)
-            tables = model.candidates(relation, sampled.entity, halves)
-            scores = self._scores(asked, batch.relation, lambda rows: tables)
-            if not learns:
-                del scores[DECISION]
-            own = (positives.col >= first) & (positives.col < first + len(sampled.entity))
-            answers = positives.col[own] - first
-            loss = sampled_completion(
-                scores,
-                Positives(positives.row[own], answers, positives.weight),
-                sampled,
-                settings.loss,
-                settings.label_smoothing,
-                shards,
-            )
-            return share * loss, tables, answers
-        # Beside the queries' embeddings and decoders.
-        with self.streams.beside("candidates", self.streams.begun):
-            tables = model.candidates(relation, halves=halves, streams=self.streams)
-        self.streams.keep(tables.values())
-        # The means of Eq. 7 are over positives and over negatives, not over rows.
-        terms = None
-        if among is not None and settings.loss == "binary":
-            terms, share = (len(among[0].positives.row), len(among[0].entity)), 1.0
-        loss = factored_completion(
-            [asked[head] for head in model.heads],
-            [tables[head] for head in model.heads],
-            positives,
-            model.decision_weights(batch.relation) if learns else None,
-            settings.loss,
-            settings.label_smoothing,
-            settings.decision == "detached",
-            self.parts.count,
-            shards,
-            terms,
-        )
-        answers = positives.col
-        if not shards.alone:
-            answers = answers[shards.owned(answers)] - shards.start
-        return (loss if among is None else share * loss), tables, answers
-
-    @property
-    def _has_cubes(self) -> bool:
-        """Whether N3 is a part of the loss."""
-        return self.model.complex_relation is not None and bool(self.settings.lambda_n3)
-
-    def _true(self, tables: Mapping[str, Tensor], answers: Tensor | None) -> dict[str, Tensor]:
-        """The answers' rows of tables that are regularised; all rows where ``answers`` is None."""
-        heads = [*self.model.tucker_heads] if self.settings.lambda_regularization else []
-        heads += [COMPLEX] * self._has_cubes
-        return {head: tables[head] if answers is None else tables[head][answers] for head in heads}
-
-    def _regularization(
-        self,
-        batch: Batch,
-        heads: Mapping[str, Tensor],
-        queries: Mapping[str, Tensor],
-        true: Mapping[str, Tensor],
-        answers: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """DURA and N3 of a batch, of whose answers ``true`` has the rows that are this process's.
-
-        With ``counts`` it has those of all candidates, and ``answers`` says which of them answer.
-        """
-        model, shards, positives = self.model, self.shards, batch.positives
-        squares = cubes = torch.zeros((), device=model.device)
-        if not true:
-            return squares, cubes
-        weight = positives.weight
-        if weight is None and not shards.alone:
-            weight = torch.ones(len(batch.entity), device=squares.device)
-        times = None
-        if positives.counts is not None and answers is not None:
-            # Of all candidates, how often each answers: in one shape, whatever the answers are.
-            times = torch.zeros(model.num_entities, device=squares.device)
-            times.index_add_(0, answers, positives.counts)
-        others = weight, len(positives.col), shards, times
-        if self.settings.lambda_regularization:
-            of_heads = [heads[head] for head in model.tucker_heads]
-            of_queries = [queries[head] for head in model.tucker_heads]
-            squares = dura(
-                of_heads, of_queries, [true[head] for head in model.tucker_heads], *others
-            )
-        if self._has_cubes and model.complex_relation is not None:
-            relation = batch.relation[shards.part(len(batch.relation))]
-            numbers = lookup(relation, model.complex_relation.weight)
-            cubes = n3(heads[COMPLEX], numbers, true[COMPLEX], *others)
-        return squares, cubes
+        return self.objective.losses(batch, self.streams)
 
     def _looked_up(self) -> list[Tensor]:
         return [rows for table in self.tables.values() for rows in table.looked_up()]
-
-    def _scores(
-        self,
-        queries: Mapping[str, Tensor],
-        relation: Tensor,
-        candidates: Callable[[slice], Mapping[str, Tensor]],
-    ) -> dict[str, Tensor]:
-        """Scores of queries, some at a time where memory is short; ``candidates`` are of rows."""
-
-        def of(rows: slice) -> dict[str, Tensor]:
-            asked = {head: query[rows] for head, query in queries.items()}
-            return self.model.scores(asked, candidates(rows), relation[rows])
-
-        size = self.parts.rows(len(relation))
-        if size >= len(relation):
-            return of(slice(None))
-        # Candidates of one part are held at a time, and gathered again for the gradient.
-        starts = range(0, len(relation), size)
-        found = [checkpoint(of, slice(i, i + size), use_reentrant=False) for i in starts]
-        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
     def validate(self) -> dict[str, float]:
         """Metrics of both sides on the validation triples; keeps the state if they are the best."""

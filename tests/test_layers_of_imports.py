@@ -15,7 +15,7 @@ HOUSE = [
     {"run"},
     {"checkpoint", "tracking"},
     {"training", "inference"},
-    {"_average", "_recorded"},
+    {"_average", "_objective", "_recorded"},
     {"batches", "optimizers"},
     {"evaluation"},
     {"_tiles"},
