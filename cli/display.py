@@ -63,8 +63,8 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
         name = {"mrr": "MRR %", "mr": "MR"}.get(column, f"{column.replace('hits', 'H')} %")
         table.add_column(name, justify="right")
     rows = {"all": metrics["both"], "heads asked": metrics["head"], "tails asked": metrics["tail"]}
-    if len(metrics["modalities"]) > 1:
-        rows.update({f"{name} head": m for name, m in metrics["modalities"].items()})
+    if len(metrics["heads"]) > 1:
+        rows.update({f"{name} head": m for name, m in metrics["heads"].items()})
     for name, row in rows.items():
         table.add_row(cell(name), *(_cell(column, row[column]) for column in COLUMNS))
     return table

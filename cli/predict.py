@@ -97,6 +97,6 @@ def _table(
             str(place),
             escape(shown(name, longest) + (" [known]" if answer.known else "")),
             f"{answer.score:.3f}",
-            *(f"{answer.modalities[head]:.3f}" for head in heads),
+            *(f"{answer.heads[head]:.3f}" for head in heads),
         )
     return table

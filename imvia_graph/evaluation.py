@@ -54,15 +54,16 @@ class Ranking(NamedTuple):
         Returns
         -------
         dict
-            ``{"both": {"mrr", "mr", "hits@1", …}, "head": …, "tail": …, "modalities": {head: …},
-            "relations": {label: …}}``. ``both`` is over the ranks of both sides together.
+            ``{"both": {"mrr", "mr", "hits@1", …}, "head": …, "tail": …, "heads": {head: …},
+            "relations": {label: …}}``. ``both`` is over the ranks of both sides together, ``head``
+            of queries that ask for the head of a triple, ``heads`` of each head of the model.
         """
         tail, head = self.tail[DECISION], self.head[DECISION]
         result: dict[str, Any] = {
             "both": rank_metrics(torch.cat([head, tail])),
             "head": rank_metrics(head),
             "tail": rank_metrics(tail),
-            "modalities": {
+            "heads": {
                 name: rank_metrics(torch.cat([self.head[name], self.tail[name]]))
                 for name in self.tail
                 if name != DECISION
@@ -371,7 +372,7 @@ def evaluate(
     >>> model = ig.IMVIA.from_kg(kg, ig.Settings(dim=8))
     >>> metrics = ig.evaluate(model, kg, "valid")
     >>> sorted(metrics)
-    ['both', 'candidates', 'head', 'modalities', 'relations', 'tail']
+    ['both', 'candidates', 'head', 'heads', 'relations', 'tail']
     >>> metrics["candidates"]
     'all 1,475 entities'
     >>> ig.evaluate(model, kg, "valid", candidates=100)["candidates"]

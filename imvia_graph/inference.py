@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -55,7 +56,7 @@ class Prediction(NamedTuple):
         Its display name.
     score : float
         The decision's score; higher is better, comparable within a query only.
-    modalities : dict of str to float
+    heads : dict of str to float
         The score of each of the model's heads.
     known : bool
         Whether the triple is in the graph (train, valid or test).
@@ -64,8 +65,14 @@ class Prediction(NamedTuple):
     entity: str
     name: str
     score: float
-    modalities: dict[str, float]
+    heads: dict[str, float]
     known: bool
+
+    @property
+    def modalities(self) -> dict[str, float]:
+        """What `heads` was called before; deprecated."""
+        _warn_of_modalities("Prediction")
+        return self.heads
 
 
 class Answers(NamedTuple):
@@ -77,7 +84,7 @@ class Answers(NamedTuple):
         (A,) int64: which query, which entity answers it, and at which place, from 1.
     score : Tensor
         (A,) of the decision.
-    modalities : dict of str to Tensor
+    heads : dict of str to Tensor
         (A,) of each of the model's heads.
     known : Tensor
         (A,) bool: whether the triple is in the graph.
@@ -87,8 +94,22 @@ class Answers(NamedTuple):
     entity: Tensor
     rank: Tensor
     score: Tensor
-    modalities: dict[str, Tensor]
+    heads: dict[str, Tensor]
     known: Tensor
+
+    @property
+    def modalities(self) -> dict[str, Tensor]:
+        """What `heads` was called before; deprecated."""
+        _warn_of_modalities("Answers")
+        return self.heads
+
+
+def _warn_of_modalities(name: str) -> None:
+    warnings.warn(
+        f"{name}.modalities is called heads: it has the joint, complex and structural head, too.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
 
 
 # -- predicting -----------------------------------------------------------------------------------
@@ -221,8 +242,8 @@ class Predictor:
         # Relation by relation came other queries first.
         order = torch.argsort(columns[0], stable=True)
         query, answer, rank, score, known, *every = (column[order] for column in columns)
-        modalities = dict(zip(self.model.heads, every, strict=True))
-        return Answers(query, answer, rank, score, modalities, known)
+        heads = dict(zip(self.model.heads, every, strict=True))
+        return Answers(query, answer, rank, score, heads, known)
 
     def _check_queries(self, entity: Tensor, relation: Tensor) -> None:
         """Refuse ids that the graph does not have, with the first row that names one."""
@@ -366,7 +387,7 @@ class Predictor:
         return self._known.pairs(entity, relation)
 
     def _predictions(self, found: Answers) -> list[Prediction]:
-        heads = {head: scores.tolist() for head, scores in found.modalities.items()}
+        heads = {head: scores.tolist() for head, scores in found.heads.items()}
         columns = (found.entity.tolist(), found.score.tolist(), found.known.tolist())
         return [
             Prediction(
@@ -410,7 +431,7 @@ class Predictor:
         Returns
         -------
         list of Prediction
-            Best first; ``modalities`` holds the heads that judged, ``score`` their decision with
+            Best first; ``heads`` holds those that judged, ``score`` their decision with
             the weights of the relation, scaled to sum to 1 among them.
 
         Raises
@@ -426,7 +447,7 @@ class Predictor:
         >>> feat, ptr = kg.views("text")
         >>> texts = feat[ptr[kg.id_of("France")] : ptr[kg.id_of("France") + 1]]
         >>> answers = predictor.predict_new({"text": texts}, relation="borders", k=2)
-        >>> [list(answer.modalities) for answer in answers]
+        >>> [list(answer.heads) for answer in answers]
         [['text'], ['text']]
         """
         if ask not in get_args(Side):

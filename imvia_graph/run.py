@@ -60,7 +60,7 @@ class Run:
     --------
     >>> import imvia_graph as ig
     >>> run = ig.fit("countries", epochs=1, dim=16)
-    >>> run.predict(head="France", relation="borders", k=3)[0].modalities.keys()
+    >>> run.predict(head="France", relation="borders", k=3)[0].heads.keys()
     dict_keys(['structure', 'image', 'text', 'joint', 'complex'])
     """
 

@@ -137,7 +137,7 @@ def test_search_choose_switch_and_follow(watched, run, address):
         cells = row.locator("td").all_inner_texts()
         assert answer.name in row.locator("th a").inner_text()
         assert cells[1] == f"{answer.score:.3f}"
-        assert cells[2:-1] == [f"{answer.modalities[head]:.3f}" for head in run.model.heads]
+        assert cells[2:-1] == [f"{answer.heads[head]:.3f}" for head in run.model.heads]
         assert ("known fact" in row.inner_text()) == answer.known
 
     # The weights of the views are explain's, and move with the relation.

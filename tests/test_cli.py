@@ -393,9 +393,9 @@ def test_evaluate_prints_one_json_object_of_fractions(split, run):
     result = invoke("evaluate", run, "--split", split, "--json")
     assert result.exit_code == 0
     metrics = json.loads(result.stdout)
-    assert set(metrics) == {"both", "head", "tail", "modalities", "relations", "candidates"}
-    assert list(metrics["modalities"]) == ["structure", "image", "text", "joint", "complex"]
-    parts = [metrics["both"], metrics["head"], metrics["tail"], *metrics["modalities"].values()]
+    assert set(metrics) == {"both", "head", "tail", "heads", "relations", "candidates"}
+    assert list(metrics["heads"]) == ["structure", "image", "text", "joint", "complex"]
+    parts = [metrics["both"], metrics["head"], metrics["tail"], *metrics["heads"].values()]
     for part in parts:
         assert list(part) == METRICS
         assert all(0 <= part[key] <= 1 for key in METRICS if key != "mr")
@@ -451,7 +451,7 @@ def test_predict_prints_one_json_list_that_is_what_the_function_gives(run):
     answers = json.loads(result.stdout)
     expected = loaded.predict(head="e3", relation="opposite", k=4)
     assert answers == [answer._asdict() for answer in expected]
-    assert list(answers[0]) == ["entity", "name", "score", "modalities", "known"]
+    assert list(answers[0]) == ["entity", "name", "score", "heads", "known"]
     assert len(answers) == 4
 
     known = json.loads(
@@ -522,7 +522,7 @@ def test_predict_cuts_no_number_on_a_narrow_terminal(columns, heads, run, monkey
     query = ["--head", "e3", "--relation", "opposite"]
     shown = invoke("predict", run, *query).stdout
     for place, answer in enumerate(answers, 1):
-        scores = [answer.score, *list(answer.modalities.values())[:heads]]
+        scores = [answer.score, *list(answer.heads.values())[:heads]]
         numbers = " +│ +".join(re.escape(f"{score:.3f}") for score in scores)
         name = answer.name[:2]  # at 20 columns the rest is in the next line
         assert re.search(rf"│ +{place} │ {name}\d? +│ +{numbers} │\n", shown), shown

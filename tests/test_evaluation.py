@@ -390,7 +390,7 @@ def test_wanted_heads_alone_are_ranked():
     some = rank(model, kg.test, kg.answers(), heads=["text"])
     assert list(some.tail) == list(some.head) == ["text", "decision"]
     assert torch.equal(some.head["text"], whole.head["text"])
-    assert list(some.metrics()["modalities"]) == ["text"]
+    assert list(some.metrics()["heads"]) == ["text"]
     assert list(rank(model, kg.test, kg.answers(), heads=[]).head) == ["decision"]
 
 
@@ -747,8 +747,8 @@ def test_metrics_are_by_side_by_head_and_by_relation():
     assert metrics["tail"] == pytest.approx(loop_metrics(tail["decision"]))
     assert metrics["head"] == pytest.approx(loop_metrics(head["decision"]))
     assert metrics["both"] == pytest.approx(loop_metrics(tail["decision"] + head["decision"]))
-    assert set(metrics["modalities"]) == {"structure", "text"}
-    for name, found in metrics["modalities"].items():
+    assert set(metrics["heads"]) == {"structure", "text"}
+    for name, found in metrics["heads"].items():
         assert found == pytest.approx(loop_metrics(tail[name] + head[name]))
     # r1 has no triple here, and is not listed.
     assert set(metrics["relations"]) == {"r0", "r2"}

@@ -49,7 +49,7 @@ def test_ranks_and_scores_are_those_of_evaluate_and_predict(candidates):
             answers = run.predict(**asked, k=99, include_known=True, include_self=True)
             [mine] = [answer for answer in answers if answer.entity == names[side]]
             assert judgements["decision"].score == mine.score
-            assert {n: j.score for n, j in judgements.items() if n != "decision"} == mine.modalities
+            assert {n: j.score for n, j in judgements.items() if n != "decision"} == mine.heads
 
 
 @pytest.mark.parametrize("candidates", ["shared", "relation"])
@@ -272,15 +272,15 @@ def test_a_new_entity_is_judged_by_the_heads_of_its_views(complex_head):
     assert len(found) == kg.num_entities
     assert not any(answer.known for answer in found)
     for answer in found:
-        assert answer.modalities == {"text": pytest.approx(answer.score)}
+        assert answer.heads == {"text": pytest.approx(answer.score)}
     both = predictor.predict_new(
         {"text": own, "image": torch.randn(3, 6)}, relation="after", ask="head", k=3
     )
     weights = decision_weights(model, kg.num_relations)
     share = weights["text"] / (weights["text"] + weights["image"])
     for answer in both:
-        assert set(answer.modalities) == {"image", "text"}
-        score = share * answer.modalities["text"] + (1 - share) * answer.modalities["image"]
+        assert set(answer.heads) == {"image", "text"}
+        score = share * answer.heads["text"] + (1 - share) * answer.heads["image"]
         assert answer.score == pytest.approx(score, abs=1e-4)
 
 

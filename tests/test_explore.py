@@ -114,7 +114,7 @@ def test_completions_are_the_predictions(side, options, run, address):
             "label": answer.entity,
             "name": answer.name,
             "score": answer.score,
-            "modalities": answer.modalities,
+            "heads": answer.heads,
             "known": answer.known,
         }
         for rank, answer in enumerate(expected, 1)

@@ -334,7 +334,7 @@ def test_answers_do_not_depend_on_whether_tables_are_held(monkeypatch, candidate
         predictor = ig.Predictor(run.model, run.kg)
         options = {"k": k, "include_known": include_known, "include_self": include_self}
         found = predictor.answers(entity, relation, batch_size=7, **options)
-        columns = [*found[:4], *found.modalities.values(), found.known]
+        columns = [*found[:4], *found.heads.values(), found.known]
         return [column.double() for column in columns], predictor
 
     def explained():

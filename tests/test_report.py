@@ -97,7 +97,7 @@ def test_its_metrics_are_those_of_evaluate(runs, page):
     assert mine[-2:] == [f"{second['mr']:.1f}", f"{second['mr'] - first['mr']:+.1f}"]
     assert by_row["decision, both sides", "first"][1] == ""
     text_head = by_row["text head", "first"][0]
-    assert text_head == f"{100 * expected[0]['modalities']['text']['mrr']:.2f}"
+    assert text_head == f"{100 * expected[0]['heads']['text']['mrr']:.2f}"
     assert ("image head", "first") in by_row
     assert ("image head", "second") not in by_row
 

@@ -349,15 +349,15 @@ def test_no_epochs_make_a_run_that_loads(tmp_path):
 
 def test_evaluate_gives_fractions_of_both_sides_each_head_and_each_relation(finished):
     metrics = finished.evaluate()
-    assert set(metrics) == {"candidates", "both", "head", "tail", "modalities", "relations"}
+    assert set(metrics) == {"candidates", "both", "head", "tail", "heads", "relations"}
     assert metrics["candidates"] == f"all {finished.kg.num_entities} entities"
-    assert list(metrics["modalities"]) == ["structure", "image", "text", "joint", "complex"]
+    assert list(metrics["heads"]) == ["structure", "image", "text", "joint", "complex"]
     keys = ["mrr", "mr", "hits@1", "hits@3", "hits@10", "hits@100"]
     for part in (
         metrics["both"],
         metrics["head"],
         metrics["tail"],
-        *metrics["modalities"].values(),
+        *metrics["heads"].values(),
     ):
         assert list(part) == keys
         assert 1 <= part["mr"] <= finished.kg.num_entities
@@ -378,7 +378,7 @@ def test_evaluate_gives_fractions_of_both_sides_each_head_and_each_relation(fini
 def test_metrics_do_not_depend_on_the_batch_size(batch_size, finished):
     expected, found = finished.evaluate("train"), finished.evaluate("train", batch_size=batch_size)
     assert found["both"] == pytest.approx(expected["both"])
-    assert found["modalities"]["joint"] == pytest.approx(expected["modalities"]["joint"])
+    assert found["heads"]["joint"] == pytest.approx(expected["heads"]["joint"])
 
 
 def test_an_unknown_split_is_named(finished):
@@ -407,16 +407,22 @@ def test_predict_gives_all_unknown_tails_best_first(candidates):
     assert not any(answer.known for answer in answers)
 
 
+def test_what_heads_were_called_before_is_still_answered():
+    one = ig.Prediction("e3", "e3", 0.5, {"text": 0.5}, False)
+    with pytest.warns(DeprecationWarning, match="Prediction.modalities is called heads"):
+        assert one.modalities == one.heads
+
+
 @pytest.mark.parametrize("candidates", ["shared", "relation"])
 def test_no_queries_have_no_answers(candidates):
     run = fit(epochs=0, candidates=candidates)
     none = torch.empty(0, dtype=torch.int64)
     found = ig.Predictor(run.model, run.kg).answers(none, none)
     one = ig.Predictor(run.model, run.kg).answers(torch.tensor([3]), torch.tensor([1]))
-    assert list(found.modalities) == run.model.heads
+    assert list(found.heads) == run.model.heads
     columns = zip(
-        (*found[:4], found.known, *found.modalities.values()),
-        (*one[:4], one.known, *one.modalities.values()),
+        (*found[:4], found.known, *found.heads.values()),
+        (*one[:4], one.known, *one.heads.values()),
         strict=True,
     )
     assert all(len(empty) == 0 and empty.dtype == full.dtype for empty, full in columns)
@@ -486,9 +492,7 @@ def test_predicted_heads_are_those_of_the_inverse_query(finished):
     for answer in answers:
         column = kg.id_of(answer.entity)
         assert answer.score == pytest.approx(scores["decision"][0, column].item(), abs=1e-5)
-        assert answer.modalities["text"] == pytest.approx(
-            scores["text"][0, column].item(), abs=1e-5
-        )
+        assert answer.heads["text"] == pytest.approx(scores["text"][0, column].item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["head", "tail"])
@@ -501,7 +505,7 @@ def test_scores_by_head_sum_up_to_the_score_under_the_decision_weights(direction
     weights = [*(weight / 2 for weight in learned), 0.5]
     query = {direction: "e2", "relation": "opposite"}
     for answer in finished.predict(**query, k=100, include_known=True):
-        parts = [answer.modalities[head] for head in model.heads]
+        parts = [answer.heads[head] for head in model.heads]
         total = sum(w * s for w, s in zip(weights, parts, strict=True))
         assert answer.score == pytest.approx(total, abs=1e-5)
 
@@ -509,10 +513,10 @@ def test_scores_by_head_sum_up_to_the_score_under_the_decision_weights(direction
 def test_a_mean_decision_is_the_mean_of_the_heads_and_a_single_head_is_its_own():
     run = fit(epochs=1, decision="mean", complex_head=False)
     for answer in run.predict(head="e2", relation="after", k=3):
-        assert answer.score == pytest.approx(sum(answer.modalities.values()) / 4, abs=1e-5)
+        assert answer.score == pytest.approx(sum(answer.heads.values()) / 4, abs=1e-5)
     alone = fit(epochs=1, modalities=[], complex_head=False)
     for answer in alone.predict(head="e2", relation="after", k=3):
-        assert answer.modalities == {"structure": answer.score}
+        assert answer.heads == {"structure": answer.score}
 
 
 def test_predict_takes_display_names_and_gives_labels_and_names():

@@ -246,7 +246,7 @@ def test_many_entities_have_no_head_of_complex_that_was_not_asked_for(
 def test_the_head_of_complex_learns_and_has_a_name_of_its_own(tmp_path):
     kg = ring_kg(valid=0)
     run = ig.fit(kg, settings=settings(complex_head=True, epochs=40, **without_dropout()))
-    found = run.evaluate("train")["modalities"]
+    found = run.evaluate("train")["heads"]
     assert list(found) == ["structure", "image", "text", "joint", "complex"]
     assert found["complex"]["mrr"] > 0.5
     assert run.relation_embeddings()["complex"].shape == (4, 2 * run.settings.complex_rank)

@@ -201,7 +201,7 @@ class Service:
             answers = self.predictor.predict_new(
                 features, relation=self.kg.relations[relation_id], ask=ask, k=top
             )
-        heads = list(answers[0].modalities) if answers else []
+        heads = list(answers[0].heads) if answers else []
         return {
             "relation": self._relation(relation_id),
             "asked": ask,
@@ -297,7 +297,7 @@ def _answers(answers: Sequence[Prediction]) -> list[Json]:
             "label": answer.entity,
             "name": answer.name,
             "score": answer.score,
-            "modalities": answer.modalities,
+            "heads": answer.heads,
             "known": answer.known,
         }
         for rank, answer in enumerate(answers, 1)

@@ -117,7 +117,7 @@ class Answer(BaseModel):
     label: str
     name: str
     score: float = Field(description="The decision's; comparable within a query only.")
-    modalities: dict[str, float] = Field(description="The score of each head.")
+    heads: dict[str, float] = Field(description="The score of each head.")
     known: bool = Field(description="Whether the triple is in the graph.")
 
 

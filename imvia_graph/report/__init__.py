@@ -160,11 +160,9 @@ def _metric_rows(found: Sequence[Numbers]) -> list[tuple[str, list[Mapping[str, 
         ("decision, heads asked for", [n.metrics["head"] for n in found]),
         ("decision, tails asked for", [n.metrics["tail"] for n in found]),
     ]
-    heads = dict.fromkeys(head for n in found for head in n.metrics["modalities"])
+    heads = dict.fromkeys(head for n in found for head in n.metrics["heads"])
     if len(heads) > 1:
-        rows += [
-            (f"{head} head", [n.metrics["modalities"].get(head) for n in found]) for head in heads
-        ]
+        rows += [(f"{head} head", [n.metrics["heads"].get(head) for n in found]) for head in heads]
     return rows
 
 

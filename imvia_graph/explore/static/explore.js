@@ -252,7 +252,7 @@ function showAnswers(found, state) {
       make("th", "ask on", { scope: "col" }),
     ),
   );
-  const scores = found.answers.flatMap((answer) => Object.values(answer.modalities));
+  const scores = found.answers.flatMap((answer) => Object.values(answer.heads));
   const most = Math.max(...scores.map(Math.abs), 1e-9);
   table.tBodies[0].replaceChildren(
     ...found.answers.map((answer) => answerRow(answer, heads, most, state)),
@@ -277,7 +277,7 @@ function answerRow(answer, heads, most, state) {
     name,
     make("td", number(answer.score), { class: "number" }),
     ...heads.map((head) =>
-      make("td", number(answer.modalities[head]), {}, bar(answer.modalities[head] / most)),
+      make("td", number(answer.heads[head]), {}, bar(answer.heads[head] / most)),
     ),
     make("td", null, {}, on),
   );
