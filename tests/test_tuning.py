@@ -325,6 +325,34 @@ def test_a_worker_that_waits_for_the_last_trial_leaves_no_mark_on_the_study(tmp_
     assert sorted(tried(found)) == [(2,), (3,)]
 
 
+def test_a_worker_that_has_drawn_nothing_new_does_not_draw_again_while_it_waits(
+    tmp_path, monkeypatch
+):
+    from imvia_graph import tuning
+
+    monkeypatch.setattr(tuning, "_MOST_REPEATED", 5)
+    low, high = 1e-3, 1e-3 * (1 + 1e-14)
+    space = {"learning_rate": {"low": low, "high": high}}  # one number, in more than can be listed
+    tune(tmp_path / "s.db", 1, space)
+    study = optuna.load_study(study_name="imvia-graph", storage=f"sqlite:///{tmp_path / 's.db'}")
+    busy = study.ask()
+    busy.suggest_float("learning_rate", low, high)
+    naps = []
+
+    def nap(seconds):
+        naps.append(len(study.trials))
+        if len(naps) == 3:
+            claim.release()
+            study.tell(busy, 0.5)
+
+    monkeypatch.setattr(tuning.time, "sleep", nap)
+    with FileLock(tmp_path / f"s.db.trial-{busy.number}.lock") as claim:
+        found = tune(tmp_path / "s.db", 50, space)
+    assert naps == [2 + 5] * 3
+    assert len(study.trials) == 2 + 5
+    assert len(tried(found)) == 2
+
+
 def test_settings_that_do_not_go_together_are_passed_over(tmp_path, monkeypatch):
     from imvia_graph import tuning
 
