@@ -560,7 +560,7 @@ def _whole_progress(folder: Path, best: Progress) -> Progress:
 
 
 def save_trainer(path: Path, trainer: Trainer) -> None:
-    """Write all that resuming needs: the run goes on bit by bit as if it had not stopped.
+    """Write all that resuming needs: the run goes on bit for bit as if it had not stopped.
 
     The checkpoint that is there is kept as ``previous.safetensors``. Of several processes all call
     this; what is written does not depend on their number.

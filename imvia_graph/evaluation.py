@@ -286,6 +286,11 @@ def draw_candidates(num_entities: int, count: int, seed: int = 0) -> Tensor | No
     Tensor or None
         (count,) int64, ascending; None, for all, where there are no more than so many.
 
+    Raises
+    ------
+    DataError
+        A count below 1.
+
     Examples
     --------
     >>> from imvia_graph.evaluation import draw_candidates

@@ -564,6 +564,17 @@ def predict(
     ------
     UnknownLabelError
         A name that the graph does not know, with the nearest known ones.
+    DataError
+        Not just one of head and tail, or k below 1.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig
+    >>> kg = ig.load_kg("countries")
+    >>> model = ig.IMVIA.from_kg(kg, ig.Settings(dim=16))  # not trained yet
+    >>> answers = ig.inference.predict(model, kg, head="France", relation="borders", k=2)
+    >>> len(answers), list(answers[0].heads)
+    (2, ['structure', 'image', 'text', 'joint', 'complex'])
     """
     return Predictor(model, kg).predict(
         relation=relation,

@@ -92,6 +92,11 @@ class IMVIA(nn.Module):
     tucker_heads : list of str
         Those with a Tucker decoder: all but ``complex``.
 
+    Raises
+    ------
+    SettingsError
+        Settings that leave nothing to score by, or that do not go together.
+
     Notes
     -----
     Of several processes each holds the rows of its own entities. All ask the same: `embed` and

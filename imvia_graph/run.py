@@ -649,12 +649,15 @@ def load(folder: str | os.PathLike[str], device: str = "auto") -> Run:
     folder : path
         What `fit` wrote.
     device : str
-        Where to put the model.
+        Where to put the model: ``cpu``, ``cuda``, ``cuda:1``, …; ``auto`` is the GPU where torch
+        sees one, else the CPU. Default: ``auto``.
 
     Raises
     ------
     CheckpointError
         No run, a run without a checkpoint, or one that cannot be read.
+    SettingsError
+        A device that cannot be used here.
     """
     path = Path(folder)
     graph, settings = checkpoint.open_run(path)

@@ -308,7 +308,21 @@ class Settings(BaseModel):
 
     @classmethod
     def create(cls, *layers: Mapping[str, Any]) -> Settings:
-        """Settings from mappings, later ones over earlier ones, over the defaults."""
+        """Settings from mappings, later ones over earlier ones, over the defaults.
+
+        Raises
+        ------
+        SettingsError
+            A setting that there is not, with the nearest that there is, or a value that it does
+            not take.
+
+        Examples
+        --------
+        >>> from imvia_graph import Settings
+        >>> settings = Settings.create({"dim": 64, "seed": 1}, {"seed": 2})
+        >>> settings.dim, settings.seed
+        (64, 2)
+        """
         merged: dict[str, Any] = {}
         for layer in layers:
             merged.update({str(key): value for key, value in layer.items()})
@@ -322,6 +336,11 @@ class Settings(BaseModel):
         """A mapping from a YAML or TOML file, checked by `create` together with the rest.
 
         In place of a file one of `presets`, where no file is called so.
+
+        Raises
+        ------
+        SettingsError
+            No such file, one that cannot be read, or what `create` refuses.
         """
         if not Path(path).suffix and not Path(path).exists():
             if str(path) not in presets():
@@ -395,6 +414,13 @@ class Settings(BaseModel):
     def parse(cls, assignments: Sequence[str]) -> dict[str, Any]:
         """A mapping from ``key=value`` texts; values are read as YAML.
 
+        Raises
+        ------
+        SettingsError
+            A text without ``=``, or a value that is no YAML.
+
+        Examples
+        --------
         >>> from imvia_graph import Settings
         >>> Settings.parse(["dim=64", "joint=false", "modalities=[text]"])
         {'dim': 64, 'joint': False, 'modalities': ['text']}

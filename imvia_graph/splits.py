@@ -49,6 +49,11 @@ def hold_out(
     tuple of Tensor
         Train and held-out triples, each in the order in which they came.
 
+    Raises
+    ------
+    DataError
+        A fraction that is not between 0 and 1, or another ``by``.
+
     Examples
     --------
     >>> import torch

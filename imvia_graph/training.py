@@ -150,6 +150,7 @@ class Trainer:
     settings : Settings
         See the groups *losses* and *training*.
     callbacks : sequence of Callback, optional
+        What is told of training, in this order. Default: none.
 
     Attributes
     ----------
@@ -166,10 +167,25 @@ class Trainer:
     sums : dict of str to Tensor
         The losses of the epoch so far, added up, and the number of ``steps``.
 
+    Raises
+    ------
+    SettingsError
+        Callbacks that are none, or float16 with several processes.
+
     Notes
     -----
     The test triples take part in one thing only: the filter of validation ranks, as is customary.
     Without validation triples nothing is chosen, and the last epoch is kept.
+
+    Examples
+    --------
+    >>> import imvia_graph as ig
+    >>> kg = ig.MultiViewKG.from_labels([("France", "borders", "Spain")])
+    >>> settings = ig.Settings(dim=8, complex_head=False, epochs=2)
+    >>> model = ig.IMVIA.from_kg(kg, settings)
+    >>> progress = ig.Trainer(model, kg, settings).fit()
+    >>> progress.epoch, progress.ended
+    (2, 'epochs')
     """
 
     def __init__(
@@ -327,7 +343,16 @@ class Trainer:
     # -- the loop -------------------------------------------------------------------------------
 
     def fit(self) -> Progress:
-        """Train until the epochs are done or validation has not improved for ``patience`` times."""
+        """Train until the epochs are done or validation has not improved for ``patience`` times.
+
+        Raises
+        ------
+        TrainingError
+            A loss or a gradient that is not finite, unless ``non_finite`` has such steps skipped;
+            the model is as it was before that step.
+        OutOfMemoryError
+            A single query that does not fit into memory.
+        """
         settings, progress = self.settings, self.progress
         epochs = self.epochs
         more_patience = settings.patience is None or progress.waited < settings.patience

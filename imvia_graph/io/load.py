@@ -483,6 +483,21 @@ def with_validation(
     """The graph with its validation set as `load_kg` describes it.
 
     Where that was chosen before, ``auto`` leaves it so, and nothing is held out a second time.
+
+    Parameters
+    ----------
+    kg : MultiViewKG
+    validation : {"auto", "published", "held-out"}
+    seed : int
+        Of the triples that are held out. Default: 0.
+    hold_out_by : {"auto", "pair", "triple"}
+        What stays together where triples are held out; see `hold_out
+        <imvia_graph.splits.hold_out>`. Default: ``auto``, as the test set was drawn.
+
+    Raises
+    ------
+    DataError
+        No training triple can be held out.
     """
     if kg.validation is not None and validation in ("auto", kg.validation):
         return kg

@@ -151,6 +151,12 @@ class MultiViewKG:
         **options
             Further arguments of `MultiViewKG`.
 
+        Raises
+        ------
+        DataError
+            A triple that is not three non-empty labels, views of entities that no triple has, or
+            what `MultiViewKG` refuses.
+
         Examples
         --------
         >>> import torch
@@ -341,7 +347,13 @@ class MultiViewKG:
         return len(self._relations)
 
     def triples(self, split: Split) -> Tensor:
-        """The (n, 3) int64 triples of ``"train"``, ``"valid"`` or ``"test"``."""
+        """The (n, 3) int64 triples of ``"train"``, ``"valid"`` or ``"test"``.
+
+        Raises
+        ------
+        UnknownLabelError
+            A split that there is not.
+        """
         if split not in SPLITS:
             raise UnknownLabelError(f"There is no split {split!r}; expected train, valid or test.")
         part: Tensor = getattr(self, split)

@@ -136,6 +136,16 @@ def contrastive_alignment(
         (B,) int64: rows j other than i of the same entity are left out of the sums.
     present : Tensor, optional
         (B,) bool: the rows that take part. Default: all.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.losses import contrastive_alignment
+    >>> x = torch.eye(4)
+    >>> contrastive_alignment(x, x, 0.01).item() < 1e-6  # each row is nearest to its own
+    True
+    >>> contrastive_alignment(x, x.flip(0), 0.01)  # as far off as can be: 2 / 0.01
+    tensor(200.)
     """
     similarity = functional.normalize(x, dim=-1) @ functional.normalize(y, dim=-1).T
     similarity = _comparable(similarity.to(x.dtype) / temperature, entity, present)
@@ -159,6 +169,14 @@ def printed_alignment(
         \frac{1}{B} \sum_i [C(P_i, Q_i) + C(Q_i, P_i)], \quad C(p, q) = -\sum_j p_j \log q_j
 
     Parameters are those of `contrastive_alignment`; rows keep their length.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.losses import printed_alignment
+    >>> x = torch.eye(4)
+    >>> printed_alignment(x, x.flip(0), 0.01).item() < 1e-6  # any agreed permutation will do
+    True
     """
     similarity = _comparable((x @ y.T).to(x.dtype) / temperature, entity, present)
     log_p = similarity.log_softmax(dim=1)

@@ -57,6 +57,14 @@ def binary_completion(scores: Tensor, positives: Positives, label_smoothing: flo
     ------
     SettingsError
         Rows that are weighted: it is a mean over terms, not over rows.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.losses import Positives, binary_completion
+    >>> positives = Positives(row=torch.tensor([0, 1]), col=torch.tensor([3, 0]))
+    >>> binary_completion(torch.zeros(2, 4), positives)  # log 2 of positives, and of negatives
+    tensor(1.3863)
     """
     check_weights("binary", positives)
     scores = at_least_float32(scores)
@@ -84,6 +92,14 @@ def softmax_completion(
 
     Parameters are those of `binary_completion`; the mean over the queries i is weighted where
     ``positives`` say so. Not in the paper; it learns far faster.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from imvia_graph.losses import Positives, softmax_completion
+    >>> positives = Positives(row=torch.tensor([0, 1]), col=torch.tensor([3, 0]))
+    >>> softmax_completion(torch.zeros(2, 4), positives)  # log 4
+    tensor(1.3863)
     """
     scores = at_least_float32(scores)
     counts = torch.bincount(positives.row, minlength=len(scores)).to(scores.dtype)
