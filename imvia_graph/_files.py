@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imvia_graph.errors import DataError, StorageError
+from imvia_graph.errors import DataError, IMVIAError, StorageError
 
 TRIPLE_COLUMNS = ("head", "relation", "tail")
 #: The bytes with which compressed files begin.
@@ -495,6 +495,20 @@ def read_json(path: Path) -> Any:
             return json.loads(file.read().decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: expected JSON in UTF-8: {error}.") from error
+
+
+def checked_version(
+    path: Path, version: Any, newest: int, error: type[IMVIAError] = DataError
+) -> int:
+    """The version of a format; an error where it is none, or newer than this library reads."""
+    if type(version) is not int or version < 1:
+        raise error(f"{path}: expected a format version, 1 or more, found {bounded(version)}.")
+    if version > newest:
+        raise error(
+            f"{path}: format version {version} is newer than this library reads ({newest}). Update"
+            " imvia-graph."
+        )
+    return version
 
 
 def write_tensors(

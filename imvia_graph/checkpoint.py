@@ -1,6 +1,6 @@
 """Run folders and checkpoints: save, load, resume.
 
-A run folder, format version 3:
+A run folder, format version 5:
 
 - ``run.json``: format, version, the graph's name, versions of what ran it; where torchrun started
   the command line, the `job`, by which processes that are started again know their own run;
@@ -20,7 +20,8 @@ SHA-256 of all that is in them. Where ``last.safetensors`` is damaged, ``previou
 gone on with; where ``best.safetensors`` is, the best model is taken from the checkpoint.
 
 Version 1 had no checksums, no ``previous.safetensors``, and no place within an epoch. Up to version
-2 relations had no blocks of their own, and one optimizer saw to layers and tables.
+2 relations had no blocks of their own, and one optimizer saw to layers and tables; up to version 3
+there was no head of ComplEx, and up to version 4 views were taken as they came (`scale_views`).
 """
 
 from __future__ import annotations
@@ -218,16 +219,9 @@ def open_run(folder: Path) -> tuple[MultiViewKG, Settings]:
     about = _files.read_json(_files.inside(folder, "run.json"))
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise CheckpointError(f"{folder / 'run.json'}: not the description of a run.")
-    version = about.get("version")
-    if type(version) is not int or version < 1:
-        raise CheckpointError(
-            f"{folder / 'run.json'}: expected a format version, 1 or more, found {version!r}."
-        )
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder}: format version {version} is newer than this library reads"
-            f" ({FORMAT_VERSION}). Update imvia-graph."
-        )
+    version = _files.checked_version(
+        folder / "run.json", about.get("version"), FORMAT_VERSION, CheckpointError
+    )
     older = [settings for since, settings in _BEFORE.items() if version < since]
     settings = Settings.create(*older, Settings.read(_files.inside(folder, "settings.yaml")))
     return MultiViewKG.load(_files.inside(folder, "kg")), settings

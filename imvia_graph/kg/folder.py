@@ -222,16 +222,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: expected a text for 'name', found {_files.bounded(about['name'])}."
         )
-    version = about.get("version", FORMAT_VERSION)
-    if type(version) is not int or version < 1:
-        raise DataError(
-            f"{path}: expected a format version, 1 or more, found {_files.bounded(version)}."
-        )
-    if version > FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {version} is newer than this library reads"
-            f" ({FORMAT_VERSION}). Update imvia-graph."
-        )
+    _files.checked_version(path, about.get("version", FORMAT_VERSION), FORMAT_VERSION)
     return about
 
 

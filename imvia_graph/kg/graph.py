@@ -212,13 +212,7 @@ class MultiViewKG:
             ("tail", self.num_entities),
         )
         for column, (what, limit) in enumerate(limits):
-            bad = (triples[:, column] < 0) | (triples[:, column] >= limit)
-            if bad.any():
-                row = int(bad.nonzero()[0])
-                raise DataError(
-                    f"{split}, row {row}: the {what} id {int(triples[row, column])} is out of"
-                    f" range; expected 0 to {limit - 1} ({int(bad.sum())} such rows)."
-                )
+            _check_ids(split, what, triples[:, column], limit)
         return triples
 
     def _checked_views(self, modality: str, views: Views) -> Held:
@@ -256,13 +250,7 @@ class MultiViewKG:
                 f" {tuple(entity.shape)} entities."
             )
         entity = entity.to(torch.int64).cpu()
-        bad = (entity < 0) | (entity >= self.num_entities)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise DataError(
-                f"{where}, row {row}: the entity id {int(entity[row])} is out of range; expected 0"
-                f" to {self.num_entities - 1} ({int(bad.sum())} such rows)."
-            )
+        _check_ids(where, "entity", entity, self.num_entities)
         feat = feat.detach().cpu()
         self._check_finite(where, feat, entity)
         source = None if views.source is None else _texts(views.source)
@@ -605,6 +593,16 @@ def _label_frame(triples: Iterable[Sequence[str]], split: Split) -> pl.DataFrame
             )
     schema = dict.fromkeys(_files.TRIPLE_COLUMNS, pl.String)
     return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def _check_ids(where: str, what: str, ids: Tensor, limit: int) -> None:
+    bad = (ids < 0) | (ids >= limit)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise DataError(
+            f"{where}, row {row}: the {what} id {int(ids[row])} is out of range; expected 0 to"
+            f" {limit - 1} ({int(bad.sum())} such rows)."
+        )
 
 
 def _checked_labels(labels: Sequence[str] | pl.Series, what: str) -> pl.Series:
