@@ -888,6 +888,53 @@ def test_views_of_another_width_are_refused():
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("entity_feat", (5, 2), r"entity_feat \(B, 3\); received \(5, 2\)"),
+        ("entity_feat", (5,), r"entity_feat \(B, 3\); received \(5,\)"),
+        ("rel_feat", (5, 2), r"rel_feat \(B, 4\); received \(5, 2\)"),
+        ("rel_feat", (3,), r"rel_feat \(B, 4\); received \(3,\)"),
+        ("rel_feat", (5, 1, 4), r"rel_feat \(B, 4\); received \(5, 1, 4\)"),
+        ("rel_feat", (), r"rel_feat \(B, 4\); received \(\)"),
+    ],
+)
+def test_features_of_another_width_are_refused_in_the_shape_they_came_in(name, shape, expected):
+    # Of these entities few have several views, and those alone are gated.
+    conv = GatedViewConv(2, 3, 4, allow_zero_in_degree=True)
+    given = {"entity_feat": torch.rand(5, 3), "rel_feat": torch.rand(4), name: torch.rand(shape)}
+    with pytest.raises(ig.IMVIAError, match=expected):
+        conv(mostly_without_views(), (torch.rand(4, 2), given["entity_feat"]), given["rel_feat"])
+
+
+def test_relations_without_their_features_are_refused():
+    conv = GatedViewConv(2, 3, 4)
+    views = torch.rand(4, 2), torch.tensor([0, 3, 4]), torch.arange(2), torch.rand(2, 3)
+    with pytest.raises(ig.IMVIAError, match="rel_feat whose rows relation tells; received None"):
+        conv.aggregate(*views, relation=torch.tensor([0, 1]))
+    with pytest.raises(ig.IMVIAError, match=r"rel_feat \(relations, 4\); received \(4,\)"):
+        conv.aggregate(*views, torch.rand(4), relation=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("given", [None, [1, 2], {"view": 1}, torch.rand(4, 2).numpy()], ids=type)
+def test_what_is_no_tensor_is_refused_by_its_type(given):
+    conv = GatedViewConv(2, 3, allow_zero_in_degree=True)
+    for feat in (given, (given, torch.rand(5, 3))):
+        with pytest.raises(dgl.DGLError, match=f"tuple of two.*type {type(given).__name__}"):
+            conv(mostly_without_views(), feat)
+
+
+@pytest.mark.parametrize("activation", [None, "sigmoid"])
+def test_an_activation_that_cannot_be_called_is_refused_at_once(activation):
+    with pytest.raises(ig.IMVIAError, match=r"can be called.*received.*torch.nn.Identity\(\)"):
+        GatedViewConv(3, 2, activation=activation)
+
+
+def test_a_layer_of_no_width_is_refused_at_once():
+    with pytest.raises(ig.IMVIAError, match="view_feats of 1 or more; received 0"):
+        GatedViewConv(0, 2)
+
+
 def test_views_are_missed_by_name():
     graph = dgl.heterograph({("image", "of", "entity"): ([0, 1], [0, 1])})
     encoder = MultiViewEncoder({"image": 3}, 2, 0, 4)

@@ -110,6 +110,15 @@ class GatedViewConv(nn.Module):
                 f"GatedViewConv: unknown backend {backend!r}; expected one of"
                 f" {', '.join(BACKENDS)}."
             )
+        if not callable(activation):
+            raise IMVIAError(
+                "GatedViewConv: expected an activation that can be called, such as torch.sigmoid;"
+                f" received {activation!r}. For none, give torch.nn.Identity()."
+            )
+        if view_feats < 1:
+            raise IMVIAError(
+                f"GatedViewConv: expected view_feats of 1 or more; received {view_feats}."
+            )
         self.view_feats = view_feats
         self.entity_feats = entity_feats
         self.rel_feats = rel_feats
@@ -169,7 +178,9 @@ class GatedViewConv(nn.Module):
         ------
         DGLError
             A destination without in-edges while ``allow_zero_in_degree`` is False; features of
-            another number of nodes than the graph has.
+            another number of nodes than the graph has, or that are no tensors.
+        IMVIAError
+            Features of other widths than the layer's.
         """
         degrees = graph.in_degrees()
         if not self.allow_zero_in_degree and (degrees == 0).any():
@@ -184,6 +195,11 @@ class GatedViewConv(nn.Module):
             ("view_feat", view_feat, graph.num_src_nodes(source_type), "src"),
             ("entity_feat", entity_feat, graph.num_dst_nodes(destination_type), "dst"),
         ):
+            if not isinstance(part, Tensor):
+                raise dgl.DGLError(
+                    "GatedViewConv: expected a tensor, or a tuple of two, (view_feat, entity_feat);"
+                    f" received {name} of the type {type(part).__name__}."
+                )
             if len(part) != nodes:
                 raise dgl.DGLError(
                     f"Expect number of features to match number of nodes: {name} has {len(part)}"
@@ -258,20 +274,17 @@ class GatedViewConv(nn.Module):
         Raises
         ------
         IMVIAError
-            Features of another number of rows than there are queries; on a CPU also entities and a
-            pointer that lead outside the views.
+            Features of other widths than the layer's, or of another number of rows than there are
+            queries; relations without features; on a CPU also entities and a pointer that lead
+            outside the views.
         """
+        self._check_widths(view_feat, entity_feat, rel_feat, relation)
         if rel_feat is not None and rel_feat.dim() == 2:  # one row that is meant for all
             if relation is None and len(rel_feat) == 1:
                 rel_feat = rel_feat[0]
             elif relation is not None and len(relation) == 1:
                 rel_feat, relation = rel_feat[relation[0]], None
         self._check_rows(entity, entity_feat, rel_feat, relation)
-        if view_feat.dim() != 2 or view_feat.shape[1] != self.view_feats:
-            raise IMVIAError(
-                f"GatedViewConv: expected view_feat (V, {self.view_feats}); received"
-                f" {tuple(view_feat.shape)}."
-            )
         picking.check_range(view_feat, ptr, entity)
         if picking.apart(view_feat, entity):
             view_feat, ptr, entity = picking.pick_views(view_feat, ptr, entity)
@@ -318,6 +331,32 @@ class GatedViewConv(nn.Module):
         """Whether the aggregation itself gives entities without views the vector ``absent``."""
         backend = choose(view_feat, gate) if self.backend == "auto" else self.backend
         return backend == "triton" and fused_triton.usable(view_feat, gate)
+
+    def _check_widths(
+        self,
+        view_feat: Tensor,
+        entity_feat: Tensor,
+        rel_feat: Tensor | None,
+        relation: Tensor | None,
+    ) -> None:
+        if relation is not None and rel_feat is None:
+            raise IMVIAError(
+                "GatedViewConv: expected a rel_feat whose rows relation tells; received None."
+            )
+        given = [
+            ("view_feat", "V", view_feat, self.view_feats),
+            ("entity_feat", "B", entity_feat, self.entity_feats),
+        ]
+        if rel_feat is not None and self.rel_feats:  # without, the gate says so
+            rows = "B" if relation is None else "relations"
+            given.append(("rel_feat", rows, rel_feat, self.rel_feats))
+        for name, rows, part, width in given:
+            for_all = name == "rel_feat" and relation is None and part.dim() == 1
+            if not (part.dim() == 2 or for_all) or part.shape[-1] != width:
+                raise IMVIAError(
+                    f"GatedViewConv: expected {name} ({rows}, {width}); received"
+                    f" {tuple(part.shape)}."
+                )
 
     @staticmethod
     def _check_rows(
