@@ -916,6 +916,20 @@ def test_relations_without_their_features_are_refused():
         conv.aggregate(*views, torch.rand(4), relation=torch.tensor([0, 1]))
 
 
+@pytest.mark.parametrize(
+    ("relation", "match"),
+    [
+        (torch.tensor([0, 3]), "from 0 to 2; received 3"),
+        (torch.tensor([-1, 0]), "from 0 to 2; received -1"),
+        (torch.tensor([0.0, 1.0]), r"received \(2,\) in torch.float32"),
+    ],
+)
+def test_relations_beyond_the_rows_of_their_features_are_refused(relation, match):
+    views = torch.rand(4, 2), torch.tensor([0, 3, 4]), torch.arange(2), torch.rand(2, 3)
+    with pytest.raises(ig.IMVIAError, match=f"GatedViewConv: expected relation.*{match}"):
+        GatedViewConv(2, 3, 4).aggregate(*views, torch.rand(3, 4), relation=relation)
+
+
 @pytest.mark.parametrize("given", [None, [1, 2], {"view": 1}, torch.rand(4, 2).numpy()], ids=type)
 def test_what_is_no_tensor_is_refused_by_its_type(given):
     conv = GatedViewConv(2, 3, allow_zero_in_degree=True)

@@ -393,3 +393,21 @@ def test_entities_and_pointers_that_lead_outside_the_views_are_refused(
     gate = torch.rand(2, 2, requires_grad=True)
     with pytest.raises(IMVIAError, match=match):
         gated_view_aggregate(feat, ptr, torch.tensor(entity), gate, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int8, torch.float32])
+@pytest.mark.parametrize("name", ["ptr", "entity"])
+def test_ids_in_what_does_not_look_up_are_refused_by_name(dtype, name):
+    # Bytes would be a mask: of two entities the row of one, or an error about masks.
+    feat, ptr, entity, gate = case([1, 1], [1, 0], 2)
+    given = {"ptr": ptr, "entity": entity}
+    given[name] = given[name].to(dtype)
+    with pytest.raises(IMVIAError, match=rf"{name} in int64.*received {dtype}"):
+        gated_view_aggregate(feat, given["ptr"], given["entity"], gate)
+
+
+def test_ids_in_int32_are_those_in_int64(backend):
+    feat, ptr, entity, gate = case([2, 0, 3], [2, 0, 1, 2], 3)
+    expected = gated_view_aggregate(feat, ptr, entity, gate, backend=backend)
+    found = gated_view_aggregate(feat, ptr.int(), entity.int(), gate, backend=backend)
+    assert torch.equal(found, expected)

@@ -275,8 +275,8 @@ class GatedViewConv(nn.Module):
         ------
         IMVIAError
             Features of other widths than the layer's, or of another number of rows than there are
-            queries; relations without features; on a CPU also entities and a pointer that lead
-            outside the views.
+            queries; relations without features; ids that are no integers; on a CPU also entities
+            and a pointer that lead outside the views, and relations beyond the rows.
         """
         self._check_widths(view_feat, entity_feat, rel_feat, relation)
         if rel_feat is not None and rel_feat.dim() == 2:  # one row that is meant for all
@@ -285,6 +285,8 @@ class GatedViewConv(nn.Module):
             elif relation is not None and len(relation) == 1:
                 rel_feat, relation = rel_feat[relation[0]], None
         self._check_rows(entity, entity_feat, rel_feat, relation)
+        if relation is not None and rel_feat is not None:
+            picking.check_ids("GatedViewConv", "relation", relation, len(rel_feat))
         picking.check_range(view_feat, ptr, entity)
         if picking.apart(view_feat, entity):
             view_feat, ptr, entity = picking.pick_views(view_feat, ptr, entity)

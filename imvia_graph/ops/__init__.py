@@ -121,9 +121,9 @@ def gated_view_aggregate(
     Raises
     ------
     IMVIAError
-        Shapes that do not fit, or a backend that is unknown or not installed; on a CPU also
-        entities and a pointer that lead outside the views. On a GPU, which would have to be waited
-        for, these are not looked at.
+        Shapes that do not fit, ids that are no integers, or a backend that is unknown or not
+        installed; on a CPU also entities and a pointer that lead outside the views. On a GPU,
+        which would have to be waited for, these are not looked at.
 
     Examples
     --------
@@ -205,9 +205,4 @@ def check(feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor) -> None:
             f" received {tuple(feat.shape)}, {tuple(ptr.shape)}, {tuple(entity.shape)},"
             f" {tuple(gate.shape)}."
         )
-    for name, part in (("ptr", ptr), ("entity", entity)):
-        if part.is_floating_point() or part.dtype == torch.bool:
-            raise IMVIAError(
-                f"gated_view_aggregate: expected {name} in int64; received {part.dtype}."
-            )
     picking.check_range(feat, ptr, entity)

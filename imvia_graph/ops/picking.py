@@ -13,10 +13,58 @@ from imvia_graph import _gpu
 from imvia_graph.answers import expand, pointer
 from imvia_graph.errors import IMVIAError
 
+#: What ids and pointers may be in.
+_IDS = (torch.int64, torch.int32)
+
 
 def apart(feat: Tensor, entity: Tensor) -> bool:
     """Whether features are on another device than the queries, so that they have to be picked."""
     return feat.device != entity.device
+
+
+def check_ids(whose: str, name: str, ids: Tensor, number: int) -> None:
+    """Refuse what is not (B,) ids from 0 to ``number`` - 1.
+
+    Parameters
+    ----------
+    whose, name : str
+        Who takes the ids, and what they are called there, for messages.
+    ids : Tensor
+    number : int
+
+    Raises
+    ------
+    IMVIAError
+        Another shape or dtype, and where `beyond` asks, ids that are not there.
+    """
+    if not isinstance(ids, Tensor):
+        came = f"the type {type(ids).__name__}"
+    elif ids.dim() != 1 or ids.dtype not in _IDS:
+        came = f"{tuple(ids.shape)} in {ids.dtype}"
+    elif (outside := beyond(ids, number)) is not None:
+        came = str(outside)
+    else:
+        return
+    raise IMVIAError(
+        f"{whose}: expected {name} (B,) in int64, from 0 to {number - 1}; received {came}."
+    )
+
+
+def beyond(ids: Tensor, number: int) -> int | None:
+    """One of the ids that is not from 0 to ``number`` - 1; None where there is none.
+
+    A device that would have to be waited for is not asked.
+    """
+    if _is_not_asked(ids):
+        return None
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0:
+        return low
+    return high if high >= number else None
+
+
+def _is_not_asked(ids: Tensor) -> bool:
+    return torch.compiler.is_compiling() or not len(ids) or _gpu.is_waited_for(ids.device)
 
 
 def check_range(feat: Tensor, ptr: Tensor, entity: Tensor) -> None:
@@ -37,17 +85,21 @@ def check_range(feat: Tensor, ptr: Tensor, entity: Tensor) -> None:
     Raises
     ------
     IMVIAError
-        Entities beyond 0 … N - 1, or a pointer beyond 0 … V or that falls.
+        Entities beyond 0 … N - 1, or a pointer beyond 0 … V or that falls; on any device a pointer
+        or entities in another dtype than int64 and int32.
     """
-    device = entity.device
-    if torch.compiler.is_compiling() or not len(entity) or _gpu.is_waited_for(device):
-        return
-    low, high = int(entity.min()), int(entity.max())
-    if low < 0 or high >= len(ptr) - 1:
+    for name, part in (("ptr", ptr), ("entity", entity)):
+        if part.dtype not in _IDS:  # of bytes, torch would make a mask
+            raise IMVIAError(
+                f"Expected {name} in int64, with which views are looked up; received {part.dtype}."
+            )
+    if (outside := beyond(entity, len(ptr) - 1)) is not None:
         raise IMVIAError(
             f"Expected entities from 0 to {len(ptr) - 2}, of which ptr (N + 1,) tells the views;"
-            f" received {low if low < 0 else high}."
+            f" received {outside}."
         )
+    if _is_not_asked(entity):
+        return
     start, stop = ptr[entity], ptr[entity + 1]
     if (stop < start).any() or int(start.min()) < 0 or int(stop.max()) > len(feat):
         raise IMVIAError(
