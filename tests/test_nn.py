@@ -21,7 +21,7 @@ from imvia_graph.nn import (
     gated_view_conv,
 )
 from imvia_graph.nn.dropout import Dropout
-from imvia_graph.nn.tucker_decoder import complex_product
+from imvia_graph.nn.tucker_decoder import complex_product, group_by_relation
 
 
 def conv_of(view_feats=4, entity_feats=3, rel_feats=2, **options):
@@ -811,6 +811,41 @@ def test_a_decoder_wants_a_relation_for_each_row():
         TuckerDecoder(6, 4)(torch.rand(5, 6), torch.rand(3, 4), torch.tensor([0, 2, 1]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"head": torch.rand(5, 7)}, r"head \(B, 6\); received \(5, 7\)"),
+        ({"rel_feat": torch.rand(3, 5)}, r"rel_feat \(R, 4\); received \(3, 5\)"),
+        ({"rel_feat": torch.rand(4)}, r"rel_feat \(R, 4\); received \(4,\)"),
+        ({"rel_blocks": torch.rand(3, 5)}, r"rel_blocks \(3, 6\); received \(3, 5\)"),
+        ({"rel_blocks": torch.rand(9, 6)}, r"rel_blocks \(3, 6\); received \(9, 6\)"),
+        ({"relation": torch.tensor([0, 2, 3, 0, 1])}, "from 0 to 2; received 3"),
+        ({"relation": torch.tensor([0, 2, -1, 0, 1])}, "from 0 to 2; received -1"),
+        ({"relation": torch.zeros(5)}, r"in int64.*received \(5,\) in torch.float32"),
+        ({"relation": [0, 2, 2, 0, 1]}, "received the type list"),
+    ],
+)
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_a_decoder_says_what_it_expects(batch_norm, changes, match):
+    given = {
+        "head": torch.rand(5, 6),
+        "rel_feat": torch.rand(3, 4),
+        "relation": torch.tensor([0, 2, 2, 0, 1]),
+        "rel_blocks": torch.rand(3, 6),
+    }
+    decoder = TuckerDecoder(6, 4, batch_norm=batch_norm)
+    with pytest.raises(ig.IMVIAError, match=f"TuckerDecoder: expected .*{match}"):
+        decoder(**{**given, **changes})
+
+
+def test_a_decoder_takes_relations_in_int32():
+    decoder, relation = TuckerDecoder(6, 4).eval(), torch.tensor([0, 2, 2, 0, 1])
+    head, rel_feat = torch.rand(5, 6), torch.rand(3, 4)
+    expected = decoder(head, rel_feat, relation)
+    assert torch.equal(decoder(head, rel_feat, relation.int()), expected)
+    assert torch.equal(group_by_relation(relation.int()).of_each(), relation)
+
+
 # -- gradients of gradients, and changes in place --------------------------------------------------
 
 
@@ -947,6 +982,8 @@ def test_an_activation_that_cannot_be_called_is_refused_at_once(activation):
 def test_a_layer_of_no_width_is_refused_at_once():
     with pytest.raises(ig.IMVIAError, match="view_feats of 1 or more; received 0"):
         GatedViewConv(0, 2)
+    with pytest.raises(ig.IMVIAError, match="entity_feats of 1 or more; received 0"):
+        TuckerDecoder(0, 2)
 
 
 def test_views_are_missed_by_name():

@@ -14,6 +14,7 @@ from imvia_graph._gpu.lookup import lookup
 from imvia_graph._gpu.products import linear
 from imvia_graph.answers import pointer
 from imvia_graph.errors import IMVIAError
+from imvia_graph.nn._checks import check_width
 from imvia_graph.ops import (
     BACKENDS,
     Backend,
@@ -345,20 +346,14 @@ class GatedViewConv(nn.Module):
             raise IMVIAError(
                 "GatedViewConv: expected a rel_feat whose rows relation tells; received None."
             )
-        given = [
-            ("view_feat", "V", view_feat, self.view_feats),
-            ("entity_feat", "B", entity_feat, self.entity_feats),
-        ]
-        if rel_feat is not None and self.rel_feats:  # without, the gate says so
-            rows = "B" if relation is None else "relations"
-            given.append(("rel_feat", rows, rel_feat, self.rel_feats))
-        for name, rows, part, width in given:
-            for_all = name == "rel_feat" and relation is None and part.dim() == 1
-            if not (part.dim() == 2 or for_all) or part.shape[-1] != width:
-                raise IMVIAError(
-                    f"GatedViewConv: expected {name} ({rows}, {width}); received"
-                    f" {tuple(part.shape)}."
-                )
+        check_width("GatedViewConv", "view_feat", view_feat, "V", self.view_feats)
+        check_width("GatedViewConv", "entity_feat", entity_feat, "B", self.entity_feats)
+        if rel_feat is None or not self.rel_feats:  # the gate says that it was made without
+            return
+        if relation is not None:
+            check_width("GatedViewConv", "rel_feat", rel_feat, "relations", self.rel_feats)
+        elif rel_feat.shape != (self.rel_feats,):
+            check_width("GatedViewConv", "rel_feat", rel_feat, "B", self.rel_feats)
 
     @staticmethod
     def _check_rows(

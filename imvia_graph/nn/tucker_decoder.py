@@ -15,7 +15,9 @@ from imvia_graph._gpu.products import product
 from imvia_graph.answers import pointer
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import IMVIAError
+from imvia_graph.nn._checks import check_width
 from imvia_graph.nn.dropout import Dropout
+from imvia_graph.ops import picking
 
 
 class Share(NamedTuple):
@@ -97,6 +99,7 @@ def group_by_relation(
 
     No more than ``most`` are distinct; None for any number.
     """
+    relation = relation.to(torch.int64)  # a graph's may be in int32
     alone = shards is None or shards.alone
     # Where no gradient is wanted, waiting costs less than matrices of relations that are not there.
     wanted = alone and len(relation) and torch.is_grad_enabled()
@@ -227,6 +230,10 @@ class TuckerDecoder(nn.Module):
         batch_norm: bool = True,
     ) -> None:
         super().__init__()
+        if entity_feats < 1:
+            raise IMVIAError(
+                f"TuckerDecoder: expected entity_feats of 1 or more; received {entity_feats}."
+            )
         self.entity_feats = entity_feats
         self.rel_feats = rel_feats
         #: The core tensor, (rel_feats, entity_feats, entity_feats): relation, head, tail.
@@ -275,15 +282,22 @@ class TuckerDecoder(nn.Module):
         Raises
         ------
         IMVIAError
-            Another number of relations than of rows of ``head``.
+            Another number of relations than of rows of ``head``, features of other widths than the
+            decoder's, blocks of another number of relations than ``rel_feat``; on a CPU also
+            relations beyond its rows.
 
         Notes
         -----
         On a GPU, except in float64, gradients are of first order; who asks for theirs gets an
         error.
         """
+        check_width("TuckerDecoder", "head", head, "B", self.entity_feats)
+        check_width("TuckerDecoder", "rel_feat", rel_feat, "R", self.rel_feats)
+        if rel_blocks is not None:
+            check_width("TuckerDecoder", "rel_blocks", rel_blocks, len(rel_feat), self.entity_feats)
         groups = relation
-        if isinstance(groups, Tensor):
+        if not isinstance(groups, RelationGroups):
+            picking.check_ids("TuckerDecoder", "relation", groups, len(rel_feat))
             groups = group_by_relation(groups, most=len(rel_feat))
         share = groups.share
         if share is None and len(head) != len(groups.order):
