@@ -800,7 +800,26 @@ def test_a_decision_takes_one_candidate_a_query():
     torch.testing.assert_close(fusion(relation, scores), expected[:, 0])
 
 
-@pytest.mark.parametrize("shape", [(5, 2, 8), (5, 4, 8), (5, 3, 7)])
+def test_a_decision_of_scores_that_are_integers_is_that_of_the_same_numbers():
+    fusion = randomised(DecisionFusion(4, 2))
+    relation, scores = torch.rand(3, 4), torch.randint(-9, 9, (2, 3, 5))
+    torch.testing.assert_close(fusion(relation, scores), fusion(relation, scores.float()))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4,), (3, 1, 4)], ids=str)
+def test_a_decision_wants_relations_of_its_width(shape):
+    with pytest.raises(ig.IMVIAError, match=r"DecisionFusion: expected rel_feat \(B, 4\); rec"):
+        DecisionFusion(4, 2)(torch.rand(shape), torch.rand(2, 3, 5))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_joint_fusion_is_traced():
+    fusion = randomised(JointFusion(8, 3))
+    traced, feat = torch.jit.trace(fusion, (torch.rand(5, 3, 8),)), torch.rand(7, 3, 8)
+    torch.testing.assert_close(traced(feat), fusion(feat))
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 8), (5, 4, 8), (5, 3, 7), (8,), ()])
 def test_joint_fusion_wants_its_modalities(shape):
     with pytest.raises(ig.IMVIAError, match=r"3 modalities of \(B, 8\).*received"):
         JointFusion(8, 3)(torch.rand(shape))

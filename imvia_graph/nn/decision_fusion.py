@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from imvia_graph.errors import IMVIAError
+from imvia_graph.nn._checks import check_width
 
 
 class DecisionFusion(nn.Module):
@@ -64,20 +65,17 @@ class DecisionFusion(nn.Module):
         Returns
         -------
         Tensor
-            Of the shape of a head's.
+            Of the shape and dtype of a head's; of integers in the weights' dtype.
 
         Raises
         ------
         IMVIAError
-            Another number of heads or of queries, or heads of different shapes.
+            Another number of heads or of queries, heads of different shapes, or relations of
+            another width.
         """
         shapes = [tuple(score.shape) for score in scores]
         heads = self.linear.out_features
-        if rel_feat.dim() != 2:
-            raise IMVIAError(
-                f"DecisionFusion: expected rel_feat (B, {self.linear.in_features}); received"
-                f" {tuple(rel_feat.shape)}."
-            )
+        check_width("DecisionFusion", "rel_feat", rel_feat, "B", self.linear.in_features)
         if len(shapes) != heads or any(
             shape != shapes[0] or shape[:1] != rel_feat.shape[:1] for shape in shapes
         ):
@@ -93,9 +91,16 @@ class DecisionFusion(nn.Module):
 
 
 def weighted_sum(scores: Sequence[Tensor] | Tensor, weights: Tensor) -> Tensor:
-    """(B, …) sum of M times (B, …) scores, times (B, M) weights, in the scores' dtype."""
+    """(B, …) sum of M times (B, …) scores, times (B, M) weights, in the scores' dtype.
+
+    Of scores that are integers in the weights', which as integers would be zeros.
+    """
     parts = (
-        score * weights[:, m].to(score.dtype).reshape(-1, *[1] * (score.dim() - 1))
+        score * _as(score, weights[:, m]).reshape(-1, *[1] * (score.dim() - 1))
         for m, score in enumerate(scores)
     )
     return functools.reduce(torch.add, parts)
+
+
+def _as(score: Tensor, weight: Tensor) -> Tensor:
+    return weight.to(score.dtype) if score.is_floating_point() else weight

@@ -81,10 +81,13 @@ class JointFusion(nn.Module):
         """
         if isinstance(feat, Mapping):  # as MultiViewEncoder gives them
             feat = list(feat.values())
-        parts = feat.unbind(1) if isinstance(feat, Tensor) else feat
+        if isinstance(feat, Tensor):
+            feat = feat.unbind(1) if feat.dim() > 1 else [feat]
+        parts = feat
         shapes = [tuple(part.shape) for part in parts]
-        wanted = len(shapes) == self.num_modalities and len(set(shapes)) == 1
-        if not wanted or shapes[0][1:] != (self.in_feats,):
+        # Not by their hashes: torch.jit.trace has tensors for sizes.
+        fits = len(shapes) == self.num_modalities > 0 and len(shapes[0]) == 2
+        if not fits or any(shape != (shapes[0][0], self.in_feats) for shape in shapes):
             raise IMVIAError(
                 f"JointFusion: expected {self.num_modalities} modalities of (B, {self.in_feats}),"
                 f" or one tensor (B, {self.num_modalities}, {self.in_feats}); received"
