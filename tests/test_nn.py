@@ -1012,6 +1012,30 @@ def test_views_are_missed_by_name():
         encoder(graph, torch.rand(2, 2))
 
 
+@pytest.mark.parametrize(
+    ("feat", "match"),
+    [
+        ({"entity": torch.rand(2, 2)}, r"nodes 'image'.*received \['entity'\]"),
+        ({"image": torch.rand(2, 3)}, r"nodes 'entity'.*received \['image'\]"),
+        (({"image": torch.rand(2, 3)}, {}), r"nodes 'entity'.*received \[\]"),
+        ((torch.rand(2, 3), torch.rand(2, 2)), "nodes 'image'.*received the type Tensor"),
+        (None, "nodes 'image'.*received the type NoneType"),
+    ],
+)
+def test_features_by_node_type_are_missed_by_name(feat, match):
+    graph = dgl.heterograph({("image", "of", "entity"): ([0, 1], [0, 1])})
+    with pytest.raises(ig.IMVIAError, match=match):
+        MultiViewEncoder({"image": 3}, 2, 0, 4)(graph, feat)
+
+
+def test_an_encoder_says_which_modalities_it_has_and_how_they_are_given():
+    with pytest.raises(ig.UnknownLabelError, match=r"no modality 'audio'.*\['image'\]"):
+        MultiViewEncoder({"image": 3}, 2, 0, 4).conv("audio")
+    for wrong in (["image"], {5: 3}, {("image", "of"): 3}):
+        with pytest.raises(ig.IMVIAError, match="map each modality, or each edge type"):
+            MultiViewEncoder(wrong, 2, 0, 4)
+
+
 def test_joint_fusion_takes_what_an_encoder_gives():
     parts = {"image": torch.rand(4, 3), "text": torch.rand(4, 3)}
     fusion = randomised(JointFusion(3, 2))

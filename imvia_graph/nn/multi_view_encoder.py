@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from imvia_graph._dgl import dgl
 from imvia_graph._gpu.products import linear
 from imvia_graph._streams import Streams
-from imvia_graph.errors import IMVIAError
+from imvia_graph.errors import IMVIAError, UnknownLabelError
 from imvia_graph.nn.gated_view_conv import GatedViewConv
 from imvia_graph.ops import Backend, picking
 
@@ -106,6 +106,11 @@ class MultiViewEncoder(nn.Module):
         activation: Callable[[Tensor], Tensor] = torch.sigmoid,
     ) -> None:
         super().__init__()
+        if not isinstance(view_feats, Mapping) or not all(map(_is_edge_type, view_feats)):
+            raise IMVIAError(
+                "MultiViewEncoder: expected view_feats to map each modality, or each edge type"
+                f" (source, name, destination), to its views' width; received {view_feats!r}."
+            )
         if not (aggregate is None or callable(aggregate) or aggregate in _TOGETHER):
             raise IMVIAError(
                 f"MultiViewEncoder: unknown aggregate {aggregate!r}; expected None, a callable, or"
@@ -131,7 +136,12 @@ class MultiViewEncoder(nn.Module):
             projection.reset_parameters()
 
     def conv(self, modality: EdgeType) -> GatedViewConv:
-        """The aggregation layer of a modality."""
+        """The aggregation layer of a modality, by its key in ``view_feats``."""
+        if modality not in self.modalities:
+            raise UnknownLabelError(
+                f"MultiViewEncoder: there is no modality {modality!r}; expected one of"
+                f" {self.modalities}."
+            )
         conv = self.convs[self.modalities.index(modality)]
         assert isinstance(conv, GatedViewConv)
         return conv
@@ -162,6 +172,13 @@ class MultiViewEncoder(nn.Module):
             (destination nodes, out_feats) a modality.
         Tensor
             With ``aggregate``.
+
+        Raises
+        ------
+        DGLError
+            An edge type that the graph does not have.
+        IMVIAError
+            Features of a node type that are not there; and see `GatedViewConv.forward`.
         """
         out, shown = {}, "entity"
         for modality, conv, projection in self._layers():
@@ -178,9 +195,12 @@ class MultiViewEncoder(nn.Module):
                     )
                 pair = data["feat"], feat
             elif isinstance(feat, tuple):
-                pair = feat[0][source], feat[1][destination]
+                pair = _of_type(feat[0], source), _of_type(feat[1], destination)
             else:
-                pair = feat[source], feat[destination][: part.num_dst_nodes()]
+                pair = (
+                    _of_type(feat, source),
+                    _of_type(feat, destination)[: part.num_dst_nodes()],
+                )
             out[modality] = _project(projection, conv(part, pair, rel_feat), conv.backend)
             shown = destination
         return self._together(out, shown)
@@ -282,6 +302,22 @@ class MultiViewEncoder(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows of the module."""
         return f"modalities={self.modalities}, out_feats={self.out_feats}"
+
+
+def _is_edge_type(key: Any) -> bool:
+    return isinstance(key, str) or (isinstance(key, tuple) and len(key) == 3)
+
+
+def _of_type(feat: Any, node_type: str) -> Tensor:
+    """Features of a node type."""
+    if not isinstance(feat, Mapping) or node_type not in feat:
+        received = list(feat) if isinstance(feat, Mapping) else f"the type {type(feat).__name__}"
+        raise IMVIAError(
+            f"MultiViewEncoder: expected features of the nodes {node_type!r} in feat, which is one"
+            f" tensor of the entities', a dict by node type or a pair of such; received {received}."
+        )
+    found: Tensor = feat[node_type]
+    return found
 
 
 def _rows(tensor: Tensor, rows: slice | None) -> Tensor:
