@@ -148,6 +148,16 @@ def test_layer_leaves_the_graph_as_it_was(graph):
     assert all(set(one) == set(other) for one, other in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("formats", ["csc", "coo", ["csr", "csc"], ["coo", "csr", "csc"]], ids=str)
+def test_graph_restricted_to_a_format_gives_the_same(graph, formats):
+    conv, pair = GatedViewConv(WIDTH, 4), pair_of(graph)
+    expected = conv(graph, pair, get_weight=True)
+    for one, other in zip(
+        conv(graph.formats(formats), pair, get_weight=True), expected, strict=True
+    ):
+        assert torch.equal(one, other)
+
+
 # -- HeteroGraphConv ------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -208,7 +209,7 @@ class GatedViewConv(nn.Module):
                     f" its own nodes: feat[block.{side}data[dgl.NID]]."
                 )
         device = entity_feat.device
-        source, destination = graph.edges(order="eid")
+        source, destination = _edges(graph)
         order = torch.argsort(destination, stable=True)
         # Picked where the views are, which may be too many for the device of the rest.
         view = source[order].to(view_feat.device, torch.int64)
@@ -407,6 +408,17 @@ class GatedViewConv(nn.Module):
             f"view_feats={self.view_feats}, entity_feats={self.entity_feats},"
             f" rel_feats={self.rel_feats}, allow_zero_in_degree={self.allow_zero_in_degree}"
         )
+
+
+def _edges(graph: Any) -> tuple[Tensor, Tensor]:
+    """Sources and destinations of the edges, in the order of their ids."""
+    if "coo" in itertools.chain(*graph.formats().values()):
+        source, destination = graph.edges(order="eid")
+    else:  # without COO, DGL knows no order but its own
+        source, destination, edge = graph.edges(form="all", order=None)
+        order = torch.argsort(edge)
+        source, destination = source[order], destination[order]
+    return source, destination
 
 
 def _worth_gating(count: Tensor) -> Tensor | None:
