@@ -27,6 +27,7 @@ from imvia_graph.nn.tucker_decoder import (
     conjugate,
     group_by_relation,
 )
+from imvia_graph.ops import picking
 from imvia_graph.settings import Settings
 
 #: Heads beside those of the modalities.
@@ -360,9 +361,16 @@ class IMVIA(nn.Module):
         Raises
         ------
         IMVIAError
-            Of several processes, each of which has a part of the entities.
+            Of several processes, each of which has a part of the entities; ids of other shapes or
+            numbers than each other; on a CPU also ids that the model does not have.
         """
         self.check_whole("triples are scored")
+        self.check_ids(head=head, relation=relation, tail=tail)
+        if not len(head) == len(relation) == len(tail):
+            raise IMVIAError(
+                "IMVIA: expected as many heads as relations and tails; received"
+                f" {len(head)}, {len(relation)} and {len(tail)}."
+            )
         own = self.embed(tail, None if self.settings.candidates == "shared" else relation).heads
         tables = {name: part[:, None] for name, part in own.items()}
         return self.scores(self.queries(head, relation), tables, relation)[DECISION][:, 0]
@@ -380,6 +388,19 @@ class IMVIA(nn.Module):
                 f" of the {self.shards.size} processes has; `imvia_graph.load` of the run folder"
                 " has all."
             )
+
+    def check_ids(self, **given: Tensor) -> None:
+        """Refuse (B,) ids that are none, or on a CPU none of the model's; by their names.
+
+        Those called ``relation`` are of relations, the inverse ones with them, others of entities.
+
+        Raises
+        ------
+        IMVIAError
+        """
+        for name, ids in given.items():
+            number = 2 * self.num_relations if name == "relation" else self.num_entities
+            picking.check_ids("IMVIA", name, ids, number)
 
     @property
     def gate_sees_relations(self) -> bool:

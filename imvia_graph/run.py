@@ -324,7 +324,17 @@ class EntityEncoder(nn.Module):
         -------
         dict of str to Tensor
             (B, ``widths[head]``) a head: out_feats, and of ``complex`` 2 complex_rank.
+
+        Raises
+        ------
+        IMVIAError
+            What is no tensor of ids; on a CPU also ids that the model does not have.
         """
+        if entity is not None:
+            self.model.check_ids(entity=entity)
+        if relation is not None:
+            one = isinstance(relation, Tensor) and relation.dim() == 0
+            self.model.check_ids(relation=relation[None] if one else relation)
         return self.model.embed(entity, relation).heads
 
     def extra_repr(self) -> str:

@@ -739,6 +739,44 @@ def test_encoder_of_a_run_gives_its_embeddings(run):
         assert torch.equal(rows, expected[head])
 
 
+@pytest.mark.parametrize(
+    ("entity", "match"),
+    [
+        (torch.tensor([0, 99]), "from 0 to 23; received 99"),
+        (torch.tensor([-1]), "received -1"),
+        (torch.tensor([[1, 2]]), r"received \(1, 2\) in torch.int64"),
+        (torch.tensor(1), r"received \(\) in torch.int64"),
+        (torch.tensor([1.0]), "in torch.float32"),
+        ([1, 2], "received the type list"),
+        ("e1", "received the type str"),
+    ],
+    ids=str,
+)
+def test_ids_that_are_none_of_a_run_are_refused(run, entity, match):
+    with pytest.raises(ig.IMVIAError, match=rf"expected entity \(B,\).*{match}"):
+        run.encoder(entity)
+    with pytest.raises(ig.IMVIAError, match=rf"expected head \(B,\).*{match}"):
+        run.model(entity, torch.tensor([0]), torch.tensor([0]))
+
+
+def test_relations_that_are_none_of_a_run_are_refused(run):
+    one = torch.tensor([1])
+    with pytest.raises(ig.IMVIAError, match=r"expected relation.*from 0 to 3; received 4"):
+        run.encoder(one, torch.tensor(4))
+    with pytest.raises(ig.IMVIAError, match=r"expected relation.*received -1"):
+        run.model(one, -one, one)
+    with pytest.raises(ig.IMVIAError, match="as many heads as relations and tails; received 2, 1"):
+        run.model(torch.tensor([0, 1]), one, one)
+
+
+def test_ids_of_a_run_may_be_in_int32(run):
+    entity, relation = torch.tensor([7, 0]), torch.tensor([1, 3])
+    for head, rows in run.encoder(entity.int(), relation.int()).items():
+        assert torch.equal(rows, run.encoder(entity, relation)[head])
+    expected = run.model(entity, relation, entity)
+    assert torch.equal(run.model(entity.int(), relation.int(), entity.int()), expected)
+
+
 def test_encoder_of_a_run_has_no_part_that_only_scores(run):
     out = run.encoder(torch.tensor([7, 1]), torch.tensor([1, 0]))
     (out["joint"].sum() + out["complex"].sum()).backward()
