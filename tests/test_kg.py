@@ -55,6 +55,18 @@ def test_triples_may_be_numpy_arrays_or_lists():
     assert torch.equal(small_kg(train=[[0, 1, 2]]).train, expected)
 
 
+def test_labels_where_ids_are_wanted_are_refused_with_what_takes_them():
+    feat = torch.rand(2, 3)
+    with pytest.raises(DataError, match=r"^train: expected a tensor.*list.*from_labels"):
+        small_kg(train=[("a", "r", "b")])
+    with pytest.raises(DataError, match=r"^views\['image'\]: expected a tensor.*from_labels"):
+        small_kg(views={"image": Views(feat, ["a", "b"])})
+    with pytest.raises(DataError, match=r"views: expected Views by modality.*received list"):
+        small_kg(views=[Views(feat, torch.tensor([0, 1]))])
+    with pytest.raises(DataError, match=r"image.*expected dense features.*torch.sparse_coo"):
+        small_kg(views={"image": Views(feat.to_sparse(), torch.tensor([0, 1]))})
+
+
 def test_no_validation_and_test_triples_are_empty_n_by_3():
     kg = small_kg()
     assert kg.valid.shape == kg.test.shape == (0, 3)

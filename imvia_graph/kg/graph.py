@@ -123,6 +123,11 @@ class MultiViewKG:
         self.known = self._checked_triples(known, "known")
         if not len(self.train):
             raise DataError(f"{self}: there are no training triples; at least one is needed.")
+        if not isinstance(views or {}, Mapping):
+            raise DataError(
+                f"views: expected Views by modality, {{modality: Views(…)}}; received"
+                f" {type(views).__name__}."
+            )
         self._held = {
             modality: self._checked_views(modality, value)
             for modality, value in (views or {}).items()
@@ -196,7 +201,7 @@ class MultiViewKG:
     def _checked_triples(self, triples: Tensor | None, split: Split) -> Tensor:
         if triples is None:
             return torch.empty(0, 3, dtype=torch.int64)
-        triples = torch.as_tensor(triples)
+        triples = _as_tensor(triples, split)
         if triples.numel() == 0:
             return torch.empty(0, 3, dtype=torch.int64)
         if triples.dim() != 2 or triples.shape[1] != 3:
@@ -235,11 +240,13 @@ class MultiViewKG:
                 f" {type(views).__name__}. MultiViewKG.from_labels takes pairs of features and"
                 " labels."
             )
-        feat, entity = torch.as_tensor(views.feat), torch.as_tensor(views.entity)
+        feat, entity = _as_tensor(views.feat, where), _as_tensor(views.entity, where)
         if feat.dim() != 2 or feat.shape[1] == 0:
             raise DataError(
                 f"{where}: expected features of shape (views, width), received {tuple(feat.shape)}."
             )
+        if feat.layout != torch.strided:
+            raise DataError(f"{where}: expected dense features, received {feat.layout}.")
         if not feat.is_floating_point():
             raise DataError(f"{where}: expected floating-point features, received {feat.dtype}.")
         if (entity.is_floating_point() or entity.dtype == torch.bool) and entity.numel():
@@ -581,6 +588,17 @@ class MultiViewKG:
 
 
 # -- labels and ids -------------------------------------------------------------------------------
+
+
+def _as_tensor(numbers: Any, where: str) -> Tensor:
+    """A tensor of what is one already, or an array or lists of numbers."""
+    try:
+        return torch.as_tensor(numbers)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{where}: expected a tensor of numbers; received {type(numbers).__name__}, which makes"
+            f" none ({error}). MultiViewKG.from_labels takes labels."
+        ) from None
 
 
 def _label_frame(triples: Iterable[Sequence[str]], split: Split) -> pl.DataFrame:
