@@ -28,7 +28,7 @@ from imvia_graph.nn.tucker_decoder import (
     group_by_relation,
 )
 from imvia_graph.ops import picking
-from imvia_graph.settings import Settings
+from imvia_graph.settings import Settings, checked_settings
 
 #: Heads beside those of the modalities.
 STRUCTURE, JOINT, COMPLEX = "structure", "joint", "complex"
@@ -135,7 +135,7 @@ class IMVIA(nn.Module):
     ) -> None:
         super().__init__()
         self.shards = Shards(num_entities) if shards is None else shards
-        s = settings or Settings()
+        s = Settings() if settings is None else checked_settings(settings)
         if s.complex_head is None:
             s = s.replace(complex_head=num_entities < MANY and COMPLEX not in views)
         self.settings = s
@@ -226,7 +226,7 @@ class IMVIA(nn.Module):
         cls, kg: MultiViewKG, settings: Settings | None = None, shards: Shards | None = None
     ) -> IMVIA:
         """A model for a graph, with the modalities that the settings name (default: all)."""
-        settings = settings or Settings()
+        settings = Settings() if settings is None else checked_settings(settings)
         wanted = kg.modalities if settings.modalities is None else settings.modalities
         views = {}
         for modality in wanted:

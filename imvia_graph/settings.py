@@ -458,6 +458,22 @@ class Settings(BaseModel):
 PRESETS = Path(__file__).parent / "presets"
 
 
+def checked_settings(given: Any) -> Settings:
+    """What is given, if it is `Settings`.
+
+    Raises
+    ------
+    SettingsError
+        It is a mapping, or anything else.
+    """
+    if isinstance(given, Settings):
+        return given
+    raise SettingsError(
+        f"settings: expected Settings, received {type(given).__name__}. Of a mapping,"
+        " imvia_graph.Settings.create(mapping) makes them."
+    )
+
+
 def presets() -> list[str]:
     """Names of the settings that come with the package: ``paper``, those of the paper.
 

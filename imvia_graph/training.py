@@ -43,7 +43,7 @@ from imvia_graph.optimizers import (
     set_rate,
     table_optimizer,
 )
-from imvia_graph.settings import Settings
+from imvia_graph.settings import Settings, checked_settings
 
 logger = logging.getLogger(__name__)
 
@@ -169,8 +169,12 @@ class Trainer:
 
     Raises
     ------
+    DataError
+        The graph is not that of the model.
     SettingsError
-        Callbacks that are none, or float16 with several processes.
+        Settings or callbacks that are none; float16 with several processes; a model in half
+        precision, which is not trained: where ``precision`` says so, products are in it, and
+        parameters in float32.
 
     Notes
     -----
@@ -195,6 +199,15 @@ class Trainer:
         settings: Settings,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        settings = checked_settings(settings)
+        model.check_graph(kg)
+        for name, parameter in model.named_parameters():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise SettingsError(
+                    f"Training: expected a model in float32 or float64; {name} is in"
+                    f" {parameter.dtype}. Train model.float(), whose products the setting precision"
+                    " has in half precision."
+                )
         self.model, self.kg, self.shards = model, kg, model.shards
         self.callbacks = checked_callbacks(callbacks)
         self.progress = Progress()

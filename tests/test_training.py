@@ -1145,3 +1145,35 @@ def test_a_shared_candidate_is_told_how_likely_it_is_to_be_there(kind, batch_siz
                 every = answers[group].total()
                 absent *= math.comb(every - answers[group][entity], size) / math.comb(every, size)
             assert math.exp(log_q) == pytest.approx(1 - absent, rel=1e-5)
+
+
+# -- what a trainer is given -----------------------------------------------------------------------
+
+
+def test_a_trainer_wants_the_graph_of_its_model():
+    kg = ring_kg()
+    model = IMVIA.from_kg(kg, settings())
+    with pytest.raises(ig.DataError, match="graph with 12 entities; the graph 'ring' has 11"):
+        Trainer(model, ring_kg(11), settings())
+    other = kg.replace(entities=[*kg.entities[1:], kg.entities[0]])
+    with pytest.raises(ig.DataError, match=r"entities are in another order: number 0 is 'e0'"):
+        Trainer(model, other, settings())
+
+
+def test_settings_of_a_model_and_a_trainer_are_settings():
+    kg = ring_kg()
+    for make in (
+        lambda: IMVIA.from_kg(kg, {"dim": 8}),
+        lambda: IMVIA(12, 2, {}, {"dim": 8}),
+        lambda: Trainer(IMVIA.from_kg(kg, settings()), kg, {"dim": 8}),
+    ):
+        with pytest.raises(ig.SettingsError, match=r"received dict.*Settings.create"):
+            make()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_not_trained(dtype):
+    kg = ring_kg()
+    model = IMVIA.from_kg(kg, settings()).to(dtype)
+    with pytest.raises(ig.SettingsError, match=rf"entity.weight is in {dtype}.*model.float\(\)"):
+        Trainer(model, kg, settings())
