@@ -813,10 +813,14 @@ def test_a_decision_wants_relations_of_its_width(shape):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_joint_fusion_is_traced():
-    fusion = randomised(JointFusion(8, 3))
-    traced, feat = torch.jit.trace(fusion, (torch.rand(5, 3, 8),)), torch.rand(7, 3, 8)
-    torch.testing.assert_close(traced(feat), fusion(feat))
+def test_fusions_are_traced():
+    for layer, shapes, others in (
+        (JointFusion(8, 3), [(5, 3, 8)], [(7, 3, 8)]),
+        (DecisionFusion(4, 2), [(3, 4), (2, 3, 7)], [(5, 4), (2, 5, 9)]),
+    ):
+        traced = torch.jit.trace(randomised(layer), tuple(map(torch.rand, shapes)))
+        given = [torch.rand(shape) for shape in others]
+        torch.testing.assert_close(traced(*given), layer(*given))
 
 
 @pytest.mark.parametrize("shape", [(5, 2, 8), (5, 4, 8), (5, 3, 7), (8,), ()])

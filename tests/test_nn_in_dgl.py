@@ -16,7 +16,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 import imvia_graph as ig
 from imvia_graph._dgl import dgl
 from imvia_graph._graphbolt import stand_in_where_needed
-from imvia_graph.nn import GatedViewConv, JointFusion, MultiViewEncoder
+from imvia_graph.nn import (
+    GatedViewConv,
+    JointFusion,
+    MultiViewEncoder,
+    TuckerDecoder,
+)
 
 WIDTH = 6
 FACT = ("entity", "fact", "entity")
@@ -646,6 +651,21 @@ def compare_with_compiled(layer, plain, compiled, arguments):
     assert len(gradients) == len(compiled_gradients) > 0
     for one, other in zip(gradients, compiled_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["GatedViewConv", "TuckerDecoder"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_what_depends_on_ids_is_not_traced(name):
+    ids = torch.tensor([0, 1, 1])
+    if name == "GatedViewConv":
+        layer = GatedViewConv(6, 4)
+        views = torch.rand(5, 6), torch.tensor([0, 2, 5])
+        traced = lambda feat: layer.aggregate(*views, ids, feat)  # noqa: E731
+    else:
+        layer = TuckerDecoder(4, 3)
+        traced = lambda feat: layer(feat, torch.rand(2, 3), ids)  # noqa: E731
+    with pytest.raises(ig.IMVIAError, match=f"{name}: .*depends on the ids.*torch.compile"):
+        torch.jit.trace(traced, (torch.rand(3, 4),))
 
 
 def test_model_is_copied_and_restored(kg):

@@ -1,7 +1,8 @@
-"""What layers refuse before torch does: features of another width than theirs."""
+"""What layers refuse before torch does: features of another width than theirs, and to be traced."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from imvia_graph.errors import IMVIAError
@@ -26,4 +27,18 @@ def check_width(whose: str, name: str, feat: Tensor, rows: str | int, width: int
     if not fits or (isinstance(rows, int) and len(feat) != rows):
         raise IMVIAError(
             f"{whose}: expected {name} ({rows}, {width}); received {tuple(feat.shape)}."
+        )
+
+
+def refuse_tracing(whose: str) -> None:
+    """Refuse `torch.jit.trace`, which would keep the ids of its example for all others.
+
+    Raises
+    ------
+    IMVIAError
+    """
+    if torch.jit.is_tracing():
+        raise IMVIAError(
+            f"{whose}: what is computed depends on the ids, and torch.jit.trace would keep those of"
+            " its example. Trace what stands around the layer, or take torch.compile."
         )

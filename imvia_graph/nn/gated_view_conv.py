@@ -15,7 +15,7 @@ from imvia_graph._gpu.lookup import lookup
 from imvia_graph._gpu.products import linear
 from imvia_graph.answers import pointer
 from imvia_graph.errors import IMVIAError
-from imvia_graph.nn._checks import check_width
+from imvia_graph.nn._checks import check_width, refuse_tracing
 from imvia_graph.ops import (
     BACKENDS,
     Backend,
@@ -280,6 +280,7 @@ class GatedViewConv(nn.Module):
             queries; relations without features; ids that are no integers; on a CPU also entities
             and a pointer that lead outside the views, and relations beyond the rows.
         """
+        refuse_tracing("GatedViewConv")
         self._check_widths(view_feat, entity_feat, rel_feat, relation)
         if rel_feat is not None and rel_feat.dim() == 2:  # one row that is meant for all
             if relation is None and len(rel_feat) == 1:

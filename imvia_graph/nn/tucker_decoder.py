@@ -15,7 +15,7 @@ from imvia_graph._gpu.products import product
 from imvia_graph.answers import pointer
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import IMVIAError
-from imvia_graph.nn._checks import check_width
+from imvia_graph.nn._checks import check_width, refuse_tracing
 from imvia_graph.nn.dropout import Dropout
 from imvia_graph.ops import picking
 
@@ -291,6 +291,7 @@ class TuckerDecoder(nn.Module):
         On a GPU, except in float64, gradients are of first order; who asks for theirs gets an
         error.
         """
+        refuse_tracing("TuckerDecoder")
         check_width("TuckerDecoder", "head", head, "B", self.entity_feats)
         check_width("TuckerDecoder", "rel_feat", rel_feat, "R", self.rel_feats)
         if rel_blocks is not None:
