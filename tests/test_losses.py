@@ -11,7 +11,7 @@ from reference import assert_agree, numbers, tensor
 from torch._subclasses import FakeTensorMode
 
 import imvia_graph as ig
-from imvia_graph import SettingsError, _factored
+from imvia_graph import IMVIAError, SettingsError, _factored, losses
 from imvia_graph.losses import (
     Alignment,
     MutualInformation,
@@ -843,3 +843,72 @@ def test_factored_completion_says_that_its_gradients_have_none():
     loss = factored_completion(**given)
     with pytest.raises(ig.IMVIAError, match=r"first order.*losses\.completion"):
         torch.autograd.grad(loss, given["queries"][0], create_graph=True)
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shapes", "match"),
+    [
+        ({"a": (5, 8)}, r"embeddings of \['a', 'b'\]; received \['a'\]"),
+        ({"a": (5, 7), "b": (5, 7)}, r"\(B, 8\).*received.*\(5, 7\)"),
+        ({"a": (5, 8), "b": (4, 8)}, r"\(B, 8\).*received.*\(4, 8\)"),
+        ({"a": (8,), "b": (8,)}, r"\(B, 8\).*received.*\(8,\)"),
+    ],
+    ids=str,
+)
+def test_mutual_information_says_what_it_expects(shapes, match):
+    embeddings = {name: torch.rand(shape) for name, shape in shapes.items()}
+    with pytest.raises(IMVIAError, match=f"MutualInformation: expected {match}"):
+        MutualInformation(["a", "b"], 8)(embeddings)
+
+
+@pytest.mark.parametrize("modalities", ["ab", ["a", "a"]])
+def test_mutual_information_is_between_distinct_modalities(modalities):
+    with pytest.raises(IMVIAError, match="list of distinct modalities"):
+        MutualInformation(modalities, 8)
+
+
+@pytest.mark.parametrize("form", ["contrastive", "printed"])
+@pytest.mark.parametrize("shape", [(4, 8), (5, 7), (8,)], ids=str)
+def test_alignment_says_what_it_expects(form, shape):
+    with pytest.raises(IMVIAError, match=r"Alignment: expected \(B, d\) of each modality.*\(5, 8"):
+        Alignment(form)({"a": torch.rand(5, 8), "b": torch.rand(shape)})
+
+
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+@pytest.mark.parametrize(
+    ("row", "col", "match"),
+    [
+        ([0, 1, 2], [0, 1, -1], "columns of positives from 0 to 3; received -1"),
+        ([0, 1, 2], [0, 1, 4], "columns of positives from 0 to 3; received 4"),
+        ([0, 1, 3], [0, 1, 2], "rows of positives from 0 to 2; received 3"),
+        ([0, 1, 2], [0, 1], r"one length.*received \(3, 4\), \(3,\) and \(2,\)"),
+    ],
+    ids=str,
+)
+def test_completion_refuses_positives_outside_the_scores(loss, row, col, match):
+    positives = Positives(torch.tensor(row), torch.tensor(col))
+    with pytest.raises(IMVIAError, match=match):
+        completion({"structure": torch.rand(3, 4)}, positives, loss)
+
+
+def test_completion_wants_a_head_and_a_column_a_candidate():
+    none, positives = torch.empty(0, dtype=torch.int64), Positives(torch.arange(3), torch.arange(3))
+    sampled = losses.Sampled(torch.arange(4), torch.zeros(4), none, none)
+    for call in (
+        lambda: completion({}, positives),
+        lambda: losses.sampled_completion({}, positives, sampled),
+    ):
+        with pytest.raises(IMVIAError, match="one head or more; received none"):
+            call()
+    with pytest.raises(IMVIAError, match=r"scores \(3, 4\), a column.*\(3, 5\) of the head 'text'"):
+        losses.sampled_completion(
+            {"structure": torch.rand(3, 4), "text": torch.rand(3, 5)}, positives, sampled
+        )
+
+
+def test_losses_that_are_modules_show_what_they_are_made_of():
+    assert "modalities=['a', 'b'], feats=8" in repr(MutualInformation(["a", "b"], 8))
+    assert repr(Alignment("printed")) == "Alignment(form='printed', temperature=0.1)"

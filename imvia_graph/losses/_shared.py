@@ -1,4 +1,4 @@
-"""What several losses share: rows that take part, and the precision of sums."""
+"""What several losses share: checks, rows that take part, and the precision of sums."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from imvia_graph.errors import IMVIAError
 
 
 def at_least_float32(scores: Tensor) -> Tensor:
@@ -40,3 +42,27 @@ def present_in_both(
     everywhere = torch.ones(len(first), dtype=torch.bool, device=first.device)
     masks = {name: (present or {}).get(name, everywhere) for name in embeddings}
     return torch.stack([masks[m] for m, _ in pairs]) & torch.stack([masks[n] for _, n in pairs])
+
+
+def check_embeddings(
+    whose: str, embeddings: Mapping[str, Tensor], wanted: Sequence[str], feats: int | None = None
+) -> None:
+    """Refuse embeddings that are not (B, feats) of each modality; of any width where that is None.
+
+    Raises
+    ------
+    IMVIAError
+    """
+    missing = [name for name in wanted if name not in embeddings]
+    if missing:
+        raise IMVIAError(
+            f"{whose}: expected embeddings of {list(wanted)}; received {list(embeddings)}."
+        )
+    shapes = {name: tuple(embeddings[name].shape) for name in wanted}
+    first = shapes[wanted[0]]
+    width = first[-1] if feats is None and first else feats
+    if len(first) != 2 or any(shape != (first[0], width) for shape in shapes.values()):
+        raise IMVIAError(
+            f"{whose}: expected (B, {'d' if feats is None else feats}) of each modality, B the same"
+            f" in all; received {shapes}."
+        )

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from imvia_graph._gradients import with_gradients
 from imvia_graph.errors import SettingsError
-from imvia_graph.losses._shared import present_in_both, without_absent, zero
+from imvia_graph.losses._shared import check_embeddings, present_in_both, without_absent, zero
 
 #: exp of this is the largest inverse temperature, as in CLIP.
 _LARGEST_LOG_SCALE = math.log(100.0)
@@ -95,11 +95,17 @@ class Alignment(nn.Module):
         -------
         Tensor
             A scalar; 0 where there is nothing to align.
+
+        Raises
+        ------
+        IMVIAError
+            Embeddings of different shapes.
         """
         # Both forms are symmetric: (m, n) and (n, m) of the sum are one term, twice.
         pairs = list(combinations(embeddings, 2))
         if not pairs:
             return zero(embeddings)
+        check_embeddings("Alignment", embeddings, list(embeddings))
         rows = None if present is None else present_in_both(embeddings, present, pairs)
         embeddings = without_absent(embeddings, present)
         parts = list(embeddings.values())
@@ -107,6 +113,10 @@ class Alignment(nn.Module):
             contrast: Tensor = _Contrast.apply(self.temperature, entity, rows, *parts)
             return contrast
         return _added_up(parts, self.temperature, entity, rows, printed_alignment)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of the module."""
+        return f"form={self.form!r}, temperature={self.initial_temperature}"
 
 
 def contrastive_alignment(

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from imvia_graph import _gpu
 from imvia_graph._factored import FactoredCompletion, Terms
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import IMVIAError
-from imvia_graph.losses.scored import Positives, check_loss, check_weights
+from imvia_graph.losses.scored import Positives, check_loss, check_weights, outside
 
 
 def factored_completion(
@@ -164,10 +163,6 @@ def _check_factored(
     lengths = {tuple(part.shape) for part in (row, col, counts) if part is not None}
     if row.dim() != 1 or len(lengths) > 1:
         raise refuse("positives of one length (P,)", f"{tuple(row.shape)}, {tuple(col.shape)}")
-    if _gpu.is_waited_for(row.device) or not len(row):
-        return
     num_all = num_candidates if shards is None else shards.num_entities
-    for what, part, size in (("rows", row, num_queries), ("columns", col, num_all)):
-        low, high = int(part.min()), int(part.max())
-        if low < 0 or high >= size:
-            raise refuse(f"{what} of positives from 0 to {size - 1}", str(low if low < 0 else high))
+    for what, low_or_high, size in outside(positives, num_queries, num_all):
+        raise refuse(f"{what} of positives from 0 to {size - 1}", str(low_or_high))

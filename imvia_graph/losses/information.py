@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from imvia_graph.losses._shared import present_in_both, without_absent, zero
+from imvia_graph.errors import IMVIAError
+from imvia_graph.losses._shared import check_embeddings, present_in_both, without_absent, zero
 
 
 class MutualInformation(nn.Module):
@@ -52,7 +53,13 @@ class MutualInformation(nn.Module):
     def __init__(self, modalities: Sequence[str], feats: int, hidden_feats: int = 128) -> None:
         super().__init__()
         self.modalities = list(modalities)
-        self.pairs = list(permutations(modalities, 2))
+        if isinstance(modalities, str) or len(set(self.modalities)) < len(self.modalities):
+            raise IMVIAError(
+                "MutualInformation: expected a list of distinct modalities; received"
+                f" {modalities!r}."
+            )
+        self.feats = feats
+        self.pairs = list(permutations(self.modalities, 2))
         #: One a pair, in the order of ``pairs``: all of the first modality, all of the second, …
         self.estimators = nn.ModuleList(GaussianEstimator(feats, hidden_feats) for _ in self.pairs)
 
@@ -73,6 +80,11 @@ class MutualInformation(nn.Module):
         -------
         Tensor
             A scalar; 0 where there is nothing to bound.
+
+        Raises
+        ------
+        IMVIAError
+            A modality without embeddings, or embeddings of other shapes.
         """
         return self._both(embeddings, present, frozen=True)[0]
 
@@ -101,6 +113,7 @@ class MutualInformation(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if not self.pairs:
             return zero(embeddings), zero(embeddings)
+        check_embeddings("MutualInformation", embeddings, self.modalities, self.feats)
         embeddings = without_absent(embeddings, present)
         mean, log_variance = self._moments(embeddings, frozen)
         # All pairs at once: (P, B, d).
@@ -113,6 +126,10 @@ class MutualInformation(nn.Module):
         gain = -0.5 * ((y - shuffled) * (y + shuffled - 2 * mean) * precision).sum(-1)
         surprise = 0.5 * ((y.detach() - mean) ** 2 * precision + log_variance).sum(-1)
         return (gain * share).sum(), (surprise * share).sum()
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of the module."""
+        return f"modalities={self.modalities}, feats={self.feats}"
 
     def _moments(self, embeddings: Mapping[str, Tensor], frozen: bool) -> tuple[Tensor, Tensor]:
         """(P, B, d) means and log-variances, those of one modality's estimators in two products.

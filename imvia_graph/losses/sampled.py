@@ -10,8 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from imvia_graph.distributed import Shards
+from imvia_graph.errors import IMVIAError
 from imvia_graph.losses._shared import at_least_float32
-from imvia_graph.losses.scored import Positives, check_loss, check_weights, weighted_mean
+from imvia_graph.losses.scored import (
+    Positives,
+    check_heads,
+    check_loss,
+    check_weights,
+    weighted_mean,
+)
 
 
 class Sampled(NamedTuple):
@@ -97,8 +104,15 @@ def sampled_completion(
     """
     check_loss(loss)
     check_weights(loss, positives)
+    check_heads(scores)
     row, col = positives.row, positives.col
     first = next(iter(scores.values()))
+    for head, part in scores.items():
+        if part.shape != (len(first), len(sampled.entity)):
+            raise IMVIAError(
+                f"sampled_completion: expected scores {(len(first), len(sampled.entity))}, a column"
+                f" a candidate; received {tuple(part.shape)} of the head {head!r}."
+            )
     shards = Shards(first.shape[1]) if shards is None else shards
     correction = (-sampled.log_q).expand(len(first), -1).clone()
     correction[row, col] = 0.0

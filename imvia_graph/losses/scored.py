@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from imvia_graph.errors import SettingsError
+from imvia_graph import _gpu
+from imvia_graph.errors import IMVIAError, SettingsError
 from imvia_graph.losses._shared import at_least_float32
 
 
@@ -57,6 +58,8 @@ def binary_completion(scores: Tensor, positives: Positives, label_smoothing: flo
     ------
     SettingsError
         Rows that are weighted: it is a mean over terms, not over rows.
+    IMVIAError
+        Shapes that do not fit; on a CPU also positives outside the scores.
 
     Examples
     --------
@@ -67,6 +70,7 @@ def binary_completion(scores: Tensor, positives: Positives, label_smoothing: flo
     tensor(1.3863)
     """
     check_weights("binary", positives)
+    _check_positives(scores, positives)
     scores = at_least_float32(scores)
     smooth = label_smoothing / scores.shape[1]
     positive = scores[positives.row, positives.col]
@@ -101,6 +105,7 @@ def softmax_completion(
     >>> softmax_completion(torch.zeros(2, 4), positives)  # log 4
     tensor(1.3863)
     """
+    _check_positives(scores, positives)
     scores = at_least_float32(scores)
     counts = torch.bincount(positives.row, minlength=len(scores)).to(scores.dtype)
     share = (1 - label_smoothing) / counts[positives.row]
@@ -141,6 +146,8 @@ def completion(
     ------
     SettingsError
         An unknown loss, or rows that are weighted where the loss is a mean over terms.
+    IMVIAError
+        No head; shapes that do not fit; on a CPU also positives outside the scores.
 
     Examples
     --------
@@ -152,6 +159,7 @@ def completion(
     tensor(1.3863)
     """
     check_loss(loss)
+    check_heads(scores)
     function = COMPLETIONS[loss]
     parts = [function(part, positives, label_smoothing) for part in scores.values()]
     return torch.stack(parts).sum()
@@ -180,3 +188,37 @@ def check_loss(loss: str) -> None:
         raise SettingsError(
             f"completion: unknown loss {loss!r}; expected one of {', '.join(COMPLETIONS)}."
         )
+
+
+def check_heads(scores: Mapping[str, Tensor]) -> None:
+    """Refuse the scores of no head."""
+    if not scores:
+        raise IMVIAError("completion: expected the scores of one head or more; received none.")
+
+
+def _check_positives(scores: Tensor, positives: Positives) -> None:
+    """Refuse positives that are not among (B, N) scores; -1 would be the last of a row."""
+    row, col = positives.row, positives.col
+    if scores.dim() != 2 or row.dim() != 1 or row.shape != col.shape:
+        raise IMVIAError(
+            "completion: expected scores (B, N) and positives of one length, row (P,) and col (P,);"
+            f" received {tuple(scores.shape)}, {tuple(row.shape)} and {tuple(col.shape)}."
+        )
+    for what, low_or_high, size in outside(positives, *scores.shape):
+        raise IMVIAError(
+            f"completion: expected {what} of positives from 0 to {size - 1}; received"
+            f" {low_or_high}."
+        )
+
+
+def outside(
+    positives: Positives, num_rows: int, num_columns: int
+) -> Iterator[tuple[str, int, int]]:
+    """Rows and columns that are not among so many; a device that is waited for is not asked."""
+    row, col = positives.row, positives.col
+    if torch.compiler.is_compiling() or _gpu.is_waited_for(row.device) or not len(row):
+        return
+    for what, part, size in (("rows", row, num_rows), ("columns", col, num_columns)):
+        low, high = int(part.min()), int(part.max())
+        if low < 0 or high >= size:
+            yield what, low if low < 0 else high, size
