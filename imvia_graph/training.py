@@ -650,14 +650,18 @@ class Trainer:
             if leaves:
                 optimizers.append(_Scaled(leaves, lambda: step_by(scale)))
             rows = None  # the scaler sees to them
+        overflows = False
         if self.settings.gradient_clip is not None:
             for optimizer in optimizers:
                 self.scaler.unscale_(optimizer)
             scale = self._clip(self.settings.gradient_clip)
+            # The norm is that of all: what overflowed of one optimizer's is in every gradient now.
+            overflows = self.scaler.is_enabled() and not scale > 0
         for optimizer in optimizers:
             if not self.scaler.is_enabled():
                 optimizer.found_inf = bad
-            self.scaler.step(optimizer)
+            if not overflows:
+                self.scaler.step(optimizer)
         if optimizers:
             self.scaler.update()
         if rows is not None and (bad is None or not bad):

@@ -508,6 +508,23 @@ def test_rows_stay_as_they_are_where_float16_overflows():
     assert not torch.equal(model.entity.weight, before[0])
 
 
+@pytest.mark.parametrize(("regime", "overflow"), [("1vsall", torch.inf), ("sampled", torch.nan)])
+def test_what_overflows_float16_in_one_optimizer_is_clipped_into_no_other(regime, overflow):
+    kg = ring_kg()
+    chosen = settings(regime=regime, precision="float16", gradient_clip=1.0, weight_decay=0.1)
+    model = IMVIA.from_kg(kg, chosen)
+    trainer = Trainer(model, kg, chosen)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    trainer.gradients_of(next(iter(trainer.batches)))
+    model.joint.attention.grad[0, 0] = overflow
+    trainer.update()
+    theirs = {id(parameter) for parameter in trainer.estimators}
+    for name, weight in model.named_parameters():
+        assert id(weight) in theirs or torch.equal(weight, before[name]), name
+    assert trainer.scaler.get_scale() < 2.0**8
+
+
 @pytest.mark.parametrize(
     ("regime", "precision"),
     [("1vsall", "float32"), ("kvsall", "float32"), ("sampled", "float32"), ("sampled", "float16")],
