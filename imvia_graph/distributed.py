@@ -198,7 +198,8 @@ class Shards:
     def send_rows(self, own: Tensor) -> None:
         """Send a table's rows, in portions, to the first process, which asks for them in turn."""
         for portion in own.detach().split(self._portion(own)):
-            dist.send(portion.contiguous(), 0)
+            if len(portion):  # of a process without entities nothing is asked for
+                dist.send(portion.contiguous(), 0)
 
     def receive_rows(self, own: Tensor) -> Iterator[Tensor]:
         """All rows of a table in portions; to be used up, since the others are waiting."""

@@ -108,6 +108,16 @@ def test_each_process_holds_its_share_of_the_tables_and_of_their_states(found, r
     assert max(part[0] for part in thirds) == -(-14 // 3) * tables // 14
 
 
+def test_a_process_without_entities_sends_no_rows_that_nobody_receives(monkeypatch):
+    sent = []
+    monkeypatch.setattr(distributed.dist, "send", lambda rows, to: sent.append(len(rows)))
+    parts = [Shards(2, rank, 3) for rank in range(3)]
+    assert 0 in map(len, parts)
+    for shards in parts[1:]:
+        shards.send_rows(torch.zeros(len(shards), 4))
+    assert sent == [len(shards) for shards in parts[1:] if len(shards)]
+
+
 def test_a_part_of_a_model_does_not_answer_for_all():
     kg = ring_kg(14)
     model = ig.IMVIA.from_kg(kg, paper_settings(dim=8), Shards(14, 0, 2))
