@@ -326,14 +326,13 @@ def word2vec_token(label: str) -> str:
     >>> word2vec_token("100 % São Tomé\n")
     '100%20%25%20São%20Tomé%0A'
     """
-    if label.isalnum():
-        return label
-    token = "".join(
-        quote(letter, safe="")
-        if letter == "%" or letter.isspace() or not letter.isprintable()
-        else letter
-        for letter in label
-    )
+    if label.isprintable():  # so is a space, but no other white space
+        token = label.replace("%", "%25").replace(" ", "%20")
+    else:
+        token = "".join(
+            letter if letter.isprintable() and letter not in "% " else quote(letter, safe="")
+            for letter in label
+        )
     return f"%5E{token[1:]}" if token.startswith("^") else token
 
 
