@@ -47,7 +47,7 @@ from imvia_graph._version import __version__
 from imvia_graph.distributed import Shards, job
 from imvia_graph.errors import CheckpointError, DataError, IMVIAError, StorageError
 from imvia_graph.kg import MultiViewKG
-from imvia_graph.model import IMVIA
+from imvia_graph.model import IMVIA, state_shapes
 from imvia_graph.optimizers import plain_groups
 from imvia_graph.settings import Settings
 from imvia_graph.training import Callback, Progress, Trainer
@@ -486,18 +486,17 @@ def fitting_model(
     CheckpointError
         The checkpoint is of another model.
     """
-    with torch.device("meta"):
-        expected = IMVIA.from_kg(kg, settings).state_dict()
+    expected = state_shapes(kg, settings)
     for name in names:
         path = _files.inside(folder, name)
         shapes = _shapes(path, "" if name == BEST else "model/")
         if shapes is None:
             continue
-        for key, value in expected.items():
-            if shapes.get(key) != list(value.shape):
+        for key, shape in expected.items():
+            if shapes.get(key) != shape:
                 raise CheckpointError(
                     f"{path}: the checkpoint does not fit the model ({key}: expected"
-                    f" {list(value.shape)}, found {shapes.get(key)})."
+                    f" {shape}, found {shapes.get(key)})."
                 )
         break
     return IMVIA.from_kg(kg, settings, shards)

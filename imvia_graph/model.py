@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import polars as pl
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from imvia_graph import _files
 from imvia_graph._gpu.lookup import lookup
@@ -227,10 +228,7 @@ class IMVIA(nn.Module):
     ) -> IMVIA:
         """A model for a graph, with the modalities that the settings name (default: all)."""
         settings = Settings() if settings is None else checked_settings(settings)
-        wanted = kg.modalities if settings.modalities is None else settings.modalities
-        views = {}
-        for modality in wanted:
-            views[modality] = kg.views(modality)
+        views = _wanted_views(kg, settings)
         model = cls(kg.num_entities, kg.num_relations, views, settings, shards)
         model._labels = kg.label_columns
         return model
@@ -628,6 +626,38 @@ class IMVIA(nn.Module):
     def learns_decision(self) -> bool:
         """Whether the decision has weights to learn: not of one head, nor those of a mean."""
         return self.decision is not None and self.settings.decision != "mean"
+
+
+def state_shapes(kg: MultiViewKG, settings: Settings) -> dict[str, list[int]]:
+    """Shapes of the state of `IMVIA.from_kg`, which is not made for them; no view is read."""
+    views = {name: (feat[:0], ptr) for name, (feat, ptr) in _wanted_views(kg, settings).items()}
+    with torch.device("meta"), _NothingDrawn():
+        model = IMVIA(kg.num_entities, kg.num_relations, views, settings)
+    return {name: list(value.shape) for name, value in model.state_dict().items()}
+
+
+def _wanted_views(kg: MultiViewKG, settings: Settings) -> dict[str, tuple[Tensor, Tensor]]:
+    wanted = kg.modalities if settings.modalities is None else settings.modalities
+    return {modality: kg.views(modality) for modality in wanted}
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves tensors as they are that normal numbers are to be drawn into.
+
+    On the device meta torch would import its compiler first, which takes seconds.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        values = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else values["tensor"]
+        return func(*args, **values)
 
 
 #: So many entities and more have other defaults: no head of ComplEx, and less regularisation.

@@ -8,9 +8,10 @@ import reference as loops
 import torch
 from conftest import randomised
 from reference import assert_agree, numbers, tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import imvia_graph as ig
-from imvia_graph.model import inner
+from imvia_graph.model import inner, state_shapes
 
 SMALL = ig.Settings(
     dim=4,
@@ -340,6 +341,24 @@ def test_state_holds_what_was_learned_and_no_views(odd_kg):
     assert set(dict(model.named_parameters())) == set(model.state_dict())  # no batch statistics
     found = sum(value.numel() for value in model.state_dict().values())
     assert found == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("changes", [{}, {"modalities": ["keys"], "complex_head": False}])
+def test_shapes_of_the_state_are_told_without_making_it(odd_kg, changes):
+    made = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func)
+            return func(*args, **(kwargs or {}))
+
+    settings = SMALL.replace(**changes)
+    with Watching():
+        shapes = state_shapes(odd_kg, settings)
+    state = ig.IMVIA.from_kg(odd_kg, settings).state_dict()
+    assert shapes == {name: list(value.shape) for name, value in state.items()}
+    # On the device meta torch imports its compiler to draw these: two seconds of each command.
+    assert torch.ops.aten.normal_.default not in made
 
 
 def test_views_move_with_the_model(odd_kg):
