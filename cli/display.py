@@ -10,6 +10,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from imvia_graph._display import printable, shown
@@ -37,6 +45,39 @@ def json_text(value: Any) -> str:
         lambda found: f"\\u{ord(found[0]):04x}",
         text,
     )
+
+
+class Bar:
+    """A progress bar a task, with the time that is left; nothing without a terminal."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.tasks: dict[str, TaskID] = {}
+
+    def show(self, task: str, done: int, total: int) -> None:
+        """Move the task's bar."""
+        if task not in self.tasks:
+            if not self.tasks:
+                self.progress.start()
+            self.tasks[task] = self.progress.add_task(shown(task), total=total)
+        self.progress.update(self.tasks[task], completed=done)
+
+    def close(self) -> None:
+        """Take the bars off the terminal."""
+        self.progress.stop()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class _Printable(logging.Formatter):

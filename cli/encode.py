@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from imvia_graph import _files, load_kg
 from imvia_graph._display import shown
 from imvia_graph.cli import stopped
-from imvia_graph.cli.display import console, log_to_terminal, say
+from imvia_graph.cli.display import Bar, log_to_terminal, say
 from imvia_graph.cli.options import loading_options, separator
 from imvia_graph.encode import Report, encode_kg
 from imvia_graph.encode.encoder import named_encoder
@@ -209,7 +208,7 @@ def encode(
                 skip_unknown=skip_unknown,
             )
         raw_texts = read_names(kg) if raw_texts is None else joined(raw_texts, read_names(kg))
-    bar = _Bar()
+    bar = Bar()
     try:
         kg, reports = encode_kg(
             kg,
@@ -227,7 +226,7 @@ def encode(
             image_separator=image_separator,
             text_separator=text_separator,
             skip_unknown=skip_unknown,
-            progress=bar.show,
+            progress=lambda modality, *numbers: bar.show(f"Encoding {modality}s", *numbers),
         )
     except KeyboardInterrupt as error:
         bar.close()
@@ -272,30 +271,3 @@ def _tell(report: Report) -> int:
 
 def _counted(number: int, modality: str) -> str:
     return f"{number} broken {modality}{' is' if number == 1 else 's are'}"
-
-
-class _Bar:
-    """A progress bar a modality; nothing without a terminal."""
-
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.tasks: dict[str, Any] = {}
-
-    def show(self, modality: str, done: int, total: int) -> None:
-        """Move the modality's bar."""
-        if modality not in self.tasks:
-            if not self.tasks:
-                self.progress.start()
-            self.tasks[modality] = self.progress.add_task(f"Encoding {modality}s", total=total)
-        self.progress.update(self.tasks[modality], completed=done)
-
-    def close(self) -> None:
-        """Take the bars off the terminal."""
-        self.progress.stop()

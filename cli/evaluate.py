@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imvia_graph._files import read_lines
-from imvia_graph.cli.display import json_text, metrics_table, relations_table, results
+from imvia_graph.cli.display import Bar, json_text, metrics_table, relations_table, results
 from imvia_graph.cli.options import device_option, run_argument
 from imvia_graph.errors import DataError, UnknownLabelError
 from imvia_graph.kg import MultiViewKG
@@ -49,7 +50,10 @@ def evaluate(
       imvia-graph evaluate runs/large-1 --candidates 10000
     """
     trained = load(run, device)
-    metrics = trained.evaluate(split, candidates=_candidates(candidates, trained.kg))
+    among = _candidates(candidates, trained.kg)
+    with Bar() as bar:
+        ranked = partial(bar.show, "Queries ranked")
+        metrics = trained.evaluate(split, candidates=among, on_batch=ranked)
     if as_json:
         click.echo(json_text(metrics))
         return

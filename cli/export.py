@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
-from imvia_graph.cli.display import console
+from imvia_graph.cli.display import Bar, console
 from imvia_graph.cli.options import NamedFile, device_option, run_argument
 from imvia_graph.export import (
     Side,
@@ -140,16 +141,18 @@ def export(
         if queries is not None
         else queries_of(trained.kg, relations, ask=ask or "tail", entities=entities or "seen")
     )
-    path = export_predictions(
-        trained,
-        out,
-        asked,
-        format,  # type: ignore[arg-type]  # checked there
-        k=top or 10,
-        include_known=known,
-        include_self=itself or None,
-        force=force,
-    )
+    with Bar() as bar:
+        path = export_predictions(
+            trained,
+            out,
+            asked,
+            format,  # type: ignore[arg-type]  # checked there
+            k=top or 10,
+            include_known=known,
+            include_self=itself or None,
+            force=force,
+            on_batch=partial(bar.show, "Queries answered"),
+        )
     console.print(f"Answered {len(asked):,} queries.")
     click.echo(path)
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import click
 from imvia_graph import _files, load_kg
 from imvia_graph.checkpoint import TEST, is_of_job, is_run
 from imvia_graph.cli import stopped
-from imvia_graph.cli.display import console, log_to_terminal, metrics_table, say
+from imvia_graph.cli.display import Bar, console, log_to_terminal, metrics_table, say
 from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
 from imvia_graph.distributed import JOB, NOT_JOINED, is_first, is_launched, job
 from imvia_graph.errors import SettingsError
@@ -163,7 +164,8 @@ def fit(
     assert run.folder is not None
     for split in ("test", "valid"):
         if len(run.kg.triples(split)):
-            metrics = run.evaluate(split)
+            with Bar() as ranking:
+                metrics = run.evaluate(split, on_batch=partial(ranking.show, "Queries ranked"))
             if split == "test" and is_first():
                 _files.write_json(run.folder / TEST, metrics)
             console.print(metrics_table(f"{run.kg.name}: {split}, filtered", metrics))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from imvia_graph.cli.display import console
+from imvia_graph.cli.display import Bar, console
 from imvia_graph.cli.options import NamedFile, device_option
 from imvia_graph.report import write_report
 from imvia_graph.run import load
@@ -42,4 +42,6 @@ def report(
     for folder in runs:
         loaded.append(load(folder, device))
         console.print(f"Read {folder}.", markup=False)
-    click.echo(write_report(loaded, out, pictures=images, force=force))
+    with Bar() as bar:
+        path = write_report(loaded, out, pictures=images, force=force, progress=bar.show)
+    click.echo(path)

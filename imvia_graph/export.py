@@ -349,6 +349,7 @@ def export_predictions(
     include_known: bool = False,
     include_self: bool | None = None,
     force: bool = False,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Answer many queries and write the best answers of each, best first, as triples.
 
@@ -368,7 +369,7 @@ def export_predictions(
         Written by hand, or as `queries_of` and `read_queries` make them.
     format : {"tsv", "ntriples"}, optional
         Default: by the suffix, ``.tsv`` or ``.nt``.
-    k, include_known, include_self
+    k, include_known, include_self, on_batch
         As for `predict_all`.
     force : bool
         Whether a file that exists is written over.
@@ -399,7 +400,14 @@ def export_predictions(
     path = Path(path)
     chosen = _format(path, format, PREDICTION_SUFFIXES, get_args(PredictionFormat))
     check_free(path, force)
-    frame = predict_all(run, queries, k=k, include_known=include_known, include_self=include_self)
+    frame = predict_all(
+        run,
+        queries,
+        k=k,
+        include_known=include_known,
+        include_self=include_self,
+        on_batch=on_batch,
+    )
     if chosen == "tsv":
         for column in _files.TRIPLE_COLUMNS:
             _files.check_tsv_labels(path, frame[column].unique(maintain_order=True).to_list())
@@ -420,6 +428,7 @@ def predict_all(
     k: int = 10,
     include_known: bool = False,
     include_self: bool | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> pl.DataFrame:
     """The best answers to many queries, scored in batches; `Run.predict` for a table.
 
@@ -436,6 +445,8 @@ def predict_all(
     include_self : bool, optional
         Whether the given entity itself may be an answer. Default: where a training triple of the
         relation relates an entity to itself.
+    on_batch : callable, optional
+        Called with the numbers of queries answered and in all.
 
     Returns
     -------
@@ -478,6 +489,7 @@ def predict_all(
         include_self=include_self,
         # All scores of these are held, which ranking does not do.
         batch_size=min(run.settings.ranking_batch_size, 1024),
+        on_batch=on_batch,
     )
     answer = found.entity
     given, asked_relation = entity[found.query], relation[found.query]

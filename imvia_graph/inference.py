@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -194,6 +194,7 @@ class Predictor:
         include_known: bool = False,
         include_self: bool | None = None,
         batch_size: int = 1024,
+        on_batch: Callable[[int, int], None] | None = None,
     ) -> Answers:
         """The best answers to many queries.
 
@@ -206,6 +207,8 @@ class Predictor:
         batch_size : int
             Queries scored at a time, at most: fewer where there are so many entities that their
             scores would take more than 256 MiB.
+        on_batch : callable, optional
+            Called with the numbers of queries answered and in all.
 
         Returns
         -------
@@ -228,6 +231,7 @@ class Predictor:
         device = self.model.device
         entity, relation = entity.to(device), relation.to(device)
         found: list[list[Tensor]] = []
+        done = 0
         with evaluating(self.model):
             for positions in self._batches(relation, batch_size):
                 asked, under = entity[positions], relation[positions]
@@ -238,6 +242,9 @@ class Predictor:
                     left_out = torch.zeros_like(left_out)
                 row, *columns = self._best(asked, under, k, include_known, left_out)
                 found.append([column.cpu() for column in (positions[row], *columns)])
+                done += len(positions)
+                if on_batch is not None:
+                    on_batch(done, len(entity))
         columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
         # Relation by relation came other queries first.
         order = torch.argsort(columns[0], stable=True)

@@ -1,5 +1,6 @@
 """The command line: what it prints, where it writes, and how it fails."""
 
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import TINY, contents, differing_tensors, ring_kg, run_python, write_folder
+from rich.console import Console
 
 import imvia_graph as ig
 from imvia_graph.cli import COMMANDS, command_line, main
@@ -417,6 +419,26 @@ def test_evaluate_shows_a_table_in_per_cent(run):
     for row in ("heads asked", "tails asked", "structure head", "text head", "joint head"):
         assert f"│ {row} " in result.output
     assert re.search(r"│ opposite +│ +\d+ │", result.output)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "task"),
+    [
+        ("evaluate", [], "Queries ranked"),
+        ("export", ["--predictions", "--relation", "after", "--out"], "Queries answered"),
+    ],
+)
+def test_on_a_terminal_a_bar_says_how_far_the_queries_are(
+    command, options, task, run, tmp_path, monkeypatch
+):
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=100)
+    monkeypatch.setattr("imvia_graph.cli.display.console", terminal)
+    out = [tmp_path / "answers.tsv"] if options else []
+    assert invoke(command, run, *options, *out).exit_code == 0
+    plain = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", shown.getvalue())
+    done, total = re.findall(rf"{task}.* (\d+)/(\d+)", plain)[-1]
+    assert done == total
 
 
 def test_evaluate_among_drawn_or_listed_entities_says_so(run, tmp_path):

@@ -403,6 +403,14 @@ def test_no_query_and_no_answer_are_errors(ring_run):
         predict_all(ring_run, [Query("e1", "after", None)], k=0)
 
 
+def test_how_many_queries_are_answered_is_told(ring_run):
+    told = []
+    queries = queries_of(ring_run.kg, entities="all")
+    predict_all(ring_run, queries, k=1, on_batch=lambda *numbers: told.append(numbers))
+    assert told[-1] == (len(queries), len(queries))
+    assert told == sorted(told)
+
+
 def test_queries_of_a_relation_are_of_the_entities_seen_there():
     kg = ig.MultiViewKG.from_labels(
         [("a", "r", "b"), ("c", "s", "a")], test=[("b", "r", "b")], relation_names=["the r", "s"]

@@ -304,7 +304,12 @@ def test_without_test_triples_it_is_the_validation_triples_or_an_error(split, tm
 
 def test_a_structural_model_without_a_folder_has_no_weights_and_no_gallery(tmp_path):
     run = ig.fit(ring_kg(views=False), settings=settings(epochs=1, complex_head=False))
-    text = ig.write_report(run, tmp_path / "r.html").read_text(encoding="utf-8")
+    told = []
+    path = ig.write_report(run, tmp_path / "r.html", progress=lambda *at: told.append(at))
+    name, done, total = told[-1]
+    assert name == run.kg.name
+    assert done == total == 2 * len(run.kg.test)
+    text = path.read_text(encoding="utf-8")
     assert "Weights of the modalities" not in text
     assert "Gallery" not in text
     assert "Curves" not in text

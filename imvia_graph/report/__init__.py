@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def write_report(
     *,
     pictures: str | os.PathLike[str] | None = None,
     force: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Write a page about runs, side by side, as one HTML file.
 
@@ -58,6 +60,8 @@ def write_report(
         ``pictures/`` in the run folder.
     force : bool
         Whether a file that exists is written over.
+    progress : callable, optional
+        Called with a run's name and the numbers of its queries that are ranked and in all.
 
     Returns
     -------
@@ -97,7 +101,12 @@ def write_report(
         ) from error
     names = _names(runs)
     found = [
-        gather(run, name, Pictures(run.kg, run.folder, pictures))
+        gather(
+            run,
+            name,
+            Pictures(run.kg, run.folder, pictures),
+            None if progress is None else partial(progress, name),
+        )
         for run, name in zip(runs, names, strict=True)
     ]
     _files.write_text(path, template.render(**_page(found, path)), follow=True)

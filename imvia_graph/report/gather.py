@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,14 +90,23 @@ class Numbers:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def gather(run: Run, name: str, pictures: Pictures) -> Numbers:
-    """Rank the test triples of a run (validation triples where there are none) and look at it."""
+def gather(
+    run: Run,
+    name: str,
+    pictures: Pictures,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Numbers:
+    """Rank the test triples of a run (validation triples where there are none) and look at it.
+
+    ``on_batch`` is for `rank`.
+    """
     kg = run.kg
     split = next((split for split in ("test", "valid") if len(kg.triples(split))), None)
     if split is None:
         raise DataError(f"{name}: {kg} has neither test nor validation triples to rank.")
     predictor = Predictor(run.model, kg)
-    ranking = rank(run.model, kg.triples(split), kg.answers(), run.settings.ranking_batch_size)
+    triples, size = kg.triples(split), run.settings.ranking_batch_size
+    ranking = rank(run.model, triples, kg.answers(), size, on_batch=on_batch)
     best, worst = _answers(predictor, ranking)
     return Numbers(
         name,
