@@ -1,6 +1,7 @@
 """The command line: ``imvia-graph``, one file a command.
 
-Commands are imported when they are called, so that ``--help`` does not wait for torch and DGL.
+Commands are imported when they are called, and what they work with when they run: ``--help`` and
+what is said of a wrong option do not wait for torch and DGL.
 """
 
 from __future__ import annotations

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from imvia_graph._display import printable
 from imvia_graph.cli.options import NamedFile, loading_options
-from imvia_graph.io.load import Validation, load_kg
-from imvia_graph.io.write import WRITTEN, write_kg
+
+if TYPE_CHECKING:
+    from imvia_graph.io.load import Validation
+
+#: What `imvia_graph.io.write_kg` writes: these are said without importing it.
+WRITTEN = (
+    *("kg", "openke", "momok", "mygo"),
+    *("tsv", "csv", "text", "parquet"),
+    *("ntriples", "turtle", "npz"),
+)
 
 
 @click.command()
@@ -63,6 +71,8 @@ def convert(
       imvia-graph convert dump.ttl.gz my-graph --to parquet --split none
       imvia-graph convert export.tsv my-graph --to openke --columns subject,predicate,object
     """
+    from imvia_graph.io import load_kg, write_kg
+
     kg = load_kg(source, validation, seed, **loading)
     for note in kg.notes:
         click.echo(printable(note))

@@ -71,7 +71,8 @@ class Bar:
 
     def close(self) -> None:
         """Take the bars off the terminal."""
-        self.progress.stop()
+        if not self.progress.disable:  # rich would print an empty line
+            self.progress.stop()
 
     def __enter__(self) -> Bar:
         return self

@@ -6,24 +6,20 @@ import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from imvia_graph import _files, load_kg
 from imvia_graph._display import shown
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import Bar, log_to_terminal, say
 from imvia_graph.cli.options import loading_options, separator
-from imvia_graph.encode import Report, encode_kg
-from imvia_graph.encode.encoder import named_encoder
 from imvia_graph.errors import DataError
-from imvia_graph.io import RawViews, read_literals, read_names, read_texts
-from imvia_graph.io.names import joined
-from imvia_graph.io.tables import form_of
-from imvia_graph.io.views import Column
-from imvia_graph.kg import is_whole
-from imvia_graph.training import resolve_device
+
+if TYPE_CHECKING:
+    from imvia_graph.encode import Report
+    from imvia_graph.io import RawViews
+    from imvia_graph.io.views import Column
 
 #: Broken inputs that are listed; all of them are in encode.json.
 LISTED = 10
@@ -172,10 +168,19 @@ def encode(
       imvia-graph encode facts.nt --texts dump.ttl.gz --text-language en --encoder minilm --out kg/
       imvia-graph encode my-graph/ --images table.csv --encoder open_clip:ViT-L-14/openai --out kg/
     """
-    log_to_terminal()
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     if images is None and texts is None and not names:
         raise click.UsageError("There is nothing to encode: give --images, --texts or --names.")
+    from imvia_graph import _files
+    from imvia_graph.encode import encode_kg
+    from imvia_graph.encode.encoder import named_encoder
+    from imvia_graph.io import load_kg, read_literals, read_names, read_texts
+    from imvia_graph.io.names import joined
+    from imvia_graph.io.tables import form_of
+    from imvia_graph.kg import is_whole
+    from imvia_graph.training import resolve_device
+
+    log_to_terminal()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     if images is not None:
         image_encoder = named_encoder(image_encoder or encoder, "image")
     if texts is not None or names:

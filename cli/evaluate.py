@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from torch import Tensor
 
-from imvia_graph._files import read_lines
 from imvia_graph.cli.display import Bar, json_text, metrics_table, relations_table, results
 from imvia_graph.cli.options import device_option, run_argument
 from imvia_graph.errors import DataError, UnknownLabelError
-from imvia_graph.kg import MultiViewKG
-from imvia_graph.run import load
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from imvia_graph.kg import MultiViewKG
 
 
 @click.command()
@@ -49,6 +50,8 @@ def evaluate(
       imvia-graph evaluate runs/countries-1 --json | jq .both.mrr
       imvia-graph evaluate runs/large-1 --candidates 10000
     """
+    from imvia_graph.run import load
+
     trained = load(run, device)
     among = _candidates(candidates, trained.kg)
     with Bar() as bar:
@@ -64,6 +67,10 @@ def evaluate(
 
 def _candidates(value: str | None, kg: MultiViewKG) -> int | Tensor | None:
     """A number, or the entities that a file lists."""
+    import torch
+
+    from imvia_graph._files import read_lines
+
     if value is None or value.isdecimal():
         return None if value is None else int(value)
     path = Path(value)

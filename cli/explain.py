@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.markup import escape
@@ -11,8 +12,9 @@ from rich.table import Table
 from imvia_graph._display import shown
 from imvia_graph.cli.display import cell, json_text, results
 from imvia_graph.cli.options import device_option, run_argument
-from imvia_graph.inference import End, Explanation, Side
-from imvia_graph.run import load
+
+if TYPE_CHECKING:
+    from imvia_graph.inference import End, Explanation, Side
 
 
 @click.command()
@@ -35,6 +37,8 @@ def explain(run: Path, head: str, relation: str, tail: str, as_json: bool, devic
       imvia-graph explain runs/countries-1 --head France --relation borders --tail Spain
       imvia-graph explain runs/countries-1 --head France --relation currency --tail Euro --json
     """
+    from imvia_graph.run import load
+
     found = load(run, device).explain(head=head, relation=relation, tail=tail)
     if as_json:
         click.echo(json_text(found.as_dict()))

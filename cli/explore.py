@@ -9,9 +9,6 @@ import click
 
 from imvia_graph.cli.display import console
 from imvia_graph.cli.options import device_option, run_argument
-from imvia_graph.explore import make_app, serve
-from imvia_graph.pictures import Pictures
-from imvia_graph.run import load
 
 #: GiB of which the bytes are still a number that a machine counts with.
 MOST_HELD = 2**30
@@ -91,6 +88,10 @@ def explore(
       imvia-graph explore runs/countries-1 --text-encoder minilm --port 8080
       imvia-graph explore runs/mine --images ~/pictures
     """
+    from imvia_graph.explore import make_app, serve
+    from imvia_graph.pictures import Pictures
+    from imvia_graph.run import load
+
     trained = load(run, device)
     app = make_app(
         trained,

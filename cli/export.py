@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from imvia_graph.cli.display import Bar, console
 from imvia_graph.cli.options import NamedFile, device_option, run_argument
-from imvia_graph.export import (
-    Side,
-    What,
-    export_embeddings,
-    export_predictions,
-    queries_of,
-    read_queries,
-)
-from imvia_graph.run import load
+
+if TYPE_CHECKING:
+    from imvia_graph.export import Side, What
 
 EMBEDDINGS = ("safetensors", "npz", "parquet", "word2vec")
 PREDICTIONS = ("tsv", "ntriples")
@@ -123,6 +117,14 @@ def export(
         raise click.UsageError("Predictions: give either --relation or --queries: what to predict.")
     if queries is not None:
         _refuse({"--ask": ask, "--entities": entities}, "queries from a file")
+    from imvia_graph.export import (
+        export_embeddings,
+        export_predictions,
+        queries_of,
+        read_queries,
+    )
+    from imvia_graph.run import load
+
     trained = load(run, device)
     if not asks:
         written = export_embeddings(

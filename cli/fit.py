@@ -10,22 +10,17 @@ import sys
 import uuid
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from imvia_graph import _files, load_kg
-from imvia_graph.checkpoint import TEST, is_of_job, is_run
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import Bar, console, log_to_terminal, metrics_table, say
 from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
-from imvia_graph.distributed import JOB, NOT_JOINED, is_first, is_launched, job
 from imvia_graph.errors import SettingsError
-from imvia_graph.io import with_views
-from imvia_graph.run import fit as fit_model
-from imvia_graph.settings import Settings
-from imvia_graph.tracking import ProgressBar
-from imvia_graph.training import Callback, keep_freed_memory
+
+if TYPE_CHECKING:
+    from imvia_graph.training import Callback
 
 
 @click.command()
@@ -106,6 +101,15 @@ def fit(
       imvia-graph fit my-graph/ --processes 2
       torchrun --nproc-per-node 8 --max-restarts 3 -m imvia_graph fit my-graph/ --out runs/g
     """
+    from imvia_graph import _files
+    from imvia_graph.checkpoint import TEST, is_of_job, is_run
+    from imvia_graph.distributed import is_first, is_launched, job
+    from imvia_graph.io import load_kg, with_views
+    from imvia_graph.run import fit as fit_model
+    from imvia_graph.settings import Settings
+    from imvia_graph.tracking import ProgressBar
+    from imvia_graph.training import Callback, keep_freed_memory
+
     if processes is not None and processes > 1 and not is_launched():
         _launch(processes, source, out)
         return
@@ -187,6 +191,9 @@ def _launch(processes: int, source: str | None, out: Path | None) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from imvia_graph.checkpoint import is_run
+    from imvia_graph.distributed import JOB, NOT_JOINED
+
     arguments = sys.argv[1:]
     if out is None:
         if source is None:
@@ -227,6 +234,8 @@ def _launch(processes: int, source: str | None, out: Path | None) -> None:
 
 
 def _callbacks(bar: Callback, tensorboard: bool, out: Path) -> list[Callback]:
+    from imvia_graph.distributed import is_first
+
     if not tensorboard or not is_first():
         return [bar]
     from imvia_graph.tracking import TensorBoard

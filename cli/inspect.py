@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -12,10 +12,9 @@ from rich.table import Table
 from imvia_graph._display import printable
 from imvia_graph.cli.display import cell, json_text
 from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
-from imvia_graph.inspection import inspect_kg
-from imvia_graph.io import load_kg, with_views
-from imvia_graph.io.load import Validation
-from imvia_graph.kg import SPLITS
+
+if TYPE_CHECKING:
+    from imvia_graph.io.load import Validation
 
 #: What is shown of a modality's views.
 VIEW_ROWS = {
@@ -85,6 +84,9 @@ def inspect(
       imvia-graph inspect export.csv --columns subject,predicate,object
       imvia-graph inspect DB15K --json | jq .validation
     """
+    from imvia_graph.inspection import inspect_kg
+    from imvia_graph.io import load_kg, with_views
+
     kg = load_kg(source, validation, **loading)
     if features:
         kg = with_views(kg, views_option(features), skip_unknown=skip_unknown)
@@ -118,10 +120,10 @@ def _triples_table(found: dict[str, Any]) -> Table:
         "valid": (shared["train-valid"], shared["valid-test"]),
         "test": (shared["train-test"], ""),
     }
-    for split in SPLITS:
+    for split, among in others.items():
         triples = found["triples"][split]
         unseen = found["unseen"].get(split, {"triples": "", "ends": ""})
-        row = [triples["triples"], triples["distinct"], *others[split]]
+        row = [triples["triples"], triples["distinct"], *among]
         table.add_row(split, *map(_cell, [*row, unseen["triples"], unseen["ends"]]))
     return table
 

@@ -9,7 +9,12 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from imvia_graph.io.load import FORMATS
+#: What `imvia_graph.load_kg` reads: these are said without importing it.
+FORMATS = (
+    *("kg", "openke", "momok", "mygo"),
+    *("tsv", "csv", "text", "parquet"),
+    *("ntriples", "turtle", "npz"),
+)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.markup import escape
@@ -12,8 +13,9 @@ from rich.table import Table
 from imvia_graph._display import shown
 from imvia_graph.cli.display import cell, json_text, results
 from imvia_graph.cli.options import device_option, run_argument
-from imvia_graph.inference import Prediction
-from imvia_graph.run import load
+
+if TYPE_CHECKING:
+    from imvia_graph.inference import Prediction
 
 #: Letters of an answer for which, or for a word of it, there is room beside the heads' scores.
 ANSWER = 24
@@ -58,6 +60,8 @@ def predict(
     """
     if (head is None) == (tail is None):
         raise click.UsageError("Give either --head or --tail: the end of the triple that is known.")
+    from imvia_graph.run import load
+
     trained = load(run, device)
     answers = trained.predict(
         head=head,

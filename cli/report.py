@@ -8,8 +8,6 @@ import click
 
 from imvia_graph.cli.display import Bar, console
 from imvia_graph.cli.options import NamedFile, device_option
-from imvia_graph.report import write_report
-from imvia_graph.run import load
 
 
 @click.command()
@@ -38,6 +36,9 @@ def report(
       imvia-graph report runs/seed-0 runs/seed-1 runs/seed-2 --out seeds.html
       imvia-graph report runs/mine --images ~/pictures --out mine.html
     """
+    from imvia_graph.report import write_report
+    from imvia_graph.run import load
+
     loaded = []
     for folder in runs:
         loaded.append(load(folder, device))

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.status import Status
 from rich.table import Table
 
-from imvia_graph import _files, load_kg
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import cell, console, log_to_terminal, say
 from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
 from imvia_graph.errors import SettingsError
-from imvia_graph.io import with_views
-from imvia_graph.settings import Settings
-from imvia_graph.training import keep_freed_memory
-from imvia_graph.tuning import SPACE, Tuned, read_space, write_best
-from imvia_graph.tuning import tune as search
+
+if TYPE_CHECKING:
+    from imvia_graph.tuning import Tuned
 
 #: Trials in the table at the end.
 LISTED = 5
@@ -106,6 +103,13 @@ def tune(
       batch_size: [256, 512, 1024]
       hidden_dropout: {low: 0.2, high: 0.6, step: 0.1}
     """
+    from imvia_graph import _files
+    from imvia_graph.io import load_kg, with_views
+    from imvia_graph.settings import Settings
+    from imvia_graph.training import keep_freed_memory
+    from imvia_graph.tuning import SPACE, read_space, write_best
+    from imvia_graph.tuning import tune as search
+
     log_to_terminal()
     fixed = Settings.read_all(files)
     fixed.update(Settings.parse(assignments))

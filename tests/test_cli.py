@@ -17,8 +17,9 @@ from helpers import TINY, contents, differing_tensors, ring_kg, run_python, writ
 from rich.console import Console
 
 import imvia_graph as ig
-from imvia_graph.cli import COMMANDS, command_line, main
+from imvia_graph.cli import COMMANDS, command_line, convert, main, options
 from imvia_graph.cli.display import results
+from imvia_graph.io import load, write
 
 METRICS = ["mrr", "mr", "hits@1", "hits@3", "hits@10", "hits@100"]
 #: --set of a model that trains in no time.
@@ -126,6 +127,26 @@ def test_what_needs_no_torch_does_not_wait_for_it(arguments, tmp_path):
     loaded = done.stderr.splitlines()[-1].split()
     assert loaded[0] == "loaded:"
     assert loaded == ["loaded:"]
+
+
+def test_neither_help_nor_a_wrong_option_waits_for_torch(tmp_path):
+    program = (
+        "import sys\nfrom imvia_graph.cli import COMMANDS, main\n"
+        "for name in COMMANDS.keys() - {'settings'}:\n"
+        "    for option in ('--help', '--nonsense'):\n"
+        "        try:\n            main([name, option])\n"
+        "        except SystemExit:\n            pass\n"
+        "        heavy = {'torch', 'dgl', 'polars', 'pandas'} & set(sys.modules)\n"
+        "        print('loaded:', name, *sorted(heavy), file=sys.stderr)\n"
+    )
+    done = run_python("-c", program, cwd=tmp_path)
+    said = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("loaded:")]
+    assert sorted(said) == sorted(2 * [[name] for name in COMMANDS if name != "settings"])
+
+
+def test_forms_that_help_names_are_those_that_are_read_and_written():
+    assert options.FORMATS == load.FORMATS
+    assert convert.WRITTEN == write.WRITTEN
 
 
 def test_importing_the_package_imports_no_torch(tmp_path):
