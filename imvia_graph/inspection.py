@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -569,6 +570,16 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
     triples, shared, validation = found["triples"], found["shared"], found["validation"]
     test = triples["test"]["triples"]
 
+    alike = _labels_of_both(kg)
+    if len(alike) > 1 and 2 * len(alike) >= kg.num_relations:
+        warnings.append(
+            (
+                "relations-are-entities",
+                f"{len(alike):,} of {kg.num_relations:,} relations are called as entities are, first"
+                f" {alike[0]!r}. If head, relation and tail do not stand in this order in the"
+                " source's columns, say where they do (--columns 1,0,2, or their names).",
+            )
+        )
     if validation["in_train"]:
         warnings.append(
             (
@@ -633,6 +644,13 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
             ("no-test", "There is no test set: nothing says how good the predictions will be.")
         )
     return [{"code": code, "text": text} for code, text in warnings]
+
+
+def _labels_of_both(kg: MultiViewKG) -> list[str]:
+    """Labels that are a relation's and an entity's; not numbers, which are ids of each kind."""
+    entities, relations = (column.alias("label").to_frame() for column in kg.label_columns)
+    words = relations.filter(~pl.col("label").str.contains(r"^\d+$"))
+    return words.join(entities, on="label", how="semi")["label"].to_list()
 
 
 def _validate(kg: MultiViewKG, option: str) -> str:

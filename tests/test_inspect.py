@@ -303,6 +303,27 @@ def test_held_out_validation_is_advised_only_where_a_triple_can_be_held_out(vali
 
 
 @pytest.mark.parametrize(
+    ("columns", "labels", "warned"),
+    [
+        ((1, 0, 2), "abcd", True),
+        ((0, 1, 2), "abcd", False),
+        ((1, 0, 2), "1234", False),  # ids, of entities and of relations
+    ],
+)
+def test_columns_in_another_order_are_noticed_by_their_labels(columns, labels, warned, tmp_path):
+    rows = [(labels[i], f"r{i % 2}", labels[j]) for i in range(4) for j in range(4) if i != j]
+    lines = ["\t".join(row[column] for column in columns) for row in rows]
+    path = tmp_path / "facts.tsv"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    found = ig.inspect_kg(ig.load_kg(path, split=False))
+    assert ("relations-are-entities" in codes(found)) == warned
+    if warned:
+        [text] = [w["text"] for w in found["warnings"] if w["code"] == "relations-are-entities"]
+        assert "4 of 4 relations are called as entities are" in text
+        assert "--columns" in text
+
+
+@pytest.mark.parametrize(
     ("test", "code"),
     [
         ((3, 1, 2), "inverse-relations"),
