@@ -164,5 +164,5 @@ def _check_factored(
     if row.dim() != 1 or len(lengths) > 1:
         raise refuse("positives of one length (P,)", f"{tuple(row.shape)}, {tuple(col.shape)}")
     num_all = num_candidates if shards is None else shards.num_entities
-    for what, low_or_high, size in outside(positives, num_queries, num_all):
-        raise refuse(f"{what} of positives from 0 to {size - 1}", str(low_or_high))
+    for what, found, size in outside(positives, num_queries, num_all):
+        raise refuse(f"{what} of positives from 0 to {size - 1}", str(found))

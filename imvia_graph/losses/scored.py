@@ -204,10 +204,9 @@ def _check_positives(scores: Tensor, positives: Positives) -> None:
             "completion: expected scores (B, N) and positives of one length, row (P,) and col (P,);"
             f" received {tuple(scores.shape)}, {tuple(row.shape)} and {tuple(col.shape)}."
         )
-    for what, low_or_high, size in outside(positives, *scores.shape):
+    for what, found, size in outside(positives, *scores.shape):
         raise IMVIAError(
-            f"completion: expected {what} of positives from 0 to {size - 1}; received"
-            f" {low_or_high}."
+            f"completion: expected {what} of positives from 0 to {size - 1}; received {found}."
         )
 
 
