@@ -575,8 +575,8 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
         warnings.append(
             (
                 "relations-are-entities",
-                f"{len(alike):,} of {kg.num_relations:,} relations are called as entities are, first"
-                f" {alike[0]!r}. If head, relation and tail do not stand in this order in the"
+                f"{len(alike):,} of {kg.num_relations:,} relations are called as entities are,"
+                f" first {alike[0]!r}. If head, relation and tail do not stand in this order in the"
                 " source's columns, say where they do (--columns 1,0,2, or their names).",
             )
         )
