@@ -66,6 +66,7 @@ def test_a_target_that_is_there_is_left_alone_unless_told(tmp_path):
     (tmp_path / "g.csv").write_text("mine")
     result = run(source, tmp_path / "g.csv")
     assert isinstance(result.exception, DataError)
+    assert "--overwrite" in str(result.exception)
     assert (tmp_path / "g.csv").read_text() == "mine"
     assert run(source, tmp_path / "g.csv", "--overwrite").exit_code == 0
 

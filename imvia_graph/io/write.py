@@ -106,7 +106,8 @@ def write_kg(
     taken = any(target.iterdir()) if target.is_dir() else os.path.lexists(target)
     if taken and not overwrite:
         raise DataError(
-            f"{target} is there already and not empty. Name another target, or allow overwriting."
+            f"{target} is there already and not empty. Name another target, or allow"
+            " overwriting (overwrite=True, on the command line --overwrite)."
         )
     folder = target
     if format != "kg" and any((folder / "views").glob("*.safetensors")):
