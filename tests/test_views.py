@@ -266,8 +266,10 @@ def test_a_bad_table_is_named(tmp_path, name, content, message):
 
 
 def test_no_table_at_all(tmp_path):
-    with pytest.raises(ig.DataError, match="there is no such file"):
+    with pytest.raises(ig.DataError, match=r"there is no such file; .* of entity and text\.$"):
         io.read_texts(tmp_path / "none.tsv", PLACES)
+    with pytest.raises(ig.DataError, match="entity and path, or a folder of folders of pictures"):
+        io.read_images(tmp_path / "imags", PLACES)
     with pytest.raises(ig.DataError, match="is a folder; expected a table"):
         io.read_texts(tmp_path, PLACES)
 
@@ -506,6 +508,14 @@ def test_other_suffixes_are_refused(tmp_path):
     (tmp_path / "x.bin").write_bytes(b"x")
     with pytest.raises(ig.DataError, match=r"\.safetensors, \.npy, .* '\.bin' is none of these"):
         io.read_features(tmp_path / "x.bin", PLACES)
+
+
+@pytest.mark.parametrize("name", ["texts.tsv", "images"])
+def test_texts_and_pictures_as_features_are_told_what_makes_features_of_them(tmp_path, name):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "texts.tsv").write_text("Lyon\ta town\n")
+    with pytest.raises(ig.DataError, match=r"`imvia-graph encode` .* makes features"):
+        io.read_features(tmp_path / name, PLACES)
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -40,6 +40,11 @@ _PORTION = 2**26
 #: What a heap of an HDF5 file begins with: a name and the version.
 _HEAP = b"GCOL\x01"
 
+#: What is said of texts or pictures themselves where features are expected.
+_MAKE_SOME = (
+    "Of texts and pictures `imvia-graph encode` (imvia_graph.encode.encode_kg) makes features."
+)
+
 #: Entities by label or id: what says whose a row is, or who has a feature.
 Owners = Sequence[str] | Sequence[int] | Tensor | np.ndarray
 
@@ -163,7 +168,7 @@ def read_features(
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        raise DataError(f"{path} is a folder; expected a file of features.")
+        raise DataError(f"{path} is a folder; expected a file of features. {_MAKE_SOME}")
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; expected features.")
     if path.stat().st_size == 0:
@@ -406,7 +411,7 @@ def _open_arrays(path: Path) -> Iterator[Mapping[str, Any]]:
     if suffix not in openers:
         raise DataError(
             f"{path}: expected features in a file called {', '.join(openers)}; {path.suffix!r} is"
-            " none of these."
+            f" none of these. {_MAKE_SOME}"
         )
     with openers[suffix](path) as arrays:
         if not arrays:

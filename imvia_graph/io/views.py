@@ -407,7 +407,10 @@ def _read_table(
 ) -> tuple[pl.DataFrame, Rows]:
     """A frame of ``entity`` (text or integer) and ``value`` (text), and what messages call it."""
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file; expected a table of entity and {what}.")
+        folders = ", or a folder of folders of pictures" if what == "path" else ""
+        raise DataError(
+            f"{path}: there is no such file; expected a table of entity and {what}{folders}."
+        )
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty: expected a table of entity and {what}.")
     kind = _kind(path)
