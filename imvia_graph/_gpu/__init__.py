@@ -32,6 +32,24 @@ def is_waited_for(device: torch.device) -> bool:
     return device.type == "cuda" or runs_on(device)
 
 
+def may_not_ask(ids: torch.Tensor) -> bool:
+    """Whether ids are not to be looked at: there are none, or they would have to be waited for."""
+    return torch.compiler.is_compiling() or not len(ids) or is_waited_for(ids.device)
+
+
+def beyond(ids: torch.Tensor, number: int) -> int | None:
+    """One of the ids that is not from 0 to ``number`` - 1; None where there is none.
+
+    Those that `may_not_ask` tells are not looked at.
+    """
+    if may_not_ask(ids):
+        return None
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0:
+        return low
+    return high if high >= number else None
+
+
 #: Arguments that kernels have for tensors whose number differs.
 ARGUMENTS = 8
 

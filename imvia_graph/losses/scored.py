@@ -214,10 +214,8 @@ def outside(
     positives: Positives, num_rows: int, num_columns: int
 ) -> Iterator[tuple[str, int, int]]:
     """Rows and columns that are not among so many; a device that is waited for is not asked."""
-    row, col = positives.row, positives.col
-    if torch.compiler.is_compiling() or _gpu.is_waited_for(row.device) or not len(row):
-        return
-    for what, part, size in (("rows", row, num_rows), ("columns", col, num_columns)):
-        low, high = int(part.min()), int(part.max())
-        if low < 0 or high >= size:
-            yield what, low if low < 0 else high, size
+    kinds = (("rows", positives.row, num_rows), ("columns", positives.col, num_columns))
+    for what, ids, number in kinds:
+        found = _gpu.beyond(ids, number)
+        if found is not None:
+            yield what, found, number

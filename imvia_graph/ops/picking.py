@@ -35,36 +35,19 @@ def check_ids(whose: str, name: str, ids: Tensor, number: int) -> None:
     Raises
     ------
     IMVIAError
-        Another shape or dtype, and where `beyond` asks, ids that are not there.
+        Another shape or dtype, and on a CPU, ids that are not there.
     """
     if not isinstance(ids, Tensor):
         came = f"the type {type(ids).__name__}"
     elif ids.dim() != 1 or ids.dtype not in _IDS:
         came = f"{tuple(ids.shape)} in {ids.dtype}"
-    elif (outside := beyond(ids, number)) is not None:
+    elif (outside := _gpu.beyond(ids, number)) is not None:
         came = str(outside)
     else:
         return
     raise IMVIAError(
         f"{whose}: expected {name} (B,) in int64, from 0 to {number - 1}; received {came}."
     )
-
-
-def beyond(ids: Tensor, number: int) -> int | None:
-    """One of the ids that is not from 0 to ``number`` - 1; None where there is none.
-
-    A device that would have to be waited for is not asked.
-    """
-    if _is_not_asked(ids):
-        return None
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0:
-        return low
-    return high if high >= number else None
-
-
-def _is_not_asked(ids: Tensor) -> bool:
-    return torch.compiler.is_compiling() or not len(ids) or _gpu.is_waited_for(ids.device)
 
 
 def check_range(feat: Tensor, ptr: Tensor, entity: Tensor) -> None:
@@ -93,12 +76,12 @@ def check_range(feat: Tensor, ptr: Tensor, entity: Tensor) -> None:
             raise IMVIAError(
                 f"Expected {name} in int64, with which views are looked up; received {part.dtype}."
             )
-    if (outside := beyond(entity, len(ptr) - 1)) is not None:
+    if (outside := _gpu.beyond(entity, len(ptr) - 1)) is not None:
         raise IMVIAError(
             f"Expected entities from 0 to {len(ptr) - 2}, of which ptr (N + 1,) tells the views;"
             f" received {outside}."
         )
-    if _is_not_asked(entity):
+    if _gpu.may_not_ask(entity):
         return
     start, stop = ptr[entity], ptr[entity + 1]
     if (stop < start).any() or int(start.min()) < 0 or int(stop.max()) > len(feat):
