@@ -1,9 +1,11 @@
-"""Labels for people to read: what a graph calls its entities may be anything at all."""
+"""Labels and values for people to read: what a graph calls its entities may be anything at all."""
 
 from __future__ import annotations
 
+import reprlib
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 from rapidfuzz import fuzz, process
 
@@ -90,3 +92,15 @@ def folded(name: str) -> str:
         return name.casefold()
     letters = unicodedata.normalize("NFKD", name.casefold())
     return "".join(letter for letter in letters if not unicodedata.combining(letter))
+
+
+def shorten(text: str, length: int = 80) -> str:
+    """Text cut to a length that fits a message."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def bounded(value: Any, length: int = 80) -> str:
+    """What a value is, in a message: of any size and depth."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = length
+    return shorten(short.repr(value), length)

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import stat
 import struct
 import sys
@@ -30,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from imvia_graph._display import bounded, shorten
 from imvia_graph.errors import DataError, IMVIAError, StorageError
 
 TRIPLE_COLUMNS = ("head", "relation", "tail")
@@ -163,13 +163,6 @@ def _bomb(path: Path, size: int, held: str) -> str:
         f"{path}: {size:,} bytes that decompress to {held} are taken for a decompression bomb."
         " Where you trust the file, decompress it yourself."
     )
-
-
-def bounded(value: Any, length: int = 80) -> str:
-    """What a value is, in a message: of any size and depth."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = length
-    return shorten(short.repr(value), length)
 
 
 @contextmanager
@@ -644,8 +637,3 @@ def write_view_table(path: Path, entities: pl.Series, sources: pl.Series | None)
     known = pl.lit(None, dtype=pl.String) if sources is None else sources
     frame = entities.alias("entity").to_frame().with_columns(known.alias("source"))
     write_atomically(path, lambda temporary: frame.write_csv(temporary, quote_style="necessary"))
-
-
-def shorten(text: str, length: int = 80) -> str:
-    """Text cut to a length that fits a message."""
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -16,7 +16,8 @@ from typing import Literal
 import polars as pl
 
 from imvia_graph import _files
-from imvia_graph._files import TRIPLE_COLUMNS, shorten
+from imvia_graph._display import shorten
+from imvia_graph._files import TRIPLE_COLUMNS
 from imvia_graph._parquet import check_parquet
 from imvia_graph.errors import DataError
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imvia_graph import _files
+from imvia_graph._display import shorten
 from imvia_graph.checkpoint import run_of
 from imvia_graph.errors import DataError, UnknownLabelError
 from imvia_graph.inference import Predictor, Query, Side, query_ids
@@ -593,7 +594,7 @@ def read_queries(path: str | os.PathLike[str], kg: MultiViewKG) -> list[Query]:
         if missing.count(True) != 1 or not fields[1]:
             raise DataError(
                 f"{path}, line {number}: expected head, relation, tail, separated by tabs, one of"
-                f" head and tail being ?; found {_files.shorten(line)!r}."
+                f" head and tail being ?; found {shorten(line)!r}."
             )
         head, relation, tail = fields
         query = Query(None if missing[0] else head, relation, None if missing[1] else tail)

@@ -27,7 +27,7 @@ from pydantic import (
 from rapidfuzz import process
 from rapidfuzz.distance import DamerauLevenshtein
 
-from imvia_graph import _files
+from imvia_graph._display import bounded
 from imvia_graph.errors import SettingsError
 
 if sys.version_info >= (3, 11):
@@ -379,12 +379,14 @@ class Settings(BaseModel):
             return cls.create(given)
         raise SettingsError(
             "settings: expected Settings, a mapping, a YAML or TOML file, or one of"
-            f" {', '.join(presets())}; received {_files.bounded(given)}."
+            f" {', '.join(presets())}; received {bounded(given)}."
         )
 
     @staticmethod
     def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
         """The mapping in a YAML or TOML file, unchecked; ``what`` it is of, for messages."""
+        from imvia_graph import _files  # it needs torch, and what the settings are is said without
+
         path = Path(path)
         with _files.open_input(path) as file:
             content = file.read(MOST_BYTES + 1)
@@ -405,9 +407,7 @@ class Settings(BaseModel):
         if values is None:
             return {}
         if not isinstance(values, dict):
-            raise SettingsError(
-                f"{path}: expected a mapping of {what}, found {_files.bounded(values)}."
-            )
+            raise SettingsError(f"{path}: expected a mapping of {what}, found {bounded(values)}.")
         return values
 
     @classmethod
@@ -571,5 +571,5 @@ def _explain(error: ValidationError) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:]
-            problems.append(f"Setting {key}: {message}; received {_files.bounded(item['input'])}.")
+            problems.append(f"Setting {key}: {message}; received {bounded(item['input'])}.")
     return " ".join(problems)

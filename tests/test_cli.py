@@ -132,7 +132,7 @@ def test_what_needs_no_torch_does_not_wait_for_it(arguments, tmp_path):
 def test_neither_help_nor_a_wrong_option_waits_for_torch(tmp_path):
     program = (
         "import sys\nfrom imvia_graph.cli import COMMANDS, main\n"
-        "for name in COMMANDS.keys() - {'settings'}:\n"
+        "for name in COMMANDS:\n"
         "    for option in ('--help', '--nonsense'):\n"
         "        try:\n            main([name, option])\n"
         "        except SystemExit:\n            pass\n"
@@ -141,7 +141,7 @@ def test_neither_help_nor_a_wrong_option_waits_for_torch(tmp_path):
     )
     done = run_python("-c", program, cwd=tmp_path)
     said = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("loaded:")]
-    assert sorted(said) == sorted(2 * [[name] for name in COMMANDS if name != "settings"])
+    assert sorted(said) == sorted(2 * [[name] for name in COMMANDS])
 
 
 def test_forms_that_help_names_are_those_that_are_read_and_written():

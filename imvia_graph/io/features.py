@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from imvia_graph import _files
+from imvia_graph._display import shorten
 from imvia_graph.errors import DataError
 from imvia_graph.io.views import Entities, resolve, unreadable, warn_of_numeric_labels
 from imvia_graph.kg import MultiViewKG, Views
@@ -573,8 +574,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
     except Exception as error:  # garbage makes torch's reader raise whatever it comes to
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{path}: expected a file of torch.save; it cannot be read"
-            f" ({_files.shorten(detail, 200)})."
+            f"{path}: expected a file of torch.save; it cannot be read ({shorten(detail, 200)})."
         ) from error
     if isinstance(content, Tensor):
         return {"": _whole_tensor(path, content)}

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from imvia_graph import _files
-from imvia_graph._files import inside, open_input, read_lines, shorten
+from imvia_graph._display import shorten
+from imvia_graph._files import inside, open_input, read_lines
 from imvia_graph._tables import (
     announced_count,
     check_count,

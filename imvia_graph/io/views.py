@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from imvia_graph import _files
-from imvia_graph._display import nearest
+from imvia_graph._display import nearest, shorten
 from imvia_graph._parquet import check_parquet
 from imvia_graph._tables import (
     SEPARATED,
@@ -340,7 +340,7 @@ def _inside(root: Path, path: str, where: Rows, row: int) -> str:
     full = os.path.normpath(os.path.join(absolute, path))
     if "\0" in path or not (full + os.sep).startswith(os.path.join(absolute, "")):
         raise DataError(
-            f"{where}, {where.at(row)}: the path {_files.shorten(path)!r} leaves the folder {root}."
+            f"{where}, {where.at(row)}: the path {shorten(path)!r} leaves the folder {root}."
             " Name the folder that all paths are in (root=…, on the command line --images-root)."
         )
     return Path(full[len(os.path.join(absolute, "")) :]).as_posix()
@@ -544,7 +544,7 @@ def _rows(path: Path, layout: _Layout) -> Iterator[tuple[int, list[str]]]:
         if len(cells) != columns:
             raise DataError(
                 f"{path}, line {number}: expected {columns} columns separated by {layout.by}, found"
-                f" {len(cells)}: {_files.shorten(layout.separator.join(cells))!r}. Mend or remove"
+                f" {len(cells)}: {shorten(layout.separator.join(cells))!r}. Mend or remove"
                 " the line."
             )
         yield number, cells
@@ -556,7 +556,7 @@ def _name_another_separator(where: str, line: str, layout: _Layout) -> None:
         if mark in line and mark != layout.separator:
             raise DataError(
                 f"{where}: expected two columns or more separated by {layout.by}, found"
-                f" {SEPARATED[mark]}: {_files.shorten(line)!r}. Say separator={mark!r}"
+                f" {SEPARATED[mark]}: {shorten(line)!r}. Say separator={mark!r}"
                 f" ({layout.option} {typed(mark)})."
             )
 
@@ -635,7 +635,7 @@ def unreadable(path: Path, expected: str) -> Iterator[None]:
             raise
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{path}: expected {expected}; it cannot be read ({_files.shorten(detail, 200)})."
+            f"{path}: expected {expected}; it cannot be read ({shorten(detail, 200)})."
         ) from error
 
 

@@ -11,7 +11,7 @@ import polars as pl
 from torch import Tensor
 
 from imvia_graph import _files, _linked, _owner, _tables
-from imvia_graph._display import shown
+from imvia_graph._display import bounded, shorten, shown
 from imvia_graph._labels import (
     Vocabulary,
     decode_triples,
@@ -183,7 +183,7 @@ def _followed_roots(folder: Path, about: Mapping[str, Any]) -> dict[str, Path]:
                 " `report` and `explore` names one.",
                 shown(str(folder / "kg.json")),
                 modality,
-                shown(_files.shorten(root)),
+                shown(shorten(root)),
             )
     return followed
 
@@ -205,23 +205,21 @@ def _read_about(folder: Path) -> dict[str, Any]:
         listed = about.get(key, [])
         if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
             raise DataError(
-                f"{path}: expected a list of texts for {key!r}, found {_files.bounded(listed)}."
+                f"{path}: expected a list of texts for {key!r}, found {bounded(listed)}."
             )
     roots = about.get("roots", {})
     if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):
         raise DataError(
-            f"{path}: expected a folder a modality for 'roots', found {_files.bounded(roots)}."
+            f"{path}: expected a folder a modality for 'roots', found {bounded(roots)}."
         )
     links = about.get("links", {})
     if not isinstance(links, dict) or not all(map(_linked.is_record, links.values())):
         raise DataError(
             f"{path}: expected size, time and checksum a modality for 'links', found"
-            f" {_files.bounded(links)}."
+            f" {bounded(links)}."
         )
     if not isinstance(about.get("name") or "", str):
-        raise DataError(
-            f"{path}: expected a text for 'name', found {_files.bounded(about['name'])}."
-        )
+        raise DataError(f"{path}: expected a text for 'name', found {bounded(about['name'])}.")
     _files.checked_version(path, about.get("version", FORMAT_VERSION), FORMAT_VERSION)
     return about
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from imvia_graph import _files
+from imvia_graph._display import shorten
 from imvia_graph._version import __version__
 from imvia_graph.checkpoint import history_of
 from imvia_graph.errors import DataError
@@ -329,7 +330,7 @@ def _versions(folder: Path | None) -> dict[str, str]:
     versions = about.get("versions") if isinstance(about, dict) else None
     if not isinstance(versions, dict):
         return {}
-    return {str(name): _files.shorten(str(value)) for name, value in versions.items()}
+    return {str(name): shorten(str(value)) for name, value in versions.items()}
 
 
 def environment() -> dict[str, str]:
