@@ -294,7 +294,7 @@ def test_a_gpu_computes_the_same_bits_beside_each_other_and_one_after_the_other(
     # Kernels long enough to be at work at the same time.
     settings = ig.Settings(dim=128, information_dim=128, device="cuda", seed=3, **changes)
     states = []
-    for most in (_recorded._FEW, -1):
+    for most in (-1, -1, _recorded._FEW):
         monkeypatch.setattr(_recorded, "_FEW", most)
         torch.manual_seed(0)
         trainer = Trainer(ig.IMVIA.from_kg(kg, settings).to("cuda"), kg, settings)
@@ -303,5 +303,8 @@ def test_a_gpu_computes_the_same_bits_beside_each_other_and_one_after_the_other(
         assert trainer.recorded.graphs
         assert trainer.recorded.streams.are_several == (most > 0)
         states.append(trainer.model.state_dict())
-    beside, alone = states
-    assert [name for name in alone if not torch.equal(beside[name], alone[name])] == []
+    alone, again, beside = states
+    # What differs from run to run without streams says nothing of them.
+    steady = [name for name in alone if torch.equal(alone[name], again[name])]
+    assert steady
+    assert [name for name in steady if not torch.equal(alone[name], beside[name])] == []
