@@ -402,7 +402,8 @@ def test_processes_started_again_go_on_with_a_run_of_their_own_alone(
 ):
     command = importlib.import_module("imvia_graph.cli.fit")
     asked = []
-    monkeypatch.setattr(command, "fit_model", lambda kg, **options: asked.append((kg, options)))
+    run = importlib.import_module("imvia_graph.run")
+    monkeypatch.setattr(run, "fit", lambda kg, **options: asked.append((kg, options)))
     if not of_this_job:
         monkeypatch.setenv(distributed.JOB, "another")
     out = tmp_path / "run"
