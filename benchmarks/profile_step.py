@@ -67,12 +67,13 @@ def main(
         spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         events = sorted(found.key_averages(), key=lambda event: -getattr(event, spent))
         total = sum(getattr(event, spent) for event in events)
-        table = measure.table_of(
-            f"{name}: {best:.3f} s an epoch of {steps} steps, {1000 * best / steps:.2f} ms a step,"
-            f" of which {total / steps / 1000:.2f} ms in"
-            f" {sum(event.count for event in events) / steps:.0f} of these",
-            *("kernel" if on_gpu else "operation", "µs a step", "times a step", "share %"),
+        title = (
+            f"{name}: {best:.3f} s an epoch of {steps} steps, {1000 * best / steps:.2f} ms a step;"
+            f" profiled, {total / steps / 1000:.2f} ms a step in"
+            f" {sum(event.count for event in events) / steps:.0f} of these"
         )
+        what = "kernel" if on_gpu else "operation"
+        table = measure.table_of("", what, "µs a step", "times a step", "share %")
         for event in events[:top]:
             time = getattr(event, spent)
             table.add_row(
@@ -81,7 +82,7 @@ def main(
                 f"{event.count / steps:.1f}",
                 f"{100 * time / total:.1f}",
             )
-        measure.shown(table)
+        measure.shown(title, table)
         if trace is not None:
             trace.mkdir(parents=True, exist_ok=True)
             file = re.sub(r"\W+", "-", name)
