@@ -8,17 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from imvia_graph._display import printable
+from imvia_graph._forms import FORMATS
 from imvia_graph.cli.options import NamedFile, loading_options
 
 if TYPE_CHECKING:
     from imvia_graph.io.load import Validation
-
-#: What `imvia_graph.io.write_kg` writes: these are said without importing it.
-WRITTEN = (
-    *("kg", "openke", "momok", "mygo"),
-    *("tsv", "csv", "text", "parquet"),
-    *("ntriples", "turtle", "npz"),
-)
 
 
 @click.command()
@@ -27,7 +21,7 @@ WRITTEN = (
 @click.option(
     "--to",
     "form",
-    type=click.Choice(WRITTEN),
+    type=click.Choice(FORMATS),
     help="Form to write; if not told, what TARGET's name says, else kg.",
 )
 @loading_options

@@ -9,12 +9,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
-#: What `imvia_graph.load_kg` reads: these are said without importing it.
-FORMATS = (
-    *("kg", "openke", "momok", "mygo"),
-    *("tsv", "csv", "text", "parquet"),
-    *("ntriples", "turtle", "npz"),
-)
+from imvia_graph._forms import FORMATS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

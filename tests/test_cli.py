@@ -17,9 +17,8 @@ from helpers import TINY, contents, differing_tensors, ring_kg, run_python, writ
 from rich.console import Console
 
 import imvia_graph as ig
-from imvia_graph.cli import COMMANDS, command_line, convert, main, options
+from imvia_graph.cli import COMMANDS, command_line, main
 from imvia_graph.cli.display import results
-from imvia_graph.io import load, write
 
 METRICS = ["mrr", "mr", "hits@1", "hits@3", "hits@10", "hits@100"]
 #: --set of a model that trains in no time.
@@ -142,11 +141,6 @@ def test_neither_help_nor_a_wrong_option_waits_for_torch(tmp_path):
     done = run_python("-c", program, cwd=tmp_path)
     said = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("loaded:")]
     assert sorted(said) == sorted(2 * [[name] for name in COMMANDS])
-
-
-def test_forms_that_help_names_are_those_that_are_read_and_written():
-    assert options.FORMATS == load.FORMATS
-    assert convert.WRITTEN == write.WRITTEN
 
 
 def test_importing_the_package_imports_no_torch(tmp_path):

@@ -5,9 +5,9 @@ from click.testing import CliRunner
 from helpers import contents, ring_kg, write_folder
 
 from imvia_graph import MultiViewKG, load_kg
+from imvia_graph._forms import FORMATS
 from imvia_graph.cli import command_line
 from imvia_graph.errors import DataError
-from imvia_graph.io.write import WRITTEN
 
 
 def run(*arguments):
@@ -18,7 +18,7 @@ def triples(kg):
     return sorted((kg.entities[h], kg.relations[r], kg.entities[t]) for h, r, t in kg.train)
 
 
-@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize("form", FORMATS)
 def test_every_form_is_written_and_read_again(form, tmp_path):
     kg = ring_kg()
     source = kg.save(tmp_path / "kg")

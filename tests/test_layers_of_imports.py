@@ -35,7 +35,7 @@ HOUSE = [
     {"_files", "_guards", "_kernels", "_owner", "_streams"},
     {"_gpu", "distributed"},
     {"_gradients"},
-    {"errors", "_display", "_graphbolt", "_version"},
+    {"errors", "_display", "_forms", "_graphbolt", "_version"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(HOUSE) for name in names}
 #: Where the design allows DGL.

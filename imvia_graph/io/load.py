@@ -18,6 +18,7 @@ from torch import Tensor
 
 from imvia_graph import datasets
 from imvia_graph._files import inside, read_lines
+from imvia_graph._forms import FOLDERS, FORMATS
 from imvia_graph._tables import Columns, columns_by_name, frame_of_triples
 from imvia_graph.errors import DataError
 from imvia_graph.io import arrays, graphs, rdf, releases, tables
@@ -37,9 +38,6 @@ from imvia_graph.splits import (
 logger = logging.getLogger(__name__)
 
 Validation = Literal["auto", "published", "held-out"]
-#: Forms that ``format=`` can name.
-FOLDERS = ("kg", "openke", "momok", "mygo")
-FORMATS = (*FOLDERS, *tables.TABLES, "ntriples", "turtle", "npz")
 #: Which options each kind of form understands.
 _OPTIONS = {
     "tables": ("columns", "header", "separator", "entities", "relations"),

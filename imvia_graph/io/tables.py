@@ -48,7 +48,6 @@ NAMES: dict[Split, tuple[str, ...]] = {
     "valid": ("valid", "val", "dev", "validation"),
     "test": ("test",),
 }
-TABLES = ("tsv", "csv", "text", "parquet")
 
 
 def form_of(path: Path) -> str | None:

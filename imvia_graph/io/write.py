@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from imvia_graph import _files
+from imvia_graph._forms import FORMATS, TABLES
 from imvia_graph.errors import DataError
 from imvia_graph.io import arrays, rdf, releases, tables
 from imvia_graph.io.openke import write_openke_files
@@ -28,8 +29,6 @@ LAYOUT_FILES = frozenset(
 
 #: The files of a KG folder, features aside.
 KG_FILES = ("kg.json", "entities.tsv", "relations.tsv", *(f"{part}.tsv" for part in PARTS))
-#: Forms that a graph is written in.
-WRITTEN = ("kg", "openke", "momok", "mygo", *tables.TABLES, "ntriples", "turtle", "npz")
 
 
 def write_kg(
@@ -93,8 +92,8 @@ def write_kg(
     """
     target = Path(target)
     format = format or tables.form_of(target) or "kg"
-    if format not in WRITTEN:
-        raise DataError(f"format: expected one of {', '.join(WRITTEN)}; received {format!r}.")
+    if format not in FORMATS:
+        raise DataError(f"format: expected one of {', '.join(FORMATS)}; received {format!r}.")
     texts = ("tsv", "csv", "text", "ntriples", "turtle")
     if compression not in (None, "gzip", "zstd") or (compression and format not in texts):
         raise DataError(
@@ -215,7 +214,7 @@ def _lost(kg: MultiViewKG, format: str, one_file: bool) -> list[str]:
         )
     if one_file and any(len(kg.triples(split)) for split in SPLITS[1:]):
         lost.append("The splits are not kept: one file holds all triples.")
-    if format in (*tables.TABLES, "ntriples", "turtle"):
+    if format in (*TABLES, "ntriples", "turtle"):
         triples = torch.cat([kg.triples(split) for split in SPLITS])
         for what, column, count in (
             ("entities", triples[:, [0, 2]], kg.num_entities),
