@@ -43,7 +43,7 @@ PUBLISHED = {
 #: What the rows of a table are called.
 NAMES = {
     FULL: "IMVIA, structure and names",
-    DEFAULTS: "the same, default settings",
+    DEFAULTS: "IMVIA, structure and names, default settings",
     "structure-alone": "structure alone",
     "defaults-structure-alone": "structure alone, default settings",
     "text-alone": "text alone",
@@ -60,23 +60,23 @@ ABLATION = {
         "without-text": "no texts",
         "without-joint": "no joint head",
         "without-information": "no L1, mutual information",
-        "gate-entity": "a gate that sees the entity and not the relation",
-        "uniform-views": "no gate: views of equal weight",
-        "mean-decision": "the heads' plain mean, whatever the relation",
+        "gate-entity": "gate without the relation",
+        "uniform-views": "no gate: equal view weights",
+        "mean-decision": "mean of the heads in place of the decision",
     },
     "One modality alone": {name: NAMES[name] for name in SINGLE},
     "With a part of the paper that the defaults leave out": {
-        "with-alignment": "L2, alignment, as in CLIP",
+        "with-alignment": "L2, contrastive alignment, as in CLIP",
         "printed-alignment": "L2 as printed, Eq. 5",
-        "candidates-relation": "candidates, too, seen under the relation",
-        "trained-decision": "heads trained by their decision, too",
-        "binary-loss": "binary loss, Eq. 7; no settings of its own",
-        "binary-settings": "binary loss, Eq. 7, with settings after TuckER's",
-        "published-losses": "all losses as printed; no settings of their own",
+        "candidates-relation": "candidates embedded under the relation, Eq. 1",
+        "trained-decision": "heads also trained by the decision's loss",
+        "binary-loss": "binary loss, Eq. 7, other settings unchanged",
+        "binary-settings": "binary loss, Eq. 7, with TuckER's settings",
+        "published-losses": "all losses as printed, other settings unchanged",
     },
-    "Without a part that the paper does not have": {
-        "without-residual": "no free vector beside the views",
-        "without-relation-residual": "no matrix of a relation's own",
+    "Without an addition to the paper": {
+        "without-residual": "no free vector per entity and modality",
+        "without-relation-residual": "no block-diagonal matrix per relation",
         "without-regularization": "no regularisation",
         "one-optimizer": "one optimizer for layers and tables",
     },
@@ -168,7 +168,7 @@ HEADER = [
     "Hits@3",
     "Hits@10",
     "seeds",
-    "minutes a seed",
+    "minutes per seed",
 ]
 
 
