@@ -1,27 +1,28 @@
-"""Gated aggregation of views, forward and backward: the direct form against the library's backends.
+"""Measure gated aggregation of views, forward and backward: the direct form and the backends.
 
     python benchmarks/aggregation.py
     python benchmarks/aggregation.py --device cuda
 
-4,096 queries over 15,000 entities with 1 to 12 views each, width 256, features frozen: from the
-embeddings of entities and relations to the aggregates, and back to the gate's parameters. The
-direct form is Eq. 1 to 3 as they stand: for every view of a query a product of W_g with the
-concatenation [e_h; e_r], the cosine, and torch-scatter's softmax and sums (plain torch where that
-package is not installed for the device). The others split W_g into its halves and aggregate with a
-backend of `imvia_graph.ops`; "auto, bfloat16 products" does so under autocast, as training does on
-a CPU that multiplies bfloat16 in hardware.
+There are 4,096 queries over 15,000 entities with 1 to 12 views each, width 256, frozen features. A
+call computes the aggregates from the embeddings of entities and relations, and the gradients of the
+gate's parameters. The direct form is Eq. 1 to 3 as printed: for every view of a query, a product of
+W_g with the concatenation [e_h; e_r], the cosine, and torch-scatter's softmax and sums (plain torch
+if that package is not installed for the device). The other forms split W_g into its halves and
+aggregate with a backend of `imvia_graph.ops`; "auto, bfloat16 products" does so under autocast, as
+training does on a CPU with bfloat16 hardware.
 
-Each row runs in a process of its own. Extra memory is the most that one forward and backward has
-beyond the inputs and parameters: on a CPU the peak of the resident set less the resident set just
-before, after a call on a handful of queries that loads what there is to load; on a GPU torch's
-peak. GB/s counts the bytes of features that have to be read, once forward and once backward; the
-copy rate, measured in the same run, counts bytes read and bytes written. The floor is the gate's
-products at the measured matrix rate and those bytes at the copy rate. Goals: 12 times the direct
-form and a quarter of its extra memory (CPU); 5 times the best composition of torch ops, and 60 % of
-the copy rate by the aggregation alone, from given gates to the aggregates and back (GPU, where a
-size is added at which the GPU takes longer than the host: 64 times the queries, as many entities,
-twice the width, bfloat16).
-Writes benchmarks/results/aggregation-cpu.json (or -h100.json, …).
+Each row runs in a new process. Extra memory is the peak of one forward and backward pass beyond
+inputs and parameters: on a CPU the peak resident set minus the resident set before, measured after
+a call on a few queries that loads everything needed; on a GPU torch's peak. GB/s counts the bytes
+of features that have to be read, once forward and once backward; the copy rate, measured in the
+same run, counts bytes read and bytes written. The floor is the gate's products at the measured
+matrix rate plus those bytes at the copy rate.
+
+Goals on a CPU: 12 times as fast as the direct form, with a quarter of its extra memory. Goals on a
+GPU: 5 times as fast as the best composition of torch operations, and 60 % of the copy rate by the
+aggregation alone, forward and backward from given gates. On a GPU there is a second size that keeps
+it busy for longer than the host: 64 times the queries, as many entities, twice the width, bfloat16.
+The script writes benchmarks/results/aggregation-cpu.json (or -h100.json, …).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import measure
 
 ENTITIES, RELATIONS, MOST_VIEWS = 15_000, 56, 12
 IN_BFLOAT16 = "auto, bfloat16 products"
-#: Without the gate: from given gates to the aggregates, and back to the gates.
+#: Without the gate: aggregates from given gates, and the gradients of these gates.
 ALONE = "auto, the aggregation alone"
 
 
@@ -46,11 +47,11 @@ ALONE = "auto, the aggregation alone"
 @click.option("--queries", default=4096)
 @click.option("--dim", default=256)
 @click.option("--repeats", default=20)
-@click.option("--large-only", is_flag=True, help="Of the sizes on a GPU, the second alone.")
+@click.option("--large-only", is_flag=True, help="On a GPU, measure the second size only.")
 @click.option(
     "--learned-embeddings",
     is_flag=True,
-    help="Gradients to the embeddings too, as in training; else to the gate's parameters alone.",
+    help="Compute gradients of the embeddings, too, as in training.",
 )
 def main(
     queries: int,
@@ -81,7 +82,7 @@ def main(
         mine = []
         for form in forms(device):
             found = measure.in_process(__file__, {**common, **shape, "form": form}, threads)
-            # The gate's products, the relation's half once a relation; forward, and the weights'.
+            # Gate products (the relation half once per relation): forward, and weight gradients.
             passes = (3 if learned_embeddings else 2) * (form != ALONE)
             products = passes * 2 * (queries + RELATIONS) * dim**2
             precision = "bfloat16" if form == IN_BFLOAT16 else dtype
@@ -115,7 +116,7 @@ def main(
 
 
 def forms(device: str) -> list[str]:
-    """The direct form, then the backends that run here; `auto` is one of them."""
+    """Return the direct form and the backends that run on the device, `auto` included."""
     import torch
 
     from imvia_graph.ops import BACKENDS, scatter
@@ -221,7 +222,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def give_freed_memory_back() -> None:
-    """So that what a step allocates shows in the resident set."""
+    """Return freed memory to the system, so that a step's allocations show in the resident set."""
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

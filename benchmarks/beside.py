@@ -1,13 +1,13 @@
-"""Training on a CPU beside other programs: as OpenMP is set, and as the command line sets it.
+"""Time training on a CPU beside other programs, with the OpenMP settings of the command line.
 
     python benchmarks/beside.py
 
-`imvia-graph fit countries` alone, two of them at a time, one beside a program that keeps a core
-busy, and one in two processes (`--processes 2`), with all cores. "as OpenMP is set" has its threads
-spin 300,000 times where they wait, GNU OpenMP's default, and each of the two processes take all
-cores; the command line has them spin 1,000 times, and the processes share the cores. The figures
-are seconds an epoch, the first left out, in which loops are compiled; of two trainings, the slower.
-Writes benchmarks/results/beside-cpu.json.
+`imvia-graph fit countries` runs on all cores alone, twice at a time, beside a program that keeps a
+core busy, and in two processes (`--processes 2`). "as OpenMP is set" uses GNU OpenMP's default of
+300,000 spin iterations per wait, and each of two processes takes all cores. The command line sets
+1,000 iterations, and the processes share the cores. The figures are the median seconds per epoch,
+without the first epoch, in which loops are compiled; of two training runs, those of the slower one.
+The script writes benchmarks/results/beside-cpu.json.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DEFAULT, OURS = "as OpenMP is set", "as the command line sets it"
 @click.option("--epochs", default=4)
 @click.option("--out", type=click.Path(path_type=Path), help="Result file.")
 def main(data: str, epochs: int, out: Path | None) -> None:
-    """Measure each situation, set one way and the other."""
+    """Measure each situation with OpenMP's defaults and with the command line's settings."""
     machine = measure.machine("cpu", os.cpu_count() or 1)
     table = measure.table_of("Seconds an epoch", "situation", DEFAULT, OURS, "times")
     rows = []
@@ -51,7 +51,7 @@ def main(data: str, epochs: int, out: Path | None) -> None:
 
 
 def seconds_an_epoch(situation: str, way: str, data: str, epochs: int) -> float:
-    """The slowest training's median."""
+    """Return the median seconds per epoch of the slowest training run."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -81,7 +81,7 @@ def seconds_an_epoch(situation: str, way: str, data: str, epochs: int) -> float:
 
 @contextlib.contextmanager
 def busy() -> Iterator[None]:
-    """A program that keeps one core busy."""
+    """Run a program that keeps one core busy."""
     program = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield

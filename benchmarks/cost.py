@@ -1,18 +1,19 @@
-"""What training costs against the size of the graph, and the memory that `imvia-graph fit` takes.
+"""Measure training time against the size of the graph, and the memory of `imvia-graph fit`.
 
     IMVIA_DATA=… python benchmarks/cost.py
 
-Epochs at the default settings on made-up graphs: 5,000 entities, 40 relations, 20,000 triples, 4
-image views of 512 and 4 text views of 384 an entity; then twice, 4 and 8 times as many entities,
-relations, triples or views, each alone. Each graph is trained on in a process of its own, two steps
-of warm-up and then whole epochs, of which the best counts; peak memory is the largest resident set
-less that of the process with its imports, on a GPU torch's peak. Goal: twice the size costs at most
-2.2 times the time.
+The first part times epochs at the default settings on made-up graphs: 5,000 entities, 40 relations,
+20,000 triples, 4 image views of 512 and 4 text views of 384 per entity; then 2, 4 and 8 times as
+many entities, relations, triples or views, one of these at a time. Each graph has a new process,
+which runs two warm-up steps and then whole epochs, of which the best counts. Peak memory is the
+largest resident set minus that of the process with its imports; on a GPU it is torch's peak. Goal:
+twice the size takes at most 2.2 times as long.
 
-Then `imvia-graph fit DB15K` for one epoch, as a command, with made-up features in safetensors files
-(8 image views of 512 and 4 text views of 384 an entity, float32), validation and test ranks and the
-run folder included. Goal on the CPU: a largest resident set (``ru_maxrss``) of at most 3 GB. Writes
-benchmarks/results/cost-cpu.json (or -h100.json, …); `python benchmarks/plot_speed.py` draws it.
+The second part runs the command `imvia-graph fit DB15K` for one epoch, with made-up features in
+safetensors files (8 image views of 512 and 4 text views of 384 per entity, float32), validation and
+test ranking and the run folder included. Goal on the CPU: a largest resident set (``ru_maxrss``) of
+at most 3 GB. The script writes benchmarks/results/cost-cpu.json (or -h100.json, …), which `python
+benchmarks/plot_speed.py` draws.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ FIT_VIEWS = {"image": (8, 512), "text": (4, 384)}
 @click.option("--entities", default=5_000)
 @click.option("--relations", default=40)
 @click.option("--triples", default=20_000)
-@click.option("--views", default=4, help="Views an entity a modality.")
+@click.option("--views", default=4, help="Views per entity and modality.")
 @click.option("--doublings", default=3)
-@click.option("--epochs", default=2, help="Epochs timed of each size.")
+@click.option("--epochs", default=2, help="Timed epochs of each size.")
 @click.option("--fit/--no-fit", default=True, help="Whether to measure the memory of fit.")
-@click.option("--data", default="DB15K", help="What to fit, below IMVIA_DATA.")
+@click.option("--data", default="DB15K", help="Data set to fit, in IMVIA_DATA.")
 def main(
     entities: int,
     relations: int,
@@ -109,7 +110,7 @@ def main(
 
 
 def run(row: dict[str, Any]) -> dict[str, Any]:
-    """Train on one made-up graph in this process."""
+    """Train on one made-up graph in this process and return timings and memory."""
     import torch
 
     import imvia_graph as ig
@@ -149,7 +150,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def fit_memory(data: str, device: str, threads: int) -> dict[str, Any]:
-    """Peak memory of the command, of the whole process."""
+    """Run `imvia-graph fit` and return the peak memory of its whole process."""
     with tempfile.TemporaryDirectory(prefix="imvia-cost-") as name:
         folder = Path(name)
         measure.in_process(__file__, {"form": "features", "data": data, "folder": name}, threads)
@@ -174,7 +175,7 @@ def fit_memory(data: str, device: str, threads: int) -> dict[str, Any]:
 
 
 def write_features(row: dict[str, Any]) -> dict[str, Any]:
-    """A safetensors file a modality, (entities, views, width)."""
+    """Write one safetensors file per modality, of shape (entities, views, width)."""
     import torch
     from safetensors.torch import save_file
 

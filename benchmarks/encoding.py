@@ -1,10 +1,10 @@
-"""Encode 2,000 pictures with an open_clip model from a checkpoint on disk, kill it, go on.
+"""Encode 2,000 pictures with an open_clip checkpoint, kill the process, and resume.
 
 Run ``python benchmarks/encoding.py``. It makes the pictures and a checkpoint of random weights
-(ViT-S-32, 63 M parameters, open_clip's smallest plain architecture), encodes them unbroken, then
-again with the process killed half-way (SIGKILL) and started once more. It checks that both give the
-same features to the last bit, and counts from the log what was encoded twice. The result goes to
-``benchmarks/results/encoding.json``.
+(ViT-S-32, 63 M parameters, open_clip's smallest plain architecture) and encodes the pictures twice:
+without interruption, and with the process killed half-way (SIGKILL) and started again. It checks
+that both results are bit-identical, and counts from the log the pictures that were encoded twice.
+The result is written to ``benchmarks/results/encoding.json``.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ RESULT = Path(__file__).resolve().parent / "results" / "encoding.json"
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--pictures", default=2000, help="How many.")
+@click.option("--pictures", default=2000, help="Number of pictures.")
 @click.option("--batch-size", default=32, help="Inputs at a time.")
-@click.option("--device", default="cpu", help="Where to encode.")
+@click.option("--device", default="cpu", help="Device of the encoder.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULT, help="Result file.")
 def main(pictures: int, batch_size: int, device: str, out: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -85,7 +85,7 @@ def main(pictures: int, batch_size: int, device: str, out: Path) -> None:
 
 
 def make_graph(folder: Path, pictures: int) -> None:
-    """A ring of entities with four pictures of noise each, 256 x 192, and no two alike."""
+    """Write a ring of entities with four distinct noise pictures of 256 x 192 each."""
     entities = [f"e{i:04}" for i in range(-(-pictures // 4))]
     (folder / "kg").mkdir()
     lines = [f"{one}\tnext\t{entities[i - 1]}\n" for i, one in enumerate(entities)]
@@ -102,7 +102,7 @@ def run(command: list[str], folder: Path) -> None:
 
 
 def kill_half_way(command: list[str], folder: Path, batches: int) -> int:
-    """Start, wait for so many finished batches, kill; how many there are then."""
+    """Start the command, kill it after some finished batches, and return the number of batches."""
     process = subprocess.Popen(command, cwd=folder)
     while len(list((folder / "cache").rglob("part-*.safetensors"))) < batches:
         if process.poll() is not None:
@@ -114,7 +114,7 @@ def kill_half_way(command: list[str], folder: Path, batches: int) -> int:
 
 
 def digest(folder: Path) -> str:
-    """Of all files of a folder, by name."""
+    """Return a SHA-256 over the names and contents of the files in a folder."""
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         total.update(path.name.encode() + path.read_bytes())

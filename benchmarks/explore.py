@@ -1,10 +1,10 @@
-"""How long the explorer's service takes to answer, and whether its memory stays where it is.
+"""Measure the response time of the explorer's service, and whether its memory grows.
 
-A model of DB15K's size with four heads, of made-up pictures and texts (how long a query takes
-does not depend on what the model has learned, so it is not trained), served as `imvia-graph
-explore` does. One client asks for the top 20 at a steady rate, over one connection, about triples
-of the test set: an answer's time runs from when the query was due. Then queries follow each other
-at once, and the server's resident memory is read. Writes benchmarks/results/explore.json.
+The service is `imvia-graph explore` on an untrained model of DB15K's size with made-up pictures and
+texts (training does not change the time of a query). One client requests the top 20 for queries of
+test triples at a steady rate, over one connection; the time of a response counts from when its
+request was due. Then the client sends requests without pauses, and the server's resident memory is
+read. The script writes benchmarks/results/explore.json.
 
     IMVIA_DATA=/path/to/data python benchmarks/explore.py
 """
@@ -32,13 +32,13 @@ from rich.console import Console
 import imvia_graph as ig
 
 RESULT = Path(__file__).parent / "results" / "explore.json"
-#: Widths of the made-up views: those of a ViT-B and of a BERT; at most so many an entity.
+#: (width, most views per entity) of the made-up views; widths as of a ViT-B and a BERT.
 VIEWS = {"image": (768, 8), "text": (768, 3)}
 console = Console(stderr=True)
 
 
 def made_up(kg: ig.MultiViewKG) -> ig.MultiViewKG:
-    """The graph with random views."""
+    """Return the graph with random views."""
     generator = torch.Generator().manual_seed(0)
     views = {}
     for modality, (width, most) in VIEWS.items():
@@ -49,7 +49,7 @@ def made_up(kg: ig.MultiViewKG) -> ig.MultiViewKG:
 
 
 def paths(kg: ig.MultiViewKG, number: int) -> list[str]:
-    """Queries for tails and for heads of test triples, in a random order."""
+    """Return URL paths of queries for tails and heads of randomly drawn test triples."""
     draw = random.Random(0)
     triples = kg.test.tolist()
     made = []
@@ -71,12 +71,12 @@ def ask(connection: http.client.HTTPConnection, path: str) -> None:
 
 @click.command()
 @click.option("--source", default="DB15K", show_default=True)
-@click.option("--rate", default=20.0, show_default=True, help="Queries a second.")
-@click.option("--seconds", default=60.0, show_default=True, help="At that rate.")
-@click.option("--queries", default=20_000, show_default=True, help="At once, for the memory.")
+@click.option("--rate", default=20.0, show_default=True, help="Queries per second.")
+@click.option("--seconds", default=60.0, show_default=True, help="Seconds at that rate.")
+@click.option("--queries", default=20_000, show_default=True, help="Queries of the memory test.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULT)
 def main(source: str, rate: float, seconds: float, queries: int, out: Path) -> None:
-    """Serve, ask, and write what was measured."""
+    """Start the service, send queries, and write the measurements."""
     kg = made_up(ig.load_kg(source))
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"

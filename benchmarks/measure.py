@@ -1,7 +1,8 @@
-"""What the benchmarks of speed measure with: processes for rows, clocks, memory, floors.
+"""Shared tools of the speed benchmarks: processes for rows, clocks, memory, floors.
 
-A row is a JSON object. `in_process` hands it to the same script started anew, so that a row's peak
-memory is its own; the script measures it and prints what it found as the last line.
+A row is a JSON object that describes one measurement. `in_process` passes it to a new process of
+the same script, so that the peak memory is that of the row alone; the script measures the row and
+prints the result as its last line.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Row = dict[str, Any]
 
 
 def in_process(script: str, row: Row, threads: int) -> Row:
-    """What a script prints of a row, measured in a process of its own."""
+    """Return a row with its results, measured by the script in a new process."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, script, "--row", json.dumps({**row, "threads": threads})]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -44,7 +45,7 @@ def in_process(script: str, row: Row, threads: int) -> Row:
 
 
 def start(row: Row, keep: bool = True) -> Any:
-    """Ready this process for a row: threads; memory kept as `fit` keeps it; gives the device."""
+    """Set threads and seed for a row, keep freed memory as `fit` does, and return the device."""
     import torch
 
     from imvia_graph.training import keep_freed_memory
@@ -57,7 +58,7 @@ def start(row: Row, keep: bool = True) -> Any:
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every benchmark has; ``row`` is for `in_process`."""
+    """Add the options that all benchmarks share; ``--row`` is for `in_process`."""
     for option in (
         click.option(
             "--row", callback=lambda *given: given[2] and json.loads(given[2]), hidden=True
@@ -71,7 +72,7 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def has(package: str) -> bool:
-    """Whether a package is installed: rows of what is not are left out."""
+    """Return whether a package is installed; rows that need a missing one are left out."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -79,7 +80,7 @@ def has(package: str) -> bool:
 
 
 def seconds(call: Callable[[], Any], repeats: int, device: Any, warm_up: int = 1) -> list[float]:
-    """Time of each call, by the wall clock or, on a GPU, by its events."""
+    """Return the seconds of each call, by the wall clock or, on a GPU, by CUDA events."""
     import torch
 
     for _ in range(warm_up):
@@ -102,7 +103,7 @@ def seconds(call: Callable[[], Any], repeats: int, device: Any, warm_up: int = 1
 
 
 def summary(times: Sequence[float]) -> Row:
-    """Best and median of repeats."""
+    """Return the best and the median of repeated timings."""
     return {"best": min(times), "median": median(times), "repeats": len(times)}
 
 
@@ -110,9 +111,9 @@ def summary(times: Sequence[float]) -> Row:
 
 
 def resident(peak: bool) -> int:
-    """Bytes of this process that are in memory, or have been at most since `forget_peak`.
+    """Return the resident bytes of this process, now or at the peak since `forget_peak`.
 
-    From /proc: ``ru_maxrss``, which is taken elsewhere, begins with what the parent had in memory.
+    They are read from /proc. Without it ``ru_maxrss`` is used, which starts at the parent's size.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -124,13 +125,13 @@ def resident(peak: bool) -> int:
 
 
 def forget_peak() -> None:
-    """Begin the peak anew, where the system can do that."""
+    """Reset the peak of resident memory, if the system supports it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 class Peak:
-    """Most memory in use since this was made, less what was in use then: of the device."""
+    """Peak memory of the device since construction, minus the memory in use at construction."""
 
     def __init__(self, device: Any) -> None:
         import torch
@@ -156,9 +157,10 @@ class Peak:
 
 
 def rates(row: Row) -> Row:
-    """Operations a second of products (B, d) x (d, N), by dtype, and bytes a second of a copy.
+    """Return operations per second of products (B, d) x (d, N) by dtype, and the copy rate.
 
-    A product is two operations a multiplication; a copy both reads and writes its bytes.
+    A multiplication counts as two operations. The copy rate, in bytes per second, counts bytes read
+    and bytes written.
     """
     import torch
 
@@ -180,7 +182,7 @@ def rates(row: Row) -> Row:
 
 
 def floor(operations: float, num_bytes: float, dtype: str, measured: Row) -> Row:
-    """Seconds that the products alone and the traffic alone would take."""
+    """Return the seconds of the products alone and of the memory traffic alone."""
     return {
         "operations": operations,
         "bytes": num_bytes,
@@ -190,7 +192,7 @@ def floor(operations: float, num_bytes: float, dtype: str, measured: Row) -> Row
 
 
 def times_floor(row: Row, time: float) -> float | None:
-    """How many times its floor a row takes: products and traffic one after the other."""
+    """Return a time relative to the floor of a row, products and traffic in sequence."""
     if "floor_operations" not in row:
         return None
     return float(time / (row["floor_operations"] + row["floor_bytes"]))
@@ -200,7 +202,7 @@ def times_floor(row: Row, time: float) -> float | None:
 
 
 def machine(device: str, threads: int) -> Row:
-    """Where and with what it was measured; to be asked before anything runs."""
+    """Describe machine, load and versions; call this before the measurements, for the load."""
     import torch
 
     versions = {"python": platform.python_version()}
@@ -230,7 +232,7 @@ def _processor() -> str:
 
 
 def result_file(name: str, device: str) -> Path:
-    """results/NAME-cpu.json, results/NAME-h100.json, …"""
+    """Return results/NAME-cpu.json, results/NAME-h100.json, …"""
     label = "cpu"
     if device != "cpu":
         import torch
@@ -241,13 +243,13 @@ def result_file(name: str, device: str) -> Path:
 
 
 def goal(name: str, value: float, bound: float, at_least: bool = True) -> Row:
-    """A goal, and whether it is met."""
+    """Return a goal with its value, its bound and whether it is met."""
     met = value >= bound if at_least else value <= bound
     return {"goal": name, "value": value, "at_least" if at_least else "at_most": bound, "met": met}
 
 
 def finish(report: Row, out: Path, tables: Sequence[Table]) -> None:
-    """Write the report, and show it with its goals."""
+    """Write the report to a file, and show its tables and goals."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     table = table_of("Goals", "goal", "bound", "measured", "met")
@@ -264,7 +266,7 @@ def finish(report: Row, out: Path, tables: Sequence[Table]) -> None:
 
 
 def shown(*parts: Table | str) -> None:
-    """Show tables and lines on a terminal, wide enough for them."""
+    """Print tables and lines, at least 140 columns wide."""
     console = Console()
     console.width = max(console.width, 140)
     for part in parts:
@@ -272,7 +274,7 @@ def shown(*parts: Table | str) -> None:
 
 
 def table_of(title: str, *columns: str, texts: int = 1) -> Table:
-    """A table whose columns are numbers but for the first, ``texts`` of them."""
+    """Return a table whose first ``texts`` columns are text and whose other columns are numbers."""
     table = Table(title=title)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i >= texts else "left")
@@ -280,12 +282,12 @@ def table_of(title: str, *columns: str, texts: int = 1) -> Table:
 
 
 def text(value: float | None, pattern: str = "{:.3g}") -> str:
-    """A number, or a dash for none."""
+    """Format a number, or return a dash for None."""
     return "–" if value is None else pattern.format(value)
 
 
 def told(row: Row, name: str) -> None:
-    """Say on the terminal that a row is done."""
+    """Print the median of a finished row to standard error."""
     print(f"{name}: {row['median']:.4g} s", file=sys.stderr, flush=True)
 
 
@@ -293,7 +295,7 @@ def told(row: Row, name: str) -> None:
 
 
 def with_made_up_views(kg: Any, views: dict[str, tuple[int, int]]) -> Any:
-    """The graph with so many views of such a width an entity a modality, and no others."""
+    """Replace the views of a graph by random ones: (views per entity, width) by modality."""
     import torch
 
     import imvia_graph as ig

@@ -1,8 +1,9 @@
-"""IMVIA as a straightforward reading of the paper gives it: what the library is timed against.
+"""A straightforward implementation of the paper, against which the library is timed.
 
-The same model, losses and ranks as the library's, parameter for parameter (tests/test_naive.py),
-each equation written down as it stands: a gate a view, a relation matrix a query, dense targets,
-sigmoid and cross-entropy apart, pairs of modalities one by one, a sort a query. All in float32.
+Model, losses and ranks are the same as the library's, parameter for parameter
+(tests/test_naive.py). Each equation is implemented as printed: one gate per view, one relation
+matrix per query, dense targets, separate sigmoid and cross-entropy, one pair of modalities at a
+time, and one sort per query. Everything is in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ try:
 except (ImportError, OSError):
     torch_scatter = None
 
-#: Entities that answer each query (entity, relation).
+#: The answers, entity ids, of each query (entity, relation).
 Answers = dict[tuple[int, int], list[int]]
 
 
@@ -29,14 +30,14 @@ Answers = dict[tuple[int, int], list[int]]
 
 
 def sum_by(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """(size, …) sums of the rows of the same index."""
+    """Return (size, …) sums of the rows with equal index."""
     if _scatters(values):
         return torch_scatter.scatter(values, index, dim=0, dim_size=size, reduce="sum")
     return values.new_zeros(size, *values.shape[1:]).index_add(0, index, values)
 
 
 def softmax_by(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """(T,) softmax over the elements of the same index."""
+    """Return the (T,) softmax over the elements with equal index."""
     if _scatters(values):
         return torch_scatter.scatter_softmax(values, index, dim=0, dim_size=size)
     top = values.new_full((size,), -torch.inf)
@@ -46,7 +47,7 @@ def softmax_by(values: Tensor, index: Tensor, size: int) -> Tensor:
 
 
 def _scatters(values: Tensor) -> bool:
-    """Whether torch-scatter is installed, for this device."""
+    """Return whether torch-scatter is installed and supports the device of the values."""
     return torch_scatter is not None and (
         not values.is_cuda or torch.ops.torch_scatter.cuda_version() > 0
     )
@@ -67,7 +68,7 @@ class GatedViews(nn.Module):
         self.residual = nn.Embedding(len(ptr) - 1, dim)
 
     def aggregate(self, entity: Tensor, e_h: Tensor, e_r: Tensor | None) -> Tensor:
-        """(B, d_m) of (B,) entities under (B, relation_dim) relations, or under none."""
+        """Return (B, d_m) aggregates of (B,) entities under (B, relation_dim) relations or none."""
         start, count = self.ptr[entity], self.ptr.diff()[entity]
         query = torch.repeat_interleave(torch.arange(len(entity), device=entity.device), count)
         first = (count.cumsum(0) - count)[query]
@@ -92,7 +93,7 @@ class GatedViews(nn.Module):
 
 
 class Tucker(nn.Module):
-    """Query vectors, with the normalisation and the dropouts of TuckER."""
+    """Query vectors with the batch normalisation and the dropouts of TuckER."""
 
     def __init__(self, settings: ig.Settings) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class Tucker(nn.Module):
         self.hidden_dropout = nn.Dropout(settings.hidden_dropout)
 
     def forward(self, e_h: Tensor, e_r: Tensor) -> Tensor:
-        """(B, dim) of (B, dim) entities and (B, relation_dim) relations."""
+        """Return (B, dim) query vectors of (B, dim) entities and (B, relation_dim) relations."""
         x = self.input_dropout(self.input_norm(e_h))
         matrix = e_r @ self.core.view(len(self.core), -1)
         matrix = self.relation_dropout(matrix.view(-1, *self.core.shape[1:]))  # (B, dim, dim)
@@ -128,7 +129,7 @@ class NaiveIMVIA(nn.Module):
             for modality in kg.modalities
         )
         sources = 1 + len(self.views)
-        heads = sources + 1  # the last is the joint one
+        heads = sources + 1  # the joint head is the last
         self.attention = nn.Parameter(torch.zeros(sources, settings.dim))
         self.relation = nn.ModuleList(
             nn.Embedding(2 * kg.num_relations, settings.relation_dim) for _ in range(heads)
@@ -139,7 +140,7 @@ class NaiveIMVIA(nn.Module):
             nn.init.xavier_normal_(table.weight)
 
     def embed(self, entity: Tensor, relation: Tensor | None) -> list[Tensor]:
-        """(B, dim) of structure, each modality and their joint embedding."""
+        """Return the (B, dim) embeddings of structure, each modality and the joint head."""
         e_h = self.entity(entity)
         e_r = None if relation is None else self.relation[0](relation)
         sources = [e_h] + [views(entity, e_h, e_r) for views in self.views]
@@ -149,13 +150,13 @@ class NaiveIMVIA(nn.Module):
         return [*sources, joint]
 
     def tables(self) -> list[Tensor]:
-        """(N, dim) of all entities as candidates, of each head."""
+        """Return the (N, dim) candidate table of each head."""
         return self.embed(torch.arange(self.num_entities, device=self.entity.weight.device), None)
 
     def scores(
         self, embedded: list[Tensor], relation: Tensor, tables: list[Tensor]
     ) -> list[Tensor]:
-        """(B, N) of each head, and of the relation-aware decision, of embedded queries."""
+        """Return (B, N) scores of embedded queries by each head and, last, by the decision."""
         scores = []
         for e_h, table, tucker, e_r in zip(
             embedded, tables, self.tucker, self.relation, strict=True
@@ -166,11 +167,11 @@ class NaiveIMVIA(nn.Module):
         return scores
 
     def forward(self, entity: Tensor, relation: Tensor) -> list[Tensor]:
-        """(B, N) scores of (B,) entities and relations."""
+        """Return the (B, N) scores of (B,) entities and relations."""
         return self.scores(self.embed(entity, relation), relation, self.tables())
 
     def copy_weights(self, model: ig.IMVIA) -> None:
-        """Take over the parameters of the library's model of the same graph and settings."""
+        """Copy the parameters of the library's model of the same graph and settings."""
         pairs = [
             (self.entity, model.entity),
             (self.relation, model.relation),
@@ -201,7 +202,7 @@ class NaiveIMVIA(nn.Module):
 
 
 class Club(nn.Module):
-    """CLUB's estimator of one pair of modalities, as its authors write it."""
+    """CLUB's estimator for one pair of modalities, as its authors implement it."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -211,25 +212,25 @@ class Club(nn.Module):
         )
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The upper bound of the mutual information."""
+        """Return the upper bound of the mutual information."""
         mean, log_variance = self.mean(x), self.log_variance(x)
         positive = -((mean - y) ** 2) / 2 / log_variance.exp()
         negative = -((mean - y[shuffled(len(y), y.device)]) ** 2) / 2 / log_variance.exp()
         return (positive.sum(1) - negative.sum(1)).mean()
 
     def learning_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """What the estimator learns from: its negative log-likelihood."""
+        """Return the estimator's training loss, its negative log-likelihood."""
         mean, log_variance = self.mean(x), self.log_variance(x)
         return ((mean - y) ** 2 / 2 / log_variance.exp() + log_variance / 2).sum(1).mean()
 
 
 def shuffled(count: int, device: torch.device) -> Tensor:
-    """A random permutation."""
+    """Return a random permutation."""
     return torch.randperm(count, device=device)
 
 
 def alignment(x: Tensor, y: Tensor, entity: Tensor, temperature: Tensor) -> Tensor:
-    """L2 of one pair: each row has to find its own among the others', in both directions."""
+    """Return L2 of one pair: classify the matching row of the other modality, both ways."""
     similarity = functional.normalize(x, dim=1) @ functional.normalize(y, dim=1).T / temperature
     own = torch.eye(len(entity), dtype=torch.bool, device=entity.device)
     twin = (entity[:, None] == entity[None, :]) & ~own
@@ -241,7 +242,7 @@ def alignment(x: Tensor, y: Tensor, entity: Tensor, temperature: Tensor) -> Tens
 
 
 def completion(score: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    """L3 of one head: positives and negatives in equal shares."""
+    """Return L3 of one head, with equal total weight for positives and negatives."""
     weight = torch.where(target > 0, 1 / target.sum(), 1 / (1 - target).sum())
     target = (1 - label_smoothing) * target + label_smoothing / target.shape[1]
     return functional.binary_cross_entropy(torch.sigmoid(score), target, weight, reduction="sum")
@@ -251,7 +252,7 @@ def completion(score: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
 
 
 class NaiveTrainer:
-    """Steps of Eq. 8 on queries (entity, relation) with all their known answers."""
+    """Training with Eq. 8 on queries (entity, relation) with all their known answers."""
 
     def __init__(self, model: NaiveIMVIA, kg: ig.MultiViewKG, settings: ig.Settings) -> None:
         self.model, self.settings = model, settings
@@ -272,7 +273,7 @@ class NaiveTrainer:
         )
 
     def batches(self) -> Iterator[list[tuple[int, int]]]:
-        """The queries of an epoch, shuffled."""
+        """Yield the batches of an epoch, of shuffled queries."""
         queries = list(self.answers)
         order = torch.randperm(len(queries)).tolist()
         size = self.settings.batch_size
@@ -280,14 +281,14 @@ class NaiveTrainer:
             yield [queries[i] for i in order[start : start + size]]
 
     def targets(self, queries: list[tuple[int, int]]) -> Tensor:
-        """(B, N): 1 where the entity answers the query."""
+        """Return the (B, N) targets: 1 where the entity answers the query, else 0."""
         target = torch.zeros(len(queries), self.model.num_entities)
         for i, query in enumerate(queries):
             target[i, self.answers[query]] = 1.0
         return target.to(self.device)
 
     def losses(self, queries: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """L1, L2, L3, and the loss of L1's estimators."""
+        """Return L1, L2, L3, and the training loss of L1's estimators."""
         entity, relation = torch.tensor(queries, device=self.device).unbind(1)
         target = self.targets(queries)
         embedded = self.model.embed(entity, relation)
@@ -314,7 +315,7 @@ class NaiveTrainer:
         return l1, l2, l3, learning
 
     def step(self, queries: list[tuple[int, int]]) -> Tensor:
-        """One step of training: the total loss."""
+        """Run one training step and return its total loss."""
         l1, l2, l3, learning = self.losses(queries)
         s = self.settings
         loss = s.lambda_information * l1 + s.lambda_alignment * l2 + s.lambda_completion * l3
@@ -331,7 +332,7 @@ class NaiveTrainer:
 
 
 def answers_of(triples: list[Tensor], num_relations: int) -> Answers:
-    """Who answers what, in both directions."""
+    """Return the answers of each query, in both directions."""
     found: dict[tuple[int, int], set[int]] = {}
     for head, relation, tail in torch.cat(triples).tolist():
         found.setdefault((head, relation), set()).add(tail)
@@ -348,7 +349,10 @@ def ranks(
     batch_size: int,
     decision_alone: bool,
 ) -> Tensor:
-    """(heads + 1, Q) filtered ranks of (Q, 3) rows (entity, relation, answer), decision last."""
+    """Return the (heads + 1, Q) filtered ranks of (Q, 3) rows (entity, relation, answer).
+
+    The decision is last; with ``decision_alone`` it is the only row.
+    """
     model.eval()
     found = []
     for batch in queries.split(batch_size):

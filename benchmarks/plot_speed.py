@@ -1,4 +1,4 @@
-"""Draw cost against size: benchmarks/results/cost-cpu.json into docs/images/speed.svg.
+"""Draw benchmarks/results/cost-cpu.json, time against size, as docs/images/speed.svg.
 
 python benchmarks/plot_speed.py
 """
@@ -30,7 +30,7 @@ COLOURS = {
 @click.option("--out", type=click.Path(path_type=Path), default=PICTURE)
 def main(result: Path, out: Path) -> None:
     report = json.loads(result.read_text(encoding="utf-8"))
-    # The same picture of the same figures, byte for byte; letters in the reader's own font.
+    # Equal figures give an identical file; text is drawn in the reader's own font.
     matplotlib.rcParams.update({"svg.hashsalt": "imvia-graph", "svg.fonttype": "none"})
     matplotlib.rcParams.update({"font.family": "sans-serif", "font.size": 10})
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")

@@ -1,7 +1,8 @@
-"""Whether training in bfloat16 ranks as well as training in float32.
+"""Compare the MRR of training in bfloat16 with that of training in float32.
 
-For each seed and precision one model of MKG-Y, structure alone, other settings at their defaults;
-validation and test MRR at the best validation epoch. Writes benchmarks/results/precision.json.
+For each seed and precision, one model is trained on MKG-Y, structure alone, with default settings.
+The MRR on validation and test is that of the best validation epoch. The script writes
+benchmarks/results/precision.json.
 
     python benchmarks/precision.py      # needs IMVIA_DATA
 """
@@ -24,7 +25,7 @@ from imvia_graph.training import keep_freed_memory
 
 RESULT = Path(__file__).parent / "results" / "precision.json"
 PRECISIONS = ("float32", "bfloat16")
-#: Points of MRR that the two may be apart, in the mean over the seeds.
+#: Largest allowed difference of the mean MRR over the seeds, in points.
 GOAL = 0.3
 
 
@@ -34,7 +35,7 @@ GOAL = 0.3
 @click.option("--epochs", default=20, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=RESULT)
 def main(data: str, seeds: int, epochs: int, out: Path) -> None:
-    """Train, rank, and write the table."""
+    """Train, rank, print the table and write the results."""
     keep_freed_memory()
     kg = ig.load_kg(data)
     rows: list[dict[str, Any]] = []

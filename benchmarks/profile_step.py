@@ -1,10 +1,11 @@
-"""Where a step of training spends its time: kernels on a GPU, operations on a CPU.
+"""Profile a training step: kernels on a GPU, operations on a CPU.
 
     IMVIA_DATA=… python benchmarks/profile_step.py --data DB15K --device cuda
 
-The forms of training.py and the default settings: seconds an epoch, the best of some, and of one
-more, profiled epoch the time a step of each kernel or operation, those that take most of it first.
-With --trace FOLDER the last steps of each form as a Chrome trace, too. Writes nothing else.
+For the default settings and some forms of training.py, the script prints the seconds per epoch (the
+best of several) and, from one more epoch under the profiler, the time per step of each kernel or
+operation, the longest first. --trace FOLDER also writes a Chrome trace of each form's profiled
+epoch. Nothing else is written.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--data", default="MKG-Y", help="A published data set below IMVIA_DATA.")
+@click.option("--data", default="MKG-Y", help="A published data set in IMVIA_DATA.")
 @click.option("--device", default="cpu", help="cpu or cuda.")
 @click.option("--threads", default=2, help="Threads on the CPU.")
-@click.option("--epochs", default=3, help="Epochs timed of each form.")
-@click.option("--top", default=25, help="Kernels or operations shown.")
-@click.option("--only", multiple=True, help="Only forms whose names begin so.")
-@click.option("--trace", type=click.Path(path_type=Path, file_okay=False), help="Traces, too.")
+@click.option("--epochs", default=3, help="Timed epochs of each form.")
+@click.option("--top", default=25, help="Number of kernels or operations to show.")
+@click.option("--only", multiple=True, help="Run only forms whose names start with this.")
+@click.option("--trace", type=click.Path(path_type=Path, file_okay=False), help="Trace folder.")
 def main(
     data: str,
     device: str,
@@ -67,13 +68,13 @@ def main(
         spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         events = sorted(found.key_averages(), key=lambda event: -getattr(event, spent))
         total = sum(getattr(event, spent) for event in events)
-        title = (
-            f"{name}: {best:.3f} s an epoch of {steps} steps, {1000 * best / steps:.2f} ms a step;"
-            f" profiled, {total / steps / 1000:.2f} ms a step in"
-            f" {sum(event.count for event in events) / steps:.0f} of these"
-        )
         what = "kernel" if on_gpu else "operation"
-        table = measure.table_of("", what, "µs a step", "times a step", "share %")
+        title = (
+            f"{name}: {best:.3f} s per epoch of {steps} steps, {1000 * best / steps:.2f} ms per"
+            f" step; profiled, {total / steps / 1000:.2f} ms per step in"
+            f" {sum(event.count for event in events) / steps:.0f} {what}s"
+        )
+        table = measure.table_of("", what, "µs per step", "calls per step", "share %")
         for event in events[:top]:
             time = getattr(event, spent)
             table.add_row(

@@ -1,8 +1,9 @@
-"""Whether PyKEEN's rank-based evaluator gives our metrics, fed the same scores.
+"""Check that PyKEEN's rank-based evaluator computes the same metrics from the same scores.
 
 The test triples of a data set are ranked twice from one set of scores, by `imvia_graph.evaluation`
-and by PyKEEN (its own filter, its own ranks). Scores are rounded, so that many are tied. Writes
-benchmarks/results/pykeen_agreement.json and exits 1 where a metric differs by more than 1e-6.
+and by PyKEEN (its own filter, its own ranks). Scores are rounded, so that many are tied. The script
+writes benchmarks/results/pykeen_agreement.json and exits with 1 if a metric differs by more than
+1e-6.
 
     python benchmarks/pykeen_agreement.py MKG-Y      # needs IMVIA_DATA, and the extra [bench]
     python benchmarks/pykeen_agreement.py countries --epochs 20
@@ -31,11 +32,11 @@ TOLERANCE = 1e-6
 
 @click.command()
 @click.argument("source", default="MKG-Y")
-@click.option("--epochs", default=10, show_default=True, help="Epochs before ranking.")
-@click.option("--decimals", default=0, show_default=True, help="Scores are rounded to these.")
+@click.option("--epochs", default=10, show_default=True, help="Training epochs before ranking.")
+@click.option("--decimals", default=0, show_default=True, help="Decimals of rounded scores.")
 @click.option("--batch-size", default=256, show_default=True)
 def main(source: str, epochs: int, decimals: int, batch_size: int) -> None:
-    """Compare on the test triples of SOURCE."""
+    """Compare the metrics on the test triples of SOURCE."""
     run = ig.fit(source, epochs=epochs, dim=64, learning_rate=0.003, validation="published")
     kg, model = run.kg, run.model
     known = kg.answers()
@@ -78,7 +79,7 @@ def main(source: str, epochs: int, decimals: int, batch_size: int) -> None:
                 name, name.replace("hits@", "hits_at_")
             )
             if name == "hits@100":
-                continue  # PyKEEN's default metrics end at 10
+                continue  # PyKEEN's default metrics end at Hits@10
             other = float(result.get_metric(f"{side}.realistic.{theirs_name}"))
             rows.append({"side": side, "metric": name, "ours": value, "pykeen": other})
     worst = max(abs(row["ours"] - row["pykeen"]) / max(1.0, row["pykeen"]) for row in rows)

@@ -1,22 +1,23 @@
-"""Filtered ranking of test triples: the naive form, the library and PyKEEN's evaluator, in one run.
+"""Measure filtered ranking by the naive form, by the library and by PyKEEN's evaluator.
 
     IMVIA_DATA=… python benchmarks/ranking.py
     IMVIA_DATA=… python benchmarks/ranking.py --data DB15K --device cuda
 
-Both sides of the test triples of a published data set against all entities, known answers left
-out, with models of width 256 (relations too) that are not trained. With four heads (structure,
-image, text, joint) and the views of settings A and B of benchmarks/training.py: the naive form, on
-a sample of the queries, and `imvia_graph.evaluation.rank`, by every head and the decision and by
-the decision alone. With one head: `rank` of a model of structure alone, and PyKEEN's
-RankBasedEvaluator of a ComplEx of embedding_dim 256, with the batch size that it chooses and with
-1,024.
+Both sides of the test triples of a published data set are ranked against all entities except other
+known answers, by untrained models of width 256 (relations too). With four heads (structure, image,
+text, joint) and the views of settings A and B of benchmarks/training.py, the rows are the naive
+form, on a sample of the queries, and `imvia_graph.evaluation.rank`, each by every head and the
+decision and by the decision alone. With one head, they are `rank` of a model of structure alone,
+and PyKEEN's RankBasedEvaluator of a ComplEx of embedding_dim 256, with the batch size that PyKEEN
+chooses and with 1,024.
 
-The naive form's time is that of its candidate tables, plus that of the sample scaled to all
-queries. Each row runs in a process of its own, which keeps the memory that it frees; peak memory is
-the largest resident set less that of the process with its imports, on a GPU torch's peak. The floor
-counts the model's products, most of them of queries with candidates, and the views, read once.
-Goals on a CPU: at least 10 times the naive form and 3 times the faster of PyKEEN's; on a GPU, on
-DB15K: at most 1 s. Writes benchmarks/results/ranking-cpu.json, ranking-DB15K-h100.json, ….
+The time of the naive form is that of its candidate tables plus that of the sample, scaled to all
+queries. Each row runs in a new process, which keeps the memory that it frees. Peak memory is the
+largest resident set minus that of the process with its imports; on a GPU it is torch's peak. The
+floor counts the model's products, most of them of queries with candidates, and reading the views
+once. Goals on a CPU: at least 10 times as fast as the naive form and 3 times as fast as the faster
+row of PyKEEN; on a GPU, on DB15K: at most 1 s. The script writes
+benchmarks/results/ranking-cpu.json, ranking-DB15K-h100.json, ….
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ EVERY, DECISION = "every head and the decision", "the decision"
 
 
 @measure.options
-@click.option("--data", default="MKG-Y", help="A published data set below IMVIA_DATA.")
-@click.option("--sample", default=500, help="Queries that the naive form ranks.")
+@click.option("--data", default="MKG-Y", help="A published data set in IMVIA_DATA.")
+@click.option("--sample", default=500, help="Queries ranked by the naive form.")
 @click.option("--repeats", default=3)
 @click.option(
-    "--every-head-only", is_flag=True, help="Leave out the decision alone, and models of one head."
+    "--every-head-only", is_flag=True, help="Skip the rows of the decision alone and of one head."
 )
 def main(
     data: str,
@@ -133,7 +134,7 @@ def goals_of(rows: list[dict[str, Any]], device: str, data: str) -> list[Any]:
 
 
 def load(row: dict[str, Any]) -> Any:
-    """The graph with the views of the row's setting; "one head" has none."""
+    """Load the graph with the views of the row's setting; "one head" has none."""
     plain = {name: value for name, value in row.items() if name != "setting"}
     return graph(row if row["setting"] in SETTINGS else plain)
 
@@ -241,7 +242,7 @@ def run_pykeen(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def work(kg: Any, queries: int, heads: int) -> dict[str, float]:
-    """Operations of the products - scores, queries, tables - and the bytes of the views."""
+    """Return the operations of the products (scores, queries, tables) and the views' bytes."""
     relations = 2 * len(kg.test[:, 1].unique())
     operations = 2.0 * heads * queries * kg.num_entities * DIM
     operations += 2 * heads * (relations * DIM**3 + queries * DIM**2)

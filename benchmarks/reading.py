@@ -1,17 +1,17 @@
-"""Reading at size: 20 million labelled triples into a `MultiViewKG` with its heterograph.
+"""Measure reading 20 million labelled triples into a `MultiViewKG` with its heterograph.
 
     python benchmarks/reading.py
 
-writes a TSV of 2 and one of 20 million triples (a relation among 1,000, a fifth as many entities
-as triples; 86 bytes a line, 1.7 GB the larger) to a temporary folder, and loads each with
-`imvia_graph.load_kg`, with all triples in train and split 80/10/10: three times each, in turn, in a
-process of its own. Time is that of `load_kg`, with the wall clock, imports aside: the median of the
-three, all of which are written down (of the fastest the short loads would gain more, as they fit
-into a quiet moment of the machine). Memory is the largest resident set of the whole process
-(`resource.ru_maxrss`), imports included, of the load that took most. Where numba has not yet
-compiled the loops for large graphs, the first large load does (some 3 s). Goals: 20 million all in
-train under 45 s and 6 GB, and at most 12 times the time of 2 million. Results go to
-benchmarks/results/reading.json.
+The script writes TSV files of 2 and of 20 million triples (1,000 relations, a fifth as many
+entities as triples, 86 bytes per line, 1.7 GB for the larger file) to a temporary folder. It loads
+each with `imvia_graph.load_kg`, with all triples in train and with a split 80/10/10, three times
+each, in turn, in new processes. The time is that of `load_kg` by the wall clock, without imports:
+the median of three, all of which are recorded (the minimum would favour short loads, which fit into
+a quiet moment of the machine). The memory is the largest resident set of the whole process
+(`resource.ru_maxrss`), imports included, over the three loads. If numba has not yet compiled the
+loops for large graphs, the first large load does so (about 3 s). Goals: 20 million triples, all in
+train, in less than 45 s and 6 GB, and in at most 12 times the time of 2 million. Results are
+written to benchmarks/results/reading.json.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHUNK = 2_000_000
 
 
 def write_tsv(path: Path, rows: int, entities: int, relations: int = 1000) -> None:
-    """Every entity stands in at least one triple; some entities and relations are much used."""
+    """Write random triples; each entity occurs, and some entities and relations are frequent."""
     import numpy as np
     import polars as pl
 
@@ -59,12 +59,12 @@ def write_tsv(path: Path, rows: int, entities: int, relations: int = 1000) -> No
 
 
 def load(path: str, split: bool) -> None:
-    """Load in this process and print what it took."""
+    """Load the file in this process and print time and memory."""
     import resource
 
     import imvia_graph as ig
 
-    ig.load_kg  # noqa: B018 - the import of the library is not what is timed
+    ig.load_kg  # noqa: B018 - imports the library, which is not timed
     start = time.perf_counter()
     kg = ig.load_kg(path, split=split)
     seconds = time.perf_counter() - start
@@ -89,7 +89,7 @@ def measure(path: Path, split: bool) -> dict[str, Any]:
 
 
 def median_of(path: Path, loads: list[dict[str, Any]]) -> dict[str, Any]:
-    """One report of several loads of a file."""
+    """Combine the reports of several loads of a file into one."""
     seconds = [load["seconds"] for load in loads]
     return {
         "text_gb": round(path.stat().st_size / 1e9, 2),
@@ -106,7 +106,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--millions", type=float, nargs=2, default=[2, 20], metavar="M")
-    parser.add_argument("--loads", type=int, default=3, help="How often each is loaded.")
+    parser.add_argument("--loads", type=int, default=3, help="Loads of each file.")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--load", help=argparse.SUPPRESS)
     parser.add_argument("--split", action="store_true", help=argparse.SUPPRESS)

@@ -1,29 +1,31 @@
-"""Training throughput of four heads: the naive form, the library, and PyKEEN's ComplEx, in one run.
+"""Measure training throughput of the naive form, of the library, and of PyKEEN's ComplEx.
 
     IMVIA_DATA=… python benchmarks/training.py
     IMVIA_DATA=… python benchmarks/training.py --data DB15K --device cuda
 
-Structure, image, text and joint heads of width 256 on the triples of a published data set, both
-directions, batches of 1,024 queries, made-up features. Setting A has one view of 256 an entity a
-modality, setting B 8 image views of 512 and 4 text views of 384. The rows:
+The models have structure, image, text and joint heads of width 256. They train on the triples of a
+published data set in both directions, in batches of 1,024 queries, with made-up features. Setting A
+has one view of 256 per entity and modality, setting B 8 image views of 512 and 4 text views of 384.
+The rows are:
 
 - naive: benchmarks/naive.py, all known answers against all entities, binary cross-entropy, float32;
   a few batches after a warm-up;
-- ours with all parts of the loss and relations as wide as entities, 256; then each with one
-  thing changed: the naive form's regime (kvsall and binary), float32, candidates of each relation,
-  and relations of the default width, 64; whole epochs after two steps of warm-up;
-- PyKEEN's ComplEx of embedding_dim 256 in its LCWA training loop with inverse triples, whole epochs
-  from the first batch on; in the same batches as ours, and in the 256 that it takes by default.
+- ours: all parts of the loss, relations as wide as entities, 256; then with one change each: the
+  naive form's regime (kvsall and binary), float32, candidates of each relation, and relations of
+  the default width, 64; whole epochs after two warm-up steps;
+- PyKEEN's ComplEx of embedding_dim 256 in its LCWA training loop with inverse triples; whole epochs
+  from the first batch on, in batches of 1,024 as ours and in PyKEEN's default batches of 256.
 
-Each row runs in a process of its own; ours keep the memory that they free, as `imvia-graph fit`
-does, the naive form and PyKEEN run as they would in a script of anyone's. Peak memory is the
-largest resident set less that of the process with its imports; on a GPU torch's peak. The floor
-counts the operations of a step's products and the bytes that it has to move - the views read once
-forward and once backward, the optimizer's tables - at the rates of a product (1,024, 256) x (256,
-entities) and of a copy, measured in the same run. Goals on a CPU: at least 25 (A) and 20 (B) times
-the queries a second of the naive form, an epoch of B in half the time of PyKEEN's, candidates of
-each relation at most 1.5 times an epoch of shared ones; on a GPU: 15 times, and 0.25 s an epoch on
-DB15K. Writes benchmarks/results/training-cpu.json, training-DB15K-h100.json, ….
+Each row runs in a new process. Ours keeps the memory that it frees, as `imvia-graph fit` does; the
+naive form and PyKEEN run as in any script. Peak memory is the largest resident set minus that of
+the process with its imports; on a GPU it is torch's peak. The floor is the time of a step's matrix
+products and memory traffic (views read once forward and once backward, the optimizer's tables) at
+the rates of a product (1,024, 256) x (256, entities) and of a copy, measured in the same run.
+
+Goals on a CPU: at least 25 (A) and 20 (B) times the naive form's queries per second, an epoch of B
+in half the time of PyKEEN's, and candidates of each relation in at most 1.5 times an epoch of
+shared ones. Goals on a GPU: 15 times the naive form, and 0.25 s per epoch on DB15K. The script
+writes benchmarks/results/training-cpu.json, training-DB15K-h100.json, ….
 """
 
 from __future__ import annotations
@@ -40,14 +42,14 @@ import click
 import measure
 
 DIM = 256
-#: Views an entity and their width.
+#: Number of views per entity, and their width, by modality.
 SETTINGS = {
     "A": {"image": (1, 256), "text": (1, 256)},
     "B": {"image": (8, 512), "text": (4, 384)},
 }
 DEFAULT, PER_RELATION = "ours", "ours, candidates of each relation"
-#: All parts of the paper's loss and its decoder's dropouts and normalisation, some of which the
-#: defaults leave out.
+#: All parts of the paper's loss, and the dropouts and normalisation of its decoder; the defaults
+#: leave some of them out.
 WHOLE = {
     "relation_residual": False,
     "complex_head": False,
@@ -69,16 +71,16 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, relations of width 64": {"relation_dim": 64},
 }
 NAIVE, PYKEEN = "naive", "PyKEEN ComplEx"
-#: Its batches.
+#: Batch sizes of PyKEEN's rows.
 PYKEENS = {PYKEEN: 1024, f"{PYKEEN}, batches of 256": 256}
 
 
 @measure.options
-@click.option("--data", default="MKG-Y", help="A published data set below IMVIA_DATA.")
-@click.option("--epochs", default=1, help="Epochs timed of each of our rows and of PyKEEN's.")
-@click.option("--naive-batches", default=2, help="Batches timed of the naive form.")
-@click.option("--only", multiple=True, help="Only rows whose names begin so.")
-@click.option("--skip", multiple=True, help="No rows whose names begin so.")
+@click.option("--data", default="MKG-Y", help="A published data set in IMVIA_DATA.")
+@click.option("--epochs", default=1, help="Timed epochs of ours and of PyKEEN.")
+@click.option("--naive-batches", default=2, help="Timed batches of the naive form.")
+@click.option("--only", multiple=True, help="Run only rows whose names start with this.")
+@click.option("--skip", multiple=True, help="Skip rows whose names start with this.")
 def main(
     data: str,
     epochs: int,
@@ -138,7 +140,7 @@ def tables_of(report: dict[str, Any]) -> list[Any]:
     for setting, views in report["settings"].items():
         what = ", ".join(f"{n} {modality} of {width}" for modality, (n, width) in views.items())
         table = measure.table_of(
-            f"{setting} on {report['data']}: {what} an entity;"
+            f"{setting} on {report['data']}: {what} per entity;"
             f" {rates['float32'] / 1e9:.0f} GFLOP/s in float32,"
             f" {rates['bfloat16'] / 1e9:.0f} in bfloat16, copy {rates['copy'] / 1e9:.1f} GB/s",
             "form", "precision", "epoch s", "median s", "batch ms", "queries/s", "× naive",
@@ -244,13 +246,13 @@ def run_ours(row: dict[str, Any]) -> dict[str, Any]:
     stamps: list[float] = []
 
     class Clock(Callback):
-        """Reads the clock after each step; a step on a GPU may not have ended by then."""
+        """Read the clock after each step; on a GPU the step may still be running."""
 
         def on_step(self, trainer: Trainer, losses: dict[str, Any]) -> None:
             stamps.append(time.perf_counter())
 
     trainer.callbacks.append(Clock())
-    # On a GPU the first epoch records steps, and compiles kernels that are not in the cache.
+    # On a GPU the first epoch records steps and compiles kernels that are not cached.
     warm_up = int(device.type == "cuda")
     times = measure.seconds(trainer.train_epoch, row["epochs"], device, warm_up)
     queries = trainer.batches.size
@@ -322,7 +324,7 @@ def run_pykeen(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def graph(row: dict[str, Any]) -> Any:
-    """The data set as published, with the made-up views of the row's setting."""
+    """Load the data set as published, with the made-up views of the row's setting."""
     import imvia_graph as ig
 
     kg = ig.load_kg(row["data"], "published")
@@ -330,7 +332,7 @@ def graph(row: dict[str, Any]) -> Any:
 
 
 def peak_bytes(peak: measure.Peak, idle: int) -> int:
-    """The device's peak; on a CPU that of the whole process, less what imports took."""
+    """Return the GPU's peak, or on a CPU that of the whole process minus that of its imports."""
     return peak.bytes() if peak.device.type == "cuda" else measure.resident(peak=True) - idle
 
 
@@ -338,16 +340,16 @@ def peak_bytes(peak: measure.Peak, idle: int) -> int:
 
 
 def distinct_relations(batches: Any) -> float:
-    """In a batch, on average."""
+    """Return the mean number of distinct relations per batch."""
     counts = [len(batch.unique()) for batch in batches]
     return sum(counts) / len(counts)
 
 
 def work(kg: Any, settings: Any, model: Any, relations: float) -> dict[str, float]:
-    """Operations of a batch's products, two a multiplication, and the bytes it has to move.
+    """Return the operations of a batch's products and the bytes that it has to move.
 
-    A product costs twice its forward pass again in the backward. Scores are not counted as
-    traffic: they need not leave the cache.
+    A multiplication counts as two operations, and the backward pass of a product as twice its
+    forward pass. Scores are not counted as traffic, since they need not leave the cache.
     """
     b, n, d, r = settings.batch_size, kg.num_entities, settings.dim, settings.relation_dim
     sources = 1 + len(kg.modalities)
@@ -358,13 +360,13 @@ def work(kg: Any, settings: Any, model: Any, relations: float) -> dict[str, floa
         feat, _ = kg.views(modality)
         width = feat.shape[1]
         products += (n + b) * width * d  # projections
-        products += (n + b) * width * d + relations * width * r  # gates, by their halves
+        products += (n + b) * width * d + relations * width * r  # gates, in two halves
         views = len(feat) * (1 + b / n)
         traffic += 2 * views * width * feat.element_size()
     pairs = sources * (sources - 1)
     products += pairs * 2 * 2 * b * d * settings.information_dim  # estimators of L1
     products += pairs / 2 * b * b * d  # L2
-    # Adam reads a parameter, its gradient and two moments, and writes all but the gradient.
+    # Adam reads a parameter, its gradient and two moments, and writes all except the gradient.
     parameters = sum(parameter.numel() for parameter in model.parameters())
     traffic += parameters * 7 * 4
     return {"batch_operations": 3 * 2 * products, "batch_bytes": traffic}

@@ -1,8 +1,8 @@
 """Node classification with an HGT: a country's region, from its flag, its outline and its names.
 
-A `dgl.nn.HGTConv` over what the graph says of countries, with and without views. What would give
-the region away is taken out of the graph: the relation itself, `part_of`, memberships such as the
-European Union, and whatever tells where on the globe a country lies.
+A `dgl.nn.HGTConv` over facts about countries, with and without views. Relations that would give the
+region away are removed from the graph: the region itself, `part_of`, memberships such as the
+European Union, and everything that locates a country on the globe.
 
     python examples/hgt_node_classification.py
     python examples/hgt_node_classification.py --seeds 3
@@ -18,9 +18,10 @@ from torch.nn.functional import cross_entropy, dropout
 import imvia_graph as ig
 
 # isort: split
-import dgl  # after imvia_graph, which sees to it that DGL 2.1.0 imports beside a newer torch
+import dgl  # after imvia_graph, which lets DGL 2.1.0 import with a newer torch
 
-TOLD = [
+#: The relations of the graph that the model sees.
+RELATIONS = [
     "official_language",
     "regional_language",
     "also_speaks",
@@ -38,12 +39,12 @@ in_region = triples[:, 1] == kg.id_of("region", "relation")
 COUNTRY, _, region = triples[in_region].unbind(1)
 _, LABEL = region.unique(return_inverse=True)
 
-told = torch.isin(triples[:, 1], torch.tensor([kg.id_of(name, "relation") for name in TOLD]))
-head, relation, tail = triples[told].unbind(1)
-# Messages run both ways, under a type of edge for each.
+kept = torch.isin(triples[:, 1], torch.tensor([kg.id_of(name, "relation") for name in RELATIONS]))
+head, relation, tail = triples[kept].unbind(1)
+# Messages pass in both directions, with one edge type per relation and direction.
 GRAPH = dgl.graph((torch.cat([head, tail]), torch.cat([tail, head])), num_nodes=kg.num_entities)
 EDGE_TYPE = torch.cat([relation, relation + kg.num_relations])
-NODE_TYPE = torch.isin(torch.arange(kg.num_entities), COUNTRY).long()  # a country, or not
+NODE_TYPE = torch.isin(torch.arange(kg.num_entities), COUNTRY).long()  # 1 for countries
 
 
 class HGT(nn.Module):
@@ -62,7 +63,7 @@ class HGT(nn.Module):
     def forward(self):
         h = dropout(self.entity.weight, 0.3, self.training)
         if self.views is not None:
-            # Views have length one, embeddings about the root of their width.
+            # Views have length 1; embeddings have about the square root of their width.
             h = h + 8 * self.views(kg.graph, self.entity.weight)
         for layer in self.layers:
             h = layer(GRAPH, dropout(h, 0.3, self.training), NODE_TYPE, EDGE_TYPE)
@@ -70,7 +71,7 @@ class HGT(nn.Module):
 
 
 def fit(views: bool, seed: int, epochs: int) -> tuple[float, float]:
-    """Accuracy in % on validation and test, at the epoch that is best on validation."""
+    """Return validation and test accuracy in % at the epoch that is best on validation."""
     torch.manual_seed(seed)
     order = torch.randperm(len(COUNTRY))
     train, valid, test = order.tensor_split([len(order) // 2, 3 * len(order) // 4])
@@ -98,9 +99,9 @@ def cell(values: list[float]) -> str:
 
 @click.command()
 @click.option("--epochs", default=60, show_default=True)
-@click.option("--seeds", default=1, show_default=True, help="Runs and splits to take the mean of.")
+@click.option("--seeds", default=1, show_default=True, help="Number of runs and splits to average.")
 def main(epochs: int, seeds: int) -> None:
-    """Train both, and print the accuracy in %."""
+    """Train with and without views, and print the accuracy in %."""
     print(f"{'':20}{'validation':16}test")
     for views in (False, True):
         valid, test = zip(*(fit(views, seed, epochs) for seed in range(seeds)), strict=True)

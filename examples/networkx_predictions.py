@@ -1,7 +1,7 @@
 """A networkx graph in, predictions out.
 
-The graph is a `networkx.MultiDiGraph` of people, places, parts, whatever; here the countries', as a
-stand-in for yours. What is predicted is added to it as edges of their own kind.
+The graph is a `networkx.MultiDiGraph` of anything; the graph of countries stands in for yours. The
+predictions are added to it as edges with a score.
 
     python examples/networkx_predictions.py
 """
@@ -13,7 +13,7 @@ import imvia_graph as ig
 
 
 def your_graph() -> nx.MultiDiGraph:
-    """Countries, languages, currencies, …: an edge a fact, the relation in its attribute."""
+    """Return countries, languages, currencies, …: one edge per fact, the relation as attribute."""
     countries = ig.load_kg("countries")
     graph = nx.MultiDiGraph(name="mine")
     for head, relation, tail in countries.train.tolist():
@@ -28,9 +28,9 @@ def your_graph() -> nx.MultiDiGraph:
 @click.command()
 @click.option("--epochs", default=30, show_default=True)
 def main(epochs: int) -> None:
-    """Train on the graph, ask it for borders, add the answers."""
+    """Train on the graph, predict borders, and add the answers to the graph."""
     graph = your_graph()
-    kg = ig.load_kg(graph)  # split 80/10/10, seeded
+    kg = ig.load_kg(graph)  # split 80/10/10 by a seed
     print(repr(kg))
     run = ig.fit(kg, epochs=epochs, dim=128)
     print(f"test MRR: {run.evaluate('test')['both']['mrr']:.1%}")

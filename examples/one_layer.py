@@ -1,6 +1,6 @@
-"""One layer in a model of thirty lines: the region of a country, from its flag and its outline.
+"""One layer in a model of thirty lines: a country's region, predicted from its flag and outline.
 
-`GatedViewConv` stands where a mean over pictures would; the rest is plain torch.
+`GatedViewConv` takes the place of a mean over pictures; the rest is plain torch.
 
     python examples/one_layer.py
 """
@@ -11,7 +11,7 @@ from torch import nn
 import imvia_graph as ig
 
 kg = ig.load_kg("countries")
-graph = kg.graph["image", "of", "entity"]  # bipartite: a picture points to what it shows
+graph = kg.graph["image", "of", "entity"]  # bipartite: from a picture to the entity that it shows
 triples = torch.cat([kg.train, kg.valid, kg.test])
 country, _, region = triples[triples[:, 1] == kg.id_of("region", "relation")].unbind(1)
 _, label = region.unique(return_inverse=True)
@@ -20,7 +20,7 @@ _, label = region.unique(return_inverse=True)
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.entity = nn.Parameter(torch.zeros(1, 8))  # all alike: the pictures have to tell
+        self.entity = nn.Parameter(torch.zeros(1, 8))  # equal for all: only the pictures differ
         self.conv = ig.nn.GatedViewConv(1280, entity_feats=8, allow_zero_in_degree=True)
         self.out = nn.Linear(1280, 5)
 

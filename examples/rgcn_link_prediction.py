@@ -1,7 +1,7 @@
 """Link prediction with an R-GCN, with and without views.
 
-A `dgl.nn.RelGraphConv` and a DistMult score. What goes in is an embedding an entity and, with
-views, what `MultiViewEncoder` makes of its pictures and texts. Nothing else differs.
+A `dgl.nn.RelGraphConv` with a DistMult score. The input is one embedding per entity, plus, with
+views, the output of `MultiViewEncoder` for its pictures and texts. Everything else is equal.
 
     python examples/rgcn_link_prediction.py
     python examples/rgcn_link_prediction.py --seeds 3
@@ -19,10 +19,10 @@ from imvia_graph.answers import with_inverses
 from imvia_graph.evaluation import filtered_ranks, rank_metrics
 
 # isort: split
-import dgl  # after imvia_graph, which sees to it that DGL 2.1.0 imports beside a newer torch
+import dgl  # after imvia_graph, which lets DGL 2.1.0 import with a newer torch
 
 kg = ig.load_kg("countries")
-#: Each fact asks twice: (head, relation, ?) and, under the inverse relation, (tail, relation, ?).
+#: Each fact gives two queries: (head, relation, ?), and (tail, inverse relation, ?).
 QUERIES = with_inverses(kg.train, kg.num_relations)
 
 
@@ -41,28 +41,28 @@ class RGCN(nn.Module):
             self.views = ig.nn.MultiViewEncoder(widths, dim, 0, dim, aggregate="sum")
 
     def forward(self, queries):
-        """(entities, dim), from the messages that run along queries."""
+        """Return (entities, dim) embeddings after messages along the queries' edges."""
         entity, relation, answer = queries.unbind(1)
         graph = dgl.graph((entity, answer), num_nodes=kg.num_entities)
         h = dropout(self.entity.weight, 0.3, self.training)
         if self.views is not None:
             h = h + 2 * self.views(kg.graph, self.entity.weight)
-        norm = 1 / graph.in_degrees()[answer].float()[:, None]  # the mean of an entity's messages
+        norm = 1 / graph.in_degrees()[answer].float()[:, None]  # averages an entity's messages
         message = self.conv(graph, dropout(h, 0.3, self.training), relation, norm)
         return h + dropout(message, 0.3, self.training)
 
     def scores(self, h, entity, relation):
-        """DistMult, of each query (entity, relation, ?) against all entities."""
+        """Return the DistMult score of each query (entity, relation, ?) against all entities."""
         return (h[entity] * self.relation(relation)) @ h.T
 
 
 def train_epoch(model: RGCN, optimizer: torch.optim.Optimizer) -> None:
-    """A quarter of the facts asks, the others tell: what is asked for is not in the graph."""
+    """Train on each quarter of the facts as queries, with the other facts as the graph."""
     model.train()
-    quarter = torch.randint(4, (len(kg.train),)).repeat(2)  # both directions of a fact together
-    for asking in range(4):
-        h = model(QUERIES[quarter != asking])
-        entity, relation, answer = QUERIES[quarter == asking].unbind(1)
+    quarter = torch.randint(4, (len(kg.train),)).repeat(2)  # the same for both directions
+    for queried in range(4):
+        h = model(QUERIES[quarter != queried])
+        entity, relation, answer = QUERIES[quarter == queried].unbind(1)
         loss = cross_entropy(model.scores(h, entity, relation), answer, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -71,7 +71,7 @@ def train_epoch(model: RGCN, optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def mrr(model: RGCN, split: str) -> float:
-    """Filtered MRR in %, of both directions, over the graph of all training facts."""
+    """Return the filtered MRR in % of both directions, over the graph of all training facts."""
     model.eval()
     h = model(QUERIES)
     entity, relation, answer = with_inverses(kg.triples(split), kg.num_relations).unbind(1)
@@ -81,7 +81,7 @@ def mrr(model: RGCN, split: str) -> float:
 
 
 def fit(views: bool, seed: int, epochs: int) -> tuple[float, float]:
-    """Validation and test MRR of the epoch that is best on validation."""
+    """Return validation and test MRR of the epoch that is best on validation."""
     torch.manual_seed(seed)
     model = RGCN(views)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -100,9 +100,9 @@ def cell(values: list[float]) -> str:
 
 @click.command()
 @click.option("--epochs", default=60, show_default=True)
-@click.option("--seeds", default=1, show_default=True, help="Runs to take the mean of.")
+@click.option("--seeds", default=1, show_default=True, help="Number of runs to average.")
 def main(epochs: int, seeds: int) -> None:
-    """Train both, and print the filtered MRR in %."""
+    """Train with and without views, and print the filtered MRR in %."""
     print(f"{'':20}{'validation':16}test")
     for views in (False, True):
         valid, test = zip(*(fit(views, seed, epochs) for seed in range(seeds)), strict=True)

@@ -306,7 +306,7 @@ def test_the_command_writes_a_row_and_does_not_run_it_again(command, tmp_path):
     assert (found["dataset"], found["variant"], found["seed"]) == ("MKG-Y", "full", 3)
     assert found["settings"]["dim"] == SMALL["dim"]
     path.write_text("{}")
-    assert "is there" in command("row", "MKG-Y", "full", "--seed", "3")
+    assert "exists already" in command("row", "MKG-Y", "full", "--seed", "3")
     assert path.read_text() == "{}"
     command("row", "MKG-Y", "full", "--seed", "3", "--force")
     assert json.loads(path.read_text())["test"] == found["test"]
@@ -314,7 +314,7 @@ def test_the_command_writes_a_row_and_does_not_run_it_again(command, tmp_path):
 
 def test_the_command_says_what_is_missing(command):
     assert "features.py MKG-W" in command("row", "MKG-W", "full", status=1)
-    assert "No variant 'nothing'" in command("row", "MKG-Y", "nothing", status=1)
+    assert "Unknown variant 'nothing'" in command("row", "MKG-Y", "nothing", status=1)
     assert "held out" in command("row", "MKG-Y", "full", "--epochs-of", 0, status=2)
     assert "run that row first" in command("row", "DB15K", "full", "--epochs-of", 0, status=2)
 

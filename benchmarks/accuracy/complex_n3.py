@@ -1,14 +1,14 @@
-"""ComplEx with N3 (Lacroix, Usunier and Obozinski 2018, arXiv:1806.07297), as strong as it gets.
+"""The tuned baseline ComplEx-N3 (Lacroix, Usunier and Obozinski 2018, arXiv:1806.07297).
 
-The baseline of the accuracy table: softmax over all entities, reciprocal relations, Adagrad, and
-the cubes of the moduli of what is multiplied in a score as a penalty. It is trained by the
-library's batches and loss and ranked by its ranking; nothing of a picture or a text takes part.
+The model has softmax over all entities, reciprocal relations, Adagrad, and as penalty the cubed
+moduli of the numbers that are multiplied in a score. It uses the batches, the loss and the ranking
+of the library, and neither pictures nor texts.
 
     python benchmarks/accuracy/complex_n3.py tune MKG-Y --trials 12
 
-searches weight, learning rate and batch size on validation MRR and writes the best settings to
-settings/complex-n3/mkg-y.yaml; the study is a file in --studies that the same command goes on with.
-`run.py MKG-Y complex-n3` makes a row with them.
+searches weight, learning rate and batch size by validation MRR and writes the best settings to
+settings/complex-n3/mkg-y.yaml. The study is a file in --studies; the same command resumes it.
+`run.py row MKG-Y complex-n3` produces a row with these settings.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from imvia_graph.losses import factored_completion
 from imvia_graph.training import training_dtype
 
 HERE = Path(__file__).parent
-#: The settings of `train` and where a search starts, from the authors' and the field's practice.
+#: Default settings and the first trial of a search, as customary.
 DEFAULTS: dict[str, Any] = {
     "rank": 200,
     "learning_rate": 0.1,
@@ -46,7 +46,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class ComplEx(nn.Module):
-    r"""Re(<h, r, conj(t)>), asked as the library asks its own model, so that `rank` ranks it."""
+    r"""Re(<h, r, conj(t)>), with the interface that the library's `rank` expects of a model."""
 
     heads = ("structure",)
     device = torch.device("cpu")
@@ -57,14 +57,14 @@ class ComplEx(nn.Module):
         self.settings = types.SimpleNamespace(candidates="shared", dim=2 * rank)
         self.widths = {"structure": 2 * rank}
         self.shards = Shards(num_entities)
-        #: Real parts, then imaginary ones.
+        #: Real parts, then imaginary parts.
         self.entity = nn.Embedding(num_entities, 2 * rank)
         self.relation = nn.Embedding(2 * num_relations, 2 * rank)
         for table in (self.entity, self.relation):
             nn.init.normal_(table.weight, std=1e-3)
 
     def queries(self, entity: Tensor, relation: Tensor) -> dict[str, Tensor]:
-        """(B, 2 rank): h r, whose products with the tails are the scores."""
+        """Return the (B, 2 rank) products h r, whose dot products with the tails are the scores."""
         h, h_imaginary = self.entity(entity).chunk(2, dim=1)
         r, r_imaginary = self.relation(relation).chunk(2, dim=1)
         real = h * r - h_imaginary * r_imaginary
@@ -76,20 +76,20 @@ class ComplEx(nn.Module):
     def candidates(
         self, relation: Tensor | None = None, entity: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """(N, 2 rank) of all entities, or of some; no relation changes them."""
+        """Return (N, 2 rank) embeddings of all or some entities, whatever the relation."""
         return {"structure": self.entity.weight if entity is None else self.entity(entity)}
 
     def scores(self, queries: Any, candidates: Any, relation: Tensor) -> dict[str, Tensor]:
-        """(B, N), of the one head and of the decision, which is the same."""
+        """Return (B, N) scores of the only head and of the decision, which is equal to it."""
         score = queries["structure"] @ candidates["structure"].T
         return {"structure": score, "decision": score}
 
     def decision_weights(self, relation: Tensor) -> Tensor:
-        """(B, 1): one head decides alone."""
+        """Return (B, 1) weights of 1, since there is one head."""
         return torch.ones(len(relation), 1)
 
     def penalty(self, *factors: Tensor) -> Tensor:
-        """N3: the mean over the triples of the cubes of the moduli."""
+        """Return N3, the mean over the triples of the cubed moduli."""
         cubes = 0.0
         for factor in factors:
             real, imaginary = factor.chunk(2, dim=1)
@@ -103,9 +103,9 @@ def method(
     log: Callable[[str], None] = lambda line: None,
     on_validation: Callable[[int, float], None] = lambda epoch, mrr: None,
 ) -> protocol.Method:
-    """ComplEx with some settings, over `DEFAULTS`.
+    """Return a method that trains ComplEx with `DEFAULTS`, overridden by ``settings``.
 
-    ``on_validation(epoch, MRR)`` is told of each validation and may end it by an exception.
+    ``on_validation(epoch, MRR)`` is called after each validation and may end training by raising.
     """
     chosen = {**DEFAULTS, **settings}
     if unknown := chosen.keys() - DEFAULTS.keys():
@@ -145,7 +145,7 @@ def method(
 
 
 def step(model: ComplEx, optimizer: Any, batch: Batch, weight: float, dtype: torch.dtype) -> Tensor:
-    """One step; its loss, detached."""
+    """Run one training step and return its detached loss."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         value = loss(model, batch, weight)
@@ -155,7 +155,7 @@ def step(model: ComplEx, optimizer: Any, batch: Batch, weight: float, dtype: tor
 
 
 def loss(model: ComplEx, batch: Batch, weight: float) -> Tensor:
-    """The mean over the triples of a batch of the softmax loss and, times ``weight``, of N3."""
+    """Return the mean over a batch's triples of the softmax loss plus ``weight`` times N3."""
     row, answer, *_ = batch.positives  # a row may stand for several triples
     query = model.queries(batch.entity, batch.relation)["structure"]
     completion = factored_completion([query], [model.entity.weight], batch.positives)
@@ -167,7 +167,7 @@ def loss(model: ComplEx, batch: Batch, weight: float) -> Tensor:
 
 
 def search(kg: ig.MultiViewKG, trials: int, storage: str | None = None, **fixed: Any) -> Any:
-    """An Optuna study of the settings by validation MRR; test triples are set aside before it."""
+    """Search the settings by validation MRR, without the test triples; return the Optuna study."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -196,7 +196,7 @@ def search(kg: ig.MultiViewKG, trials: int, storage: str | None = None, **fixed:
         pruner=optuna.pruners.MedianPruner(n_startup_trials=1, n_warmup_steps=5),
     )
     ended = sum(trial.state.is_finished() for trial in study.trials)
-    # Gone on with, a study does not draw again what it drew before.
+    # A resumed study must not draw the same settings again.
     study.sampler = optuna.samplers.TPESampler(seed=ended, n_startup_trials=5)
     if not study.trials:
         study.enqueue_trial({k: DEFAULTS[k] for k in ("weight", "learning_rate", "batch_size")})
@@ -211,18 +211,18 @@ def search(kg: ig.MultiViewKG, trials: int, storage: str | None = None, **fixed:
 
 @click.group()
 def main() -> None:
-    """The baseline ComplEx-N3."""
+    """Tune the baseline ComplEx-N3."""
 
 
 @main.command(context_settings={"show_default": True})
 @click.argument("dataset")
-@click.option("--trials", default=12, type=click.IntRange(min=1), help="Trials in all.")
-@click.option("--epochs", default=DEFAULTS["epochs"], help="Epochs of a trial at most.")
+@click.option("--trials", default=12, type=click.IntRange(min=1), help="Total number of trials.")
+@click.option("--epochs", default=DEFAULTS["epochs"], help="Most epochs of a trial.")
 @click.option("--data", type=click.Path(path_type=Path), default=DATA)
 @click.option("--studies", type=click.Path(path_type=Path), default=DATA / "studies")
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "settings" / "complex-n3")
 def tune(dataset: str, trials: int, epochs: int, data: Path, studies: Path, out: Path) -> None:
-    """Search the settings for DATASET by validation MRR and write the best."""
+    """Search the settings for DATASET by validation MRR and write the best ones."""
     torch.set_num_threads(1)
     kg = with_validation(load(dataset, data), "held-out" if held_out(dataset) else "published")
     studies.mkdir(parents=True, exist_ok=True)

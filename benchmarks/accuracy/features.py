@@ -1,14 +1,14 @@
-"""KG folders with text views made from the entities' names, for MKG-Y, MKG-W and DB15K.
+"""Make KG folders with text views from the entities' names, for MKG-Y, MKG-W and DB15K.
 
     IMVIA_DATA=… python benchmarks/accuracy/features.py
 
-The published pictures and descriptions are not needed: an entity's texts are its own name, the name
-without its bracketed qualifier, the qualifier, and the like (`imvia_graph.io.read_names`), by the
-text encoder MiniLM, which comes as a package. No triple takes part. What is there already is kept;
-stopped, the same command goes on.
+The published pictures and descriptions are not needed. An entity's texts are its own name, the name
+without its bracketed qualifier, the qualifier and so on (`imvia_graph.io.read_names`), encoded by
+MiniLM, which is installed as a package. No triple is used. Finished folders are kept; if the
+command was stopped, run it again to resume.
 
 `imvia-graph encode MKG-Y --names --text-encoder minilm --out benchmarks/accuracy/data/MKG-Y` does
-the same for one.
+the same for one data set.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from imvia_graph.io import read_names
 from imvia_graph.kg import is_whole
 
 DATASETS = ("MKG-Y", "MKG-W", "DB15K")
-#: Those and the one that comes with the package, views included.
+#: The published data sets, and the one that comes with the package, views included.
 ALL = (*DATASETS, "countries")
 DATA = Path(__file__).parent / "data"
 
 
 def load(dataset: str, data: Path) -> ig.MultiViewKG:
-    """A data set with its views, split as it is published."""
+    """Load a data set with its views and published splits."""
     if dataset == "countries":
         return ig.load_kg(dataset, validation="published")
     if not (data / dataset / "kg.json").exists():
         raise click.ClickException(
-            f"{data / dataset} is not there; make it: python benchmarks/accuracy/features.py"
+            f"{data / dataset} does not exist; make it: python benchmarks/accuracy/features.py"
             f" {dataset} --data {data}"
         )
     return ig.load_kg(data / dataset, validation="published")
 
 
 def held_out(dataset: str) -> bool:
-    """Whether the validation set it is published with chooses nothing; see protocol.py."""
+    """Return whether validation triples are held out of the train set; see protocol.py."""
     return dataset == "DB15K"
 
 
 def make(name: str, out: Path, encoder: str | ig.encode.Encoder = "minilm") -> ig.MultiViewKG:
-    """The graph with text views of names, written to a folder."""
+    """Encode the names of a graph as text views and save the graph to a folder."""
     kg = ig.load_kg(name, validation="published")
-    cache = out / ".encode"  # of a run that was stopped
+    cache = out / ".encode"  # to resume a run that was stopped
     kg, (report,) = ig.encode.encode_kg(kg, texts=read_names(kg), text_encoder=encoder, cache=cache)
     kg.save(out)
     shutil.rmtree(cache, ignore_errors=True)
@@ -67,7 +67,7 @@ def main(names: tuple[str, ...], data: Path, threads: int) -> None:
     for name in names or DATASETS:
         out = data / name
         if is_whole(out):
-            click.echo(f"{out} is there.")
+            click.echo(f"{out} exists already.")
         else:
             make(name, out)
 

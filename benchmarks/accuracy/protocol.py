@@ -1,14 +1,13 @@
-"""How a row of the accuracy table comes about: what chooses, what is trained, when test is read.
+"""The protocol of a row of the accuracy tables: training, selection of the epoch, and testing.
 
-A model is trained on the train set, its epoch is chosen by the validation set, and the test set is
-ranked once, at the end, by the model of that epoch. While anything is trained or chosen, the test
-triples are no split of the graph: they are among what is known, which filters validation ranks, as
-is customary, and nothing else.
+A model is trained on the train set, its epoch is selected on the validation set, and the test set
+is ranked once, at the end, by the model of that epoch. During training and selection the test
+triples are not a split of the graph. They are only among the known triples, which filter validation
+ranks, as is customary.
 
-DB15K cannot be validated on as it is published: most of its validation triples are in its train
-set. There the epoch is chosen on triples held out of train; then the whole published train set is
-trained on for that many epochs, at the same learning rates, and that model is the one that ranks
-the test set.
+DB15K cannot be validated as published, since most of its validation triples are in its train set.
+Its epoch is selected on triples held out of train. Then a model is trained on the whole published
+train set for that number of epochs, at the same learning rates, and ranks the test set.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ Row = dict[str, Any]
 
 @dataclass
 class Trained:
-    """A model at its best epoch by validation; at its last one without validation triples."""
+    """A model at its best validation epoch, or at its last epoch without validation triples."""
 
     model: Any
-    #: Validation MRR of each epoch; None where it was not asked for.
+    #: Validation MRR of each epoch; None for an epoch without validation.
     curve: list[float | None]
     best_epoch: int
 
 
-#: Trains on a graph; with a number of epochs it stops right after them, as if it were to go on.
+#: Trains on a graph. A number of epochs stops training after them without changing the schedule.
 Method = Callable[[ig.MultiViewKG, int | None], Trained]
 
 
@@ -51,20 +50,20 @@ def run_row(
     split_seed: int = 0,
     selection: Row | None = None,
 ) -> Row:
-    """The results of a row.
+    """Train and rank one row and return its results.
 
     Parameters
     ----------
     kg : MultiViewKG
-        With the splits that it is published with.
+        The graph with its published splits.
     method : callable
-        What trains.
+        Trains a model.
     held_out : bool
-        Whether the epoch is chosen on triples held out of train, as for DB15K.
+        Whether the epoch is selected on triples held out of train, as for DB15K.
     split_seed : int
-        Of what is held out.
+        Seed of the held-out triples.
     selection : dict, optional
-        With ``held_out``: a row whose number of epochs is taken instead of choosing one.
+        With ``held_out``: a row whose number of epochs is used instead of selecting one.
     """
     started = time.perf_counter()
     known = kg.answers()
@@ -86,23 +85,23 @@ def run_row(
 
 
 def set_aside(kg: ig.MultiViewKG, *splits: Any) -> ig.MultiViewKG:
-    """The graph without some splits, whose triples are known and filter ranks."""
+    """Return the graph without some splits, whose triples stay known and filter ranks."""
     known = torch.cat([kg.known, *(kg.triples(split) for split in splits)])
     return kg.replace(known=known, **{split: kg.train[:0] for split in splits})
 
 
 def metrics(model: Any, triples: torch.Tensor, known: Any) -> dict[str, float]:
-    """Filtered metrics of both sides together, fractions."""
+    """Return filtered metrics of both sides together, as fractions."""
     ranking = rank(model, triples, known, heads=())
     found = rank_metrics(torch.cat([ranking.head[DECISION], ranking.tail[DECISION]]))
     return {name: found[name] for name in METRICS}
 
 
-# -- the library's own model ----------------------------------------------------------------------
+# -- the library's model ---------------------------------------------------------------------------
 
 
 def imvia(settings: ig.Settings, log: Callable[[str], None] = lambda line: None) -> Method:
-    """Our model with some settings, trained as `imvia_graph.fit` trains it."""
+    """Return a method that trains the library's model with these settings by `imvia_graph.fit`."""
 
     def method(kg: ig.MultiViewKG, epochs: int | None) -> Trained:
         watcher = _Watcher(epochs, log)
@@ -113,7 +112,7 @@ def imvia(settings: ig.Settings, log: Callable[[str], None] = lambda line: None)
 
 
 class _Watcher(Callback):
-    """Keeps the validation curve, and ends training after a number of epochs."""
+    """Callback that records the validation curve and ends training after a number of epochs."""
 
     def __init__(self, epochs: int | None, log: Callable[[str], None]) -> None:
         self.epochs, self.log = epochs, log
@@ -124,10 +123,10 @@ class _Watcher(Callback):
         self.curve.append(mrr)
         self.log(epoch_line(record["epoch"], record["loss"], mrr))
         if record["epoch"] == self.epochs:
-            # The settings' own number is left as it is: a schedule follows it.
+            # The schedule depends on the settings' number of epochs, which stays as it is.
             trainer.progress.ended = "epochs"
 
 
 def epoch_line(epoch: int, loss: float, mrr: float | None) -> str:
-    """How it goes."""
+    """Return one line of progress for an epoch."""
     return f"epoch {epoch}: loss {loss:.4g}" + ("" if mrr is None else f", MRR {100 * mrr:.2f} %")

@@ -1,16 +1,16 @@
-"""Rows of the accuracy table: train, choose on validation, read test once, write a JSON file.
+"""Produce rows of the accuracy tables: train, select on validation, rank test once, write JSON.
 
     python benchmarks/accuracy/features.py                      # once: text views of names
     python benchmarks/accuracy/run.py row MKG-Y full --seed 0
     python benchmarks/accuracy/run.py all --data-set MKG-Y --variant full --seeds 3 --jobs 2
     python benchmarks/accuracy/run.py row DB15K full --seed 1 --epochs-of 0
 
-A row's settings are the defaults, over them settings/DATASET.yaml, over that
-settings/variants/VARIANT.yaml; ``full`` is the data set's own file alone, ``defaults`` the defaults
-without any file, ``defaults-VARIANT`` these with the variant's file over them, ``complex-n3`` the
-baseline of complex_n3.py. The file of a row is
-benchmarks/results/accuracy/DATASET-VARIANT-SEED.json, and a row that is there is not run again. How
-validation chooses is said in protocol.py.
+A row's settings are the defaults, overridden by settings/DATASET.yaml, overridden by
+settings/variants/VARIANT.yaml. The variant ``full`` uses the file of the data set alone,
+``defaults`` no file, and ``defaults-VARIANT`` the file of the variant alone; ``complex-n3`` is the
+baseline of complex_n3.py. A row is written to
+benchmarks/results/accuracy/DATASET-VARIANT-SEED.json, and is not run again if that file exists.
+protocol.py describes the selection on validation.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from imvia_graph.training import keep_freed_memory
 HERE = Path(__file__).parent
 SETTINGS = HERE / "settings"
 RESULTS = HERE.parent / "results" / "accuracy"
-#: Variants that are no file: the settings of the data set, none at all, and another model.
+#: Variants without a file: the data set's settings, the default settings, and the baseline.
 FULL, DEFAULTS, BASELINE = "full", "defaults", "complex-n3"
 
 
 def variants() -> list[str]:
-    """All there are."""
+    """Return the names of all variants."""
     files = sorted((SETTINGS / "variants").glob("*.yaml"))
     return [FULL, DEFAULTS, BASELINE, *(file.stem for file in files)]
 
 
 def settings_of(dataset: str, variant: str) -> dict[str, Any]:
-    """The settings in the files of a row."""
+    """Return the settings in the files of a row, merged."""
     if variant == BASELINE:
         file = SETTINGS / BASELINE / f"{dataset.lower()}.yaml"
         return ig.Settings.read_mapping(file, "settings") if file.exists() else {}
@@ -61,7 +61,7 @@ def settings_of(dataset: str, variant: str) -> dict[str, Any]:
         layers.append(SETTINGS / "variants" / f"{variant}.yaml")
         if not layers[-1].exists():
             raise click.ClickException(
-                f"No variant {variant!r}; there are {', '.join(variants())}."
+                f"Unknown variant {variant!r}; expected one of {', '.join(variants())}."
             )
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -78,7 +78,7 @@ def make_row(
     selection: protocol.Row | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> protocol.Row:
-    """Train and rank a row."""
+    """Train and rank a row and return its results."""
     if variant == BASELINE:
         settings = {**complex_n3.DEFAULTS, **given}
         method = complex_n3.method(settings, seed, log)
@@ -103,7 +103,7 @@ def make_row(
 
 
 def path_of(results: Path, dataset: str, variant: str, seed: int) -> Path:
-    """The file of a row."""
+    """Return the path of the file of a row."""
     return results / f"{dataset}-{variant}-{seed}.json"
 
 
@@ -112,7 +112,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--data", type=click.Path(path_type=Path), default=DATA, show_default=True),
         click.option("--results", type=click.Path(path_type=Path), default=RESULTS),
         click.option("--device", default="cpu", help="cpu, cuda, cuda:1, …", show_default=True),
-        click.option("--force", is_flag=True, help="Run rows that are there, too."),
+        click.option("--force", is_flag=True, help="Run rows again whose files exist."),
     ):
         command = option(command)
     return command
@@ -120,7 +120,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group()
 def main() -> None:
-    """Rows of the accuracy table."""
+    """Produce rows of the accuracy tables."""
 
 
 @main.command()
@@ -130,7 +130,7 @@ def main() -> None:
 @click.option(
     "--epochs-of",
     type=int,
-    help="DB15K: take the number of epochs that the row of this seed chose, and train once.",
+    help="DB15K: train once, for the number of epochs that the row of this seed selected.",
 )
 @click.option("--threads", default=1, show_default=True, help="Threads on the CPU.")
 @_options
@@ -145,10 +145,10 @@ def row(
     device: str,
     force: bool,
 ) -> None:
-    """Run one row: DATASET, VARIANT and seed."""
+    """Run the row of a DATASET, a VARIANT and a seed."""
     path = path_of(results, dataset, variant, seed)
     if path.exists() and not force:
-        click.echo(f"{path} is there.")
+        click.echo(f"{path} exists already.")
         return
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -163,15 +163,15 @@ def row(
 
 
 def _selection(results: Path, dataset: str, variant: str, seed: int) -> protocol.Row:
-    """The row that chose the number of epochs for another."""
+    """Read the row that selected the number of epochs for another row."""
     if not held_out(dataset):
-        raise click.UsageError(f"--epochs-of is where validation is held out; not on {dataset}.")
+        raise click.UsageError(f"--epochs-of: no validation triples are held out of {dataset}.")
     path = path_of(results, dataset, variant, seed)
     if not path.exists():
-        raise click.UsageError(f"--epochs-of {seed}: {path} is not there; run that row first.")
+        raise click.UsageError(f"--epochs-of {seed}: {path} does not exist; run that row first.")
     found: protocol.Row = _files.read_json(path)
     if found["epochs_of"] != seed:
-        raise click.UsageError(f"--epochs-of {seed}: {path} took its own from another row.")
+        raise click.UsageError(f"--epochs-of {seed}: {path} took its epochs from another row.")
     return found
 
 
@@ -182,9 +182,9 @@ def _selection(results: Path, dataset: str, variant: str, seed: int) -> protocol
 @click.option(
     "--epochs-of-first",
     is_flag=True,
-    help="DB15K: choose the number of epochs with the first seed only.",
+    help="DB15K: select the number of epochs with the first seed only.",
 )
-@click.option("--jobs", default=1, show_default=True, help="Rows at a time, one thread each.")
+@click.option("--jobs", default=1, show_default=True, help="Rows in parallel, one thread each.")
 @_options
 def run_all(
     datasets: tuple[str, ...],
@@ -197,7 +197,7 @@ def run_all(
     device: str,
     force: bool,
 ) -> None:
-    """Run rows of data sets, variants and seeds, each in a process of its own."""
+    """Run rows of data sets, variants and seeds, each in a new process."""
     common = ["--data", str(data), "--results", str(results), "--device", device]
     common += ["--force"] * force
     failed = 0
@@ -215,7 +215,7 @@ def run_all(
 
 
 def _in_process(arguments: Sequence[str]) -> bool:
-    """Run a row in a process; True if it failed."""
+    """Run a row in a new process and return whether it failed."""
     command = [sys.executable, str(Path(__file__)), "row", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -227,7 +227,7 @@ def _in_process(arguments: Sequence[str]) -> bool:
 
 
 def summary(found: protocol.Row) -> str:
-    """A row in a line."""
+    """Return one line that summarises a row."""
     parts = [f"{found['dataset']} {found['variant']} {found['seed']}: epoch {found['best_epoch']}"]
     parts += [f"{split} MRR {100 * found[split]['mrr']:.2f} %" for split in ("valid", "test")]
     return ", ".join([*parts, f"{found['seconds']} s"])

@@ -1,11 +1,11 @@
-"""Gather the rows of run.py: one file, tables for the documentation, a picture of the ablation.
+"""Collect the rows of run.py into one file, tables for the documentation, and a plot.
 
     python benchmarks/accuracy/table.py
 
-Writes benchmarks/results/accuracy.json, a list of rows, and docs/images/ablation.svg, and puts the
-tables between the markers ``<!-- accuracy:NAME -->`` and ``<!-- /accuracy:NAME -->`` of
-docs/accuracy.md and README.md, where these have them. NAME is ``summary`` (test MRR), ``results``
-(a table a data set), ``countries`` or ``ablation``.
+The script writes benchmarks/results/accuracy.json, a list of rows, and docs/images/ablation.svg. It
+replaces the tables between the markers ``<!-- accuracy:NAME -->`` and ``<!-- /accuracy:NAME -->``
+in docs/accuracy.md and README.md. NAME is ``summary`` (test MRR), ``results`` (one table per data
+set), ``countries`` or ``ablation``.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ PUBLISHED = {
     "MKG-W": {"mrr": 35.62, "hits@1": 30.22, "hits@10": 46.35},
     "MKG-Y": {"mrr": 37.97, "hits@1": 35.15, "hits@10": 43.47},
 }
-#: What the rows of a table are called.
+#: Row names of the tables, by variant.
 NAMES = {
     FULL: "IMVIA, structure and names",
-    DEFAULTS: "the same, default settings",
+    DEFAULTS: "IMVIA, structure and names, default settings",
     "structure-alone": "structure alone",
     "defaults-structure-alone": "structure alone, default settings",
     "text-alone": "text alone",
@@ -52,7 +52,7 @@ NAMES = {
 }
 PAPER = "IMVIA, as published: with pictures and texts"
 SINGLE = ("structure-alone", "image-alone", "text-alone")
-#: The ablation: what a group of variants and each of them is called.
+#: Groups of the ablation, and the row name of each variant.
 ABLATION = {
     "Without a part of the paper": {
         "without-structure": "no structural head",
@@ -60,23 +60,23 @@ ABLATION = {
         "without-text": "no texts",
         "without-joint": "no joint head",
         "without-information": "no L1, mutual information",
-        "gate-entity": "a gate that sees the entity and not the relation",
-        "uniform-views": "no gate: views of equal weight",
-        "mean-decision": "the heads' plain mean, whatever the relation",
+        "gate-entity": "gate without the relation",
+        "uniform-views": "no gate: equal view weights",
+        "mean-decision": "mean of the heads in place of the decision",
     },
     "One modality alone": {name: NAMES[name] for name in SINGLE},
     "With a part of the paper that the defaults leave out": {
-        "with-alignment": "L2, alignment, as in CLIP",
+        "with-alignment": "L2, contrastive alignment, as in CLIP",
         "printed-alignment": "L2 as printed, Eq. 5",
-        "candidates-relation": "candidates, too, seen under the relation",
-        "trained-decision": "heads trained by their decision, too",
-        "binary-loss": "binary loss, Eq. 7; no settings of its own",
-        "binary-settings": "binary loss, Eq. 7, with settings after TuckER's",
-        "published-losses": "all losses as printed; no settings of their own",
+        "candidates-relation": "candidates embedded under the relation, Eq. 1",
+        "trained-decision": "heads also trained by the decision's loss",
+        "binary-loss": "binary loss, Eq. 7, other settings unchanged",
+        "binary-settings": "binary loss, Eq. 7, with TuckER's settings",
+        "published-losses": "all losses as printed, other settings unchanged",
     },
-    "Without a part that the paper does not have": {
-        "without-residual": "no free vector beside the views",
-        "without-relation-residual": "no matrix of a relation's own",
+    "Without an addition to the paper": {
+        "without-residual": "no free vector per entity and modality",
+        "without-relation-residual": "no block-diagonal matrix per relation",
         "without-regularization": "no regularisation",
         "one-optimizer": "one optimizer for layers and tables",
     },
@@ -85,7 +85,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
 def gather(results: Path) -> list[Row]:
-    """All rows in a folder, in the order of data sets, variants and seeds."""
+    """Read all rows in a folder, ordered by data set, variant and seed."""
     rows = [_files.read_json(path) for path in results.glob("*.json")]
     order = {name: i for i, name in enumerate(variants())}
     return sorted(
@@ -100,7 +100,7 @@ def gather(results: Path) -> list[Row]:
 
 
 def of(rows: Sequence[Row], dataset: str, variant: str) -> list[Row]:
-    """The rows of a data set and a variant, a seed each."""
+    """Return the rows of a data set and a variant, one per seed."""
     return [row for row in rows if (row["dataset"], row["variant"]) == (dataset, variant)]
 
 
@@ -108,7 +108,7 @@ def of(rows: Sequence[Row], dataset: str, variant: str) -> list[Row]:
 
 
 def results_tables(rows: Sequence[Row]) -> str:
-    """For each published data set: ours beside the baseline and what the paper reports."""
+    """Return one table per published data set: ours, the baseline and the paper's figures."""
     parts = []
     for dataset in DATASETS:
         lines = []
@@ -125,7 +125,7 @@ def results_tables(rows: Sequence[Row]) -> str:
 
 
 def summary_table(rows: Sequence[Row]) -> str:
-    """Test MRR on the published data sets: ours beside the baseline and what the paper reports."""
+    """Return a table of test MRR on the published data sets: ours, the baseline, the paper."""
     names = {
         DEFAULTS: f"{NAMES[FULL]}, default settings",
         FULL: "the same, settings chosen for the data set",
@@ -142,7 +142,7 @@ def summary_table(rows: Sequence[Row]) -> str:
 
 
 def name_of(dataset: str, variant: str) -> str:
-    """What a row is called; the full model's says whose its settings are."""
+    """Return the name of a row; that of the full model says which settings it has."""
     if variant != FULL:
         return NAMES[variant]
     whose = "its own" if settings_of(dataset, FULL) else "default"
@@ -150,7 +150,7 @@ def name_of(dataset: str, variant: str) -> str:
 
 
 def countries_table(rows: Sequence[Row]) -> str:
-    """The full model beside each modality alone."""
+    """Return the table of `countries`: the full model and each modality alone."""
     lines = [
         [name, *cells(mine)]
         for variant in (FULL, *SINGLE)
@@ -168,24 +168,24 @@ HEADER = [
     "Hits@3",
     "Hits@10",
     "seeds",
-    "minutes a seed",
+    "minutes per seed",
 ]
 
 
 def cells(rows: Sequence[Row]) -> list[str]:
-    """Of a variant's rows: validation MRR, test metrics, seeds, minutes."""
-    # A row that took its number of epochs from another has that one's validation.
+    """Return the cells of a variant: validation MRR, test metrics, seeds, minutes."""
+    # A row that took its number of epochs from another row repeats that row's validation.
     validated = [row["valid"]["mrr"] for row in rows if row["epochs_of"] == row["seed"]]
     test = [spread([row["test"][name] for row in rows]) for name in METRICS]
     minutes = f"{mean(row['seconds'] for row in rows) / 60:.1f}"
-    # On a core of a CPU, unless said otherwise.
+    # One CPU core, unless the cell names a GPU.
     devices = sorted({row.get("device", "cpu") for row in rows} - {"cpu"})
     minutes = ", ".join([minutes, *devices])
     return [spread(validated), *test, str(len(rows)), minutes]
 
 
 def spread(values: Sequence[float], pattern: str = "{:.2f}") -> str:
-    """Fractions in %: mean ± standard deviation; of one value that alone."""
+    """Format fractions in % as mean ± standard deviation, or one value alone."""
     if not values:
         return ""
     text = pattern.format(100 * mean(values))
@@ -193,14 +193,14 @@ def spread(values: Sequence[float], pattern: str = "{:.2f}") -> str:
 
 
 def differences(rows: Sequence[Row], dataset: str, variant: str) -> list[float]:
-    """Test MRR of a variant less that of the full model, seed by seed."""
+    """Return the test MRR of a variant minus that of the full model, seed by seed."""
     full = {row["seed"]: row["test"]["mrr"] for row in of(rows, dataset, FULL)}
     mine = of(rows, dataset, variant)
     return [row["test"]["mrr"] - full[row["seed"]] for row in mine if row["seed"] in full]
 
 
 def ablation(rows: Sequence[Row]) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """Data sets, and groups of variants and their names, that the ablation has rows of."""
+    """Return the data sets, and the groups of variants, that have rows in the ablation."""
     grouped = {variant for group in ABLATION.values() for variant in group}
     rest = [name for name in variants() if name not in {FULL, DEFAULTS, BASELINE, *grouped}]
     every = {**ABLATION, "Others": {name: name.replace("-", " ") for name in rest}}
@@ -214,7 +214,7 @@ def ablation(rows: Sequence[Row]) -> tuple[list[str], dict[str, dict[str, str]]]
 
 
 def ablation_table(rows: Sequence[Row]) -> str:
-    """What each part is worth: the difference that leaving it out or changing it makes."""
+    """Return the ablation table, differences of test MRR to the full model."""
     datasets, groups = ablation(rows)
     if not groups:
         return ""
@@ -229,7 +229,7 @@ def ablation_table(rows: Sequence[Row]) -> str:
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Format a table in Markdown."""
     every = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in every)
 
@@ -243,7 +243,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 
 
 def fill(page: Path, rows: Sequence[Row], picture: Path) -> None:
-    """Put the tables between a page's markers; what has no rows says so."""
+    """Put the tables between a page's markers, or a note if there are no rows."""
     text = page.read_text(encoding="utf-8")
     for name, make in TABLES.items():
         table = make(rows) or "Not measured."
@@ -259,10 +259,10 @@ def fill(page: Path, rows: Sequence[Row], picture: Path) -> None:
 
 
 def draw(rows: Sequence[Row], out: Path) -> None:
-    """The ablation as bars: a group a variant, a bar a data set."""
+    """Draw the ablation as bars: one group per variant, one bar per data set."""
     datasets, groups = ablation(rows)
     names = [variant for group in groups.values() for variant in group]
-    # The same picture of the same figures, byte for byte; letters in the reader's own font.
+    # Equal figures give an identical file; text is drawn in the reader's own font.
     matplotlib.rcParams.update({"svg.hashsalt": "imvia-graph", "svg.fonttype": "none"})
     matplotlib.rcParams.update({"font.family": "sans-serif", "font.size": 10})
     figure, axes = pyplot.subplots(figsize=(6.4, 1.2 + 0.45 * len(names)), layout="constrained")
@@ -293,11 +293,11 @@ def draw(rows: Sequence[Row], out: Path) -> None:
 @click.option("--picture", type=click.Path(path_type=Path), default=PICTURE)
 @click.option("--page", "pages", multiple=True, type=click.Path(path_type=Path), default=PAGES)
 def main(results: Path, out: Path, picture: Path, pages: tuple[Path, ...]) -> None:
-    """Gather the rows in RESULTS, fill the tables of the pages, draw the ablation."""
+    """Collect the rows of run.py, fill the tables of the pages, and draw the ablation."""
     rows = gather(results)
     if not rows:
         raise click.ClickException(
-            f"{results} has no rows; make some: {RESULTS.parent.name}/run.py"
+            f"{results} has no rows; make some: python benchmarks/accuracy/run.py"
         )
     out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if ablation(rows)[1]:
