@@ -453,7 +453,7 @@ def test_the_table_shows_names_sizes_views_and_warnings(tmp_path):
         "zeros",
     ):
         assert text in result.stdout
-    assert "parent of" not in run(str(folder), "--patterns", "0").stdout.split("to look at")[0]
+    assert "parent of" not in run(str(folder), "--patterns", "0").stdout.split("warnings:")[0]
 
 
 def test_ready_features_are_looked_at_too(tmp_path):
