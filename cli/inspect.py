@@ -165,7 +165,7 @@ def _patterns_table(patterns: dict[str, Any], names: dict[str, str], shown: int)
     more = f"; the first {shown} of {len(entries)}" if len(entries) > shown else ""
     table = _table(
         f"Relations that repeat each other (common pairs: at least {limits['threshold']:.0%} of"
-        f" both, or for \"near\" {limits['near']:.0%} of one{more})",
+        f' both, or for "near" {limits["near"]:.0%} of one{more})',
         "kind",
         "relations",
         "pairs",

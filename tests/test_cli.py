@@ -746,7 +746,7 @@ def test_candidates_that_are_neither_a_number_nor_a_file_are_refused(run, tmp_pa
         assert_one_paragraph(result, "expected a number of 1 or more, or a file of labels")
     (tmp_path / "blank.txt").write_text("\n \n")
     result = invoke("evaluate", run, "--candidates", tmp_path / "blank.txt")
-    assert_one_paragraph(result, "expected labels of entities, a line each; the file has none")
+    assert_one_paragraph(result, "expected entity labels, one per line; the file has none")
 
 
 def test_a_file_is_no_run_folder(graph, tmp_path):
