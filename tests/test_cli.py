@@ -743,7 +743,7 @@ def test_settings_files_go_over_each_other(graph, tmp_path):
 def test_candidates_that_are_neither_a_number_nor_a_file_are_refused(run, tmp_path):
     for value in ("10k", "-5", tmp_path / "none.txt"):
         result = invoke("evaluate", run, "--candidates", value)
-        assert_one_paragraph(result, "expected a number of 1 or more, or a file of labels")
+        assert_one_paragraph(result, "expected a number, 1 or more, or a file of entity labels")
     (tmp_path / "blank.txt").write_text("\n \n")
     result = invoke("evaluate", run, "--candidates", tmp_path / "blank.txt")
     assert_one_paragraph(result, "expected entity labels, one per line; the file has none")
