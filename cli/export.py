@@ -141,7 +141,7 @@ def export(
         for path in written:
             click.echo(path)
         return
-    asked = (
+    to_answer = (
         read_queries(queries, trained.kg)
         if queries is not None
         else queries_of(trained.kg, relations, ask=ask or "tail", entities=entities or "seen")
@@ -150,7 +150,7 @@ def export(
         path = export_predictions(
             trained,
             out,
-            asked,
+            to_answer,
             format,  # type: ignore[arg-type]  # checked there
             k=top or 10,
             include_known=known,
@@ -158,7 +158,7 @@ def export(
             force=force,
             on_batch=partial(bar.show, "Queries answered"),
         )
-    console.print(f"Answered {len(asked):,} queries.")
+    console.print(f"Answered {len(to_answer):,} queries.")
     click.echo(path)
 
 
@@ -166,4 +166,4 @@ def _refuse(options: dict[str, Any], what: str) -> None:
     """Refuse options that have no effect."""
     given = [name for name, value in options.items() if value]
     if given:
-        raise click.UsageError(f"{', '.join(given)}: not used for {what}; leave it out.")
+        raise click.UsageError(f"No effect on {what}: {', '.join(given)}. Leave out these options.")

@@ -161,13 +161,13 @@ Format = TypeVar("Format", bound=str)
 
 
 def _format(
-    path: Path, given: str | None, suffixes: dict[str, Format], known: tuple[Format, ...]
+    path: Path, name: str | None, suffixes: dict[str, Format], known: tuple[Format, ...]
 ) -> Format:
-    if given is not None:
+    if name is not None:
         for format in known:
-            if format == given:
+            if format == name:
                 return format
-        raise DataError(f"format: expected one of {', '.join(known)}; received {given!r}.")
+        raise DataError(f"format: expected one of {', '.join(known)}; received {name!r}.")
     if path.suffix.lower() not in suffixes:
         raise DataError(
             f"{path}: the suffix {path.suffix!r} stands for no format. Give a format"
@@ -546,7 +546,7 @@ def queries_of(
         raise DataError(f"entities: expected seen or all, received {entities!r}.")
     wanted = kg.relations if relations is None else relations
     chosen = dict.fromkeys(kg.id_of(relation, "relation") for relation in wanted)
-    given = dict.fromkeys(chosen, range(kg.num_entities))
+    entities_of = dict.fromkeys(chosen, range(kg.num_entities))
     if entities == "seen":
         whole = torch.cat([kg.triples(split) for split in SPLITS])
         # Distinct (relation, entity) pairs, sorted by relation, then by entity.
@@ -554,11 +554,11 @@ def queries_of(
         pairs = keys.unique()
         of_each = torch.bincount(pairs // kg.num_entities, minlength=kg.num_relations)
         by_relation = (pairs % kg.num_entities).split(of_each.tolist())
-        given = {relation: by_relation[relation].tolist() for relation in chosen}
+        entities_of = {relation: by_relation[relation].tolist() for relation in chosen}
     queries = []
     for relation_id in chosen:
         label = kg.relations[relation_id]
-        for entity in (kg.entities[i] for i in given[relation_id]):
+        for entity in (kg.entities[i] for i in entities_of[relation_id]):
             queries.append(
                 Query(entity, label, None) if ask == "tail" else Query(None, label, entity)
             )

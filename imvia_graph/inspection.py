@@ -125,8 +125,8 @@ def inspect_kg(
             f" near={near}, threshold={threshold}, minimum={minimum}."
         )
     columns = _columns(kg)
-    crowd = _crowd(columns, kg.num_entities)
-    triples, shared = _counts(columns, crowd)
+    grouped = _group_by_ends(columns, kg.num_entities)
+    triples, shared = _counts(columns, grouped)
     result: dict[str, Any] = {
         "name": kg.name,
         "notes": list(kg.notes),
@@ -134,10 +134,10 @@ def inspect_kg(
         "relations": kg.num_relations,
         "triples": triples,
         "shared": shared,
-        "validation": _validation(crowd, triples["valid"]["distinct"], shared),
+        "validation": _validation(grouped, triples["valid"]["distinct"], shared),
         **_degrees(kg, columns),
         "loops": _loops(kg, columns),
-        "patterns": _patterns(kg, columns, crowd, threshold, near, minimum),
+        "patterns": _patterns(kg, columns, grouped, threshold, near, minimum),
         "views": {modality: _views(kg, modality) for modality in kg.modalities},
     }
     result["warnings"] = _warnings(kg, result)
@@ -156,7 +156,7 @@ class _Columns(NamedTuple):
     split: NDArray[np.uint8]
 
 
-class _Crowd(NamedTuple):
+class _Grouped(NamedTuple):
     """Rows that share their unordered pair of ends with another row, and their distinct triples.
 
     ``split``, ``relation``, ``row_is_first`` (not a repetition within its split) and
@@ -184,16 +184,16 @@ def _columns(kg: MultiViewKG) -> _Columns:
     return _Columns(head, relation, tail, split)
 
 
-def _crowd(columns: _Columns, num_entities: int) -> _Crowd:
+def _group_by_ends(columns: _Columns, num_entities: int) -> _Grouped:
     head, relation, tail, split = columns
     ends = np.minimum(head, tail) * num_entities + np.maximum(head, tail)
     order = np.argsort(ends)
     ends = ends[order]
     equal = ends[1:] == ends[:-1]
-    crowded = np.zeros(len(ends), dtype=bool)
-    crowded[1:] |= equal
-    crowded[:-1] |= equal
-    rows, group = order[crowded], ends[crowded]
+    shared = np.zeros(len(ends), dtype=bool)
+    shared[1:] |= equal
+    shared[:-1] |= equal
+    rows, group = order[shared], ends[shared]
     backward = head[rows] > tail[rows]
 
     order = np.lexsort((split[rows], relation[rows], backward, group))
@@ -206,7 +206,7 @@ def _crowd(columns: _Columns, num_entities: int) -> _Crowd:
         test_rows = np.add.reduceat((split_ == SPLITS.index("test")).astype(np.int64), start)
     else:
         splits, test_rows = np.empty(0, np.uint8), np.empty(0, np.int64)
-    return _Crowd(
+    return _Grouped(
         split_,
         relation_,
         new | _changes(split_),
@@ -227,9 +227,11 @@ def _changes(values: NDArray[Any]) -> Bools:
     return changed
 
 
-def _counts(columns: _Columns, crowd: _Crowd) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+def _counts(
+    columns: _Columns, grouped: _Grouped
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
     rows = np.bincount(columns.split, minlength=len(SPLITS))
-    repeated = np.bincount(crowd.split[~crowd.row_is_first], minlength=len(SPLITS))
+    repeated = np.bincount(grouped.split[~grouped.row_is_first], minlength=len(SPLITS))
     triples = {
         split: {
             "triples": int(rows[i]),
@@ -238,16 +240,16 @@ def _counts(columns: _Columns, crowd: _Crowd) -> tuple[dict[str, dict[str, int]]
         }
         for i, split in enumerate(SPLITS)
     }
-    repeated_at_all = len(crowd.split) - len(crowd.splits)
+    repeated_at_all = len(grouped.split) - len(grouped.splits)
     triples["all"] = {
         "triples": len(columns.split),
         "distinct": len(columns.split) - repeated_at_all,
         "repeated": repeated_at_all,
     }
     shared = {
-        "train-valid": _in_all(crowd.splits, TRAIN | VALID),
-        "train-test": _in_all(crowd.splits, TRAIN | TEST),
-        "valid-test": _in_all(crowd.splits, VALID | TEST),
+        "train-valid": _in_all(grouped.splits, TRAIN | VALID),
+        "train-test": _in_all(grouped.splits, TRAIN | TEST),
+        "valid-test": _in_all(grouped.splits, VALID | TEST),
     }
     return triples, shared
 
@@ -256,9 +258,9 @@ def _in_all(splits: NDArray[np.uint8], wanted: int) -> int:
     return int(((splits & wanted) == wanted).sum())
 
 
-def _validation(crowd: _Crowd, distinct: int, shared: dict[str, int]) -> dict[str, Any]:
+def _validation(grouped: _Grouped, distinct: int, shared: dict[str, int]) -> dict[str, Any]:
     in_train, in_test = shared["train-valid"], shared["valid-test"]
-    in_both = _in_all(crowd.splits, TRAIN | VALID | TEST)
+    in_both = _in_all(grouped.splits, TRAIN | VALID | TEST)
     if not distinct:
         auto, why = "none", "there is no validation set, and auto makes none"
     elif in_train or in_test:
@@ -340,27 +342,32 @@ def _loops(kg: MultiViewKG, columns: _Columns) -> dict[str, Any]:
 
 
 def _patterns(
-    kg: MultiViewKG, columns: _Columns, crowd: _Crowd, threshold: float, near: float, minimum: int
+    kg: MultiViewKG,
+    columns: _Columns,
+    grouped: _Grouped,
+    threshold: float,
+    near: float,
+    minimum: int,
 ) -> dict[str, Any]:
     num = kg.num_relations
-    plain = ~crowd.loop
-    group, backward, label = crowd.group[plain], crowd.backward[plain], crowd.label[plain]
-    in_train = (crowd.splits[plain] & TRAIN) > 0
-    test_rows = crowd.test_rows[plain]
+    plain = ~grouped.loop
+    group, backward, label = grouped.group[plain], grouped.backward[plain], grouped.label[plain]
+    in_train = (grouped.splits[plain] & TRAIN) > 0
+    test_rows = grouped.test_rows[plain]
     pairs = np.bincount(columns.relation[columns.head != columns.tail], minlength=num)
-    pairs -= np.bincount(crowd.relation[~crowd.row_is_loop], minlength=num)
+    pairs -= np.bincount(grouped.relation[~grouped.row_is_loop], minlength=num)
     pairs += np.bincount(label, minlength=num)  # distinct (head, tail) of each relation
 
     # Number of pairs of relation `a` in common with relation `b`, and of test rows of `a` that a
     # training triple of `b` leaks, by key a * num + b. Mirrored: the pair of b is reversed.
     common = {mirrored: _Counter(num * num) for mirrored in (True, False)}
-    for i, j in _couples(group, np.arange(len(group))):
+    for i, j in _pairs_in_groups(group, np.arange(len(group))):
         key, opposite = label[i] * num + label[j], backward[i] != backward[j]
         for mirrored, counter in common.items():
             counter.add(key[opposite == mirrored])
     leaked = {mirrored: _Counter(num * num) for mirrored in (True, False)}
     test_only = np.flatnonzero(test_rows)
-    for i, j in _couples(group, test_only):
+    for i, j in _pairs_in_groups(group, test_only):
         key, opposite = label[i] * num + label[j], backward[i] != backward[j]
         for mirrored, counter in leaked.items():
             which = in_train[j] & (opposite == mirrored)
@@ -393,7 +400,7 @@ def _patterns(
         entries.sort(key=lambda entry: (-entry["test_answered"], -entry["pairs"]))
 
     answered = {sort: np.zeros(len(group), dtype=bool) for sort in found}
-    for i, j in _couples(group, test_only):
+    for i, j in _pairs_in_groups(group, test_only):
         key, opposite = label[i] * num + label[j], backward[i] != backward[j]
         for sort, hit in answered.items():
             which = in_train[j] & (opposite == (sort != "copy"))
@@ -405,7 +412,7 @@ def _patterns(
     return found
 
 
-def _couples(group: Ints, rows: Ints) -> Iterator[tuple[Ints, Ints]]:
+def _pairs_in_groups(group: Ints, rows: Ints) -> Iterator[tuple[Ints, Ints]]:
     """Yield the pairs of each of ``rows`` with each other row of its group, in bounded chunks.
 
     ``group`` ascends from 0 without gaps, so that the rows of a group are contiguous.
@@ -492,7 +499,7 @@ def _features(feat: Tensor, owner: Ints, entities: list[str]) -> dict[str, Any]:
     non_finite = zero = constant = 0
     varies = np.zeros(width, dtype=bool)
     for at in range(0, num, step):
-        values = _plain(feat[at : at + step])
+        values = _as_floats(feat[at : at + step])
         non_finite += int((~np.isfinite(values).all(axis=1)).sum())
         zeros = (values == 0).all(axis=1)
         zero += int(zeros.sum())
@@ -526,7 +533,7 @@ def _features(feat: Tensor, owner: Ints, entities: list[str]) -> dict[str, Any]:
     }
 
 
-def _plain(feat: Tensor) -> NDArray[Any]:
+def _as_floats(feat: Tensor) -> NDArray[Any]:
     """Return features as float32, or float64 if they are; -0 becomes 0, which it equals."""
     wide = feat if feat.element_size() >= 4 else feat.float()
     values: NDArray[Any] = wide.detach().cpu().contiguous().numpy() + 0.0
@@ -558,7 +565,7 @@ def _repeated_rows(feat: Tensor, digest: NDArray[np.uint64], step: int) -> tuple
     equal = np.ones(len(rows), dtype=bool)
     for at in range(0, len(rows), step):
         part = slice(at, at + step)
-        mine, theirs = _plain(feat[rows[part]]), _plain(feat[leader[part]])
+        mine, theirs = _as_floats(feat[rows[part]]), _as_floats(feat[leader[part]])
         equal[part] = (_bits(mine) == _bits(theirs)).all(axis=1)
     return rows[equal], leader[equal]
 
@@ -573,7 +580,7 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
     triples, shared, validation = found["triples"], found["shared"], found["validation"]
     test = triples["test"]["triples"]
 
-    alike = _labels_of_both(kg)
+    alike = _common_labels(kg)
     if len(alike) > 1 and 2 * len(alike) >= kg.num_relations:
         warnings.append(
             (
@@ -649,7 +656,7 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
     return [{"code": code, "text": text} for code, text in warnings]
 
 
-def _labels_of_both(kg: MultiViewKG) -> list[str]:
+def _common_labels(kg: MultiViewKG) -> list[str]:
     """Return the labels of both a relation and an entity, numbers excluded, which may be ids."""
     entities, relations = (column.alias("label").to_frame() for column in kg.label_columns)
     words = relations.filter(~pl.col("label").str.contains(r"^\d+$"))

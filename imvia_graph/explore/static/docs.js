@@ -47,7 +47,7 @@ function operation(path, method, about) {
     description ?? schema.description ?? "",
   ]);
   if (parameters.length) {
-    part.append(table("Parameters", ["name", "type", "default", "description"], parameters));
+    part.append(table("Parameters", ["name", "type", "default", "meaning"], parameters));
   }
   const body = about.requestBody?.content["application/json"].schema;
   if (body) part.append(make("p", `The body is JSON: ${type(body)}.`));
@@ -72,7 +72,7 @@ function shape(name, { description = "", properties = {} }) {
     {},
     make("h2", name),
     make("p", description),
-    table("Fields", ["name", "type", "description"], rows),
+    table("Fields", ["name", "type", "meaning"], rows),
   );
 }
 
