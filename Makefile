@@ -1,8 +1,8 @@
-# Every target sets up what it needs in .venv first, and is quick once that is done.
+# Each target first sets up what it needs in .venv, which is quick the second time.
 # PYTHON=/path/to/python names the Python to use (3.10, 3.11 or 3.12); ARGS="..." is passed on.
 
 VENV := .venv
-# What .venv was made from. tools/setup.sh writes the two stamps; the full set-up holds the core one.
+# Files that .venv depends on. tools/setup.sh writes the two stamps; the full set-up includes the core one.
 SOURCES := setup.py pyproject.toml constraints.txt tools/setup.sh
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
@@ -21,9 +21,9 @@ setup: $(FULL) ## set up everything, with every extra, in .venv
 fit: $(CORE) ## train on the built-in data set: imvia-graph fit countries $(ARGS)
 	@$(VENV)/bin/imvia-graph fit countries $(ARGS)
 
-# Threads that wait leave their cores soon, as the command has it (docs/benchmarks.md): beside other
-# programs the tests otherwise take several times as long.
-# A process a core, four at most; the tests of a file share what they trained and stay together.
+# GOMP_SPINCOUNT as the command sets it (docs/benchmarks.md): waiting threads release their cores soon, or the
+# tests take several times as long beside other programs.
+# One process per core, at most four; the tests of a file share trained runs and stay in one process.
 test: export GOMP_SPINCOUNT ?= 1000
 test: $(FULL) ## run the tests: pytest $(ARGS)
 	@$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
@@ -40,7 +40,7 @@ lint: $(FULL) ## check style and types: ruff, mypy
 	$(VENV)/bin/python tools/typecheck.py || failed=1; \
 	exit $$failed
 
-clean: ## remove .venv and everything else that was made here
+clean: ## remove .venv and all other generated files
 	@rm -rf $(VENV) .compatibility docs/_api docs/_build build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(CORE): $(SOURCES)

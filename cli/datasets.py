@@ -14,7 +14,7 @@ from imvia_graph.datasets import DATA_VARIABLE, DATASETS, data_folder, find
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def datasets(as_json: bool) -> None:
-    """List the data sets: built in, and published ones with where to get and put them.
+    """List the built-in and the published data sets, with where to get and put the latter.
 
     \b
     Examples:
@@ -30,16 +30,16 @@ def datasets(as_json: bool) -> None:
         return
     console = Console(highlight=False)
     table = Table()
-    for column in ("name", "what", "ready to use"):
+    for column in ("name", "description", "ready to use"):
         table.add_column(column)
     for row in rows:
         ready = "built in" if row["built_in"] else "yes" if row["there"] else "no"
         table.add_row(row["name"], row["title"], ready)
     console.print(table)
     console.print(
-        f"Published benchmarks are looked for in the folder {data_folder()} (set {DATA_VARIABLE} to"
-        " name another): a folder each, with entity2id.txt, relation2id.txt, train2id.txt,"
-        " valid2id.txt, test2id.txt.",
+        f"Published data sets are read from the folder {data_folder()} (the environment variable"
+        f" {DATA_VARIABLE} names another): one folder each, with entity2id.txt, relation2id.txt,"
+        " train2id.txt, valid2id.txt, test2id.txt.",
         markup=False,
     )
     for row in rows:

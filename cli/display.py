@@ -1,4 +1,4 @@
-"""What people see in the terminal: progress of a training, tables of metrics."""
+"""Terminal output: messages, progress bars, tables of metrics."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from rich.table import Table
 
 from imvia_graph._display import printable, shown
 
-#: What goes on, on standard error; and what comes out of it, on standard output.
+#: Progress and messages go to standard error, results to standard output.
 console = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
 
 
 def say(*lines: str) -> None:
-    """Print lines to standard error as they are, but for what a terminal would obey."""
+    """Print lines to standard error, without markup, control characters made visible."""
     console.print(printable("\n".join(lines)), markup=False, soft_wrap=True)
 
 
 def cell(text: str) -> str:
-    """A label or another text of the data as it goes into a table."""
+    """Return a label or another text of the data, escaped for a table cell."""
     return escape(shown(text))
 
 
 def json_text(value: Any) -> str:
-    """One line of JSON; what a terminal would obey is escaped, all other text is as it is."""
+    """Return one line of JSON, escaping only the characters that a terminal would obey."""
     text = json.dumps(value, ensure_ascii=False)
     return re.sub(
         "[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
@@ -48,7 +48,7 @@ def json_text(value: Any) -> str:
 
 
 class Bar:
-    """A progress bar a task, with the time that is left; nothing without a terminal."""
+    """Progress bars with the remaining time, one per task; silent without a terminal."""
 
     def __init__(self) -> None:
         self.progress = Progress(
@@ -62,7 +62,7 @@ class Bar:
         self.tasks: dict[str, TaskID] = {}
 
     def show(self, task: str, done: int, total: int) -> None:
-        """Move the task's bar."""
+        """Update the bar of a task, which the first call adds."""
         if task not in self.tasks:
             if not self.tasks:
                 self.progress.start()
@@ -70,8 +70,8 @@ class Bar:
         self.progress.update(self.tasks[task], completed=done)
 
     def close(self) -> None:
-        """Take the bars off the terminal."""
-        if not self.progress.disable:  # rich would print an empty line
+        """Stop drawing the bars."""
+        if not self.progress.disable:  # else rich prints an empty line
             self.progress.stop()
 
     def __enter__(self) -> Bar:
@@ -87,7 +87,7 @@ class _Printable(logging.Formatter):
 
 
 def log_to_terminal() -> None:
-    """Have warnings of the library on standard error, as plain lines."""
+    """Print the library's warnings to standard error as plain lines."""
     logging.basicConfig(format="%(message)s")
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
@@ -98,13 +98,17 @@ COLUMNS = ("mrr", "mr", "hits@1", "hits@3", "hits@10", "hits@100")
 
 
 def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
-    """Both sides, each side, and each head of the model, in per cent; of what, says the title."""
+    """Return the metrics of both sides, each side and each of the model's heads, in per cent."""
     table = Table(title=cell(f"{title}, against {metrics['candidates']}"), title_justify="left")
     table.add_column("", no_wrap=True)
     for column in COLUMNS:
         name = {"mrr": "MRR %", "mr": "MR"}.get(column, f"{column.replace('hits', 'H')} %")
         table.add_column(name, justify="right")
-    rows = {"all": metrics["both"], "heads asked": metrics["head"], "tails asked": metrics["tail"]}
+    rows = {
+        "all": metrics["both"],
+        "predict heads": metrics["head"],
+        "predict tails": metrics["tail"],
+    }
     if len(metrics["heads"]) > 1:
         rows.update({f"{name} head": m for name, m in metrics["heads"].items()})
     for name, row in rows.items():
@@ -113,7 +117,7 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
 
 
 def relations_table(metrics: Mapping[str, Any]) -> Table:
-    """Both sides by relation, the most frequent first."""
+    """Return the metrics of both sides per relation, the most frequent relation first."""
     table = Table(title="By relation", title_justify="left")
     table.add_column("relation")
     table.add_column("triples", justify="right")

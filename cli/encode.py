@@ -13,7 +13,7 @@ import click
 from imvia_graph._display import shown
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import Bar, log_to_terminal, say
-from imvia_graph.cli.options import loading_options, separator
+from imvia_graph.cli.options import DEVICE_HELP, loading_options, separator
 from imvia_graph.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from imvia_graph.io import RawViews
     from imvia_graph.io.views import Column
 
-#: Broken inputs that are listed; all of them are in encode.json.
+#: Maximum number of broken inputs to list; encode.json holds all.
 LISTED = 10
 
 
 def _columns(ctx: click.Context, option: click.Parameter, value: str | None) -> Any:
-    """``ENTITY,VALUE`` as names or positions."""
+    """Parse ``ENTITY,VALUE``, each a name or a position."""
     if value is None:
         return None
     parts = [part.strip() for part in value.split(",")]
@@ -39,86 +39,95 @@ def _columns(ctx: click.Context, option: click.Parameter, value: str | None) -> 
 @click.command()
 @click.argument("graph")
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="KG folder to write, with views."
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="KG folder to write.",
 )
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
-    help="Folder of folders of pictures, images/ENTITY/*, or a table of entity and path.",
+    help="Folder with one folder of pictures per entity, images/ENTITY/*, or a table of entity and"
+    " path.",
 )
 @click.option(
     "--texts",
     type=click.Path(path_type=Path),
-    help="Table of entity and text (TSV, CSV, Parquet), any number of rows an entity; or RDF"
-    " (N-Triples, Turtle), whose literals are taken.",
+    help="Table of entity and text (TSV, CSV, Parquet), any number of rows per entity; or RDF"
+    " (N-Triples, Turtle), whose literals become texts.",
 )
 @click.option(
     "--names",
     is_flag=True,
-    help="Take the entities' own names as texts, whole and in parts, beside --texts if given.",
+    help="Use the entities' names, whole and in parts, as texts; --texts may be given, too.",
 )
-@click.option("--encoder", help="Encoder of both; one is to be named.")
+@click.option("--encoder", help="Encoder of both pictures and texts.")
 @click.option("--image-encoder", help="Encoder of pictures.  [default: --encoder]")
 @click.option("--text-encoder", help="Encoder of texts.  [default: --encoder]")
 @click.option(
     "--images-root",
     type=click.Path(path_type=Path),
-    help="Where the paths of a table start.  [default: the table's folder]",
+    help="Folder that the paths in the table are relative to.  [default: the table's folder]",
 )
 @click.option(
     "--image-columns",
     callback=_columns,
     metavar="ENTITY,PATH",
-    help="The table's columns, by name or by position from 0.",
+    help="Columns of the --images table, by name or by position from 0.",
 )
 @click.option(
     "--text-columns",
     callback=_columns,
     metavar="ENTITY,TEXT",
-    help="The table's columns, by name or by position from 0.",
+    help="Columns of the --texts table, by name or by position from 0.",
 )
 @click.option(
     "--image-separator",
     callback=separator,
-    help="TSV, CSV: the character between the table's columns, or tab.",
+    help="TSV, CSV: the character between columns of the --images table; also the word tab.",
 )
 @click.option(
     "--text-separator",
     callback=separator,
-    help="TSV, CSV: the character between the table's columns, or tab.",
+    help="TSV, CSV: the character between columns of the --texts table; also the word tab.",
 )
 @click.option(
     "--text-predicate",
     "predicates",
     multiple=True,
     metavar="IRI",
-    help="RDF: take the literals of this predicate; any number.  [default: all]",
+    help="RDF: use the literals of this predicate; repeatable.  [default: all]",
 )
 @click.option(
     "--text-language",
     "language",
-    help="RDF: take the literals of this language, as en, and those without one.  [default: all]",
+    help="RDF: use the literals in this language, such as en, and those without a language tag."
+    "  [default: all]",
 )
 @loading_options
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, … or auto.")
+@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
-    help="Inputs at a time.  [default: 256 on a GPU, 32 on the CPU]",
+    help="Inputs per batch.  [default: 256 on a GPU, 32 on the CPU]",
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="What to compute in; auto: bfloat16 on a GPU that has it.",
+    help="Precision of the encoder; auto: bfloat16 on a GPU that supports it, else float32.",
 )
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),
-    help="Where to keep finished batches.  [default: in --out until all is done]",
+    help="Folder to keep finished batches in.  [default: in --out, removed at the end]",
 )
-@click.option("--skip-unknown", is_flag=True, help="Leave out views of entities not in GRAPH.")
+@click.option(
+    "--skip-unknown",
+    is_flag=True,
+    help="Skip views of entities that are not in GRAPH, instead of failing.",
+)
 @click.option("--strict", is_flag=True, help="Exit with status 1 if any view is broken.")
 @click.option("--overwrite", is_flag=True, help="Write even if --out is not empty.")
 def encode(
@@ -146,16 +155,16 @@ def encode(
     strict: bool,
     overwrite: bool,
 ) -> None:
-    """Encode pictures and texts of the entities of GRAPH; write triples and features as a KG.
+    """Encode pictures and texts of the entities of GRAPH; write a KG folder with features.
 
-    GRAPH is anything that `imvia-graph fit` takes. An encoder is one whose weights come as
-    packages, without a download: efficientnet-lite0 for pictures, minilm for texts; or clip, a
-    small and strong one of both that is fetched from the network once; or any that open_clip knows,
-    open_clip:ARCHITECTURE/TAG or open_clip:ARCHITECTURE/path/to/checkpoint. Nothing is fetched that
-    you do not name. Of a text minilm reads the first 256 word pieces, some 200 words, and a CLIP
-    mostly 77 tokens; how many texts are longer is reported.
+    GRAPH is anything that `imvia-graph fit` takes. You must name an encoder: efficientnet-lite0 for
+    pictures or minilm for texts, whose weights are installed as packages; clip, a small and strong
+    CLIP for both, downloaded once; or any model of open_clip, as open_clip:ARCHITECTURE/TAG or
+    open_clip:ARCHITECTURE/path/to/checkpoint. No other model is downloaded. minilm reads the first
+    256 word pieces of a text (some 200 words), a CLIP mostly 77 tokens; the command reports how
+    many texts are longer.
 
-    Killed or stopped, the same command goes on where it was. A picture that cannot be read is
+    To resume after a stop or a kill, run the same command again. Pictures that cannot be read are
     reported and left out.
 
     \b
@@ -187,8 +196,8 @@ def encode(
         text_encoder = named_encoder(text_encoder or encoder, "text")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a folder to write. Name another.")
-    # What a run that was stopped left there, even half-written, is no reason to refuse the run that
-    # goes on: it has .encode and no graph that was written to its end.
+    # A folder with .encode and without a complete graph was left by a stopped run, which this run
+    # resumes.
     unfinished = (out / ".encode").is_dir() and not is_whole(out)
     if out.exists() and not overwrite and not unfinished and any(out.iterdir()):
         raise DataError(f"{out} is not empty. Name another folder, or give --overwrite.")
@@ -235,24 +244,24 @@ def encode(
         )
     except KeyboardInterrupt as error:
         bar.close()
-        raise stopped(error, "Stopped. The same command goes on from here.") from None
+        raise stopped(error, "Stopped. Run the same command again to resume.") from None
     finally:
         bar.close()
     kg.save(out)
     _files.write_json(out / "encode.json", [asdict(report) for report in reports])
     if cache is None:
         shutil.rmtree(folder, ignore_errors=True)
-    broken = sum(_tell(report) for report in reports)
+    broken = sum(_print_report(report) for report in reports)
     click.echo(f"KG folder: {out}")
     if broken and strict:
         raise SystemExit(1)
 
 
-def _tell(report: Report) -> int:
-    """Say what became of a modality's views; how many are broken."""
-    reused = f", {report.reused} were done before" if report.reused else ""
+def _print_report(report: Report) -> int:
+    """Print what happened to a modality's views; return the number of broken ones."""
+    reused = f", {report.reused} encoded before" if report.reused else ""
     equal = f", {report.equal} equal to another entity's" if report.equal else ""
-    repeated = f"; {report.repeated} repeated ones left out" if report.repeated else ""
+    repeated = f"; {report.repeated} duplicates left out" if report.repeated else ""
     say(
         f"{report.modality}: {report.views} views by {report.encoder} ({report.encoded} encoded"
         f"{reused}{equal}{repeated}) in {report.seconds:.1f} s."
@@ -261,7 +270,7 @@ def _tell(report: Report) -> int:
         reads = f" ({report.context_length} tokens)" if report.context_length else ""
         say(
             f"  longer than {report.encoder} reads{reads}: {report.cut} of"
-            f" {report.encoded + report.reused} distinct texts; the rest of each is in no feature."
+            f" {report.encoded + report.reused} distinct texts; the rest of each is cut off."
         )
     for source, reason in report.broken[:LISTED]:
         say(f"  broken: {shown(source)}: {reason}")
@@ -269,7 +278,7 @@ def _tell(report: Report) -> int:
         more = len(report.broken) - LISTED
         say(
             f"{_counted(len(report.broken), report.modality)} left out"
-            + (f"; {more} more of them are listed in encode.json." if more > 0 else ".")
+            + (f"; encode.json lists {more} more of them." if more > 0 else ".")
         )
     return len(report.broken)
 

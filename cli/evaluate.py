@@ -25,23 +25,24 @@ if TYPE_CHECKING:
     type=click.Choice(["train", "valid", "test"]),
     default="test",
     show_default=True,
-    help="Which triples to rank.",
+    help="Split whose triples are ranked.",
 )
 @click.option(
     "--candidates",
     metavar="NUMBER|FILE",
-    help="What competes with the answer: so many entities, drawn with the run's seed, or those"
-    " whose labels a file has, a line each.  [default: all entities]",
+    help="Entities that the answer is ranked against: a number of them, drawn with the run's seed,"
+    " or a file of labels, one per line.  [default: all entities]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (fractions).")
-@click.option("--relations", is_flag=True, help="Show the metrics of each relation, too.")
+@click.option("--relations", is_flag=True, help="Also show the metrics of each relation.")
 @device_option
 def evaluate(
     run: Path, split: str, candidates: str | None, as_json: bool, relations: bool, device: str
 ) -> None:
     """Rank the triples of a split with the trained run in the folder RUN.
 
-    Filtered by all known triples, heads and tails, ties at their mean rank.
+    Ranks the head and the tail of each triple. Ranks are filtered by all known triples; tied
+    entities get their mean rank.
 
     \b
     Examples:
@@ -66,7 +67,7 @@ def evaluate(
 
 
 def _candidates(value: str | None, kg: MultiViewKG) -> int | Tensor | None:
-    """A number, or the entities that a file lists."""
+    """Return the number of candidates, or the ids of the entities that a file lists."""
     import torch
 
     from imvia_graph._files import read_lines
@@ -76,8 +77,8 @@ def _candidates(value: str | None, kg: MultiViewKG) -> int | Tensor | None:
     path = Path(value)
     if not path.is_file():
         raise DataError(
-            f"--candidates {value}: expected a number of 1 or more, or a file of labels, a line"
-            " each; there is no such file."
+            f"--candidates {value}: expected a number, 1 or more, or a file of entity labels, one"
+            " per line; there is no such file."
         )
     ids = []
     for number, line in read_lines(path):
@@ -88,5 +89,5 @@ def _candidates(value: str | None, kg: MultiViewKG) -> int | Tensor | None:
         except UnknownLabelError as error:
             raise UnknownLabelError(f"{value}, line {number}: {error}") from None
     if not ids:
-        raise DataError(f"{value}: expected labels of entities, a line each; the file has none.")
+        raise DataError(f"{value}: expected entity labels, one per line; the file has none.")
     return torch.tensor(ids, dtype=torch.int64)

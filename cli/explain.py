@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @device_option
 def explain(run: Path, head: str, relation: str, tail: str, as_json: bool, device: str) -> None:
-    """Say what the trained run in the folder RUN makes of a triple, true or not.
+    """Explain a triple, true or not, with the trained run in the folder RUN.
 
-    First how each of the model's heads ranks and scores it, asked for the tail and asked for the
-    head, and the head's weight in the decision under this relation. Ranks are filtered, ties at
-    their mean. Then what each view of both ends counts for under this relation (of the tail: under
-    its inverse), and how much more or less than without the relation.
+    First, for each of the model's heads (structure, each modality, joint, complex) and for their
+    weighted sum, the decision: the filtered rank and the score of the tail and of the head of the
+    triple, and the head's weight in the decision under this relation. Ties get their mean rank.
+    Then, for each view of both entities: its weight under the relation (for the tail, under the
+    inverse relation), its weight without a relation, and the difference.
 
     \b
     Examples:
@@ -56,7 +57,7 @@ def _judgements(found: Explanation) -> Table:
     table.add_column("")
     sides: tuple[Side, ...] = ("tail", "head")
     for side in sides:
-        for column in (f"rank of the {side}", "score", "weight"):
+        for column in (f"{side} rank", "score", "weight"):
             table.add_column(column, justify="right")
     for name in found.judgements["tail"]:
         cells: list[str] = []
@@ -72,7 +73,7 @@ def _views(end: End, relation: str) -> Table:
     table.add_column("modality")
     table.add_column("view")
     table.add_column(f"weight under {escape(relation)}", justify="right")
-    table.add_column("without a relation", justify="right")
+    table.add_column("without relation", justify="right")
     table.add_column("difference", justify="right")
     for modality, views in end.views.items():
         for place, view in enumerate(views, 1):

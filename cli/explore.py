@@ -10,59 +10,65 @@ import click
 from imvia_graph.cli.display import console
 from imvia_graph.cli.options import device_option, run_argument
 
-#: GiB of which the bytes are still a number that a machine counts with.
-MOST_HELD = 2**30
+#: Largest --hold in GiB; its number of bytes still fits a 64-bit integer.
+MAX_HOLD = 2**30
 
 
 def _finite(ctx: click.Context, option: click.Parameter, value: float) -> float:
-    # Of "nan" no range tells that it is beyond its ends.
+    # click's range check lets "nan" pass.
     if not math.isfinite(value):
         raise click.BadParameter(f"expected a number of GiB, received {value}.")
     return value
 
 
 def _address(ctx: click.Context, option: click.Parameter, value: str) -> str:
-    # The system takes nothing for all addresses that this machine has.
+    # The system would take an empty host as all addresses of this machine.
     if not value.strip():
-        raise click.BadParameter("expected an address; 0.0.0.0 stands for all of this machine's.")
+        raise click.BadParameter("expected an address; 0.0.0.0 means all of this machine's.")
     return value
 
 
 @click.command()
 @run_argument
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 for any free port.",
+)
 @click.option(
     "--host",
     callback=_address,
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen at; another one than this lets other machines in.",
+    help="Address to listen on; by default only this machine can connect.",
 )
 @click.option(
     "--allow-host",
     "allow_hosts",
     multiple=True,
     metavar="NAME",
-    help="Name by which browsers may ask, beside localhost and addresses; repeat for more.",
+    help="Host name to accept in requests, besides localhost and IP addresses; repeatable.",
 )
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
-    help="Folder that the pictures' paths start from.  [default: what the graph says]",
+    help="Folder that the pictures' paths are relative to.  [default: as the graph records]",
 )
 @click.option(
     "--text-encoder",
-    help="Encoder that made the graph's texts, to ask about new entities by texts.",
+    help="Encoder of the graph's text features, to describe new entities by texts.",
 )
 @click.option(
     "--hold",
-    type=click.FloatRange(min=0, max=MOST_HELD),
+    type=click.FloatRange(min=0, max=MAX_HOLD),
     callback=_finite,
     default=4,
     show_default=True,
     metavar="GIB",
-    help="Memory that candidate tables may take; larger ones are made anew for each question, which"
-    " takes seconds.",
+    help="Memory for candidate tables; larger ones are recomputed for each query, which takes"
+    " seconds.",
 )
 @device_option
 def explore(
@@ -75,12 +81,12 @@ def explore(
     hold: float,
     device: str,
 ) -> None:
-    """Look around in the trained run in the folder RUN with the browser.
+    """Explore the trained run in the folder RUN in the browser.
 
-    Find an entity, choose a relation, see the ranked answers with what each modality and each
-    picture or text counts for. The same is there as a JSON service, described at /docs. It listens
-    on this machine only unless --host says otherwise, and shows no file but the run's own views.
-    It needs the extra `explore`. Ctrl-C ends it.
+    Choose an entity and a relation to see the ranked answers and the weight of each modality,
+    picture and text. The same data is available as a JSON service, documented at /docs. The server
+    accepts connections from this machine only, unless --host is given, and shows no files but the
+    run's own views. It needs the extra `explore`; stop it with Ctrl-C.
 
     \b
     Examples:

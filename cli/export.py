@@ -24,47 +24,50 @@ PREDICTIONS = ("tsv", "ntriples")
 @click.option(
     "--format",
     type=click.Choice([*EMBEDDINGS, *PREDICTIONS]),
-    help="By default that of the suffix: .safetensors, .npz, .parquet, .txt or .vec (word2vec);"
-    " .tsv, .nt (ntriples).",
+    help="Format of the file.  [default: by its suffix: .safetensors, .npz, .parquet, .txt or .vec"
+    " (word2vec), .tsv, .nt (ntriples)]",
 )
-@click.option("--force", is_flag=True, help="Write over files that exist.")
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
 @click.option(
     "--what",
     type=click.Choice(["entities", "relations"]),
-    help="Whose embeddings.  [default: entities]",
+    help="Which embeddings to write.  [default: entities]",
 )
 @click.option(
     "--modality",
     "heads",
     multiple=True,
-    help="Head to write: structure, a modality, joint, complex; repeat for more.  [default: all]",
+    help="Head to write: structure, a modality, joint or complex; repeatable.  [default: all]",
 )
 @click.option("--predictions", is_flag=True, help="Write predictions instead of embeddings.")
 @click.option(
     "--relation",
     "relations",
     multiple=True,
-    help="Relation to predict, label or name; repeat for more.",
+    help="Label or name of a relation to predict; repeatable.",
 )
 @click.option(
     "--ask",
     type=click.Choice(["tail", "head"]),
-    help="Which end of the relation's triples to predict.  [default: tail]",
+    help="Which end of the triples to predict.  [default: tail]",
 )
 @click.option(
     "--entities",
     type=click.Choice(["seen", "all"]),
-    help="The other end: entities that stand there in triples of the relation, or all."
+    help="Entities at the other end: those seen there in triples of the relation, or all."
     "  [default: seen]",
 )
 @click.option(
     "--queries",
     type=NamedFile(),
-    help="File of queries: head, relation, tail a line, separated by tabs, ? for the missing end.",
+    help="File of queries, one per line: head, relation and tail, separated by tabs, ? for the"
+    " missing end.",
 )
-@click.option("--top", type=click.IntRange(min=1), help="Answers a query.  [default: 10]")
-@click.option("--known", is_flag=True, help="Keep facts of the graph among the answers.")
-@click.option("--self", "itself", is_flag=True, help="Keep the given entity among the answers.")
+@click.option("--top", type=click.IntRange(min=1), help="Answers per query.  [default: 10]")
+@click.option("--known", is_flag=True, help="Keep known facts of the graph among the answers.")
+@click.option(
+    "--self", "itself", is_flag=True, help="Keep the query's own entity among the answers."
+)
 @device_option
 def export(
     run: Path,
@@ -83,16 +86,16 @@ def export(
     itself: bool,
     device: str,
 ) -> None:
-    """Write embeddings or predictions of the trained run in the folder RUN.
+    """Export embeddings or predictions of the trained run in the folder RUN.
 
-    Embeddings, unless --predictions or --queries is given: a table a head with the labels of its
-    rows, as safetensors (with NAME.labels.json beside it), npz, Parquet, or word2vec text (labels
-    with %, white space and unprintable characters percent-encoded; a file a head).
+    Embeddings are written unless --predictions or --queries is given: one table per head, with the
+    labels of its rows, as safetensors (labels in NAME.labels.json), npz, Parquet, or word2vec text
+    (one file per head; %, white space and unprintable characters of labels are percent-encoded).
 
-    Predictions as TSV (head, relation, tail, asked, rank, score, known) or as N-Triples (labels
-    that are no IRIs percent-encoded behind urn:imvia:entity: and urn:imvia:relation:). Facts of
-    the graph are left out unless --known asks for them, and the given entity itself unless --self
-    asks for it or the relation is known to relate entities to themselves.
+    Predictions are written as TSV (head, relation, tail, asked, rank, score, known) or as N-Triples
+    (labels that are not IRIs are percent-encoded after urn:imvia:entity: or urn:imvia:relation:).
+    Known facts of the graph are left out unless --known is given. So is the query's own entity,
+    unless --self is given or a training triple of the relation has the same head and tail.
 
     \b
     Examples:
@@ -114,7 +117,7 @@ def export(
     }
     _refuse(mine if asks else others, "predictions" if asks else "embeddings")
     if asks and (queries is None) == (not relations):
-        raise click.UsageError("Predictions: give either --relation or --queries: what to predict.")
+        raise click.UsageError("Predictions need either --relation or --queries.")
     if queries is not None:
         _refuse({"--ask": ask, "--entities": entities}, "queries from a file")
     from imvia_graph.export import (
@@ -138,7 +141,7 @@ def export(
         for path in written:
             click.echo(path)
         return
-    asked = (
+    to_answer = (
         read_queries(queries, trained.kg)
         if queries is not None
         else queries_of(trained.kg, relations, ask=ask or "tail", entities=entities or "seen")
@@ -147,7 +150,7 @@ def export(
         path = export_predictions(
             trained,
             out,
-            asked,
+            to_answer,
             format,  # type: ignore[arg-type]  # checked there
             k=top or 10,
             include_known=known,
@@ -155,12 +158,12 @@ def export(
             force=force,
             on_batch=partial(bar.show, "Queries answered"),
         )
-    console.print(f"Answered {len(asked):,} queries.")
+    console.print(f"Answered {len(to_answer):,} queries.")
     click.echo(path)
 
 
 def _refuse(options: dict[str, Any], what: str) -> None:
-    """An option without effect is a mistake."""
+    """Refuse options that have no effect."""
     given = [name for name, value in options.items() if value]
     if given:
-        raise click.UsageError(f"{', '.join(given)}: of no use for {what}.")
+        raise click.UsageError(f"No effect on {what}: {', '.join(given)}. Leave out these options.")

@@ -16,7 +16,12 @@ import click
 
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import Bar, console, log_to_terminal, metrics_table, say
-from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
+from imvia_graph.cli.options import (
+    DEVICE_HELP,
+    loading_options,
+    skip_unknown_option,
+    views_option,
+)
 from imvia_graph.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -35,36 +40,40 @@ if TYPE_CHECKING:
     "features",
     multiple=True,
     metavar="NAME=FILE",
-    help="Ready features of a modality: safetensors, npz, npy, HDF5 or .pth; a row an entity in id"
-    " order, or with an entity column.",
+    help="Precomputed features of a modality: safetensors, npz, npy, HDF5 or .pth; one row per"
+    " entity in id order, or rows that name their entities; repeat for more modalities.",
 )
 @skip_unknown_option
 @loading_options
-@click.option("--epochs", type=int, help="Epochs at most.")
-@click.option("--seed", type=int, help="Seed of training; the setting split_seed is the data's.")
-@click.option("--device", help="cpu, cuda, cuda:1, … or auto.")
+@click.option("--epochs", type=int, help="Maximum number of epochs.")
+@click.option(
+    "--seed", type=int, help="Seed of training; the setting split_seed is that of data splits."
+)
+@click.option("--device", help=DEVICE_HELP)
 @click.option(
     "--validation",
     type=click.Choice(["auto", "published", "held-out"]),
-    help="The source's validation set, or 5 % of train held out; auto: held-out where the source's"
-    " shares triples with train or test.",
+    help="Validate on the source's validation set (published) or on 5 % of train (held-out); auto:"
+    " held-out if the source's set shares triples with train or test, else published.",
 )
 @click.option(
     "--settings",
     "files",
     multiple=True,
     type=click.Path(path_type=Path),
-    help='YAML or TOML file of settings, which `imvia-graph settings` lists; or "paper": as the'
-    " paper has them. Of several, later ones go over earlier ones.",
+    help='YAML or TOML file of settings (`imvia-graph settings` lists them), or "paper" for the'
+    " paper's; repeatable, later ones override earlier ones.",
 )
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
-@click.option("--tensorboard", is_flag=True, help="Write the curves to OUT/tensorboard, too.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable."
+)
+@click.option("--tensorboard", is_flag=True, help="Also write the curves to OUT/tensorboard.")
+@click.option("--resume", is_flag=True, help="Resume the run in --out.")
 @click.option(
     "--processes",
     type=click.IntRange(1),
-    help="Train in so many processes of this machine, which share out queries and entities; for"
-    " several machines start this command with torchrun.  [default: 1]",
+    help="Number of training processes on this machine, which divide queries and entities among"
+    " them; for several machines, start this command with torchrun.  [default: 1]",
 )
 def fit(
     source: str | None,
@@ -84,9 +93,10 @@ def fit(
 ) -> None:
     """Train IMVIA on SOURCE and rank its test triples.
 
-    SOURCE is a data set's name (see `imvia-graph datasets`), a KG folder (`imvia-graph encode` and
-    `convert` make them), the folder of another release (OpenKE, MoMoK, MyGO), or a file or folder
-    of triples: TSV, CSV, Parquet, N-Triples, Turtle. A source without splits is split 80/10/10.
+    SOURCE is the name of a data set (see `imvia-graph datasets`), a KG folder (as `imvia-graph
+    encode` and `convert` write it), a folder in the layout of OpenKE, MoMoK or MyGO, or a file or
+    folder of triples: TSV, CSV, Parquet, N-Triples, Turtle. A source without splits is split
+    80/10/10.
 
     \b
     Examples:
@@ -119,11 +129,11 @@ def fit(
         console.quiet = True
     if is_launched() and out is None:
         raise SettingsError(
-            "Under torchrun, name the run folder with --out: processes that are started again go on"
-            " with what they find there."
+            "Under torchrun, name the run folder with --out: restarted processes resume the run in"
+            " it."
         )
     this = job()
-    if out is not None and is_of_job(out, this):  # started in the place of one that made it
+    if out is not None and is_of_job(out, this):  # restarted: this job has made the run folder
         resume, source, features, loading = True, None, (), {}
     named = {"epochs": epochs, "seed": seed, "device": device, "validation": validation}
     changes = Settings.read_all(files)
@@ -135,11 +145,11 @@ def fit(
     try:
         if resume:
             if out is None:
-                raise SettingsError("--resume: say with --out which run to go on with.")
+                raise SettingsError("--resume: name the run to resume with --out.")
             if source is not None or features or loading:
                 raise click.UsageError(
-                    "--resume goes on with the run's own graph: leave out SOURCE, --views and the"
-                    " options that say how to read SOURCE."
+                    "--resume trains on the run's own graph: leave out SOURCE, --views and the"
+                    " options for reading SOURCE."
                 )
             run = fit_model(
                 None, out=out, resume=True, callbacks=_callbacks(bar, tensorboard, out), **changes
@@ -147,10 +157,10 @@ def fit(
         else:
             if source is None:
                 raise click.UsageError(
-                    "SOURCE is missing: a data set's name or a folder. Try: imvia-graph fit"
+                    "SOURCE is missing: name a data set, a file or a folder. Try: imvia-graph fit"
                     " countries"
                 )
-            # fit itself sees to the validation set.
+            # None: fit_model chooses the validation set.
             kg = load_kg(source, None, settings.split_seed, **loading)
             if features:
                 kg = with_views(kg, views_option(features), skip_unknown=skip_unknown)
@@ -163,7 +173,7 @@ def fit(
     except KeyboardInterrupt as error:
         more = ""
         if out is not None and is_run(out):
-            more = f" Go on with: imvia-graph fit --resume --out {shlex.quote(str(out))}"
+            more = f" Resume with: imvia-graph fit --resume --out {shlex.quote(str(out))}"
         raise stopped(error, f"Stopped.{more}") from None
     assert run.folder is not None
     for split in ("test", "valid"):
@@ -178,14 +188,14 @@ def fit(
         click.echo(f"Run folder: {run.folder}")
 
 
-#: How often processes of which one was killed are started again.
-_RESTARTS = 10
-#: Seconds for processes that are stopped to finish their step and to keep their place.
-_TO_STOP = 600
+#: How often the processes are restarted after one of them was killed.
+_MAX_RESTARTS = 10
+#: Seconds that stopped processes have to finish their step and write a checkpoint.
+_STOP_TIMEOUT = 600
 
 
 def _launch(processes: int, source: str | None, out: Path | None) -> None:
-    """Run this command in several processes; where one is killed, all go on from the checkpoint."""
+    """Run this command in several processes; if one is killed, restart all from the checkpoint."""
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -197,12 +207,14 @@ def _launch(processes: int, source: str | None, out: Path | None) -> None:
     arguments = sys.argv[1:]
     if out is None:
         if source is None:
-            raise click.UsageError("SOURCE is missing: a data set's name or a folder.")
+            raise click.UsageError("SOURCE is missing: name a data set, a file or a folder.")
         out = _free_folder(Path(source).name)
         arguments += ["--out", str(out)]
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
-    # Older torch waits for 30 seconds until it kills.
-    patience: dict[str, Any] = {"shutdown_timeout": _TO_STOP} if "shutdown_timeout" in known else {}
+    # Older versions of torch lack the option and kill after 30 seconds.
+    timeout: dict[str, Any] = (
+        {"shutdown_timeout": _STOP_TIMEOUT} if "shutdown_timeout" in known else {}
+    )
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -212,25 +224,25 @@ def _launch(processes: int, source: str | None, out: Path | None) -> None:
         run_id=uuid.uuid4().hex,
         max_restarts=0,
         monitor_interval=0.2,
-        **patience,
+        **timeout,
     )
     os.environ[JOB] = config.run_id
-    # Each would take all cores, and all of them together would wait for one another.
+    # By default each process uses all cores, and they wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
-    for attempt in range(_RESTARTS + 1):
+    for attempt in range(_MAX_RESTARTS + 1):
         try:
             elastic_launch(config, sys.executable)("-m", "imvia_graph", *arguments)
             return
-        except SignalException as error:  # the processes have had it, too, and have said so
+        except SignalException as error:  # the processes received and reported it, too
             raise SystemExit(128 + error.sigval) from None
         except ChildFailedError as error:
             codes = {failure.exitcode for failure in error.failures.values()}
-            told = [code for code in codes if code > 0 and code != NOT_JOINED]
-            if told:  # they have said why
-                raise SystemExit(told[0]) from None
-            if attempt == _RESTARTS or not is_run(out):
+            failed = [code for code in codes if code > 0 and code != NOT_JOINED]
+            if failed:  # the processes reported why
+                raise SystemExit(failed[0]) from None
+            if attempt == _MAX_RESTARTS or not is_run(out):
                 raise
-            click.echo("A process was killed; all go on from the last checkpoint.", err=True)
+            click.echo("A process was killed; all resume from the last checkpoint.", err=True)
 
 
 def _callbacks(bar: Callback, tensorboard: bool, out: Path) -> list[Callback]:
@@ -244,7 +256,7 @@ def _callbacks(bar: Callback, tensorboard: bool, out: Path) -> list[Callback]:
 
 
 def _free_folder(name: str) -> Path:
-    """The first of runs/NAME-1, runs/NAME-2, … that is not there."""
+    """Return the first of runs/NAME-1, runs/NAME-2, … that does not exist."""
     number = 1
     plain = re.sub(r"[^\w.-]+", "-", name).lstrip(".") or "kg"
     while (folder := Path("runs") / f"{plain}-{number}").exists():

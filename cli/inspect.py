@@ -16,21 +16,21 @@ from imvia_graph.cli.options import loading_options, skip_unknown_option, views_
 if TYPE_CHECKING:
     from imvia_graph.io.load import Validation
 
-#: What is shown of a modality's views.
+#: Rows of the table of views: key of the findings, label.
 VIEW_ROWS = {
     "views": "views",
-    "none": "entities with none",
-    "one": "entities with one",
-    "many": "entities with more",
-    "mean": "views an entity, mean",
-    "max": "views an entity, max",
+    "none": "entities without views",
+    "one": "entities with one view",
+    "many": "entities with several views",
+    "mean": "views per entity, mean",
+    "max": "views per entity, max",
     "width": "width",
     "dtype": "dtype",
     "non_finite": "views with NaN or infinity",
-    "zero": "views all zero",
-    "constant": "views of one value",
+    "zero": "all-zero views",
+    "constant": "constant views",
     "repeated": "views equal to an earlier one",
-    "constant_columns": "columns the same in all views",
+    "constant_columns": "columns equal in all views",
 }
 
 
@@ -41,7 +41,7 @@ VIEW_ROWS = {
     "features",
     multiple=True,
     metavar="NAME=FILE",
-    help="Ready features of a modality to look at with it, as for `imvia-graph fit`.",
+    help="Precomputed features of a modality to inspect as well, as for `imvia-graph fit`.",
 )
 @skip_unknown_option
 @loading_options
@@ -50,7 +50,7 @@ VIEW_ROWS = {
     type=click.Choice(["published", "auto", "held-out"]),
     default="published",
     show_default=True,
-    help="Look at the source's validation set as it is, or at what `fit` would use.",
+    help="Validation set to inspect: the source's, or the one that `fit` would use.",
 )
 @click.option(
     "--patterns",
@@ -58,7 +58,7 @@ VIEW_ROWS = {
     type=click.IntRange(min=0),
     default=10,
     show_default=True,
-    help="Relations to list that are symmetric, inverse or copies; --json has all.",
+    help="Number of symmetric, inverse and copied relations to list; --json lists all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
@@ -70,11 +70,11 @@ def inspect(
     shown: int,
     as_json: bool,
 ) -> None:
-    """Look at the knowledge graph SOURCE before trusting what is measured on it.
+    """Check the knowledge graph SOURCE before trusting metrics measured on it.
 
-    Shows sizes and degrees, views and broken features, what train has never seen, triples that
-    splits share, and relations that give test triples away; then says what to do about it. SOURCE
-    is anything that `imvia-graph fit` takes.
+    Shows sizes and degrees, views and broken features, entities and relations that train lacks,
+    triples that splits share, and symmetric, inverse or copied relations that leak test triples;
+    then lists the problems with advice. SOURCE is anything that `imvia-graph fit` takes.
 
     \b
     Examples:
@@ -112,7 +112,7 @@ def inspect(
 
 def _triples_table(found: dict[str, Any]) -> Table:
     table = _table(
-        "Triples", "", "triples", "distinct", "in train", "in test", "end unseen", "unseen ends"
+        "Triples", "", "triples", "distinct", "in train", "in test", "unseen end", "unseen ends"
     )
     shared = found["shared"]
     others = {
@@ -132,19 +132,19 @@ def _validation(validation: dict[str, Any]) -> str:
     if validation["auto"] == "none":
         return f"{validation['why']}."
     return (
-        f"of {validation['distinct']:,} distinct triples {validation['in_train']:,} are in train"
-        f" and {validation['in_test']:,} in test, {validation['held_out']:,} are truly held out;"
+        f"of {validation['distinct']:,} distinct triples, {validation['in_train']:,} are in train,"
+        f" {validation['in_test']:,} in test and {validation['held_out']:,} in neither;"
         f" {validation['why']} ({validation['auto']})."
     )
 
 
 def _degree_table(found: dict[str, Any]) -> Table:
-    table = _table("In train", "", "min", "median", "mean", "max", "none")
-    for what, values, none in (
-        ("triples an entity", found["degree"], "isolated"),
-        ("triples a relation", found["relation_size"], "unseen"),
+    table = _table("In train", "", "min", "median", "mean", "max", "zero")
+    for what, values, zero in (
+        ("triples per entity", found["degree"], "isolated"),
+        ("triples per relation", found["relation_size"], "unseen"),
     ):
-        row = (values[key] for key in ("min", "median", "mean", "max", none))
+        row = (values[key] for key in ("min", "median", "mean", "max", zero))
         table.add_row(what, *map(_cell, row))
     return table
 
@@ -164,13 +164,13 @@ def _patterns_table(patterns: dict[str, Any], names: dict[str, str], shown: int)
     limits = patterns["thresholds"]
     more = f"; the first {shown} of {len(entries)}" if len(entries) > shown else ""
     table = _table(
-        f"Relations that give each other away (share at least {limits['threshold']:.0%} of both;"
-        f" near: {limits['near']:.0%} of one{more})",
+        f"Relations that repeat each other (common pairs: at least {limits['threshold']:.0%} of"
+        f' both, or for "near" {limits["near"]:.0%} of one{more})',
         "kind",
         "relations",
         "pairs",
         "share",
-        "test told by train",
+        "leaked test triples",
         left=2,
     )
     for entry in entries[:shown]:
@@ -188,9 +188,9 @@ def _patterns_table(patterns: dict[str, Any], names: dict[str, str], shown: int)
 
 def _print_warnings(console: Console, warnings: list[dict[str, str]]) -> None:
     if not warnings:
-        console.print("Nothing to warn of.")
+        console.print("No warnings.")
         return
-    console.print(f"{len(warnings)} to look at:")
+    console.print(f"{len(warnings)} warning{'s' if len(warnings) > 1 else ''}:")
     table = Table.grid(padding=(0, 1))
     for warning in warnings:
         table.add_row("-", escape(printable(warning["text"])))
@@ -198,7 +198,7 @@ def _print_warnings(console: Console, warnings: list[dict[str, str]]) -> None:
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
-    """A table whose first columns are text and the others numbers."""
+    """Return a table whose first ``left`` columns are text and whose others are numbers."""
     table = Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place < left else "right", overflow="fold")

@@ -12,32 +12,31 @@ import click
 from imvia_graph._forms import FORMATS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+DEVICE_HELP = "cpu, cuda, cuda:1, … or auto: a GPU if there is one, else the CPU."
 
 
 def run_argument(command: Command) -> Command:
-    """The run folder."""
+    """Add the argument RUN, a run folder."""
     return click.argument("run", type=click.Path(path_type=Path))(command)
 
 
 def device_option(command: Command) -> Command:
-    """The device of a command on a trained run."""
-    return click.option(
-        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, … or auto."
-    )(command)
+    """Add --device for a command that uses a trained run."""
+    return click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)(command)
 
 
 class NamedFile(click.Path):
-    """The path of a file; ``-``, which elsewhere stands for a standard stream, is refused."""
+    """A file path; ``-``, which often stands for a standard stream, is refused."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path."""
+        """Return the path; fail if it is ``-``."""
         if str(value) == "-":
             self.fail(
-                "standard input and output are not read and written here; name a file"
-                " (./- for one that is called so).",
+                "standard input and output are not supported; name a file (./- for a file"
+                " called -).",
                 param,
                 ctx,
             )
@@ -47,7 +46,7 @@ class NamedFile(click.Path):
 def _columns(
     ctx: click.Context, option: click.Parameter, value: str | None
 ) -> list[int] | list[str] | None:
-    """``0,2,1`` or ``subject,predicate,object``."""
+    """Parse ``0,2,1`` or ``subject,predicate,object``."""
     if value is None:
         return None
     parts = [part.strip() for part in value.split(",")]
@@ -57,14 +56,14 @@ def _columns(
 
 
 def separator(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    r"""One character, or what stands for one that is hard to type: ``tab``, ``\t``, ``space``."""
+    r"""Return the separator; ``tab``, ``\t`` and ``space`` stand for characters hard to type."""
     return {"\\t": "\t", "tab": "\t", "space": " "}.get(value or "", value)
 
 
 def _shares(
     ctx: click.Context, option: click.Parameter, value: str | None
 ) -> list[float] | bool | None:
-    """``0.8,0.1,0.1``, or ``none``: all in train."""
+    """Parse ``0.8,0.1,0.1``; ``none`` gives False, which keeps all triples in train."""
     if value is None:
         return None
     if value.strip().lower() == "none":
@@ -73,7 +72,7 @@ def _shares(
         return [float(share) for share in value.split(",")]
     except ValueError:
         raise click.BadParameter(
-            f"expected three shares, as 0.8,0.1,0.1, or none; received {value!r}."
+            f"expected three shares, as in 0.8,0.1,0.1, or none; received {value!r}."
         ) from None
 
 
@@ -82,42 +81,42 @@ _LOADING = {
         "--from",
         "format",
         type=click.Choice(FORMATS),
-        help="Form of the source, where it is not recognised.",
+        help="Format of the source.  [default: detected]",
     ),
     "columns": click.option(
         "--columns",
         callback=_columns,
-        help="Tables: places from 0 or names of the head, relation and tail columns, as 0,2,1.",
+        help="Tables: head, relation and tail columns, by name or by position from 0, as in 0,2,1.",
     ),
     "header": click.option(
-        "--header/--no-header", default=None, help="Tables: whether line 1 names columns."
+        "--header/--no-header", default=None, help="Tables: whether line 1 names the columns."
     ),
     "separator": click.option(
         "--separator",
         callback=separator,
-        help="Tables: the character between columns, or tab or space.",
+        help="Tables: the character between columns; also the words tab and space.",
     ),
     "literals": click.option(
         "--literals",
         type=click.Choice(["leave-out", "numbers"]),
-        help="RDF: what becomes of literals.",
+        help="RDF: skip all literals, or read numbers as a modality.  [default: leave-out]",
     ),
     "split": click.option(
         "--split",
         callback=_shares,
-        help="Shares of train, validation and test for a source without splits; none: all in"
-        " train.  [default: 0.8,0.1,0.1 for a file; a folder with train alone stays whole]",
+        help="Shares of train, validation and test for a source without splits, or none to keep all"
+        " triples in train.  [default: 0.8,0.1,0.1 for a file, none for a folder with train only]",
     ),
 }
 
 
 def loading_options(command: Command) -> Command:
-    """How to read a source; the command gets ``loading``, what was told of it, for `load_kg`."""
+    """Add the options for reading a source; those given become ``loading``, for `load_kg`."""
 
     @wraps(command)
     def gathering(**values: Any) -> Any:
-        told = {name: values.pop(name) for name in _LOADING}
-        loading = {name: value for name, value in told.items() if value is not None}
+        options = {name: values.pop(name) for name in _LOADING}
+        loading = {name: value for name, value in options.items() if value is not None}
         return command(loading=loading, **values)
 
     wrapped: Any = gathering
@@ -127,14 +126,16 @@ def loading_options(command: Command) -> Command:
 
 
 def skip_unknown_option(command: Command) -> Command:
-    """What becomes of views whose entity is not in the graph."""
+    """Add --skip-unknown for views of entities that are not in the graph."""
     return click.option(
-        "--skip-unknown", is_flag=True, help="Leave out views of entities not in SOURCE."
+        "--skip-unknown",
+        is_flag=True,
+        help="Skip views of entities that are not in SOURCE, instead of failing.",
     )(command)
 
 
 def views_option(values: tuple[str, ...]) -> dict[str, str]:
-    """Modality to file, from ``NAME=FILE`` given any number of times."""
+    """Return the file of each modality from repeated ``NAME=FILE`` options."""
     files: dict[str, str] = {}
     for value in values:
         name, equals, file = value.partition("=")

@@ -16,17 +16,17 @@ from imvia_graph.errors import CheckpointError
 def pictures(run: Path) -> None:
     """Draw flags and outlines for the run in the folder RUN, trained on `countries`.
 
-    The built-in graph holds features of pictures, not the pictures. This draws them into
-    RUN/pictures, where `report` and `explore` look for them. It needs npm, a network, and the extra
-    `pictures`, and takes a few seconds.
+    The built-in graph holds features of pictures, not the pictures. This command draws the pictures
+    into RUN/pictures, where `report` and `explore` find them. It needs npm, a network, and the
+    extra `pictures`, and takes a few seconds.
 
-    Graphs that `imvia-graph encode` made know where their pictures are.
+    Graphs that `imvia-graph encode` wrote record where their pictures are and do not need it.
 
     \b
     Examples:
       imvia-graph pictures runs/countries-1
     """
     if not (run / "run.json").is_file():
-        raise CheckpointError(f"{run} holds no run (no run.json); expected what `fit` wrote.")
+        raise CheckpointError(f"{run} holds no run (no run.json); expected a folder `fit` wrote.")
     folder = run / "pictures"
     click.echo(f"{draw_countries(folder)} pictures in {folder}")

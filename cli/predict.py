@@ -17,22 +17,24 @@ from imvia_graph.cli.options import device_option, run_argument
 if TYPE_CHECKING:
     from imvia_graph.inference import Prediction
 
-#: Letters of an answer for which, or for a word of it, there is room beside the heads' scores.
-ANSWER = 24
+#: Letters of an answer that must fit beside the heads' scores, else these are not shown.
+MIN_ANSWER = 24
 
 
 @click.command()
 @run_argument
-@click.option("--head", help="Label or name of the head, to ask for tails.")
+@click.option("--head", help="Label or name of the head, to predict tails.")
 @click.option("--relation", required=True, help="Label or name of the relation.")
-@click.option("--tail", help="Label or name of the tail, to ask for heads.")
-@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Answers.")
-@click.option("--known", is_flag=True, help="Show facts of the graph among the answers, marked.")
+@click.option("--tail", help="Label or name of the tail, to predict heads.")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=10, show_default=True, help="Number of answers."
+)
+@click.option("--known", is_flag=True, help="Also list known facts of the graph, marked [known].")
 @click.option(
     "--self",
     "itself",
     is_flag=True,
-    help="Keep the given entity among the answers, where no fact of the relation does that.",
+    help="Keep the query's own entity among the answers.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @device_option
@@ -49,9 +51,9 @@ def predict(
 ) -> None:
     """Complete a triple with the trained run in the folder RUN.
 
-    Give --head and --relation to ask for tails, or --relation and --tail to ask for heads. Facts
-    of the graph are left out unless --known asks for them; so is the given entity itself, unless
-    --self asks for it or the relation is known to relate entities to themselves.
+    Give --head and --relation to predict tails, or --relation and --tail to predict heads. Known
+    facts of the graph are left out unless --known is given. So is the query's own entity, unless
+    --self is given or a training triple of the relation has the same head and tail.
 
     \b
     Examples:
@@ -77,9 +79,9 @@ def predict(
     query = f"({head}, {relation}, ?)" if head is not None else f"(?, {relation}, {tail})"
     heads = trained.model.heads if len(trained.model.heads) > 1 else []
     table = _table(query, answers, heads)
-    # Where a terminal is too narrow for all, no number is cut: the heads' are left out.
+    # On a terminal too narrow for all columns, leave out the heads' scores rather than cut numbers.
     wide = results.options.update_width(10_000)
-    least = results.measure(_table("", answers, heads, ANSWER), options=wide).minimum
+    least = results.measure(_table("", answers, heads, MIN_ANSWER), options=wide).minimum
     if least > results.width:
         table = _table(query, answers, [])
     results.print(table)
@@ -88,7 +90,7 @@ def predict(
 def _table(
     query: str, answers: Sequence[Prediction], heads: Sequence[str], longest: int = 120
 ) -> Table:
-    """Rank, answer with so many letters at most, score, and the scores of heads."""
+    """Return a table of rank, answer (at most ``longest`` letters), score, and scores of heads."""
     table = Table(title=cell(query), title_justify="left")
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("answer", overflow="fold")

@@ -16,19 +16,19 @@ from imvia_graph.cli.options import NamedFile, device_option
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
-    help="Folder that the pictures' paths start from.  [default: what the graph says]",
+    help="Folder that the pictures' paths are relative to.  [default: as the graph records]",
 )
-@click.option("--force", is_flag=True, help="Write over a file that exists.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @device_option
 def report(
     runs: tuple[Path, ...], out: Path, images: Path | None, force: bool, device: str
 ) -> None:
     """Write one HTML page about the trained runs in the folders RUN.
 
-    What was trained on what, curves, metrics side by side with their differences, by relation and
-    by degree, the modalities' weights, best and worst answers, pictures and texts with their
-    weights, settings and commands. The file needs no network and no script; the test triples are
-    ranked for it, which takes as long as `imvia-graph evaluate`. It needs the extra `report`.
+    The page shows the graphs, curves, metrics side by side with their differences, overall, by
+    relation and by degree, the modalities' weights, best and worst answers, pictures and texts with
+    their weights, settings and commands. It needs neither a network nor scripts. The command ranks
+    the test triples, which takes as long as `imvia-graph evaluate`, and needs the extra `report`.
 
     \b
     Examples:
@@ -42,7 +42,7 @@ def report(
     loaded = []
     for folder in runs:
         loaded.append(load(folder, device))
-        console.print(f"Read {folder}.", markup=False)
+        console.print(f"Loaded {folder}.", markup=False)
     with Bar() as bar:
         path = write_report(loaded, out, pictures=images, force=force, progress=bar.show)
     click.echo(path)

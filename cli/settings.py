@@ -10,11 +10,11 @@ from imvia_graph.settings import PRESETS, Settings, presets
 @click.command()
 @click.argument("preset", required=False, type=click.Choice(presets()))
 def settings(preset: str | None) -> None:
-    """Print every setting with its default and what it is for, as a YAML file.
+    """Print every setting with its default and description, as a YAML file.
 
-    With PRESET, settings that come with the package, print that file: what differs from the
-    defaults. `fit --settings` and `tune --settings` take its name, too. "paper" has the model and
-    its training as the paper has them.
+    With the name of a preset, print the preset's file: only the settings that differ from the
+    defaults. `fit --settings` and `tune --settings` accept the name, too. The preset "paper" sets
+    the model and its training as in the paper.
 
     \b
     Examples:

@@ -11,13 +11,18 @@ from rich.table import Table
 
 from imvia_graph.cli import stopped
 from imvia_graph.cli.display import cell, console, log_to_terminal, say
-from imvia_graph.cli.options import loading_options, skip_unknown_option, views_option
+from imvia_graph.cli.options import (
+    DEVICE_HELP,
+    loading_options,
+    skip_unknown_option,
+    views_option,
+)
 from imvia_graph.errors import SettingsError
 
 if TYPE_CHECKING:
     from imvia_graph.tuning import Tuned
 
-#: Trials in the table at the end.
+#: Number of trials in the table at the end.
 LISTED = 5
 
 
@@ -27,46 +32,58 @@ LISTED = 5
     "--study",
     type=click.Path(path_type=Path),
     required=True,
-    help="SQLite file of the search; it is gone on with where it is there.",
+    help="SQLite file of the search; an existing one is resumed.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Where to write the best settings.  [default: beside the study, as .yaml]",
+    help="File to write the best settings to.  [default: the study's path with .yaml]",
 )
 @click.option(
-    "--trials", default=50, show_default=True, type=click.IntRange(min=1), help="Trials in all."
+    "--trials", default=50, show_default=True, type=click.IntRange(min=1), help="Trials in total."
 )
-@click.option("--timeout", type=click.FloatRange(min=0), help="Minutes; then no trial is begun.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), help="Minutes after which no new trial starts."
+)
 @click.option(
     "--space",
     "space_file",
     type=click.Path(path_type=Path),
-    help="YAML or TOML file: a list of values a setting, or low, high and step or log."
-    "  [default: learning rate, batch size, dropouts and others]",
+    help="YAML or TOML file of the search space: for each setting a list of values, or low, high"
+    " and step or log.  [default: learning rate, batch size, dropouts and others]",
 )
 @click.option(
     "--views",
     "features",
     multiple=True,
     metavar="NAME=FILE",
-    help="Ready features of a modality, as in image=visual.pth. Any number.",
+    help="Precomputed features of a modality, as in image=visual.pth; repeat for more modalities.",
 )
 @skip_unknown_option
 @loading_options
-@click.option("--epochs", type=int, help="Epochs of a trial at most.")
-@click.option("--device", help="cpu, cuda, cuda:1, … or auto.")
+@click.option("--epochs", type=int, help="Maximum number of epochs of a trial.")
+@click.option("--device", help=DEVICE_HELP)
 @click.option(
     "--settings",
     "files",
     multiple=True,
     type=click.Path(path_type=Path),
-    help='YAML or TOML file of settings that all trials share, or "paper"; of several, later ones'
-    " go over earlier ones.",
+    help='YAML or TOML file of settings that all trials share, or "paper"; repeatable, later ones'
+    " override earlier ones.",
 )
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One such setting.")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="One setting that all trials share; repeatable.",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the search.")
-@click.option("--prune/--no-prune", default=True, help="Whether to end trials that lag behind.")
+@click.option(
+    "--prune/--no-prune",
+    default=True,
+    help="Whether to end trials early that fall behind the median.  [default: prune]",
+)
 def tune(
     source: str,
     study: Path,
@@ -86,10 +103,10 @@ def tune(
 ) -> None:
     """Search for the settings with the best validation MRR on SOURCE.
 
-    The study is a file: stopped or killed, the same command goes on with it; given to the same
-    command in another terminal, both work on it, each on the --device of its own if told so, and no
-    settings are tried twice. Test triples are set aside before it begins. The best settings are
-    written at the end and when it is stopped; --timeout 0 writes them at once.
+    The study is a file. To resume it after a stop or a kill, run the same command again. To search
+    in parallel, run the same command in another terminal, if need be on another --device; no
+    settings are tried twice. Test triples are set aside before the search. The best settings are
+    written when it ends or is stopped; --timeout 0 writes them at once.
 
     \b
     Examples:
@@ -116,7 +133,7 @@ def tune(
     named = {"epochs": epochs, "device": device}
     fixed.update({key: value for key, value in named.items() if value is not None})
     space = SPACE if space_file is None else read_space(space_file)
-    if space_file is None:  # what is fixed is not searched
+    if space_file is None:  # fixed settings are not searched
         space = {key: part for key, part in space.items() if key not in fixed}
     best_file = out or study.with_suffix(".yaml")
     if best_file.resolve() == study.resolve():
@@ -130,7 +147,7 @@ def tune(
     say(repr(kg), *kg.notes)
     line = _Line(trials, settings.epochs)
 
-    def go_on(minutes: float | None) -> Tuned:
+    def resume(minutes: float | None) -> Tuned:
         return search(
             kg,
             study,
@@ -145,15 +162,15 @@ def tune(
 
     stop: KeyboardInterrupt | None = None
     try:
-        found = go_on(timeout)
+        found = resume(timeout)
     except KeyboardInterrupt as error:
         stop = error
-        found = go_on(0)  # what there is
+        found = resume(0)  # the trials so far
     finally:
         line.close()
-    _tell(found)
+    _print_best(found)
     if found.trial is None:
-        click.echo("No trial was finished: there are no best settings yet.")
+        click.echo("No trial was finished, so there are no best settings yet.")
     else:
         share = (
             f"validation MRR {100 * (found.mrr or 0):.2f} %, trial {found.trial} of {study.name}"
@@ -161,11 +178,11 @@ def tune(
         write_best(best_file, found, f"{kg.name}: {share}")
         click.echo(f"Best settings: {best_file} ({share})")
     if stop is not None:
-        raise stopped(stop, f"Stopped. The same command goes on with {study}.")
+        raise stopped(stop, f"Stopped. Run the same command again to resume {study}.")
 
 
-def _tell(found: Tuned) -> None:
-    """The best trials as a table."""
+def _print_best(found: Tuned) -> None:
+    """Print a table of the best trials."""
     counts: dict[str, int] = {}
     for trial in found.trials:
         counts[trial["state"]] = counts.get(trial["state"], 0) + 1
@@ -192,7 +209,7 @@ def _short(value: Any) -> str:
 
 
 class _Line:
-    """One line that says how the search stands; one for each ended trial."""
+    """A status line for the running trial, and a line for each ended trial."""
 
     def __init__(self, trials: int, epochs: int | None) -> None:
         self.trials = trials
@@ -201,7 +218,7 @@ class _Line:
         self.status: Status | None = None
 
     def show(self, trial: int, state: str, mrr: float | None, epoch: int) -> None:
-        """As `imvia_graph.tuning.Progress` has it."""
+        """Show the state of a trial; an `imvia_graph.tuning.Progress`."""
         if state == "done" and mrr is not None and (self.best is None or mrr > self.best[0]):
             self.best = (mrr, trial)
         value = "-" if mrr is None else f"{100 * mrr:.2f} %"
@@ -221,6 +238,6 @@ class _Line:
             self.status.update(text)
 
     def close(self) -> None:
-        """Take the line off the terminal."""
+        """Remove the status line from the terminal."""
         if self.status is not None:
             self.status.stop()

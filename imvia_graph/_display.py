@@ -1,4 +1,4 @@
-"""Labels and values for people to read: what a graph calls its entities may be anything at all."""
+"""Labels and values as readable text; a graph's labels may hold any characters."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from rapidfuzz import fuzz, process
 
-#: Letters of a label that are shown.
+#: Maximum letters of a shown label.
 LONGEST = 120
 
 
 def shown(label: str, longest: int = LONGEST) -> str:
-    r"""A label as one line of printable text of bounded length.
+    r"""Return a label as one line of printable text of at most ``longest`` letters.
 
-    Control characters become their pictures (``\x00`` is ``␀``), what turns the direction of
-    writing, joins lines or is no letter at all becomes ``�``, white space one space, and what is
-    beyond ``longest`` letters ``…``.
+    Control characters become their pictures (``\x00`` is ``␀``), other unprintable characters, such
+    as those that change the direction of writing, become ``�``, runs of white space become one
+    space, and ``…`` replaces the end of longer labels.
 
     Examples
     --------
@@ -30,12 +30,12 @@ def shown(label: str, longest: int = LONGEST) -> str:
         label = label[: longest - 1] + "…"
     if label.isascii() and label.isprintable() and not label.isspace():
         return label
-    # A label of nothing but white space would not be seen.
+    # Make a label of white space visible.
     return "".join(map(_letter, " ".join(label.split()))) or ("␠" if label else "")
 
 
 def printable(text: str) -> str:
-    r"""A text of any length that a terminal shows and does not obey; line ends and tabs stay.
+    r"""Return a text with all characters printable except line ends and tabs.
 
     >>> from imvia_graph._display import printable
     >>> printable("\x1b[2Jgone\x9b1m")
@@ -47,7 +47,7 @@ def printable(text: str) -> str:
 
 
 def _letter(letter: str) -> str:
-    if letter.isprintable() or letter == "\u200d":  # that joins the parts of an emoji
+    if letter.isprintable() or letter == "\u200d":  # joins the parts of an emoji
         return letter
     if ord(letter) < 0x20:
         return chr(0x2400 + ord(letter))
@@ -56,33 +56,33 @@ def _letter(letter: str) -> str:
     return " " if unicodedata.category(letter) == "Zs" else "\ufffd"
 
 
-#: Names up to which they are compared without case and accents, which takes a second a million.
-_FOLDED = 300_000
-#: Likeness, of 100, from which a name is worth showing.
-_ALIKE = 60
+#: Number of names up to which case and accents are ignored, which takes a second per million.
+_MAX_FOLDED = 300_000
+#: Minimum similarity, of 100, of a suggested name.
+_MIN_SIMILARITY = 60
 
 
 def nearest(name: str, known: Sequence[str], limit: int = 5) -> list[str]:
-    """Names that are written like one, the most alike first; none where none is.
+    """Return known names that are similar to a name, the most similar first.
 
     >>> from imvia_graph._display import nearest
     >>> nearest("FRANCE", ["Ewe", "Franc", "France", "Peru"])
     ['France', 'Franc']
     """
-    processor = folded if len(known) <= _FOLDED else None
+    processor = folded if len(known) <= _MAX_FOLDED else None
     found = process.extract(
         name,
         known,
         scorer=fuzz.WRatio,
         processor=processor,
         limit=2 * limit + 2,
-        score_cutoff=_ALIKE,
+        score_cutoff=_MIN_SIMILARITY,
     )
     return list(dict.fromkeys(match for match, *_ in found))[:limit]
 
 
 def folded(name: str) -> str:
-    """A name without case and accents, for looking it up.
+    """Return a name without case and accents, for comparison.
 
     >>> from imvia_graph._display import folded
     >>> folded("São Tomé")
@@ -95,12 +95,12 @@ def folded(name: str) -> str:
 
 
 def shorten(text: str, length: int = 80) -> str:
-    """Text cut to a length that fits a message."""
+    """Return the text, cut to a length that fits a message."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def bounded(value: Any, length: int = 80) -> str:
-    """What a value is, in a message: of any size and depth."""
+    """Return the repr of a value of any size and depth, cut to a length that fits a message."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = length
     return shorten(short.repr(value), length)

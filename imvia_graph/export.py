@@ -1,8 +1,8 @@
-"""Embeddings and predictions of a run, for other programs.
+"""Export of a run's embeddings and predictions for other programs.
 
-`export_embeddings` writes a table a head (structure, each modality, joint, complex) with the labels
-of its rows; `export_predictions` answers many queries and writes triples. A file is written whole
-or not at all, and none is written over unless that is asked for.
+`export_embeddings` writes one table per head (structure, each modality, joint, complex) with the
+labels of its rows. `export_predictions` answers many queries and writes triples. Files are written
+completely or not at all, and existing ones are overwritten only with ``force``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ What = Literal["entities", "relations"]
 EmbeddingFormat = Literal["safetensors", "npz", "parquet", "word2vec"]
 PredictionFormat = Literal["tsv", "ntriples"]
 
-#: The format that a file's suffix stands for.
+#: Format by file suffix.
 EMBEDDING_SUFFIXES: dict[str, EmbeddingFormat] = {
     ".safetensors": "safetensors",
     ".npz": "npz",
@@ -44,9 +44,9 @@ EMBEDDING_SUFFIXES: dict[str, EmbeddingFormat] = {
     ".vec": "word2vec",
 }
 PREDICTION_SUFFIXES: dict[str, PredictionFormat] = {".tsv": "tsv", ".nt": "ntriples"}
-#: What the labels file of a safetensors export says of its format.
+#: Format name and version that a safetensors export and its labels file record.
 FORMAT, FORMAT_VERSION = "imvia-graph/embeddings", 1
-#: Names that the columns beside the embeddings have.
+#: Names of the columns beside the embeddings.
 LABEL_COLUMNS = {"npz": ("labels", "names", "inverse"), "parquet": ("label", "name", "inverse")}
 
 
@@ -62,25 +62,25 @@ def export_embeddings(
     heads: Sequence[str] | None = None,
     force: bool = False,
 ) -> list[Path]:
-    r"""Write the embeddings of entities or relations, a table a head, with their labels.
+    r"""Write the embeddings of entities or relations, one table per head, with their labels.
 
-    - ``safetensors``: a float tensor (rows, dim) a head, under the head's name; beside it
+    - ``safetensors``: a float32 tensor (rows, dim) per head, under the head's name; beside it
       ``<name>.labels.json`` with ``labels`` and ``names`` (lists in row order), and for relations
-      ``inverse``. It is a file of its own because a safetensors header ends at 100 MB.
+      ``inverse``. The labels have their own file because a safetensors header is limited to 100 MB.
     - ``npz``: the same arrays, with ``labels``, ``names`` (and ``inverse``) as arrays of strings
-      (and bools), the strings compressed: ``numpy.load`` reads it without pickle. In memory all
-      strings are as wide as the longest one; where that is more than 1 GiB, it is an error.
-    - ``parquet``: columns ``label``, ``name`` (and ``inverse``), and a fixed-size list a head.
-    - ``word2vec``: the text format, ``rows dim`` in the first line, then a token and its numbers a
-      line. A token is the label with ``%``, white space and whatever does not print as the
-      ``%XX`` of their UTF-8 bytes, so that ``urllib.parse.unquote`` gives the label back. A file
-      holds one table: where there are several heads, a head's name goes before the suffix
+      (and bools), the strings compressed; ``numpy.load`` reads it without pickle. In memory all
+      strings are as wide as the longest one; an array of more than 1 GiB is an error.
+    - ``parquet``: columns ``label``, ``name`` (and ``inverse``), and a fixed-size list per head.
+    - ``word2vec``: the text format, ``rows dim`` in the first line, then one token and its numbers
+      per line. A token is the label, with ``%``, white space and unprintable characters replaced by
+      the ``%XX`` of their UTF-8 bytes; ``urllib.parse.unquote`` restores the label. A file holds
+      one table; of several heads, each has a file with its name before the suffix
       (``vectors.text.txt``).
 
-    Entities are embedded relation-free, as candidates are (see `Run.entity_embeddings`).
-    Relations come as all relations, then all inverses in the same order: ``inverse`` tells them
-    apart, and in word2vec text a ``^`` before the token does (a label's own leading ``^`` is
-    ``%5E``). A head whose name a label column has in npz or Parquet is followed by ``_embedding``.
+    Entities are embedded without a relation, like candidates (see `Run.entity_embeddings`).
+    All relations come first, then all inverses in the same order. ``inverse`` marks the inverses;
+    in word2vec text, a ``^`` before the token does (a label's own leading ``^`` becomes ``%5E``).
+    In npz and Parquet, ``_embedding`` is appended to a head's name that is also a label column's.
 
     Parameters
     ----------
@@ -91,11 +91,11 @@ def export_embeddings(
     format : {"safetensors", "npz", "parquet", "word2vec"}, optional
         Default: by the suffix (``.txt`` and ``.vec`` are word2vec).
     what : {"entities", "relations"}
-        Whose embeddings.
+        Which embeddings to write.
     heads : sequence of str, optional
         Heads of the model: ``structure``, modalities, ``joint``, ``complex``. Default: all.
     force : bool
-        Whether files that exist are written over.
+        Whether to overwrite existing files.
 
     Returns
     -------
@@ -105,10 +105,9 @@ def export_embeddings(
     Raises
     ------
     DataError
-        A file exists, or belongs to a run; an unknown format; labels that the format cannot
-        carry.
+        A file exists or belongs to a run, the format is unknown, or it cannot hold a label.
     UnknownLabelError
-        A head that the model does not have.
+        The model has no head of a given name.
 
     Examples
     --------
@@ -141,7 +140,7 @@ def export_embeddings(
 
 
 class _Table(NamedTuple):
-    """Rows to export: labels, names, which are inverses (entities: None), and (rows, d) a head."""
+    """Labels, names, inverse flags (None for entities), and a (rows, d) table per head."""
 
     what: What
     labels: list[str]
@@ -162,16 +161,16 @@ Format = TypeVar("Format", bound=str)
 
 
 def _format(
-    path: Path, given: str | None, suffixes: dict[str, Format], known: tuple[Format, ...]
+    path: Path, name: str | None, suffixes: dict[str, Format], known: tuple[Format, ...]
 ) -> Format:
-    if given is not None:
+    if name is not None:
         for format in known:
-            if format == given:
+            if format == name:
                 return format
-        raise DataError(f"format: expected one of {', '.join(known)}; received {given!r}.")
+        raise DataError(f"format: expected one of {', '.join(known)}; received {name!r}.")
     if path.suffix.lower() not in suffixes:
         raise DataError(
-            f"{path}: the suffix {path.suffix!r} tells no format. Give the format"
+            f"{path}: the suffix {path.suffix!r} stands for no format. Give a format"
             f" ({', '.join(known)}) or one of the suffixes {', '.join(suffixes)}."
         )
     return suffixes[path.suffix.lower()]
@@ -199,16 +198,16 @@ def _paths(path: Path, format: EmbeddingFormat, heads: Sequence[str]) -> list[Pa
 
 
 def check_free(path: Path, force: bool) -> None:
-    """A DataError where a file may not be written: what is there is none, or is to be kept."""
+    """Raise a DataError if ``path`` is no file, belongs to a run, or exists without ``force``."""
     _files.check_target(path)
     folder = run_of(path)
     if folder is not None:
         raise DataError(
-            f"{path} belongs to the run in {folder}, and is not written over. Choose another file."
+            f"{path} belongs to the run in {folder} and cannot be overwritten. Choose another file."
         )
     if os.path.lexists(path) and not force:
         raise DataError(
-            f"{path} exists. Choose another file, or write over it with --force (force=True)."
+            f"{path} exists. Choose another file, or overwrite it with --force (force=True)."
         )
 
 
@@ -223,7 +222,7 @@ def _write_safetensors(paths: list[Path], table: _Table) -> None:
     }
     if table.inverse is not None:
         about["inverse"] = table.inverse
-    # Tensors last: where they are, their labels are.
+    # Written first, so that tensors never exist without their labels.
     _files.write_json(beside, about, follow=True)
     metadata = {
         "format": FORMAT,
@@ -231,7 +230,7 @@ def _write_safetensors(paths: list[Path], table: _Table) -> None:
         "what": table.what,
         "labels": beside.name,
     }
-    # Contiguous and distinct tensors: heads may share one table.
+    # Cloned, because heads may share memory, which safetensors refuses.
     tensors = {head: value.clone() for head, value in table.heads.items()}
     _files.write_atomically(
         path, lambda temporary: save_file(tensors, temporary, metadata), follow=True
@@ -242,7 +241,7 @@ def _write_npz(paths: list[Path], table: _Table) -> None:
     columns = LABEL_COLUMNS["npz"]
     # NumPy drops NUL characters at the end of strings.
     if any("\0" in text for texts in (table.labels, table.names) for text in texts):
-        raise DataError(f"{paths[0]}: a label holds a NUL character, which npz cannot carry.")
+        raise DataError(f"{paths[0]}: a label contains a NUL character, which npz cannot hold.")
     arrays: dict[str, Any] = {
         columns[0]: text_array(paths[0], table.labels, "Parquet or safetensors"),
         columns[1]: text_array(paths[0], table.names, "Parquet or safetensors"),
@@ -252,11 +251,11 @@ def _write_npz(paths: list[Path], table: _Table) -> None:
     arrays.update(_renamed(table.heads, columns))
 
     def write(temporary: Path) -> None:
-        # Not numpy.savez, whose own argument `file` could not be the name of a modality.
+        # Not numpy.savez, whose parameter `file` could not be the name of a modality.
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, array in arrays.items():
                 info = zipfile.ZipInfo(f"{name}.npy")
-                # NumPy's strings are as wide as the longest one; numbers hardly get smaller.
+                # NumPy pads strings to the longest one; numbers hardly compress.
                 text = array.dtype.kind == "U"
                 info.compress_type = zipfile.ZIP_DEFLATED if text else zipfile.ZIP_STORED
                 with archive.open(info, "w", force_zip64=True) as file:
@@ -266,7 +265,7 @@ def _write_npz(paths: list[Path], table: _Table) -> None:
 
 
 def _renamed(heads: dict[str, Tensor], taken: Sequence[str]) -> dict[str, Any]:
-    """Arrays by head; a name that is taken is followed by ``_embedding``."""
+    """Return arrays by head; ``_embedding`` is appended to a name that is taken."""
     arrays: dict[str, Any] = {}
     for head, value in heads.items():
         name = head
@@ -316,10 +315,10 @@ def _word2vec_writer(header: bytes, frame: pl.DataFrame) -> Callable[[Path], Non
 
 
 def word2vec_token(label: str) -> str:
-    r"""A label as a token without white space; ``urllib.parse.unquote`` turns it back.
+    r"""Return a label as a token without white space; ``urllib.parse.unquote`` restores it.
 
-    ``%``, white space, whatever does not print and a leading ``^`` become the ``%XX`` of their
-    UTF-8 bytes; all else stays.
+    ``%``, white space, unprintable characters and a leading ``^`` become the ``%XX`` of their UTF-8
+    bytes; other characters stay.
 
     Examples
     --------
@@ -327,7 +326,7 @@ def word2vec_token(label: str) -> str:
     >>> word2vec_token("100 % São Tomé\n")
     '100%20%25%20São%20Tomé%0A'
     """
-    if label.isprintable():  # so is a space, but no other white space
+    if label.isprintable():  # a space is printable, other white space is not
         token = label.replace("%", "%25").replace(" ", "%20")
     else:
         token = "".join(
@@ -352,13 +351,13 @@ def export_predictions(
     force: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Answer many queries and write the best answers of each, best first, as triples.
+    """Answer many queries and write the best answers to each, best first, as triples.
 
-    - ``tsv``: the columns of `predict_all` under a header, tabs between them, no quoting.
-    - ``ntriples``: RDF triples, without ranks and scores, for which N-Triples has no place. Labels
-      become IRIs as `imvia_graph.io.rdf` makes them, so that `load_kg` gives them back: a label
-      that is an absolute IRI stands as it is, any other one percent-encoded behind
-      ``urn:imvia:entity:`` or ``urn:imvia:relation:``.
+    - ``tsv``: the columns of `predict_all` with a header, separated by tabs, without quoting.
+    - ``ntriples``: RDF triples, without ranks and scores, which N-Triples cannot hold. Labels
+      become IRIs as in `imvia_graph.io.rdf`, so that `load_kg` restores them: an absolute IRI stays
+      as it is, any other label is percent-encoded after ``urn:imvia:entity:`` or
+      ``urn:imvia:relation:``.
 
     Parameters
     ----------
@@ -367,13 +366,13 @@ def export_predictions(
     path : path
         The file to write.
     queries : iterable of Query
-        Written by hand, or as `queries_of` and `read_queries` make them.
+        Queries, for example from `queries_of` or `read_queries`.
     format : {"tsv", "ntriples"}, optional
         Default: by the suffix, ``.tsv`` or ``.nt``.
     k, include_known, include_self, on_batch
         As for `predict_all`.
     force : bool
-        Whether a file that exists is written over.
+        Whether to overwrite an existing file.
 
     Returns
     -------
@@ -383,10 +382,10 @@ def export_predictions(
     Raises
     ------
     DataError
-        The file exists, or belongs to a run; an unknown format; labels that TSV cannot carry; bad
-        queries.
+        The file exists or belongs to a run, the format is unknown, TSV cannot hold a label, or a
+        query is invalid.
     UnknownLabelError
-        A query names what the graph does not know.
+        A query names an entity or a relation that the graph does not have.
 
     Examples
     --------
@@ -431,37 +430,37 @@ def predict_all(
     include_self: bool | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> pl.DataFrame:
-    """The best answers to many queries, scored in batches; `Run.predict` for a table.
+    """Return the best answers to many queries as a table; the batched form of `Run.predict`.
 
     Parameters
     ----------
     run : Run
         A trained run.
     queries : iterable of Query
-        Each with a head or a tail.
+        Queries, each with either a head or a tail.
     k : int
-        Answers to a query; fewer where there are not so many. Equal scores go by id.
+        Maximum number of answers to a query. Equal scores are ordered by id.
     include_known : bool
         Whether triples of the graph (train, valid or test) are among the answers.
     include_self : bool, optional
-        Whether the given entity itself may be an answer. Default: where a training triple of the
-        relation relates an entity to itself.
+        Whether the query's own entity may be an answer. Default: if a training triple of the
+        relation has the same head and tail.
     on_batch : callable, optional
-        Called with the numbers of queries answered and in all.
+        Called with the number of queries answered so far and their total number.
 
     Returns
     -------
     polars.DataFrame
-        Queries in their order, answers best first: ``head``, ``relation``, ``tail`` (labels),
-        ``asked`` (``head`` or ``tail``, the end that was missing), ``rank`` (from 1), ``score``
-        (of the decision; comparable within a query only), ``known`` (whether it is in the graph).
+        The answers, best first, query by query: ``head``, ``relation``, ``tail`` (labels),
+        ``asked`` (``head`` or ``tail``, the missing end), ``rank`` (from 1), ``score`` (of the
+        decision; comparable within a query only), ``known`` (whether the triple is in the graph).
 
     Raises
     ------
     DataError
-        No query, or one with both ends or none; k below 1.
+        There are no queries, a query has both ends or none, or k is below 1.
     UnknownLabelError
-        A query names what the graph does not know.
+        A query names an entity or a relation that the graph does not have.
 
     Examples
     --------
@@ -488,7 +487,7 @@ def predict_all(
         k=k,
         include_known=include_known,
         include_self=include_self,
-        # All scores of these are held, which ranking does not do.
+        # Limited because, unlike ranking, this holds all scores of a batch.
         batch_size=min(run.settings.ranking_batch_size, 1024),
         on_batch=on_batch,
     )
@@ -517,7 +516,7 @@ def queries_of(
     ask: Side = "tail",
     entities: Literal["seen", "all"] = "seen",
 ) -> list[Query]:
-    """A query for each entity that a relation may be asked of.
+    """Return a query for each relation and each entity at its given end.
 
     Parameters
     ----------
@@ -526,9 +525,10 @@ def queries_of(
     relations : sequence of str, optional
         Labels or display names. Default: all.
     ask : {"tail", "head"}
-        Which end is missing.
+        The missing end.
     entities : {"seen", "all"}
-        The other end: entities that stand there in a triple of the relation, in any split; or all.
+        Entities at the given end: those seen there in a triple of the relation, in any split, or
+        all.
 
     Examples
     --------
@@ -546,19 +546,19 @@ def queries_of(
         raise DataError(f"entities: expected seen or all, received {entities!r}.")
     wanted = kg.relations if relations is None else relations
     chosen = dict.fromkeys(kg.id_of(relation, "relation") for relation in wanted)
-    given = dict.fromkeys(chosen, range(kg.num_entities))
+    entities_of = dict.fromkeys(chosen, range(kg.num_entities))
     if entities == "seen":
         whole = torch.cat([kg.triples(split) for split in SPLITS])
-        # Relation by relation, and within one by id.
-        place = whole[:, 1] * kg.num_entities + whole[:, 0 if ask == "tail" else 2]
-        pairs = place.unique()
+        # Distinct (relation, entity) pairs, sorted by relation, then by entity.
+        keys = whole[:, 1] * kg.num_entities + whole[:, 0 if ask == "tail" else 2]
+        pairs = keys.unique()
         of_each = torch.bincount(pairs // kg.num_entities, minlength=kg.num_relations)
         by_relation = (pairs % kg.num_entities).split(of_each.tolist())
-        given = {relation: by_relation[relation].tolist() for relation in chosen}
+        entities_of = {relation: by_relation[relation].tolist() for relation in chosen}
     queries = []
     for relation_id in chosen:
         label = kg.relations[relation_id]
-        for entity in (kg.entities[i] for i in given[relation_id]):
+        for entity in (kg.entities[i] for i in entities_of[relation_id]):
             queries.append(
                 Query(entity, label, None) if ask == "tail" else Query(None, label, entity)
             )
@@ -566,15 +566,15 @@ def queries_of(
 
 
 def read_queries(path: str | os.PathLike[str], kg: MultiViewKG) -> list[Query]:
-    r"""Read queries from a file: head, relation, tail a line, separated by tabs, UTF-8.
+    r"""Read queries from a UTF-8 file, one per line: head, relation and tail, separated by tabs.
 
-    The end that is asked for is ``?`` or nothing. Blank lines are skipped.
+    The missing end is ``?`` or empty. Blank lines are skipped.
 
     Raises
     ------
     DataError
-        A line without three columns or without just one missing end, or that names what the graph
-        does not know; the message says which line.
+        A line does not have three columns and exactly one missing end, or names an unknown entity
+        or relation (the message says which line); or the file has no queries.
 
     Examples
     --------
@@ -593,8 +593,8 @@ def read_queries(path: str | os.PathLike[str], kg: MultiViewKG) -> list[Query]:
         missing = [fields[i] in ("", "?") for i in (0, 2)] if len(fields) == 3 else []
         if missing.count(True) != 1 or not fields[1]:
             raise DataError(
-                f"{path}, line {number}: expected head, relation, tail, separated by tabs, one of"
-                f" head and tail being ?; found {shorten(line)!r}."
+                f"{path}, line {number}: expected head, relation and tail, separated by tabs, with"
+                f" ? for either head or tail; found {shorten(line)!r}."
             )
         head, relation, tail = fields
         query = Query(None if missing[0] else head, relation, None if missing[1] else tail)
@@ -604,12 +604,12 @@ def read_queries(path: str | os.PathLike[str], kg: MultiViewKG) -> list[Query]:
             raise DataError(f"{path}, line {number}: {error}") from error
         queries.append(query)
     if not queries:
-        raise DataError(f"{path} holds no queries; expected head, relation, ? a line.")
+        raise DataError(f"{path} holds no queries; expected lines of head, relation and ?.")
     return queries
 
 
 def _write_ntriples(path: Path, frame: pl.DataFrame) -> None:
-    # Imported here: it needs an RDF library, which nothing else here does.
+    # Imported here because it needs an RDF library.
     from imvia_graph.io import rdf
 
     columns = []

@@ -1,7 +1,7 @@
-"""`inspect_kg`: what to know of a knowledge graph before trusting what is measured on it.
+"""`inspect_kg`: checks of a knowledge graph before metrics measured on it are trusted.
 
-Works on whole columns: one sort of all triples by their two ends brings together whatever can
-repeat, mirror or copy each other, and the rest is looked at no further.
+All checks work on whole columns. One sort of the triples by their unordered pair of ends groups
+those that can repeat, mirror or copy each other; triples alone in their group are then dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from imvia_graph.splits import HELD_OUT_FRACTION, drawn_by, hold_out
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-#: Couples of triples, or feature values, that are looked at together: what bounds the memory.
+#: Pairs of triples, or feature values, processed at a time; bounds the memory.
 CHUNK = 1 << 22
 TRAIN, VALID, TEST = (1 << place for place in range(len(SPLITS)))
 
@@ -29,14 +29,14 @@ TRAIN, VALID, TEST = (1 << place for place in range(len(SPLITS)))
 def inspect_kg(
     kg: MultiViewKG, *, threshold: float = 0.8, near: float = 0.5, minimum: int = 3
 ) -> dict[str, Any]:
-    r"""Look at a knowledge graph: sizes, degrees, views, leaks between splits, broken features.
+    r"""Check a knowledge graph: sizes, degrees, views, leaks between splits, broken features.
 
-    For the validation set as it was published, load the graph with
-    ``load_kg(source, validation="published")``; ``validation`` in the result says what ``auto``
-    makes of it.
+    To check the validation set as published, load the graph with
+    ``load_kg(source, validation="published")``; ``validation`` in the result says what the
+    validation ``auto`` would do with it.
 
-    For relations a and b, with S(a) the distinct pairs (head, tail) of a over all splits, loops
-    (head = tail, their own reverse) left out, the shares are
+    For relations a and b, let S(a) be the distinct pairs (head, tail) of a over all splits, without
+    loops (head = tail), which are their own reverse. The shares are
 
     .. math::
         \text{inverse}(a, b) = |\{(h, t) \in S(a) : (t, h) \in S(b)\}| \,/\, |S(a)|, \qquad
@@ -45,55 +45,58 @@ def inspect_kg(
     Parameters
     ----------
     kg : MultiViewKG
-        Left as it is.
+        The graph; it is not modified.
     threshold : float
-        Two relations are inverses (copies) where the shares of both in each other are at least
-        this, a relation is symmetric where its share in itself is. Default: 0.8.
+        Two relations are inverses (copies) if both their shares are at least this; a relation is
+        symmetric if its inverse share with itself is. Default: 0.8.
     near : float
-        They are near-inverses (near-copies) where the share of one is at least this, and a
-        relation is near-symmetric where its own is. Default: 0.5.
+        Two relations are near-inverses (near-copies) if one of their shares is at least this; a
+        relation is near-symmetric if its inverse share with itself is. Default: 0.5.
     minimum : int
-        Pairs that two relations must have in common to be listed at all; fewer say nothing.
-        Default: 3.
+        Number of common pairs below which two relations are not listed. Default: 3.
 
     Returns
     -------
     dict
-        Numbers, strings, lists and dicts only, as JSON has them:
+        Only types that JSON has: numbers, strings, lists, dicts and None.
 
         - ``name``, ``notes``, ``entities``, ``relations``: the graph's name, notes and sizes;
-        - ``triples``: for each split and for ``all`` of them, ``triples`` (rows), ``distinct``, and
-          ``repeated``, the difference;
-        - ``shared``: distinct triples that two splits have in common, ``train-valid`` and so on;
-        - ``validation``: ``distinct``, ``in_train``, ``in_test``, ``held_out`` (in neither of
-          them), what ``auto`` does with it (``published``, ``held-out`` or ``none``), ``why``;
-        - ``degree``: ``min``, ``median``, ``mean``, ``max`` of the number of training triples' ends
-          that an entity is (a loop counts twice), and ``isolated``, how many are none;
-        - ``relation_size``: the same of the training triples of a relation, with ``unseen``;
-        - ``unseen``: what no training triple touches: ``entities``, of them ``nowhere`` (in no
-          split at all) and ``without_views`` (in valid or test, with no view either),
-          ``relations``; and for ``valid`` and ``test`` the ``triples`` (rows) with an unseen head
-          or tail, the ``ends`` of rows that are unseen (two where both are), the
-          ``relation_triples`` whose relation is unseen; ``first_entities`` and
-          ``first_relations``, up to five labels;
-        - ``loops``: ``triples`` (rows with head = tail) and ``relations``, how many by label;
-        - ``patterns``: ``symmetric``, ``inverse`` and ``copy``, each a list, the most leaking
-          first, of ``relation`` (and ``other``), ``kind``, ``pairs`` in common, ``share`` (and
-          ``other_share``) and ``test_answered``: rows of test, of both relations, that a training
-          triple of the other one tells; ``test_answered``: rows of test so told by any listed
-          pattern of a sort, and ``any``; ``thresholds``, as given;
-        - ``views``: for each modality ``views``, ``width``, ``dtype``, the entities with ``none``,
-          ``one`` and ``many``, ``median``, ``mean`` and ``max`` of their number, and of the
-          features ``non_finite`` rows, ``zero`` rows, ``constant`` rows (one value throughout, not
-          zero), ``constant_columns``, ``repeated`` rows (equal to an earlier one),
-          ``repeated_same_entity``, and ``most_repeated``: ``views`` and ``entities`` that share
-          one row, with the first ``entity``;
-        - ``warnings``: ``code`` and ``text`` of whatever deserves a second look, and what to do.
+        - ``triples``: for each split and for ``all`` of them, the number of rows ``triples``, of
+          ``distinct`` triples, and of ``repeated`` rows, the difference;
+        - ``shared``: number of distinct triples that two splits share, ``train-valid`` and so on;
+        - ``validation``: number of ``distinct`` triples, of these ``in_train``, ``in_test`` and
+          ``held_out`` (in neither), what ``auto`` does with them (``published``, ``held-out`` or
+          ``none``), and ``why``;
+        - ``degree``: ``min``, ``median``, ``mean`` and ``max`` degree of an entity in the training
+          triples (a loop counts twice), and the number of ``isolated`` entities, of degree 0;
+        - ``relation_size``: the same statistics of the number of training triples per relation, and
+          the number of ``unseen`` relations, without any;
+        - ``unseen``: number of ``entities`` without a training triple, of these ``nowhere`` (in no
+          split) and ``without_views`` (in valid or test, but without a view); number of
+          ``relations`` without a training triple; for ``valid`` and ``test``, the rows with an
+          unseen head or tail (``triples``), their unseen heads and tails (``ends``), and the rows
+          whose relation is unseen (``relation_triples``); up to five labels of such entities
+          (``first_entities``) and relations (``first_relations``);
+        - ``loops``: number of rows with head = tail (``triples``), and by label of the relation
+          (``relations``);
+        - ``patterns``: lists ``symmetric``, ``inverse`` and ``copy``, the most leaking first, of
+          ``relation`` (and ``other``), ``kind``, number of common ``pairs``, ``share`` (and
+          ``other_share``) and ``test_answered``: the test rows of either relation that mirror or
+          copy a training triple of the other; ``test_answered``: the test rows that the listed
+          relations of each list, or of ``any``, leak; ``thresholds``: the arguments;
+        - ``views``: for each modality the number of ``views``, ``width`` and ``dtype``; the number
+          of entities with ``none``, ``one`` and ``many`` views, and the ``median``, ``mean`` and
+          ``max`` number of views per entity; of the features the number of ``non_finite``, all
+          ``zero``, ``constant`` (one nonzero value) and ``repeated`` rows (equal to an earlier
+          one), ``repeated_same_entity`` of these within an entity, and ``constant_columns``;
+          ``most_repeated``: the number of ``views`` and of ``entities`` that share the most
+          frequent repeated row, and the first such ``entity``, or None;
+        - ``warnings``: ``code`` and ``text`` of each problem, with advice.
 
     Raises
     ------
     DataError
-        A threshold out of range.
+        An argument is out of range.
 
     References
     ----------
@@ -122,8 +125,8 @@ def inspect_kg(
             f" near={near}, threshold={threshold}, minimum={minimum}."
         )
     columns = _columns(kg)
-    crowd = _crowd(columns, kg.num_entities)
-    triples, shared = _counts(columns, crowd)
+    grouped = _group_by_ends(columns, kg.num_entities)
+    triples, shared = _counts(columns, grouped)
     result: dict[str, Any] = {
         "name": kg.name,
         "notes": list(kg.notes),
@@ -131,10 +134,10 @@ def inspect_kg(
         "relations": kg.num_relations,
         "triples": triples,
         "shared": shared,
-        "validation": _validation(crowd, triples["valid"]["distinct"], shared),
+        "validation": _validation(grouped, triples["valid"]["distinct"], shared),
         **_degrees(kg, columns),
         "loops": _loops(kg, columns),
-        "patterns": _patterns(kg, columns, crowd, threshold, near, minimum),
+        "patterns": _patterns(kg, columns, grouped, threshold, near, minimum),
         "views": {modality: _views(kg, modality) for modality in kg.modalities},
     }
     result["warnings"] = _warnings(kg, result)
@@ -145,7 +148,7 @@ def inspect_kg(
 
 
 class _Columns(NamedTuple):
-    """All triples of all splits, column by column: (n,) each; ``split`` is a place in SPLITS."""
+    """Columns (n,) of the triples of all splits; ``split`` is an index into SPLITS."""
 
     head: Ints
     relation: Ints
@@ -153,13 +156,13 @@ class _Columns(NamedTuple):
     split: NDArray[np.uint8]
 
 
-class _Crowd(NamedTuple):
-    """Rows whose two ends, in whatever order, are those of another row; and what they amount to.
+class _Grouped(NamedTuple):
+    """Rows that share their unordered pair of ends with another row, and their distinct triples.
 
-    ``split`` and ``relation`` are of the rows; ``row_is_first`` marks those that are not repeated
-    within their split. All else is a row a *distinct triple*: ``group`` is the same for triples
-    between the same two entities, ``backward`` is whether the head is the greater id, ``splits``
-    are bits, ``test_rows`` counts its rows in test.
+    ``split``, ``relation``, ``row_is_first`` (not a repetition within its split) and
+    ``row_is_loop`` have an entry per row. The other fields have an entry per distinct triple:
+    ``group`` numbers the pairs of ends, ``backward`` is whether the head has the greater id,
+    ``label`` is the relation, ``splits`` is a bit mask, and ``test_rows`` counts the rows in test.
     """
 
     split: NDArray[np.uint8]
@@ -181,16 +184,16 @@ def _columns(kg: MultiViewKG) -> _Columns:
     return _Columns(head, relation, tail, split)
 
 
-def _crowd(columns: _Columns, num_entities: int) -> _Crowd:
+def _group_by_ends(columns: _Columns, num_entities: int) -> _Grouped:
     head, relation, tail, split = columns
     ends = np.minimum(head, tail) * num_entities + np.maximum(head, tail)
     order = np.argsort(ends)
     ends = ends[order]
     equal = ends[1:] == ends[:-1]
-    crowded = np.zeros(len(ends), dtype=bool)
-    crowded[1:] |= equal
-    crowded[:-1] |= equal
-    rows, group = order[crowded], ends[crowded]
+    shared = np.zeros(len(ends), dtype=bool)
+    shared[1:] |= equal
+    shared[:-1] |= equal
+    rows, group = order[shared], ends[shared]
     backward = head[rows] > tail[rows]
 
     order = np.lexsort((split[rows], relation[rows], backward, group))
@@ -203,7 +206,7 @@ def _crowd(columns: _Columns, num_entities: int) -> _Crowd:
         test_rows = np.add.reduceat((split_ == SPLITS.index("test")).astype(np.int64), start)
     else:
         splits, test_rows = np.empty(0, np.uint8), np.empty(0, np.int64)
-    return _Crowd(
+    return _Grouped(
         split_,
         relation_,
         new | _changes(split_),
@@ -218,15 +221,17 @@ def _crowd(columns: _Columns, num_entities: int) -> _Crowd:
 
 
 def _changes(values: NDArray[Any]) -> Bools:
-    """Where a value differs from the one before; the first always does."""
+    """Mark where a value differs from the previous one; the first is always marked."""
     changed = np.ones(len(values), dtype=bool)
     changed[1:] = values[1:] != values[:-1]
     return changed
 
 
-def _counts(columns: _Columns, crowd: _Crowd) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+def _counts(
+    columns: _Columns, grouped: _Grouped
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
     rows = np.bincount(columns.split, minlength=len(SPLITS))
-    repeated = np.bincount(crowd.split[~crowd.row_is_first], minlength=len(SPLITS))
+    repeated = np.bincount(grouped.split[~grouped.row_is_first], minlength=len(SPLITS))
     triples = {
         split: {
             "triples": int(rows[i]),
@@ -235,16 +240,16 @@ def _counts(columns: _Columns, crowd: _Crowd) -> tuple[dict[str, dict[str, int]]
         }
         for i, split in enumerate(SPLITS)
     }
-    repeated_at_all = len(crowd.split) - len(crowd.splits)
+    repeated_at_all = len(grouped.split) - len(grouped.splits)
     triples["all"] = {
         "triples": len(columns.split),
         "distinct": len(columns.split) - repeated_at_all,
         "repeated": repeated_at_all,
     }
     shared = {
-        "train-valid": _in_all(crowd.splits, TRAIN | VALID),
-        "train-test": _in_all(crowd.splits, TRAIN | TEST),
-        "valid-test": _in_all(crowd.splits, VALID | TEST),
+        "train-valid": _in_all(grouped.splits, TRAIN | VALID),
+        "train-test": _in_all(grouped.splits, TRAIN | TEST),
+        "valid-test": _in_all(grouped.splits, VALID | TEST),
     }
     return triples, shared
 
@@ -253,15 +258,15 @@ def _in_all(splits: NDArray[np.uint8], wanted: int) -> int:
     return int(((splits & wanted) == wanted).sum())
 
 
-def _validation(crowd: _Crowd, distinct: int, shared: dict[str, int]) -> dict[str, Any]:
+def _validation(grouped: _Grouped, distinct: int, shared: dict[str, int]) -> dict[str, Any]:
     in_train, in_test = shared["train-valid"], shared["valid-test"]
-    in_both = _in_all(crowd.splits, TRAIN | VALID | TEST)
+    in_both = _in_all(grouped.splits, TRAIN | VALID | TEST)
     if not distinct:
         auto, why = "none", "there is no validation set, and auto makes none"
     elif in_train or in_test:
         auto, why = "held-out", "it shares triples with train or test; auto puts it aside"
     else:
-        auto, why = "published", "it shares no triple with train or test; auto takes it as it is"
+        auto, why = "published", "it shares no triple with train or test; auto uses it as it is"
     return {
         "distinct": distinct,
         "in_train": in_train,
@@ -333,33 +338,38 @@ def _loops(kg: MultiViewKG, columns: _Columns) -> dict[str, Any]:
     }
 
 
-# -- relations that tell of each other ------------------------------------------------------------
+# -- relations that repeat each other -------------------------------------------------------------
 
 
 def _patterns(
-    kg: MultiViewKG, columns: _Columns, crowd: _Crowd, threshold: float, near: float, minimum: int
+    kg: MultiViewKG,
+    columns: _Columns,
+    grouped: _Grouped,
+    threshold: float,
+    near: float,
+    minimum: int,
 ) -> dict[str, Any]:
     num = kg.num_relations
-    plain = ~crowd.loop
-    group, backward, label = crowd.group[plain], crowd.backward[plain], crowd.label[plain]
-    in_train = (crowd.splits[plain] & TRAIN) > 0
-    test_rows = crowd.test_rows[plain]
+    plain = ~grouped.loop
+    group, backward, label = grouped.group[plain], grouped.backward[plain], grouped.label[plain]
+    in_train = (grouped.splits[plain] & TRAIN) > 0
+    test_rows = grouped.test_rows[plain]
     pairs = np.bincount(columns.relation[columns.head != columns.tail], minlength=num)
-    pairs -= np.bincount(crowd.relation[~crowd.row_is_loop], minlength=num)
+    pairs -= np.bincount(grouped.relation[~grouped.row_is_loop], minlength=num)
     pairs += np.bincount(label, minlength=num)  # distinct (head, tail) of each relation
 
-    # How many pairs, and how many test rows, relation `a` has in common with relation `b`; the key
-    # is a * num + b. Mirrored: the pair of b is reversed.
+    # Number of pairs of relation `a` in common with relation `b`, and of test rows of `a` that a
+    # training triple of `b` leaks, by key a * num + b. Mirrored: the pair of b is reversed.
     common = {mirrored: _Counter(num * num) for mirrored in (True, False)}
-    for i, j in _couples(group, np.arange(len(group))):
+    for i, j in _pairs_in_groups(group, np.arange(len(group))):
         key, opposite = label[i] * num + label[j], backward[i] != backward[j]
         for mirrored, counter in common.items():
             counter.add(key[opposite == mirrored])
-    told = {mirrored: _Counter(num * num) for mirrored in (True, False)}
+    leaked = {mirrored: _Counter(num * num) for mirrored in (True, False)}
     test_only = np.flatnonzero(test_rows)
-    for i, j in _couples(group, test_only):
+    for i, j in _pairs_in_groups(group, test_only):
         key, opposite = label[i] * num + label[j], backward[i] != backward[j]
-        for mirrored, counter in told.items():
+        for mirrored, counter in leaked.items():
             which = in_train[j] & (opposite == mirrored)
             counter.add(key[which], test_rows[i[which]])
 
@@ -383,14 +393,14 @@ def _patterns(
             entry["share"] = float(share[row])
             if one != other:
                 entry["other_share"] = float(other_share[row])
-            entry["test_answered"] = sum(told[mirrored].get(key) for key in keys)
+            entry["test_answered"] = sum(leaked[mirrored].get(key) for key in keys)
             found[sort].append(entry)
             listed[sort] += sorted(keys)
     for entries in found.values():
         entries.sort(key=lambda entry: (-entry["test_answered"], -entry["pairs"]))
 
     answered = {sort: np.zeros(len(group), dtype=bool) for sort in found}
-    for i, j in _couples(group, test_only):
+    for i, j in _pairs_in_groups(group, test_only):
         key, opposite = label[i] * num + label[j], backward[i] != backward[j]
         for sort, hit in answered.items():
             which = in_train[j] & (opposite == (sort != "copy"))
@@ -402,10 +412,10 @@ def _patterns(
     return found
 
 
-def _couples(group: Ints, rows: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """Each of some rows with each other row of its group, in bounded portions.
+def _pairs_in_groups(group: Ints, rows: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """Yield the pairs of each of ``rows`` with each other row of its group, in bounded chunks.
 
-    ``group`` ascends from 0 without gaps, so that a group's rows stand together.
+    ``group`` ascends from 0 without gaps, so that the rows of a group are contiguous.
     """
     size = np.bincount(group)
     start = np.cumsum(size) - size
@@ -424,7 +434,7 @@ def _couples(group: Ints, rows: Ints) -> Iterator[tuple[Ints, Ints]]:
 
 
 class _Counter:
-    """Sums by key: one array where the keys are few, sorted portions where they are many."""
+    """Sums by key: a dense array if there are few possible keys, else sorted keys and sums."""
 
     def __init__(self, size: int) -> None:
         self.dense = np.zeros(size, dtype=np.int64) if size <= CHUNK else None
@@ -432,7 +442,7 @@ class _Counter:
         self.count: Ints = np.empty(0, dtype=np.int64)
 
     def add(self, key: Ints, weight: Ints | None = None) -> None:
-        """Count each key once, or by its weight."""
+        """Add 1, or the weight, to the sum of each key; keys may repeat."""
         if weight is None:
             weight = np.ones(len(key), dtype=np.int64)
         if self.dense is not None:
@@ -445,14 +455,14 @@ class _Counter:
         self.count = count
 
     def items(self) -> tuple[Ints, Ints]:
-        """Keys with a count, ascending, and their counts."""
+        """Return the keys with a sum, ascending, and their sums."""
         if self.dense is None:
             return self.key, self.count
         key = np.flatnonzero(self.dense)
         return key, self.dense[key]
 
     def get(self, key: int) -> int:
-        """The count of one key."""
+        """Return the sum of one key."""
         if self.dense is not None:
             return int(self.dense[key])
         place = int(np.searchsorted(self.key, key))
@@ -481,7 +491,7 @@ def _views(kg: MultiViewKG, modality: str) -> dict[str, Any]:
 
 
 def _features(feat: Tensor, owner: Ints, entities: list[str]) -> dict[str, Any]:
-    """What is wrong with (V, d) features of the entities ``owner`` (V,), portion by portion."""
+    """Return the flaws of (V, d) features of the entities ``owner`` (V,), found chunk by chunk."""
     num, width = feat.shape
     step = max(1, CHUNK // max(1, width))
     weight = np.random.default_rng(0).integers(1 << 62, size=width).astype(np.uint64) * 2 + 1
@@ -489,7 +499,7 @@ def _features(feat: Tensor, owner: Ints, entities: list[str]) -> dict[str, Any]:
     non_finite = zero = constant = 0
     varies = np.zeros(width, dtype=bool)
     for at in range(0, num, step):
-        values = _plain(feat[at : at + step])
+        values = _as_floats(feat[at : at + step])
         non_finite += int((~np.isfinite(values).all(axis=1)).sum())
         zeros = (values == 0).all(axis=1)
         zero += int(zeros.sum())
@@ -523,15 +533,15 @@ def _features(feat: Tensor, owner: Ints, entities: list[str]) -> dict[str, Any]:
     }
 
 
-def _plain(feat: Tensor) -> NDArray[Any]:
-    """Features as float32, or float64 where they are; -0 becomes 0, which it equals."""
+def _as_floats(feat: Tensor) -> NDArray[Any]:
+    """Return features as float32, or float64 if they are; -0 becomes 0, which it equals."""
     wide = feat if feat.element_size() >= 4 else feat.float()
     values: NDArray[Any] = wide.detach().cpu().contiguous().numpy() + 0.0
     return values
 
 
 def _digest(values: NDArray[Any], weight: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """(n,) 64-bit digests of the bits of (n, d) values: equal rows have equal ones."""
+    """Return (n,) 64-bit digests of the bits of (n, d) values; equal rows have equal digests."""
     bits = _bits(values).astype(np.uint64)
     bits *= weight
     bits ^= bits >> np.uint64(32)
@@ -546,7 +556,7 @@ def _bits(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _repeated_rows(feat: Tensor, digest: NDArray[np.uint64], step: int) -> tuple[Ints, Ints]:
-    """Rows that equal another one, and the first row that each equals; digests are verified."""
+    """Return the rows that equal another, and the first row equal to each; compares the values."""
     order = np.argsort(digest, kind="stable")
     new = _changes(digest[order])
     leader = order[np.flatnonzero(new)[np.cumsum(new) - 1]] if len(order) else order
@@ -555,7 +565,7 @@ def _repeated_rows(feat: Tensor, digest: NDArray[np.uint64], step: int) -> tuple
     equal = np.ones(len(rows), dtype=bool)
     for at in range(0, len(rows), step):
         part = slice(at, at + step)
-        mine, theirs = _plain(feat[rows[part]]), _plain(feat[leader[part]])
+        mine, theirs = _as_floats(feat[rows[part]]), _as_floats(feat[leader[part]])
         equal[part] = (_bits(mine) == _bits(theirs)).all(axis=1)
     return rows[equal], leader[equal]
 
@@ -564,20 +574,20 @@ def _repeated_rows(feat: Tensor, digest: NDArray[np.uint64], step: int) -> tuple
 
 
 def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
-    """What deserves a second look, the gravest first, with what to do; relations by their names."""
+    """Return the warnings, gravest first, with advice; they call relations by their names."""
     names = dict(zip(kg.relations, kg.relation_names, strict=True))
     warnings: list[tuple[str, str]] = []
     triples, shared, validation = found["triples"], found["shared"], found["validation"]
     test = triples["test"]["triples"]
 
-    alike = _labels_of_both(kg)
+    alike = _common_labels(kg)
     if len(alike) > 1 and 2 * len(alike) >= kg.num_relations:
         warnings.append(
             (
                 "relations-are-entities",
-                f"{len(alike):,} of {kg.num_relations:,} relations are called as entities are,"
-                f" first {alike[0]!r}. If head, relation and tail do not stand in this order in the"
-                " source's columns, say where they do (--columns 1,0,2, or their names).",
+                f"{len(alike):,} of {kg.num_relations:,} relations have the label of an entity,"
+                f" first {alike[0]!r}. If the columns of the source are not in the order head,"
+                " relation, tail, give their order (--columns 1,0,2, or their names).",
             )
         )
     if validation["in_train"]:
@@ -586,8 +596,8 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
                 "validation-in-train",
                 f"{validation['in_train']:,} of the {validation['distinct']:,} distinct validation"
                 f" triples are in train and {validation['in_test']:,} in test;"
-                f" {validation['held_out']:,} are truly held out. It cannot choose an epoch."
-                f" {_validate(kg, '--validation held-out; the default, auto, does so here')}",
+                f" {validation['held_out']:,} are in neither. This set cannot choose an epoch."
+                f" {_advice(kg, '--validation held-out; the default, auto, does so here')}",
             )
         )
     elif validation["in_test"]:
@@ -596,7 +606,7 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
                 "validation-in-test",
                 f"{validation['in_test']:,} of the {validation['distinct']:,} distinct validation"
                 " triples are in test: choosing by validation is choosing by test."
-                f" {_validate(kg, '--validation held-out')}",
+                f" {_advice(kg, '--validation held-out')}",
             )
         )
     if shared["train-test"]:
@@ -604,8 +614,8 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
             (
                 "test-in-train",
                 f"{shared['train-test']:,} of the {triples['test']['distinct']:,} distinct test"
-                " triples are in train: test metrics are too good. Take them out of train (or of"
-                " test, and say so).",
+                " triples are in train: test metrics are too good. Remove them from train (or from"
+                " test, and report that).",
             )
         )
     repeated = {split: triples[split]["repeated"] for split in SPLITS if triples[split]["repeated"]}
@@ -614,8 +624,8 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
         warnings.append(
             (
                 "repeated-triples",
-                f"Rows that repeat an earlier row of their split: {listed}. They count twice in"
-                " training or in the metrics; remove them unless that is meant.",
+                f"Rows that repeat an earlier row of their split: {listed}. They count more than"
+                " once in training or in the metrics; remove them unless that is intended.",
             )
         )
     warnings += _unseen_warnings(found, names)
@@ -625,8 +635,8 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
         warnings.append(
             (
                 "loops",
-                f"{_number(found['loops']['triples'], 'triple')} with head and tail the same, most"
-                f" under {worst!r}. Check that they mean something.",
+                f"{_number(found['loops']['triples'], 'triple')} with the same head and tail, most"
+                f" of them of {worst!r}. Check that they are meaningful.",
             )
         )
     for modality, views in found["views"].items():
@@ -636,31 +646,31 @@ def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
             (
                 "no-validation",
                 "There is no validation set, so training keeps its last epoch, not the best."
-                f" {_validate(kg, '--validation held-out')}",
+                f" {_advice(kg, '--validation held-out')}",
             )
         )
     if not test:
         warnings.append(
-            ("no-test", "There is no test set: nothing says how good the predictions will be.")
+            ("no-test", "There is no test set, so nothing measures how good the predictions are.")
         )
     return [{"code": code, "text": text} for code, text in warnings]
 
 
-def _labels_of_both(kg: MultiViewKG) -> list[str]:
-    """Labels that are a relation's and an entity's; not numbers, which are ids of each kind."""
+def _common_labels(kg: MultiViewKG) -> list[str]:
+    """Return the labels of both a relation and an entity, numbers excluded, which may be ids."""
     entities, relations = (column.alias("label").to_frame() for column in kg.label_columns)
     words = relations.filter(~pl.col("label").str.contains(r"^\d+$"))
     return words.join(entities, on="label", how="semi")["label"].to_list()
 
 
-def _validate(kg: MultiViewKG, option: str) -> str:
-    """What to validate with: held-out triples, where any can be held out."""
+def _advice(kg: MultiViewKG, option: str) -> str:
+    """Return what to validate with: held-out triples, if any can be held out."""
     by = drawn_by(kg.train, kg.test)
     if len(hold_out(kg.train, HELD_OUT_FRACTION, keep=kg.test, by=by)[1]):
         return f"Use held-out validation ({option})."
     return (
-        "Give a validation set of other triples: no training triple can be held out: there are too"
-        " few, or each is the only one of an entity or a relation."
+        "Give a validation set of other triples: no training triple can be held out, because there"
+        " are too few, or each is the only one of an entity or a relation."
     )
 
 
@@ -668,17 +678,17 @@ def _unseen_warnings(found: dict[str, Any], names: dict[str, str]) -> list[tuple
     unseen, test = found["unseen"], found["triples"]["test"]["triples"]
     warnings = []
     if unseen["valid"]["triples"] or unseen["test"]["triples"]:
-        views = "only their views tell of them" if found["views"] else "nothing tells of them"
+        views = f"{'Only views describe' if found['views'] else 'Nothing describes'} these entities"
         if found["views"] and unseen["without_views"]:
-            views += f", and {unseen['without_views']:,} of these entities have none"
+            views += f", and {unseen['without_views']:,} of them have none"
         warnings.append(
             (
                 "unseen-entities",
                 f"{unseen['test']['triples']:,} of {test:,} test triples"
                 f" ({_number(unseen['test']['ends'], 'end')}) and {unseen['valid']['triples']:,} of"
-                f" {found['triples']['valid']['triples']:,} validation triples have an end that no"
-                f" training triple touches: {views}."
-                " Report them apart, or give these entities views or training triples.",
+                f" {found['triples']['valid']['triples']:,} validation triples have an entity"
+                f" without training triples. {views}. Report these triples separately, or give the"
+                " entities views or training triples.",
             )
         )
     if unseen["nowhere"]:
@@ -686,7 +696,7 @@ def _unseen_warnings(found: dict[str, Any], names: dict[str, str]) -> list[tuple
             (
                 "unused-entities",
                 f"{_number(unseen['nowhere'], 'entity', 'entities')} in no triple of any split. All"
-                " compete as candidates; leave out those that predictions should not name.",
+                " compete as candidates; remove those that predictions should not name.",
             )
         )
     if unseen["relations"]:
@@ -697,8 +707,8 @@ def _unseen_warnings(found: dict[str, Any], names: dict[str, str]) -> list[tuple
                 "unseen-relations",
                 f"{_number(unseen['relations'], 'relation')} without a training triple ({first}):"
                 f" {_number(unseen['test']['relation_triples'], 'test triple')} and"
-                f" {_number(unseen['valid']['relation_triples'], 'validation triple')} under them."
-                " Nothing can be learned of these; leave them out or move triples to train.",
+                f" {_number(unseen['valid']['relation_triples'], 'validation triple')} of them."
+                " Nothing can be learned about these; remove them or move triples to train.",
             )
         )
     return warnings
@@ -708,7 +718,7 @@ def _pattern_warnings(
     patterns: dict[str, Any], test: int, names: dict[str, str]
 ) -> list[tuple[str, str]]:
     warnings = []
-    said = {
+    kinds = {
         "inverse": (
             "inverse-relations",
             "the same two entities reversed, under an inverse or near-inverse relation",
@@ -725,7 +735,7 @@ def _pattern_warnings(
             "Keep both directions in one split",
         ),
     }
-    for sort, (code, what, advice) in said.items():
+    for sort, (code, what, advice) in kinds.items():
         answered = patterns["test_answered"][sort]
         if answered:
             worst = patterns[sort][0]
@@ -733,9 +743,9 @@ def _pattern_warnings(
             warnings.append(
                 (
                     code,
-                    f"{answered:,} of {test:,} test triples ({answered / test:.1%}) are told by"
-                    f" train: it has {what} (most: {' and '.join(both)},"
-                    f" {worst['test_answered']:,}). A rule answers these. {advice}.",
+                    f"Train leaks {answered:,} of {test:,} test triples ({answered / test:.1%}): it"
+                    f" has {what} (most: {' and '.join(both)}, {worst['test_answered']:,}). A rule"
+                    f" answers these. {advice}.",
                 )
             )
     return warnings
@@ -758,28 +768,28 @@ def _view_warnings(modality: str, views: dict[str, Any], entities: int) -> list[
     if views["zero"]:
         warn(
             "zero-features",
-            f"{_number(views['zero'], 'view')} of zeros only: missing data in disguise? Leave them"
-            " out; an entity without a view gets a learned vector.",
+            f"{_number(views['zero'], 'view')} of zeros only, perhaps missing data. If so, leave"
+            " them out; an entity without a view gets a learned vector.",
         )
     if views["constant"]:
         warn(
             "constant-features",
-            f"{_number(views['constant'], 'view')} of one value throughout. Look at where they come"
+            f"{_number(views['constant'], 'view')} of one repeated value. Check where they come"
             " from.",
         )
     if views["constant_columns"]:
         warn(
             "constant-columns",
-            f"{views['constant_columns']:,} of {views['width']:,} columns are the same in every"
-            " view and tell nothing; drop them, or look at the encoder.",
+            f"{views['constant_columns']:,} of {views['width']:,} columns are equal in all views"
+            " and carry no information; drop them, or check the encoder.",
         )
     if views["repeated"]:
         most = views["most_repeated"]
         warn(
             "repeated-features",
             f"{views['repeated']:,} of {views['views']:,} views equal an earlier one"
-            f" ({views['repeated_same_entity']:,} of the same entity). The most frequent stands"
-            f" {most['views']:,} times, for {_number(most['entities'], 'entity', 'entities')},"
+            f" ({views['repeated_same_entity']:,} of the same entity). The most frequent occurs"
+            f" {most['views']:,} times, in {_number(most['entities'], 'entity', 'entities')},"
             f" first {most['entity']!r}. If it is a placeholder, leave it out.",
         )
     return warnings

@@ -1,4 +1,4 @@
-"""Pictures of views for people to look at: found, kept inside their folder, made small."""
+"""Thumbnails of the pictures that the views of a graph come from."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from imvia_graph.kg import MultiViewKG
 
 #: Pixels of a small picture's longer side.
 SIDE = 160
-#: Where `imvia-graph pictures` draws, in the run folder.
+#: Subfolder of the run folder that `imvia-graph pictures` draws into.
 FOLDER = "pictures"
 
 
 class Pictures:
     """The pictures that the views of a graph name as their sources.
 
-    Nothing but what is inside the folders named here is opened, links followed; and a file is never
-    handed out as it is, but as a small picture made from it.
+    Only files inside the known folders are opened, after links are resolved, and no file is
+    returned as it is, but only a small picture drawn from it.
 
     Parameters
     ----------
     kg : MultiViewKG
         The graph.
     run : path, optional
-        The run folder, in which ``pictures/`` is looked into.
+        The run folder, whose subfolder ``pictures/`` is searched, too.
     root : path, optional
-        The folder that the sources' paths start from. Default: what the graph says.
+        The folder that the sources' paths are relative to. Default: as the graph records.
 
     Examples
     --------
@@ -48,7 +48,10 @@ class Pictures:
         root: str | os.PathLike[str] | None = None,
     ) -> None:
         if root is not None and not Path(root).is_dir():
-            raise DataError(f"{root}: expected the folder that the pictures' paths start from.")
+            raise DataError(
+                f"{root}: expected the folder that the pictures' paths are relative to; there is"
+                " no such folder."
+            )
         self.kg = kg
         self.roots: dict[str, list[Path]] = {}
         for modality in kg.modalities:
@@ -59,7 +62,7 @@ class Pictures:
             ]
 
     def path(self, modality: str, view: int) -> Path | None:
-        """The file of a view, by its row among the modality's; None where there is none."""
+        """Return the file of view number ``view`` of a modality, or None if there is none."""
         if not self.roots[modality]:
             return None
         source = self.kg.view_source(modality, view)
@@ -68,12 +71,12 @@ class Pictures:
                 path = (root / source).resolve()
                 if path.is_relative_to(root) and path.is_file():
                     return path
-            except (OSError, ValueError):  # a text: too long for a name, or with a NUL in it
+            except (OSError, ValueError):  # a text, too long for a path or with a NUL
                 continue
         return None
 
     def small(self, modality: str, view: int, side: int = SIDE) -> bytes | None:
-        """A view as a small WebP picture; None where its source is no picture that can be read."""
+        """Return a view as a small WebP picture, or None if it is no readable picture."""
         path = self.path(modality, view)
         return None if path is None else _small(path, side)
 
@@ -88,7 +91,7 @@ def _small(path: Path, side: int) -> bytes | None:
         return None
     except ImportError as error:
         raise DataError(
-            f"Pictures are read with Pillow ({error}): pip install 'imvia-graph[report]'."
+            f"Reading pictures needs Pillow ({error}): pip install 'imvia-graph[report]'."
         ) from error
     picture.thumbnail((side, side))
     out = io.BytesIO()

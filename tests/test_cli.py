@@ -393,7 +393,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_and_says_how(tmp_path, graph):
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert "Stopped. Go on with: imvia-graph fit --resume --out run" in errors
+    assert "Stopped. Resume with: imvia-graph fit --resume --out run" in errors
     trained = len(metrics.read_text().splitlines())
     epochs = trained + 2
     result = invoke("fit", "--resume", "--out", tmp_path / "run", "--epochs", epochs)
@@ -431,7 +431,7 @@ def test_evaluate_shows_a_table_in_per_cent(run):
     shown = [float(cell) for cell in cells]
     both = [metrics["both"][key] * (1 if key == "mr" else 100) for key in METRICS]
     assert shown == pytest.approx(both, abs=0.051)
-    for row in ("heads asked", "tails asked", "structure head", "text head", "joint head"):
+    for row in ("predict heads", "predict tails", "structure head", "text head", "joint head"):
         assert f"│ {row} " in result.output
     assert re.search(r"│ opposite +│ +\d+ │", result.output)
 
@@ -548,7 +548,7 @@ def test_a_minus_is_no_file(arguments, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = invoke(*(run if argument == "RUN" else argument for argument in arguments))
     assert result.exit_code == 2
-    assert "standard input and output are not read and written here; name a file" in result.stderr
+    assert "standard input and output are not supported; name a file" in result.stderr
     assert not contents(tmp_path)
 
 
@@ -743,10 +743,10 @@ def test_settings_files_go_over_each_other(graph, tmp_path):
 def test_candidates_that_are_neither_a_number_nor_a_file_are_refused(run, tmp_path):
     for value in ("10k", "-5", tmp_path / "none.txt"):
         result = invoke("evaluate", run, "--candidates", value)
-        assert_one_paragraph(result, "expected a number of 1 or more, or a file of labels")
+        assert_one_paragraph(result, "expected a number, 1 or more, or a file of entity labels")
     (tmp_path / "blank.txt").write_text("\n \n")
     result = invoke("evaluate", run, "--candidates", tmp_path / "blank.txt")
-    assert_one_paragraph(result, "expected labels of entities, a line each; the file has none")
+    assert_one_paragraph(result, "expected entity labels, one per line; the file has none")
 
 
 def test_a_file_is_no_run_folder(graph, tmp_path):

@@ -218,7 +218,7 @@ def test_unknown_head_format_suffix_and_kind_are_errors(ring_run, tmp_path):
         ig.export_embeddings(ring_run, tmp_path / "v.npz", heads=[])
     with pytest.raises(ig.DataError, match="expected one of safetensors, npz"):
         ig.export_embeddings(ring_run, tmp_path / "v.npz", "pickle")
-    with pytest.raises(ig.DataError, match=r"the suffix '\.xyz' tells no format"):
+    with pytest.raises(ig.DataError, match=r"the suffix '\.xyz' stands for no format"):
         ig.export_embeddings(ring_run, tmp_path / "v.xyz")
     with pytest.raises(ig.DataError, match="expected entities or relations"):
         ig.export_embeddings(ring_run, tmp_path / "v.npz", what="triples")
@@ -437,7 +437,7 @@ def test_queries_are_read_from_a_file(tmp_path):
     ("text", "error"),
     [
         ("", "holds no queries"),
-        ("a\tr\t?\na r ?\n", "line 2: expected head, relation, tail"),
+        ("a\tr\t?\na r ?\n", "line 2: expected head, relation and tail"),
         ("a\tr\tb\n", "line 1: expected head"),
         ("?\tr\t?\n", "line 1: expected head"),
         ("a\t\t?\n", "line 1: expected head"),

@@ -319,7 +319,7 @@ def test_columns_in_another_order_are_noticed_by_their_labels(columns, labels, w
     assert ("relations-are-entities" in codes(found)) == warned
     if warned:
         [text] = [w["text"] for w in found["warnings"] if w["code"] == "relations-are-entities"]
-        assert "4 of 4 relations are called as entities are" in text
+        assert "4 of 4 relations have the label of an entity" in text
         assert "--columns" in text
 
 
@@ -453,7 +453,7 @@ def test_the_table_shows_names_sizes_views_and_warnings(tmp_path):
         "zeros",
     ):
         assert text in result.stdout
-    assert "parent of" not in run(str(folder), "--patterns", "0").stdout.split("to look at")[0]
+    assert "parent of" not in run(str(folder), "--patterns", "0").stdout.split("warnings:")[0]
 
 
 def test_ready_features_are_looked_at_too(tmp_path):

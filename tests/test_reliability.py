@@ -211,7 +211,9 @@ def test_the_command_says_what_resumes_and_exits_as_a_shell_has_it(number, code,
     finally:
         process.kill()
     assert process.returncode == code
-    assert errors.splitlines()[-1] == "Stopped. Go on with: imvia-graph fit --resume --out 'my run'"
+    assert (
+        errors.splitlines()[-1] == "Stopped. Resume with: imvia-graph fit --resume --out 'my run'"
+    )
     trained = len(metrics_of(tmp_path / out))
     again = ig.fit(out=tmp_path / out, resume=True, epochs=trained + 1)
     assert again.progress.epoch == trained + 1

@@ -528,7 +528,7 @@ def test_the_command_that_is_stopped_writes_the_best_so_far(tmp_path, folder, mo
     command += ["--set", "dim=4", "--device", "cpu"]
     result = CliRunner().invoke(command_line, list(map(str, command)))
     assert result.exit_code == 130
-    assert "The same command goes on" in result.output
+    assert "Run the same command again to resume" in result.output
     best = yaml.safe_load((tmp_path / "s.yaml").read_text())
     assert best["dim"] == 4
     assert "device" not in best

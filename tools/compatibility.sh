@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs the tests with the other versions of DGL and torch that setup.py allows: `make test` has DGL 2.1.0 beside the
-# newest torch; this has DGL 1.1.3 beside the newest torch, and both beside the oldest.
+# Runs the tests with the other versions of DGL and torch that setup.py allows. `make test` uses DGL 2.1.0 with the
+# newest torch; this script uses DGL 1.1.3 with the newest torch, and both versions of DGL with the oldest torch.
 #
-#   tools/compatibility.sh                      every test that needs no encoder
-#   tools/compatibility.sh tests/test_nn.py -x  what pytest is told
+#   tools/compatibility.sh                      the quick tests that need no encoder
+#   tools/compatibility.sh tests/test_nn.py -x  with arguments for pytest
 #
-# Needs `make setup`, with Python 3.10 or 3.11 (DGL 1.1.3 has no wheels for 3.12), and 6 GB for the oldest torch.
-# VENV names another environment than .venv, COMPATIBILITY another folder than .compatibility to install into.
+# Needs `make setup` with Python 3.10 or 3.11 (DGL 1.1.3 has no wheels for 3.12), and 6 GB for the oldest torch.
+# VENV names an environment other than .venv, COMPATIBILITY a folder other than .compatibility to install into.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -19,7 +19,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 arguments=("$@")
 if [ $# -eq 0 ]; then
-    # Encoders, compilers and a browser are no affair of DGL's.
+    # Tests of encoders, compilers and a browser do not depend on DGL.
     arguments=(tests -m "not slow" -p no:cacheprovider)
     for name in encode own_kg packaging pictures explore docs; do
         arguments+=("--ignore=tests/test_$name.py")
@@ -29,7 +29,7 @@ fi
 say() { printf '\n[compatibility] %s\n' "$*"; }
 
 mkdir -p "$folder"
-# What is not under test stays as pinned; what comes with torch comes with that torch.
+# Pin all but the packages under test and those that must match the version of torch.
 grep -vE '^(torch|dgl|torchdata|torchvision|timm|open_clip_torch|pykeen)[=_]' constraints.txt >"$folder/constraints.txt"
 
 install_oldest() {
@@ -39,14 +39,14 @@ install_oldest() {
             "torch==$torch" "dgl==2.1.0" -e ".[test,rdf,hdf5]" pillow pyarrow
 }
 
-# DGL by itself, in front of the one that an environment has.
+# Installs DGL alone; PYTHONPATH puts it before the DGL of an environment.
 install_old_dgl() {
     [ -d "$folder/dgl-$old/dgl" ] ||
         "$newest/bin/pip" install -q --no-deps --target "$folder/dgl-$old" "dgl==$old"
 }
 
 failed=0
-# test NAME ENVIRONMENT [FOLDER OF DGL]
+# run_tests NAME ENVIRONMENT [FOLDER OF DGL]
 run_tests() {
     say "$1"
     PYTHONPATH=${3:-} "$2/bin/python" -c '

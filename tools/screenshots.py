@@ -1,11 +1,11 @@
-"""Draw the pictures of the explorer and the report in docs/images.
+"""Take the screenshots of the explorer and the report in docs/images.
 
     imvia-graph fit countries --out runs/countries
     imvia-graph fit countries --out runs/texts --set "modalities=[text]"
     imvia-graph pictures runs/countries
     python tools/screenshots.py runs/countries runs/texts
 
-It needs the extras explore, report and browser, and a Chromium ($CHROMIUM, or one on the PATH).
+Needs the extras explore, report and browser, and Chromium ($CHROMIUM, or from the PATH).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PORT = 8765
 
 
 def main(*folders: str) -> None:
-    """Draw all of them."""
+    """Take all screenshots."""
     runs = [ig.load(folder, "cpu") for folder in folders]
     server = uvicorn.Server(uvicorn.Config(make_app(runs[0]), port=PORT, log_level="warning"))
     threading.Thread(target=server.run, daemon=True).start()

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Sets up .venv. `tools/setup.sh core` installs what `imvia-graph fit` needs, `tools/setup.sh full` every extra.
-# Called by the Makefile; safe to run again at any time.
+# Sets up .venv: `tools/setup.sh core` installs the requirements of `imvia-graph fit`, `tools/setup.sh full` every extra.
+# Called by the Makefile; can be run again at any time.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 mode=${1:-full}
 venv=.venv
 log=$venv/setup.log
-unfinished=$venv/.unfinished # there while pip is at work: if a run finds it, the last one was cut off
+unfinished=$venv/.unfinished # exists while pip runs; left behind if pip was killed
 sources=(setup.py pyproject.toml constraints.txt tools/setup.sh)
 extras=rdf,clip,encoders,hdf5,report,explore,tune,tensorboard,pictures,countries,browser,test,docs,bench,dev # every extra but scatter, which needs torch to build
 
@@ -19,7 +19,7 @@ die() {
 
 suitable() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; }
 
-# A name on the PATH proves nothing (version managers leave names there that refuse to run): each is run.
+# Runs each candidate, since version managers put names on the PATH that refuse to run.
 find_python() {
     local candidate version found
     if [ -n "${PYTHON:-}" ]; then
@@ -35,7 +35,7 @@ find_python() {
             return
         fi
     done
-    die "No Python 3.10, 3.11 or 3.12 found: install one, or name one with 'make PYTHON=/path/to/python ...'."
+    die "Found no Python 3.10, 3.11 or 3.12: install one, or name one with 'make PYTHON=/path/to/python ...'."
 }
 
 check_venv_module() {
@@ -43,7 +43,7 @@ check_venv_module() {
         die "$python has no venv module: install it (Debian and Ubuntu: apt install python3-venv) and run make again."
 }
 
-# torch-scatter is compiled at the very end, so what it needs is looked for at the very beginning.
+# torch-scatter is compiled last, so check for its compiler and headers first.
 check_compiler() {
     local compiler=${CXX:-c++} include
     echo '#include <vector>' | $compiler -x c++ -fsyntax-only - >/dev/null 2>&1 ||
@@ -56,7 +56,7 @@ check_compiler() {
 interrupted=
 trap 'interrupted=yes' INT TERM HUP
 
-# run COMMAND...: into the log; the log's end is shown if the command fails.
+# run COMMAND...: run a command, with its output in the log.
 run() {
     local status
     touch "$unfinished"
@@ -66,10 +66,11 @@ run() {
     if [ -n "$interrupted" ]; then
         die "Interrupted; run make again."
     fi
-    # Killed, pip may leave a package half installed; failing by itself, it does not.
+    # A killed pip may leave a package half installed; a failing one does not.
     [ $status -gt 128 ] || rm -f "$unfinished"
     return $status
 }
+# must COMMAND...: run a command; if it fails, print the end of the log and exit.
 must() {
     run "$@" && return
     tail -n 25 "$log" >&2
@@ -82,7 +83,7 @@ installed() { "$venv/bin/python" -c "from importlib.metadata import version; pri
 
 install_scatter() {
     local wanted stamp=$venv/.scatter build=()
-    # A build fits the torch that it was built with, and no other.
+    # A build works only with the version of torch that it was built with.
     wanted="torch-scatter $(sed -n 's/^torch-scatter==//p' constraints.txt), torch $(installed torch)"
     if [ -n "$(installed torch-scatter)" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
@@ -94,9 +95,9 @@ install_scatter() {
             echo "$wanted" >"$stamp"
             return
         fi
-        say "torch-scatter does not build for this GPU (see $log): building it for the CPU alone"
+        say "torch-scatter does not build for this GPU (see $log): building it for the CPU only"
     fi
-    # Its own set-up compiles one file after the other. Side by side, as here, it cannot do for a GPU.
+    # Compile its files in parallel, which it does not do by default and cannot do for a GPU.
     printf '[build_ext]\nparallel = %s\n' "$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)" >$venv/parallel.cfg
     must env FORCE_ONLY_CPU=1 CFLAGS=-g0 DIST_EXTRA_CONFIG="$PWD/$venv/parallel.cfg" "${build[@]}"
     echo "$wanted" >"$stamp"
@@ -104,29 +105,29 @@ install_scatter() {
 
 signature() { cat "${sources[@]}" | cksum; }
 
-# The full set-up holds the core one: once there, it is kept up to date as a whole.
+# The full set-up includes the core one: once installed, it is always updated as a whole.
 [ -e $venv/.full ] && mode=full
 
 if [ -e "$unfinished" ]; then
-    say "the last set-up was cut off: starting again with a new $venv"
+    say "the last set-up was interrupted: starting again with a new $venv"
     rm -rf $venv
 elif [ -d $venv ] && ! suitable $venv/bin/python; then
-    say "$venv has no Python that runs: starting again with a new one"
+    say "the Python of $venv does not run: starting again with a new $venv"
     rm -rf $venv
 elif [ "$(cat $venv/.$mode 2>/dev/null)" = "$(signature)" ]; then
-    touch $venv/.core $venv/.$mode # the files are newer, but say the same
+    touch $venv/.core $venv/.$mode # the sources are newer, but unchanged
     exit 0
 fi
 
 start=$SECONDS
 if [ -d $venv ]; then
     [ "$mode" != full ] || check_compiler $venv/bin/python
-    say "bringing $venv up to date"
+    say "updating $venv"
 else
     find_python
     check_venv_module
     [ "$mode" != full ] || check_compiler "$python"
-    say "making $venv with $("$python" --version)"
+    say "creating $venv with $("$python" --version)"
     mkdir -p $venv && touch "$unfinished"
     must "$python" -m venv $venv
 fi
@@ -138,7 +139,7 @@ if [ "$mode" = full ]; then
     must "${pip[@]}" install --no-build-isolation -c constraints.txt -e ".[$extras]"
     install_scatter
 else
-    say "installing torch, dgl and what else the command needs (about 6 GB unpacked: some minutes)"
+    say "installing torch, dgl and the other core requirements (about 6 GB unpacked: some minutes)"
     must "${pip[@]}" install --no-build-isolation -c constraints.txt -e .
 fi
 

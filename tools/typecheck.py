@@ -1,8 +1,8 @@
-"""Run mypy over the library, with cli/ and datasets/ under the names that they are imported by.
+"""Run mypy on the library, with cli/ and datasets/ under their import names.
 
-mypy finds modules by their place on disk, and these two stand at the top of the repository but are
-`imvia_graph.cli` and `imvia_graph.datasets`. So mypy is shown a folder of links with the installed
-layout, and its messages are turned back into the repository's paths.
+mypy finds modules by their paths, but these two top-level folders are imported as `imvia_graph.cli`
+and `imvia_graph.datasets`. Therefore mypy checks a folder of links in the installed layout, and its
+messages are mapped back to the paths of the repository.
 """
 
 import re
@@ -16,7 +16,7 @@ MOVED = ("cli", "datasets")
 
 
 def link_tree(package: Path) -> None:
-    """Make `package` a folder of links to imvia_graph's own entries and to the moved folders."""
+    """Make `package` a folder of links to the entries of imvia_graph/ and to the moved folders."""
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
     entries = [entry for entry in (ROOT / "imvia_graph").iterdir() if entry.name != "__pycache__"]
@@ -25,7 +25,7 @@ def link_tree(package: Path) -> None:
 
 
 def main() -> int:
-    """Return mypy's exit status."""
+    """Run mypy and return its exit status."""
     cache = ROOT / ".mypy_cache"
     link_tree(cache / "tree" / "imvia_graph")
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]

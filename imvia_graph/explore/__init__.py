@@ -1,7 +1,7 @@
-"""Looking around in a trained run with the browser, and the same as a JSON service.
+"""The explorer: a web page and a JSON service about a trained run.
 
-`make_app` gives the ASGI application, `serve` runs it. It answers on this machine only unless told
-otherwise, hands out no file but small pictures of the run's own views, and needs no network.
+`make_app` returns the ASGI application, `serve` runs it, by default for this machine only. It
+serves no files of the run but small pictures of its views, and needs no network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from imvia_graph.run import Run
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of a request's line and headers: three labels of 100,000 letters are 2.7 MB in a link.
+#: Maximum bytes of a request line and headers: in a link, three labels of 100,000 letters are
+#: 2.7 MB.
 LONGEST_HEAD = 4 * 1024**2
 
 
@@ -31,28 +32,28 @@ def make_app(
     allow_hosts: Sequence[str] = (),
     held: int | None = None,
 ) -> Any:
-    """The ASGI application for a run.
+    """Return the explorer of a run as an ASGI application.
 
     Parameters
     ----------
     run : Run
         A trained run.
     pictures : Pictures, optional
-        Where the pictures of the views are. Default: what the graph and the run folder know.
+        The pictures of the views. Default: those that the graph and the run folder name.
     text_encoder : str or Encoder, optional
-        What made the graph's ``text`` views, or its name as for `imvia_graph.encode.get_encoder`;
-        with it, new entities can be asked about by texts.
+        The encoder of the graph's ``text`` views, or its name as for
+        `imvia_graph.encode.get_encoder`. With it, new entities can be described by texts.
     allow_hosts : sequence of str
-        Names under which requests may ask for this service, beside ``localhost`` and addresses.
+        Host names to accept in requests, besides ``localhost`` and IP addresses.
     held : int, optional
-        Bytes of candidate tables that are held ready, at most; see `Predictor`. Default: 2^30.
+        Maximum bytes of candidate tables kept in memory; see `Predictor`. Default: 2^30.
 
     Raises
     ------
     DataError
         FastAPI is not installed, or the encoder does not fit the graph.
     EncoderError
-        There is no encoder of that name, or it is none of texts.
+        There is no encoder of that name, or it does not encode texts.
 
     Examples
     --------
@@ -74,8 +75,8 @@ def make_app(
     service = Service(run, pictures or Pictures(run.kg, run.folder), text_encoder, held)
     if not service.predictor.holds:
         logger.warning(
-            "The candidate tables take %.1f GiB, more than may be held ready: each question makes"
-            " them anew, which takes seconds. With more memory say --hold %d (held=, in bytes).",
+            "The candidate tables take %.1f GiB, more than the limit: they are recomputed for each"
+            " query, which takes seconds. To keep them in memory, use --hold %d (held=, in bytes).",
             service.predictor.table_bytes / 2**30,
             math.ceil(service.predictor.table_bytes / 2**30),
         )
@@ -88,34 +89,35 @@ def serve(
     port: int = 8000,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Run an application until it is stopped.
+    """Serve an application until it is stopped.
 
     Parameters
     ----------
     app
-        What `make_app` made.
+        An application from `make_app`.
     host, port
-        Where to listen; port 0 for any that is free.
+        Address and port to listen on; port 0 for any free port.
     on_ready : callable, optional
-        Called with the address to open, once it is listened at.
+        Called with the URL to open when the server listens.
 
     Raises
     ------
     DataError
-        The host is empty, which the system would take for all addresses of this machine.
+        The host is empty, which the system would take as all addresses of this machine.
     OSError
-        The port is taken, or the address not this machine's.
+        The port is in use, or the address is not one of this machine.
     """
     if not host.strip():
-        raise DataError("host: expected an address; 0.0.0.0 stands for all of this machine's.")
+        raise DataError("host: expected an address; 0.0.0.0 means all of this machine's.")
     try:
         import uvicorn
     except ImportError as error:
         raise _not_installed(error) from error
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
-        # Taken over by its connections. Without it the second part of an answer waits 40 ms for the
-        # first to be acknowledged; asyncio sets it only on sockets that were made naming TCP.
+        # Connections inherit TCP_NODELAY. Without it, the second part of a response waits 40 ms for
+        # the acknowledgement of the first. asyncio sets it only on sockets created with
+        # IPPROTO_TCP.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         shown = f"[{host}]" if ":" in host else host
         if on_ready is not None:
@@ -126,7 +128,7 @@ def serve(
             h11_max_incomplete_event_size=LONGEST_HEAD,
             log_level="warning",
             server_header=False,
-            # Behind no proxy, and so nobody's word is taken for where a request comes from.
+            # The server is not behind a proxy, so headers about a request's origin are ignored.
             proxy_headers=False,
         )
         uvicorn.Server(config).run(sockets=[listener])
@@ -134,7 +136,7 @@ def serve(
 
 def _not_installed(error: ImportError) -> DataError:
     return DataError(
-        f"What the explorer runs on is not installed ({error}): pip install 'imvia-graph[explore]'."
+        f"The explorer's packages are not installed ({error}): pip install 'imvia-graph[explore]'."
     )
 
 

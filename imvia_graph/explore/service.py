@@ -1,4 +1,4 @@
-"""What the explorer answers, as plain data: nothing of HTTP."""
+"""The explorer's answers as plain data, independent of HTTP."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from imvia_graph.inference import (
 from imvia_graph.pictures import Pictures
 from imvia_graph.run import Run
 
-#: Entities up to which names that are written alike are looked for, where too little is found.
+#: Number of entities or names up to which similar names are searched for, too.
 FUZZY = 50_000
-#: Letters of what is searched for that count.
+#: Maximum letters of a search text; further letters are ignored.
 LONGEST_SEARCH = 200
 
 Json = dict[str, Any]
 
 
 class Service:
-    """Answers about a run, from candidate tables that are held ready.
+    """Queries about a run, answered from candidate tables in memory.
 
-    One question at a time is put to the model: it has the cores to itself then.
+    The model answers one query at a time, so that each has all cores.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Service:
             width = views["text"][0].shape[1] if "text" in views else None
             if text_encoder.width != width:
                 raise DataError(
-                    f"The encoder {text_encoder.name!r} makes {text_encoder.width} numbers a text;"
-                    f" {run.kg} was trained on {width or 'no texts'}."
+                    f"text_encoder: {run.kg} was trained on {width or 'no'} features per text, but"
+                    f" {text_encoder.name!r} makes {text_encoder.width}. Use the graph's encoder."
                 )
         self._lock = threading.Lock()
-        #: Names without case and accents and, where they differ, labels.
+        #: Names without case and accents, and such labels, if the graph's names are not its labels.
         self._folded = [[folded(name) for name in self.kg.entity_names]]
         if self.kg.entity_names != self.kg.entities:
             self._folded.append([folded(label) for label in self.kg.entities])
@@ -72,13 +72,13 @@ class Service:
                 ("relation", self.kg.relations, self.kg.relation_names),
             )
         }
-        # The tables are made now, not while somebody waits.
+        # Compute the candidate tables now rather than at the first query.
         self.predictor.prepare()
 
-    # -- what there is --------------------------------------------------------------------------
+    # -- the run and its entities ---------------------------------------------------------------
 
     def about(self) -> Json:
-        """The run: graph, heads, relations with their frequencies."""
+        """Return the run's graph, heads, and relations with their frequencies."""
         kg = self.kg
         count = torch.bincount(kg.train[:, 1], minlength=kg.num_relations).tolist()
         return {
@@ -97,14 +97,14 @@ class Service:
         }
 
     def search(self, text: str, limit: int) -> list[Json]:
-        """Entities by name or label: those that begin with the text, contain it, or are alike."""
+        """Return entities whose name or label starts with, contains or resembles the text."""
         exact = self._ids["entity"].find(text)
         wanted = folded(text[:LONGEST_SEARCH].strip())
         if not wanted:
             found = [*exact, *range(min(limit, self.kg.num_entities))]
             found = list(dict.fromkeys(found))[:limit]
         else:
-            # An entity may be found twice, by its name and by its label.
+            # An entity may be found by both its name and its label.
             ranked = chain.from_iterable(_containing(texts, wanted) for texts in self._folded)
             found = [i for _, _, i in heapq.nsmallest(len(self._folded) * limit, ranked)]
             found = list(dict.fromkeys([*exact, *found]))[:limit]
@@ -115,7 +115,7 @@ class Service:
                 found = list(dict.fromkeys([*found, *(i for _, _, i in alike)]))[:limit]
         return [{"label": self.kg.entities[i], "name": self.kg.entity_names[i]} for i in found]
 
-    # -- questions ------------------------------------------------------------------------------
+    # -- queries --------------------------------------------------------------------------------
 
     def complete(
         self,
@@ -126,7 +126,7 @@ class Service:
         known: bool,
         itself: bool,
     ) -> Json:
-        """Answers to a query, the decision's weights, and the views of the entity that is given."""
+        """Return the answers to a query, the decision's weights, and the given entity's views."""
         if (head is None) == (tail is None):
             raise DataError("Give either head or tail: the end of the triple that is known.")
         given = head if head is not None else tail
@@ -153,7 +153,7 @@ class Service:
         }
 
     def explain(self, head: str, relation: str, tail: str) -> Json:
-        """What the model makes of a triple, as `imvia_graph.explain` gives it."""
+        """Explain a triple; `imvia_graph.explain` as plain data."""
         names = {
             "head": self.kg.entities[self._id("entity", head)],
             "relation": self.kg.relations[self._id("relation", relation)],
@@ -175,9 +175,9 @@ class Service:
         texts: Sequence[str],
         top: int,
     ) -> Json:
-        """Answers for an entity that was not trained on, by its views alone; says that it is.
+        """Return answers for an entity unknown to the model, by its views, and a note on that.
 
-        Blank texts are left out.
+        Blank texts are ignored.
         """
         relation_id = self._id("relation", relation)
         features = {name: _features(name, rows) for name, rows in views.items() if rows}
@@ -190,7 +190,8 @@ class Service:
         if texts:
             if self.text_encoder is None:
                 raise DataError(
-                    "This service encodes no texts: send features, or start it with --text-encoder."
+                    "This service does not encode texts: send features, or start the service with"
+                    " --text-encoder."
                 )
             if "text" in features:
                 raise DataError("Give texts or features of the modality 'text', not both.")
@@ -206,13 +207,13 @@ class Service:
             "relation": self._relation(relation_id),
             "asked": ask,
             "heads": heads,
-            "note": "The model was not trained on this entity: only the heads of its views judge"
-            f" ({', '.join(heads)}).",
+            "note": "The model was not trained on this entity: only the heads of its views score"
+            f" answers ({', '.join(heads)}).",
             "answers": _answers(answers),
         }
 
     def picture(self, modality: str, view: int) -> bytes:
-        """A view as a small picture."""
+        """Return a view as a small WebP picture."""
         found = None
         if modality in self.run.model.modalities and view < len(self.run.model.views[modality][0]):
             found = self.pictures.small(modality, view)
@@ -223,24 +224,24 @@ class Service:
     # -- parts of answers -----------------------------------------------------------------------
 
     def _id(self, kind: str, name: str) -> int:
-        """The one that a label or display name means."""
+        """Return the id of the one entity or relation with a label or display name."""
         found = self._ids[kind].find(name)
         if len(found) != 1:
             how = "are called" if found else "is called or labelled"
             raise UnknownLabelError(
                 f"{len(found) or 'No'} {'entities' if found and kind == 'entity' else kind}"
-                f" {how} '{shown(name, 80)}'.{'' if found else self._near(kind, name)}"
+                f" {how} '{shown(name, 80)}'.{'' if found else self._suggestion(kind, name)}"
             )
         return found[0]
 
-    def _near(self, kind: str, name: str) -> str:
-        """What is called like an unknown name, as a sentence, where looking for it is quick."""
+    def _suggestion(self, kind: str, name: str) -> str:
+        """Return a sentence that suggests names like an unknown one, if the search is quick."""
         ids = self._ids[kind]
         if len(ids.by_label) > FUZZY:
             return ""
         alike = nearest(name[:LONGEST_SEARCH], [*ids.by_label, *ids.by_name])
         quoted = ", ".join(f"'{shown(known, 80)}'" for known in alike)
-        return f" The nearest known: {quoted}." if alike else " None is like it."
+        return f" The nearest known: {quoted}." if alike else " None is similar."
 
     def _relation(self, relation: int) -> Json:
         return {"label": self.kg.relations[relation], "name": self.kg.relation_names[relation]}
@@ -260,7 +261,7 @@ class Service:
 
 
 class _Ids:
-    """Ids by label, and by display name where there is no such label."""
+    """Ids by label, or else by display name."""
 
     def __init__(self, labels: Sequence[str], names: Sequence[str]) -> None:
         self.by_label = {label: i for i, label in enumerate(labels)}
@@ -275,14 +276,14 @@ class _Ids:
 
 
 def _containing(texts: Sequence[str], wanted: str) -> Iterator[tuple[int, int, int]]:
-    """How well each text that contains what is wanted does, the best least, and its place."""
+    """Yield the sort key (lowest first) and index of each text that contains ``wanted``."""
     return (
         (_closeness(text, wanted), len(text), i) for i, text in enumerate(texts) if wanted in text
     )
 
 
 def _closeness(name: str, wanted: str) -> int:
-    """0 for the name itself, 1 where it begins so, 2 where a word does, 3 within a word."""
+    """Return 0 if the name is ``wanted``, 1 if it starts so, 2 if a word does, 3 otherwise."""
     if name == wanted:
         return 0
     if name.startswith(wanted):

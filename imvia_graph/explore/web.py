@@ -1,9 +1,9 @@
-"""The explorer over HTTP: routes, shapes of the answers, and what keeps strangers out.
+"""The explorer over HTTP: routes, response schemas and protection against other sites.
 
-- Host names are checked, so that a page from elsewhere cannot reach the service through a name of
-  its own that it points at this machine (DNS rebinding). Addresses cannot be pointed anywhere.
-- A strict content security policy: nothing but the page's own script and style, nothing in line.
-- No path is taken from a request: a picture is asked for by modality and number, and is drawn anew.
+- Host names are checked, so that a page of another site cannot reach the service through a host
+  name of its own that resolves to this machine (DNS rebinding). IP addresses need no check.
+- A strict content security policy allows only the page's own script and style, none inline.
+- Requests contain no paths: a picture is requested by modality and number, and drawn again.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from imvia_graph.errors import DataError, UnknownLabelError
 from imvia_graph.explore.service import Service
 from imvia_graph.inference import Side
 
-#: Letters of a text in a request, answers, views of a new entity, and bytes of a body.
+#: Maximum letters of a text, answers, views of a new entity, and bytes of a body in a request.
 LONGEST, MOST_ANSWERS, MOST_VIEWS, MOST_BYTES = 10_000, 1000, 256, 8 * 1024**2
-#: Letters of a label in a request.
+#: Maximum letters of a label in a request.
 LONGEST_LABEL = 100_000
 
 HEADERS = {
@@ -40,7 +40,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 STATIC = FilePath(__file__).parent / "static"
-#: Address, file, and its kind.
+#: Path: file in STATIC, media type.
 PAGES = {
     "/": ("explore.html", "text/html; charset=utf-8"),
     "/docs": ("docs.html", "text/html; charset=utf-8"),
@@ -53,11 +53,11 @@ PAGES = {
 
 def _bounded(label: str) -> str:
     if len(label) > LONGEST_LABEL:
-        raise ValueError(f"a label of more than {LONGEST_LABEL:,} letters cannot be asked about")
+        raise ValueError(f"expected a label of at most {LONGEST_LABEL:,} letters")
     return label
 
 
-# -- shapes ---------------------------------------------------------------------------------------
+# -- schemas --------------------------------------------------------------------------------------
 
 
 class Relation(BaseModel):
@@ -68,13 +68,13 @@ class Relation(BaseModel):
 
 
 class CountedRelation(Relation):
-    """A relation, and how many training triples it has."""
+    """A relation with its number of training triples."""
 
     train: int
 
 
 class About(BaseModel):
-    """The run that is explored."""
+    """The explored run."""
 
     run: str
     graph: str
@@ -83,7 +83,7 @@ class About(BaseModel):
     epochs: int
     heads: list[str]
     modalities: list[str]
-    encodes_texts: bool = Field(description="Whether new entities may be described by texts.")
+    encodes_texts: bool = Field(description="Whether texts can describe new entities.")
     relations: list[CountedRelation]
 
 
@@ -95,13 +95,13 @@ class Entity(BaseModel):
 
 
 class View(BaseModel):
-    """A view and what it counts for; the weights of an entity's views of a modality sum to 1."""
+    """A view and its weights; the weights of an entity's views of a modality sum to 1."""
 
-    view: int = Field(description="Its number among the views of the modality.")
+    view: int = Field(description="The view's number in its modality.")
     source: str = Field(description="The text itself, or the picture's path.")
-    weight: float = Field(description="Under the relation.")
-    plain_weight: float = Field(description="Without a relation.")
-    picture: bool = Field(description="Whether /views/{modality}/{view} shows it.")
+    weight: float = Field(description="Weight under the relation.")
+    plain_weight: float = Field(description="Weight without a relation.")
+    picture: bool = Field(description="Whether /views/{modality}/{view} is a picture of it.")
 
 
 class ViewedEntity(Entity):
@@ -116,8 +116,8 @@ class Answer(BaseModel):
     rank: int
     label: str
     name: str
-    score: float = Field(description="The decision's; comparable within a query only.")
-    heads: dict[str, float] = Field(description="The score of each head.")
+    score: float = Field(description="Score by the decision; comparable within a query only.")
+    heads: dict[str, float] = Field(description="Score by each head.")
     known: bool = Field(description="Whether the triple is in the graph.")
 
 
@@ -127,12 +127,12 @@ class Completion(BaseModel):
     relation: Relation
     asked: Side
     given: ViewedEntity
-    weights: dict[str, float] = Field(description="Of each head in the decision.")
+    weights: dict[str, float] = Field(description="Weight of each head in the decision.")
     answers: list[Answer]
 
 
 class Judgement(BaseModel):
-    """What a head makes of a triple: filtered rank, score, weight in the decision."""
+    """A head's filtered rank and score of a triple, and its weight in the decision."""
 
     rank: float
     score: float
@@ -140,37 +140,37 @@ class Judgement(BaseModel):
 
 
 class Explained(BaseModel):
-    """What the model makes of a triple."""
+    """An explained triple."""
 
     head: ViewedEntity
     relation: Relation
     tail: ViewedEntity
-    known: str | None = Field(description="The part of the graph that holds it, if one does.")
+    known: str | None = Field(description="The part of the graph that holds the triple, if any.")
     judgements: dict[Side, dict[str, Judgement]]
 
 
 class NewEntity(BaseModel):
-    """A question about an entity that is not in the graph, described by its views."""
+    """A query about an entity that is not in the graph, described by its views."""
 
     model_config = ConfigDict(extra="forbid")
 
     relation: Annotated[str, AfterValidator(_bounded)]
-    ask: Side = Field("tail", description="The end that is asked for; the new entity is the other.")
+    ask: Side = Field("tail", description="The end to predict; the new entity is the other end.")
     views: dict[str, Annotated[list[list[float]], Field(max_length=MOST_VIEWS)]] = Field(
         default_factory=dict,
         max_length=32,
-        description="Features by modality, a row a view, by the encoder that made the graph's.",
+        description="Features by modality, one row per view, from the graph's encoder.",
     )
     texts: list[Annotated[str, Field(max_length=LONGEST)]] = Field(
         default_factory=list,
         max_length=32,
-        description="Texts, where the service encodes them; blank ones are left out.",
+        description="Texts, if the service encodes texts; blank ones are ignored.",
     )
     top: int = Field(20, ge=1, le=MOST_ANSWERS)
 
 
 class NewCompletion(BaseModel):
-    """Answers for an entity that was not trained on, by the heads of its views alone."""
+    """Answers for an entity unknown to the model, scored by the heads of its views only."""
 
     relation: Relation
     asked: Side
@@ -180,7 +180,7 @@ class NewCompletion(BaseModel):
 
 
 class Problem(BaseModel):
-    """Why there is no answer."""
+    """The reason why there is no answer."""
 
     detail: str
 
@@ -194,17 +194,17 @@ Label = Annotated[
 ]
 REFUSED: dict[int | str, dict[str, Any]] = {
     404: {"model": Problem, "description": "No such entity or relation."},
-    422: {"model": Problem, "description": "A question that cannot be asked so."},
+    422: {"model": Problem, "description": "The request is invalid."},
 }
 
 
 def build(service: Service, allow_hosts: Sequence[str] = ()) -> FastAPI:
-    """The application: pages, JSON service, guards."""
+    """Return the application: pages, JSON service, guards."""
     app = FastAPI(
         title="imvia-graph explore",
         version=__version__,
-        description="Completions of a multi-modal knowledge graph, and what they rest on.",
-        docs_url=None,  # FastAPI's own pages want a network
+        description="Completions of a multi-modal knowledge graph, with explanations.",
+        docs_url=None,  # FastAPI's own pages need a network
         redoc_url=None,
         lifespan=_few_threads,
     )
@@ -242,9 +242,9 @@ def build(service: Service, allow_hosts: Sequence[str] = ()) -> FastAPI:
         head: Label | None = None,
         tail: Label | None = None,
         top: Annotated[int, Query(ge=1, le=MOST_ANSWERS)] = 20,
-        known: Annotated[bool, Query(description="Keep facts of the graph.")] = False,
+        known: Annotated[bool, Query(description="Include known facts of the graph.")] = False,
         itself: Annotated[
-            bool, Query(alias="self", description="Keep the given entity itself.")
+            bool, Query(alias="self", description="Include the given entity itself.")
         ] = False,
     ) -> Any:
         return service.complete(relation, head, tail, top, known, itself)
@@ -253,7 +253,7 @@ def build(service: Service, allow_hosts: Sequence[str] = ()) -> FastAPI:
         "/api/explain",
         response_model=Explained,
         responses=REFUSED,
-        summary="What the model makes of a triple",
+        summary="Explanation of a triple",
     )
     def explain(head: Label, relation: Label, tail: Label) -> Any:
         return service.explain(head, relation, tail)
@@ -263,8 +263,8 @@ def build(service: Service, allow_hosts: Sequence[str] = ()) -> FastAPI:
         response_model=NewCompletion,
         responses={
             **REFUSED,
-            400: {"model": Problem, "description": "A body that cannot be read."},
-            413: {"model": Problem, "description": "A body that is too large, or in pieces."},
+            400: {"model": Problem, "description": "The body cannot be read."},
+            413: {"model": Problem, "description": "The body is too large, or chunked."},
         },
         summary="Answers for an entity that is not in the graph, by its views",
     )
@@ -295,7 +295,7 @@ def build(service: Service, allow_hosts: Sequence[str] = ()) -> FastAPI:
 
 @asynccontextmanager
 async def _few_threads(app: FastAPI) -> AsyncIterator[None]:
-    """Questions wait for the model anyway; more threads would only take memory."""
+    """Limit the worker threads: queries wait for the model anyway, and threads take memory."""
     anyio.to_thread.current_default_thread_limiter().total_tokens = 4
     yield
 
@@ -311,7 +311,7 @@ def _page(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
 
 def _problem(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def answer(request: Request, error: Exception) -> Response:
-        # Half of a surrogate pair, which JSON can carry and UTF-8 cannot.
+        # Replace lone surrogates, which JSON can represent and UTF-8 cannot.
         detail = str(error).encode("utf-8", "replace").decode("utf-8")
         return JSONResponse({"detail": detail}, status_code=status)
 
@@ -319,28 +319,28 @@ def _problem(status: int) -> Callable[[Request, Exception], Awaitable[Response]]
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """What is wrong with a request, without what was sent: that may be of any size and kind."""
+    """Report what is wrong with a request, without the values sent, which may be of any size."""
     assert isinstance(error, RequestValidationError)
-    told = [
+    problems = [
         f"{'.'.join(str(part) for part in found['loc'][:3])[:200]}:"
         f" {found['msg'].removeprefix('Value error, ')[:200]}"
         for found in error.errors()[:5]
     ]
-    return await _problem(422)(request, DataError("; ".join(told)))
+    return await _problem(422)(request, DataError("; ".join(problems)))
 
 
 # -- guards ---------------------------------------------------------------------------------------
 
 
 class Guard:
-    """ASGI middleware: known hosts only, bodies of bounded size, and the security headers."""
+    """ASGI middleware that checks the host and the size of the body and adds security headers."""
 
     def __init__(self, app: Any, allow_hosts: Sequence[str] = ()) -> None:
         self.app = app
         self.hosts = {"localhost", *(host.casefold() for host in allow_hosts)}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass a request on, or refuse it."""
+        """Pass a request on, or reject it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -365,7 +365,7 @@ class Guard:
         await self.app(scope, receive, guarded)
 
     def allows(self, host: str) -> bool:
-        """Whether a Host header names this service: by an address, or by a name that is allowed."""
+        """Return whether a Host header is an IP address or an allowed name."""
         name = host.rpartition("]")[0][1:] if host.startswith("[") else host.partition(":")[0]
         if name.casefold() in self.hosts:
             return True
@@ -377,7 +377,7 @@ class Guard:
 
 
 def _size(headers: dict[bytes, bytes]) -> float:
-    """The size of the body; of one in pieces, which tells none, more than any."""
+    """Return the size of the body, or infinity if it is chunked and so of unknown size."""
     if b"transfer-encoding" in headers:
         return float("inf")
     length = headers.get(b"content-length", b"0")

@@ -1,7 +1,7 @@
-"""One self-contained HTML page about one run or several, for people to look at.
+"""A self-contained HTML report about one or more runs.
 
-Everything is in the file: no script, no network, plots as SVG, pictures small. The page's own
-content security policy forbids the rest.
+The file has no scripts and loads nothing: plots are inline SVG, pictures are small data URLs. The
+page's content security policy forbids anything else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from imvia_graph.pictures import Pictures
 from imvia_graph.report.gather import Numbers, environment, gather, sizes
 from imvia_graph.run import Run
 
-#: Relations in the plots; the tables have all.
+#: Maximum number of relations in a plot; the tables have all.
 PLOTTED = 20
 METRICS = {
     "mrr": "MRR %",
@@ -42,26 +42,27 @@ def write_report(
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
-    """Write a page about runs, side by side, as one HTML file.
+    """Write an HTML file that shows runs side by side.
 
-    What they were trained on, loss and validation curves, metrics with their differences to the
-    first run's, metrics by relation, side and degree, the decision's weights by relation, the best
-    and the worst answers, entities whose views' weights depend on the relation, the settings, the
-    environment and the commands. Test triples are ranked; validation triples where there are none.
+    The page has sizes of the graphs, loss and validation curves, metrics with their differences to
+    the first run, metrics by relation, side and degree, the decision's weights by relation, the
+    best and the worst answers, entities whose view weights depend on the relation, the settings,
+    the environment and the commands. It ranks the test triples, or the validation triples if there
+    are none.
 
     Parameters
     ----------
     runs : Run or sequence of Run
-        Trained runs; they may be of different graphs.
+        Trained runs, possibly of different graphs.
     path : path
         The file to write.
     pictures : path, optional
-        The folder that the paths of the image views start from. Default: what the graph says, and
-        ``pictures/`` in the run folder.
+        The folder that the paths of the image views are relative to. Default: the folder that the
+        graph records, and ``pictures/`` in the run folder.
     force : bool
-        Whether a file that exists is written over.
+        Whether to overwrite an existing file.
     progress : callable, optional
-        Called with a run's name and the numbers of its queries that are ranked and in all.
+        Called with a run's name, the number of its queries ranked so far, and their total number.
 
     Returns
     -------
@@ -71,8 +72,8 @@ def write_report(
     Raises
     ------
     DataError
-        No run; a file that exists, or belongs to a run; a run without triples to rank; matplotlib
-        or Jinja missing.
+        There are no runs, the file exists or belongs to a run, a run has no triples to rank, or
+        matplotlib or Jinja is not installed.
 
     Examples
     --------
@@ -87,8 +88,8 @@ def write_report(
     for run in runs:
         if not isinstance(run, Run):
             raise DataError(
-                f"report: expected a Run, or several; received {run!r}. `imvia_graph.load` makes"
-                " one of a run folder."
+                f"report: expected a Run, or several; received {run!r}. `imvia_graph.load` reads"
+                " one from a run folder."
             )
     if not runs:
         raise DataError("report: expected at least one run.")
@@ -97,7 +98,7 @@ def write_report(
         template = _template()
     except ImportError as error:
         raise DataError(
-            f"What makes reports is not installed ({error}): pip install 'imvia-graph[report]'."
+            f"The report's packages are not installed ({error}): pip install 'imvia-graph[report]'."
         ) from error
     names = _names(runs)
     found = [
@@ -115,7 +116,7 @@ def write_report(
 
 def _template() -> Any:
     import jinja2
-    import matplotlib  # noqa: F401 - what plots are made with, asked for before the work begins
+    import matplotlib  # noqa: F401 - fail before the work begins if it is missing
 
     here = Path(__file__).parent
     made = jinja2.Environment(
@@ -133,7 +134,7 @@ def _template() -> Any:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """What the runs are called: by their folders, numbered where two are called alike."""
+    """Return the names of the runs' folders, numbered if two are equal."""
     names = [run.folder.name if run.folder else run.kg.name or "run" for run in runs]
     if len(set(names)) == len(names):
         return names
@@ -141,7 +142,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _page(found: Sequence[Numbers], path: Path) -> dict[str, Any]:
-    """All that the template asks for."""
+    """Return the variables of the template."""
     return {
         "runs": found,
         "title": "imvia-graph: " + ", ".join(shown(numbers.name, 40) for numbers in found),
@@ -163,11 +164,11 @@ def _page(found: Sequence[Numbers], path: Path) -> dict[str, Any]:
 
 
 def _metric_rows(found: Sequence[Numbers]) -> list[tuple[str, list[Mapping[str, float] | None]]]:
-    """What was ranked by what, and the metrics of each run; None where a run has no such head."""
+    """Return labels of scorer and side with the metrics per run; None if a run lacks the head."""
     rows: list[tuple[str, list[Mapping[str, float] | None]]] = [
         ("decision, both sides", [n.metrics["both"] for n in found]),
-        ("decision, heads asked for", [n.metrics["head"] for n in found]),
-        ("decision, tails asked for", [n.metrics["tail"] for n in found]),
+        ("decision, head prediction", [n.metrics["head"] for n in found]),
+        ("decision, tail prediction", [n.metrics["tail"] for n in found]),
     ]
     heads = dict.fromkeys(head for n in found for head in n.metrics["heads"])
     if len(heads) > 1:
@@ -188,14 +189,14 @@ def _difference(metric: str, value: float | None, first: float | None) -> str:
 
 
 def _direction(metric: str, value: Mapping[str, float], first: Mapping[str, float] | None) -> str:
-    """The class of a difference; signs say the same to who sees no colours."""
+    """Return the CSS class that colours a difference; its sign gives the same information."""
     if first is None or value[metric] == first[metric]:
         return ""
     return "better" if (value[metric] > first[metric]) != (metric == "mr") else "worse"
 
 
 def _plots(found: Sequence[Numbers]) -> dict[str, Any]:
-    # matplotlib takes a second to import; who does not report does not wait for it.
+    # Imported here because matplotlib takes a second to import.
     from imvia_graph.report import plots
 
     made: dict[str, Any] = {"curves": [], "relations": [], "degrees": "", "weights": []}
@@ -225,7 +226,7 @@ def _plots(found: Sequence[Numbers]) -> dict[str, Any]:
             curve = plots.curves(validated, title, "MRR %")
             made["curves"].insert(1, (title, curve))
     names = list(dict.fromkeys(row.name for n in found for row in n.relations))[:PLOTTED]
-    for side, title in (("tail", "MRR, tails asked for"), ("head", "MRR, heads asked for")):
+    for side, title in (("tail", "MRR, tail prediction"), ("head", "MRR, head prediction")):
         series = {}
         for n in found:
             of = {row.name: 100 * getattr(row, side)["mrr"] for row in n.relations}
@@ -236,14 +237,14 @@ def _plots(found: Sequence[Numbers]) -> dict[str, Any]:
     for n in found:
         by_label = {label: 100 * metrics["mrr"] for label, _, metrics in n.degrees}
         series[n.name] = [by_label.get(label, math.nan) for label in labels]
-    made["degrees"] = plots.bars(labels, series, "MRR by degree of the right answer", "MRR %")
+    made["degrees"] = plots.bars(labels, series, "MRR by degree of the correct answer", "MRR %")
     for n in found:
         heads = n.run.model.heads
         if len(heads) == 1:
             continue
         rows = n.weights[:PLOTTED]
-        for side, what in (("tail", "tails"), ("head", "heads")):
-            title = f"{shown(n.name)}: weights in per cent, {what} asked for"
+        for side in ("tail", "head"):
+            title = f"{shown(n.name)}: weights in per cent, {side} prediction"
             values = [[weights[side][head] for head in heads] for _, weights in rows]  # type: ignore[index]
             made["weights"].append(
                 (title, plots.heat_map([name for name, _ in rows], heads, values, title))
@@ -252,7 +253,7 @@ def _plots(found: Sequence[Numbers]) -> dict[str, Any]:
 
 
 def _by_relation(found: Sequence[Numbers]) -> list[tuple[str, list[Any]]]:
-    """A row a relation, and of each run what it has of it or None."""
+    """Return the name of each relation with its row in each run, or None."""
     of = [{row.label: row for row in n.relations} for n in found]
     labels = dict.fromkeys(label for rows in of for label in rows)
     return [
@@ -269,7 +270,7 @@ def _by_degree(found: Sequence[Numbers]) -> list[tuple[str, list[Any]]]:
 
 
 def _settings(found: Sequence[Numbers]) -> list[tuple[str, list[Any], bool]]:
-    """Name, value of each run, and whether they differ; those that differ first."""
+    """Return each setting's name, values per run, and whether they differ, which sorts first."""
     of = [n.run.settings.model_dump(mode="json") for n in found]
     rows = []
     for key in of[0]:
@@ -292,11 +293,11 @@ def _versions(found: Sequence[Numbers]) -> list[tuple[str, list[str]]]:
 
 
 def _commands(found: Sequence[Numbers], path: Path) -> list[tuple[str, str]]:
-    """What trains the runs again from their folders, and what makes this page."""
+    """Return titles and commands that retrain the runs from their folders and make this page."""
     commands = []
     folders = [str(n.run.folder) for n in found if n.run.folder is not None]
     for folder in folders:
-        # The graph in the folder has its validation triples held out already.
+        # Published: validation triples of the folder's graph are already held out.
         parts = ["imvia-graph", "fit", f"{folder}/kg", "--settings", f"{folder}/settings.yaml"]
         parts += ["--validation", "published", "--out", f"{folder}-again"]
         commands.append((f"Train {shown(Path(folder).name)} again", shlex.join(parts)))

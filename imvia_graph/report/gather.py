@@ -1,4 +1,4 @@
-"""What a report tells of a run, as numbers and names: nothing of how it looks."""
+"""The data of a report, independent of its layout."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from imvia_graph.model import DECISION
 from imvia_graph.pictures import Pictures
 from imvia_graph.run import Run
 
-#: Answers of a kind, entities of the gallery, relations and views of one of them that are shown.
+#: Maximum number of best or worst answers, and in the gallery of entities and of relations and
+#: views per entity.
 ANSWERS, ENTITIES, RELATIONS, VIEWS = 8, 6, 4, 6
-#: Entities among which those of the gallery are sought.
-SOUGHT = 200
-#: Least numbers of training triples of the answer, by which ranks are grouped.
+#: Number of entities, about, from which the gallery is chosen.
+SAMPLED = 200
+#: Lower bounds of the groups of ranks by degree of the correct answer in train.
 DEGREES = (0, 1, 3, 6, 11, 31, 101)
 
 
 class RelationRow(NamedTuple):
-    """A relation: triples of the split, metrics of both sides and of each."""
+    """A relation, its number of triples in the split, and metrics of both sides and of each."""
 
     label: str
     name: str
@@ -44,7 +45,7 @@ class RelationRow(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A ranked triple: what was asked, the right answer, its ranks, and what came first instead."""
+    """A ranked query: its triple, correct answer, ranks, and the first answer not in the graph."""
 
     head: str
     relation: str
@@ -57,7 +58,7 @@ class Answer(NamedTuple):
 
 
 class GalleryView(NamedTuple):
-    """A view: its picture as a data address or None, its source, and a weight a column."""
+    """A view: its picture as a data URL or None, its source, and a weight per column."""
 
     picture: str | None
     source: str
@@ -65,7 +66,10 @@ class GalleryView(NamedTuple):
 
 
 class GalleryEntity(NamedTuple):
-    """An entity's views of a modality under some relations; the first column is without one."""
+    """An entity's views by modality; columns are relations, but the first is without one.
+
+    ``more`` is the number of views of each modality that are not shown.
+    """
 
     name: str
     columns: list[str]
@@ -75,7 +79,7 @@ class GalleryEntity(NamedTuple):
 
 @dataclass
 class Numbers:
-    """All that a report tells of one run."""
+    """The data of one run in a report."""
 
     name: str
     run: Run
@@ -97,9 +101,9 @@ def gather(
     pictures: Pictures,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Numbers:
-    """Rank the test triples of a run (validation triples where there are none) and look at it.
+    """Rank a run's test triples, or validation triples if there are none, and gather its data.
 
-    ``on_batch`` is for `rank`.
+    ``on_batch`` is passed to `rank`.
     """
     kg = run.kg
     split = next((split for split in ("test", "valid") if len(kg.triples(split))), None)
@@ -126,13 +130,13 @@ def gather(
 
 
 def _epochs(folder: Path | None) -> list[dict[str, Any]]:
-    """The records of the epochs that can be drawn."""
+    """Return the valid records of epochs in a run folder."""
     found = [] if folder is None else history_of(folder)
     return [record for record in found if _is_record(record)]
 
 
 def _is_record(record: Any) -> bool:
-    """Whether a line of metrics is one of ours: numbers, and numbers of the validation."""
+    """Return whether a record holds only finite numbers, those of validation in ``valid``."""
     valid = record.get("valid", {})
     numbers = [value for key, value in record.items() if key != "valid"]
     return isinstance(valid, dict) and all(
@@ -161,7 +165,7 @@ def _relations(kg: MultiViewKG, ranking: Ranking) -> list[RelationRow]:
 
 
 def _degrees(kg: MultiViewKG, ranking: Ranking) -> list[tuple[str, int, dict[str, float]]]:
-    """Metrics by the number of training triples that the right answer is in."""
+    """Return metrics by the degree of the correct answer in train."""
     degree = torch.bincount(kg.train[:, [0, 2]].flatten(), minlength=kg.num_entities)
     right = torch.cat([ranking.triples[:, 0], ranking.triples[:, 2]])
     ranks = torch.cat([ranking.head[DECISION], ranking.tail[DECISION]])
@@ -178,7 +182,7 @@ def _degrees(kg: MultiViewKG, ranking: Ranking) -> list[tuple[str, int, dict[str
 
 
 def _weights(run: Run) -> list[tuple[str, dict[Side, dict[str, float]]]]:
-    """The decision's weights a relation, the most frequent in training first."""
+    """Return the decision's weights per relation, the most frequent relation in train first."""
     kg = run.kg
     count = torch.bincount(kg.train[:, 1], minlength=kg.num_relations)
     return [
@@ -197,9 +201,9 @@ def _weights(run: Run) -> list[tuple[str, dict[Side, dict[str, float]]]]:
 
 
 def _answers(predictor: Predictor, ranking: Ranking) -> tuple[list[Answer], list[Answer]]:
-    """Queries whose right answer has the best ranks, and the worst: of each relation one first."""
+    """Return queries with the best and with the worst ranks, of varied relations."""
     sides: tuple[Side, ...] = ("tail", "head")
-    # Triple by triple, its tail and its head in turn: many share the first rank.
+    # Tail and head of each triple in turn, so that ties choose from both sides.
     ranks = torch.stack([ranking.tail[DECISION], ranking.head[DECISION]], dim=1).flatten()
     relation = ranking.triples[:, 1].repeat_interleave(2)
     found = []
@@ -211,7 +215,7 @@ def _answers(predictor: Predictor, ranking: Ranking) -> tuple[list[Answer], list
 
 
 def _varied(order: Tensor, relation: Tensor) -> list[int]:
-    """The first `ANSWERS` in order, one of each relation as far as these go."""
+    """Return the first `ANSWERS` in order with one per relation, filled up with the others."""
     chosen: dict[int, int] = {}
     listed = order.tolist()
     for i in listed:
@@ -251,22 +255,22 @@ def _answer(predictor: Predictor, triple: Tensor, side: Side) -> Answer:
 
 
 def _gallery(run: Run, pictures: Pictures) -> list[GalleryEntity]:
-    """The entities whose views' weights depend on the relation the most."""
+    """Return the entities whose view weights depend most on the relation."""
     kg, model = run.kg, run.model
     if not model.modalities:
         return []
     counts = torch.stack([ptr.diff().cpu() for _, ptr in model.views.values()])
     several = (counts > 1).any(0).nonzero().flatten()
-    # Spread over the ids, which often stand for kinds of entities.
-    step = max(1, len(several) // SOUGHT)
-    asked = {entity: _relations_of(kg, entity) for entity in several[::step].tolist()}
-    spread = {entity: _spread(run, entity, under) for entity, under in asked.items() if under}
+    # Spread over the ids, since entities of a kind often have neighbouring ids.
+    step = max(1, len(several) // SAMPLED)
+    relations = {entity: _relations_of(kg, entity) for entity in several[::step].tolist()}
+    spread = {entity: _spread(run, entity, under) for entity, under in relations.items() if under}
     chosen = sorted(spread, key=lambda entity: -spread[entity])[:ENTITIES]
-    return [_exhibit(run, entity, asked[entity], pictures) for entity in sorted(chosen)]
+    return [_gallery_entity(run, entity, relations[entity], pictures) for entity in sorted(chosen)]
 
 
 def _relations_of(kg: MultiViewKG, entity: int) -> list[int]:
-    """The relations, inverses too, that an entity has in training; the most frequent first."""
+    """Return an entity's relations in train, inverses included, the most frequent first."""
     head, relation, tail = kg.train.unbind(1)
     under = torch.cat([relation[head == entity], relation[tail == entity] + kg.num_relations])
     found, count = under.unique(return_counts=True)
@@ -276,7 +280,7 @@ def _relations_of(kg: MultiViewKG, entity: int) -> list[int]:
 
 
 def _spread(run: Run, entity: int, under: Sequence[int]) -> float:
-    """How far apart the weights of a view under different relations lie, at most."""
+    """Return the largest difference between weights of a view under different relations."""
     tables = [view_weights(run.model, entity, relation) for relation in under]
     widest = 0.0
     for modality in run.model.modalities:
@@ -286,19 +290,21 @@ def _spread(run: Run, entity: int, under: Sequence[int]) -> float:
     return widest
 
 
-def _exhibit(run: Run, entity: int, under: Sequence[int], pictures: Pictures) -> GalleryEntity:
+def _gallery_entity(
+    run: Run, entity: int, under: Sequence[int], pictures: Pictures
+) -> GalleryEntity:
     kg, model = run.kg, run.model
     columns = ["without a relation"]
     for relation in under:
         name = kg.relation_names[relation % kg.num_relations]
-        columns.append(name if relation < kg.num_relations else f"{name} (asked for heads)")
+        columns.append(name if relation < kg.num_relations else f"{name} (inverse)")
     tables = [view_weights(model, entity), *(view_weights(model, entity, r) for r in under)]
     views: dict[str, list[GalleryView]] = {}
     more: dict[str, int] = {}
     for modality, (_, ptr) in model.views.items():
         first, end = int(ptr[entity]), int(ptr[entity + 1])
         weights = torch.stack([table[modality] for table in tables])  # (columns, views)
-        # Where there are too many to show: those that count the most anywhere.
+        # Of too many views, show those with the largest weight in any column.
         rows = torch.argsort(weights.amax(0), descending=True, stable=True)[:VIEWS].sort().values
         views[modality] = [
             GalleryView(
@@ -318,11 +324,11 @@ def _data(picture: bytes | None) -> str | None:
     return f"data:image/webp;base64,{base64.b64encode(picture).decode()}"
 
 
-# -- where it was made ----------------------------------------------------------------------------
+# -- environment ----------------------------------------------------------------------------------
 
 
 def _versions(folder: Path | None) -> dict[str, str]:
-    """Versions of what trained the run, from ``run.json``."""
+    """Return the versions of the packages that trained a run, from ``run.json``."""
     path = None if folder is None else _files.inside(folder, "run.json")
     if path is None or not path.is_file():
         return {}
@@ -334,7 +340,7 @@ def _versions(folder: Path | None) -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """What the report itself was made with."""
+    """Return the versions, system and device that the report is made with."""
     return {
         "imvia-graph": __version__,
         "torch": torch.__version__,
@@ -345,7 +351,7 @@ def environment() -> dict[str, str]:
 
 
 def sizes(kg: MultiViewKG) -> list[tuple[str, str]]:
-    """What a graph holds, in words and numbers."""
+    """Return labels and sizes of a graph's parts."""
     found = [("entities", f"{kg.num_entities:,}"), ("relations", f"{kg.num_relations:,}")]
     found += [(f"{split} triples", f"{len(kg.triples(split)):,}") for split in SPLITS]
     for modality in kg.modalities:

@@ -1,4 +1,4 @@
-"""Plots of a report as SVG that stands in the page: its text takes the page's colour and font."""
+"""Plots of a report as inline SVG, whose text takes the page's colour and font."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from matplotlib.figure import Figure
 
 from imvia_graph._display import shown
 
-#: Colours that are told apart by the colour-blind, on white and on black: Paul Tol's "bright".
+#: Paul Tol's "bright" colours, safe for colour-blind readers, on white and on black.
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#AA3377", "#66CCEE")
 STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-#: Stands for the page's own text colour until the SVG is written.
+#: Placeholder for the page's text colour until the SVG is written.
 _TEXT = "#010203"
 _STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: it can be found, copied and read aloud
-    "svg.hashsalt": "imvia-graph",  # the same plot is the same file
+    "svg.fonttype": "none",  # keep text as text, to be searched, copied and read aloud
+    "svg.hashsalt": "imvia-graph",  # make equal plots equal files
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": _TEXT,
@@ -34,14 +34,14 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-#: Letters of a name in a plot; the tables beside it have more of it.
+#: Maximum letters of a name in a plot; the tables show more.
 LONGEST = 28
 
 Series = Sequence[tuple[float, float]]
 
 
 def curves(series: Mapping[str, Series], title: str, y: str) -> str:
-    """A line a run over the epochs."""
+    """Return a plot of one line per run over the epochs."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(4.8, 3), layout="constrained")
         axes = figure.add_subplot()
@@ -64,7 +64,7 @@ def curves(series: Mapping[str, Series], title: str, y: str) -> str:
 def bars(
     rows: Sequence[str], series: Mapping[str, Sequence[float]], title: str, x: str, width: float = 5
 ) -> str:
-    """Horizontal bars: a group a row, a bar in it a series; nan for none."""
+    """Return a plot of horizontal bars, one group per row and one bar per series; NaN for none."""
     with mpl.rc_context(_STYLE):
         thick = 0.8 / max(len(series), 1)
         height = 0.9 + len(rows) * max(0.22, 0.13 * len(series))
@@ -93,13 +93,13 @@ def bars(
 def heat_map(
     rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], title: str
 ) -> str:
-    """Shares from 0 to 1 as colours, with the numbers in per cent upon them."""
+    """Return a heat map of shares from 0 to 1, with the numbers in per cent on the cells."""
     with mpl.rc_context(_STYLE):
         size = (1.9 + 0.52 * len(columns), 1.1 + 0.2 * len(rows))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         table = np.array(values, dtype=float)
-        # Colours from the least to the greatest share, for these lie close together.
+        # The colours span the smallest to the largest share, since shares are close together.
         low, high = float(table.min()), float(table.max())
         axes.pcolormesh(table, cmap="cividis", vmin=low, vmax=max(high, low + 1e-6))
         for (row, column), value in np.ndenumerate(table):
@@ -126,7 +126,7 @@ def heat_map(
 
 
 def _escaped(name: str) -> str:
-    """A name that matplotlib takes for text, not for mathematics or a hidden label."""
+    """Escape a name, so that matplotlib takes it neither for mathematics nor for a hidden label."""
     text = shown(name, LONGEST).replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text
 
@@ -135,10 +135,10 @@ _numbers = iter(range(1, 2**62))
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The figure as an ``svg`` element with a title, ids that no other has, and no style rules."""
+    """Return the figure as an ``svg`` element with a title, unique ids and no style rules."""
     out = io.StringIO()
     with warnings.catch_warnings():
-        # Of letters that its own font lacks: it is the browser that draws them.
+        # matplotlib warns of letters that its font lacks, but the browser draws them.
         warnings.simplefilter("ignore", UserWarning)
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
@@ -154,7 +154,7 @@ def _svg(figure: Figure, title: str) -> str:
         text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
         return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
 
-    # Not between the tags, where names stand, which may be of any text; there < and > are escaped.
+    # Only inside tags: the text between them may be any name, with < and > escaped.
     svg = re.sub(r"<[^>]*>", mended, svg)
     label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

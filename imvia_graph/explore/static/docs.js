@@ -1,4 +1,4 @@
-// What openapi.json says, for people. Everything enters the page as text.
+// Renders openapi.json as a page. All content is inserted as text.
 "use strict";
 
 function make(tag, text, attributes = {}, ...children) {
@@ -47,7 +47,7 @@ function operation(path, method, about) {
     description ?? schema.description ?? "",
   ]);
   if (parameters.length) {
-    part.append(table("Parameters", ["name", "type", "default", "what"], parameters));
+    part.append(table("Parameters", ["name", "type", "default", "meaning"], parameters));
   }
   const body = about.requestBody?.content["application/json"].schema;
   if (body) part.append(make("p", `The body is JSON: ${type(body)}.`));
@@ -56,7 +56,7 @@ function operation(path, method, about) {
     description,
     Object.entries(content).map(([kind, { schema }]) => (schema ? type(schema) : kind)).join(", "),
   ]);
-  part.append(table("Answers", ["status", "when", "what"], answers));
+  part.append(table("Responses", ["status", "when", "content"], answers));
   return part;
 }
 
@@ -72,7 +72,7 @@ function shape(name, { description = "", properties = {} }) {
     {},
     make("h2", name),
     make("p", description),
-    table("Fields", ["name", "type", "what"], rows),
+    table("Fields", ["name", "type", "meaning"], rows),
   );
 }
 

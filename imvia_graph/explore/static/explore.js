@@ -1,13 +1,13 @@
-// The explorer's page. Whatever comes from the graph enters it as text, never as markup.
+// The explorer's page. Data of the graph is inserted as text, never as markup.
 "use strict";
 
 const byId = (id) => document.getElementById(id);
-const LONGEST = 120; // letters of a name that are shown
-const PATIENCE = 150; // milliseconds without a key before names are looked for
+const LONGEST = 120; // maximum letters of a name on the page
+const DELAY = 150; // milliseconds after the last key before the search for names
 
-let about = null; // what /api/run says
-let asked = 0; // the number of the last question: answers to earlier ones are dropped
-let current = ""; // the name of the entity that is shown
+let about = null; // the response of /api/run
+let asked = 0; // number of the last query; responses to earlier queries are dropped
+let current = ""; // name of the entity on the page
 
 // -- parts of the page --------------------------------------------------------------------------
 
@@ -19,7 +19,7 @@ function make(tag, text, attributes = {}, ...children) {
   return node;
 }
 
-// One line of bounded length, with pictures of control characters and no turning of directions.
+// One line of bounded length; control characters become their pictures, format characters "�".
 function shown(label, longest = LONGEST) {
   const letters = Array.from(label.slice(0, 2 * longest));
   const cut = letters.length > longest || label.length > 2 * longest;
@@ -32,7 +32,7 @@ function shown(label, longest = LONGEST) {
   return clean.trim() || "␠";
 }
 
-// A name; its label beside it where another entity may have the same name.
+// The name, followed by the label if they differ: other entities may have the same name.
 function named({ label, name }) {
   return name === label ? shown(name) : `${shown(name)} (${shown(label, 40)})`;
 }
@@ -70,7 +70,7 @@ async function answerOf(response) {
   return answer;
 }
 
-// -- the state, which is the address ------------------------------------------------------------
+// -- the state, kept in the page's URL ----------------------------------------------------------
 
 function read() {
   const given = new URLSearchParams(location.search);
@@ -154,19 +154,19 @@ function fillRelations() {
 
 // -- finding an entity: a combobox with a listbox, as the ARIA practices describe it --------------
 
-// What was found for which text.
+// The entities found, the text they were found for, and the selected position.
 const finder = { found: [], text: null, place: -1, timer: 0, number: 0 };
 
 function closeList() {
   clearTimeout(finder.timer);
-  finder.number += 1; // what is under way comes too late
+  finder.number += 1; // drops the response of a running search
   byId("found").hidden = true;
   byId("entity").setAttribute("aria-expanded", "false");
   byId("entity").removeAttribute("aria-activedescendant");
   finder.place = -1;
 }
 
-// Whether what is found is of the text that stands in the field.
+// Search for the text in the field; returns whether it is still the text after the response.
 async function find() {
   clearTimeout(finder.timer);
   const mine = ++finder.number;
@@ -206,7 +206,7 @@ function choose(place) {
 
 async function onKey(event) {
   const text = byId("entity").value;
-  // Soon after a key the list is still that of the text before it.
+  // Soon after a key, the list may still be for the previous text.
   const ready = !byId("found").hidden && finder.text === text;
   if (event.key === "ArrowDown" || event.key === "ArrowUp") {
     event.preventDefault();
@@ -249,7 +249,7 @@ function showAnswers(found, state) {
       make("th", "answer", { scope: "col" }),
       make("th", "score", { scope: "col", class: "number" }),
       ...heads.map((head) => make("th", shown(head, 20), { scope: "col" })),
-      make("th", "ask on", { scope: "col" }),
+      make("th", "query it", { scope: "col" }),
     ),
   );
   const scores = found.answers.flatMap((answer) => Object.values(answer.heads));
@@ -285,7 +285,7 @@ function answerRow(answer, heads, most, state) {
   return row;
 }
 
-// A link that changes the state without loading the page again; opened elsewhere, it is a link.
+// Make a click on the link change the state without reloading; in a new tab it is a plain link.
 function follow(link, changes) {
   link.addEventListener("click", (event) => {
     if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
@@ -322,12 +322,12 @@ async function showWhy(state, found, mine) {
   );
   byId("answer-title").textContent = `Views of ${shown(answer.name, 60)}`;
   showViews(byId("answer"), answer);
-  byId("status").textContent += ` Why ${shown(answer.name, 60)} is told below the views.`;
+  byId("status").textContent += ` ${shown(answer.name, 60)} is explained below the views.`;
 }
 
 // -- views --------------------------------------------------------------------------------------
 
-// Of the same entity only the weights change, so that they are seen to move.
+// For the same entity, only the weights are updated, so that their change is animated.
 function showViews(place, entity) {
   if (place.dataset.label !== entity.label) {
     place.dataset.label = entity.label;
@@ -397,16 +397,16 @@ async function start() {
   const entity = byId("entity");
   entity.addEventListener("input", () => {
     clearTimeout(finder.timer);
-    finder.timer = setTimeout(find, PATIENCE);
+    finder.timer = setTimeout(find, DELAY);
   });
   entity.addEventListener("focus", () => entity.select());
   entity.addEventListener("keydown", onKey);
   entity.addEventListener("blur", () => {
     closeList();
-    // Where the whole window loses the focus, the field keeps it, and what was typed.
+    // If the whole window loses the focus, the field stays active and keeps its text.
     if (document.activeElement !== entity) entity.value = current;
   });
-  // Before the field loses the focus, which would close the list.
+  // mousedown comes before the field's blur, which would close the list.
   byId("found").addEventListener("mousedown", (event) => {
     event.preventDefault();
     const option = event.target.closest("li");
@@ -425,5 +425,5 @@ async function start() {
 }
 
 start().catch((error) => {
-  byId("status").textContent = `The service does not answer: ${error.message}`;
+  byId("status").textContent = `The service does not respond: ${error.message}`;
 });
