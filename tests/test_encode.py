@@ -612,7 +612,7 @@ def test_the_command_encodes_the_literals_of_rdf(tmp_path, command):
     about = ["--text-predicate", "http://e/about"]
     assert texts(*about, "--text-language", "de") == ["zero", "null", "eins"]
     for options, message in (
-        (["--text-predicate", "http://e/size"], "expected literals of these predicates"),
+        (["--text-predicate", "http://e/size"], "expected text literals with these predicates"),
         (["--text-columns", "0,1"], "--text-columns is for tables; g.ttl is RDF"),
         (["--texts", "t.tsv", *about], "--text-predicate and --text-language are for"),
         (["--texts", "missing.nt"], "missing.nt: there is no such file"),

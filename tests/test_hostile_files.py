@@ -302,7 +302,7 @@ FEATURES = {
         lambda path: np.save(path, np.array([Evil()]), allow_pickle=True),
         "without Python objects",
     ),
-    "a tensor expanded from one number": ("f.pth", expanded, "expanded from less"),
+    "a tensor expanded from one number": ("f.pth", expanded, "or expanded"),
     "lists in lists": ("f.pth", nested, "expected a tensor, or a dict of tensors"),
     "an npz bomb": ("f.npz", squeezed, "decompression bomb"),
     "an npy of a header alone": ("f.npy", fake_npy, "cannot be read"),
