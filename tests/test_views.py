@@ -192,7 +192,7 @@ def test_captions_from_parquet_columns(tmp_path):
     assert raw.entity.tolist() == [0, 3, 3]
     assert raw.source == ["c", "a", "b"]
     assert io.read_texts(table, PLACES, columns=(1, 2)).source == raw.source
-    with pytest.raises(ig.DataError, match="no column 'whom'; .* 'n', 'who', 'caption'"):
+    with pytest.raises(ig.DataError, match=r"no column 'whom'; .* 'n', 'who', 'caption'"):
         io.read_texts(table, PLACES, columns=("whom", "caption"))
     with pytest.raises(ig.DataError, match="no column 3; expected 0 to 2"):
         io.read_texts(table, PLACES, columns=(0, 3))
