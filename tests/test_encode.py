@@ -434,7 +434,10 @@ def test_an_encoder_of_another_package(monkeypatch, tmp_path):
     ("features", "message"),
     [
         (torch.ones(1, 2), r"returned features of shape \(1, 2\); expected \(2, 3\)"),
-        (torch.full((2, 3), torch.nan), "returned NaN or infinite features for 'a'.*--precision float32"),
+        (
+            torch.full((2, 3), torch.nan),
+            "returned NaN or infinite features for 'a'.*--precision float32",
+        ),
     ],
 )
 def test_an_encoder_that_errs_is_named(features, message):

@@ -632,7 +632,7 @@ BAD_FILES = {
     "too many in text": ("g.txt", "a r b\na r b c\n", {}, r"g\.txt, line 2.*found 4 columns"),
     "wide without columns": ("g.csv", "1,2,3,4\n", {}, r"line 1.*found 4 columns.*columns="),
     "no such column": ("g.csv", "a,r,b\n", {"columns": [0, 1, 5]}, r"no column 5.*0 to 2"),
-    "a column twice": ("g.csv", "a,r,b\n", {"columns": [0, 1, 1]}, "three different ones.*g.csv"),
+    "a column twice": ("g.csv", "a,r,b\n", {"columns": [0, 1, 1]}, "three different.*g.csv"),
     "no such name": (
         "g.csv",
         "a,r,b\n",
@@ -642,8 +642,8 @@ BAD_FILES = {
     "empty": ("g.tsv", "", {}, r"g\.tsv is empty"),
     "blank": ("g.tsv", "\n\n", {}, r"g\.tsv is empty"),
     "empty gzip": ("g.tsv.gz", gzip.compress(b""), {}, r"g\.tsv\.gz is empty"),
-    "a gzip that ends early": ("g.tsv.gz", GZIPPED[: len(GZIPPED) // 2], {}, r"cut short"),
-    "a gzip without its end": ("g.tsv.gz", GZIPPED[:-4], {}, r"cut short"),
+    "a gzip that ends early": ("g.tsv.gz", GZIPPED[: len(GZIPPED) // 2], {}, r"truncated"),
+    "a gzip without its end": ("g.tsv.gz", GZIPPED[:-4], {}, r"truncated"),
     "an N-Triples gzip that ends early": ("g.nt.gz", GZIPPED[:-4], {}, r"g\.nt\.gz"),
     "no Parquet": ("g.parquet", b"PAR1 but not really", {}, r"g\.parquet: expected a Parquet"),
     "no npz": ("g.npz", b"PK but not really", {}, r"g\.npz: expected an npz"),
@@ -940,7 +940,7 @@ def test_a_stray_quote_in_csv_is_told_with_its_line(marred, line, why, pack, tmp
     rows = {i: f"e{i},r1,e{i * 7 % 2000}" for i in range(1, 2001)} | marred
     content = "\n".join(["head,relation,tail", *rows.values()]) + "\n"
     write_folder(tmp_path, {"g.csv": pack(content)})
-    told = rf"g\.csv, line {line}: .*{why}{re.escape(repr(marred[700]))}\. Mend"
+    told = rf"g\.csv, line {line}: .*{why}{re.escape(repr(marred[700]))}\. Correct"
     with pytest.raises(DataError, match=told):
         load_kg(tmp_path / "g.csv", split=False)
 
@@ -951,7 +951,7 @@ def test_a_label_of_csv_may_hold_line_breaks_of_which_there_is_word(tmp_path, ca
     )
     kg = load_kg(tmp_path / "g.csv", split=False, header=True, columns=[1, 2, 3])
     assert kg.entities == ["a", "b\nc", '5" x\n\ny', '7" z']
-    told = "line 3: quotes hold line breaks, so that 2 lines are one row; rows of this kind: 2"
+    told = "line 3: a quoted cell contains line breaks, so that 2 lines are one row; such rows: 2"
     assert f"{told}, the longest of 4 lines from line 6 on" in caplog.text
 
 
@@ -973,7 +973,7 @@ def test_a_first_line_whose_labels_stand_nowhere_else_is_worth_a_word(
     assert len(kg.train) == 13
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warned) == (first[0] == "x" and header is None)
-    assert all("g.tsv, line 1: taken for a fact" in message for message in warned)
+    assert all("g.tsv, line 1: read as a triple" in message for message in warned)
 
 
 @pytest.mark.parametrize(
@@ -1003,7 +1003,7 @@ def test_a_frame_goes_by_the_order_of_its_columns_only_where_their_names_agree()
 
 def test_the_columns_of_a_frame_are_three_and_its_rows_are_counted_from_one():
     frame = pl.DataFrame([("a", "r", "b"), ("a", None, "c")], ["h", "r", "t"], orient="row")
-    with pytest.raises(DataError, match=r"^columns: expected three different ones"):
+    with pytest.raises(DataError, match=r"^columns: expected three different columns"):
         load_kg(frame, split=False, columns=["h", "t", "t"])
     with pytest.raises(DataError, match=r"^train, row 2 \(counted from 1\): expected three labels"):
         load_kg(frame, split=False)
@@ -1072,7 +1072,7 @@ def test_another_separator_than_the_names_is_told(line, told, tmp_path):
 def test_quotes_and_spaces_that_are_part_of_labels_are_told(tmp_path, caplog):
     (tmp_path / "g.tsv").write_text('"a"\t"r"\t"b ""c"""\n"b"\t"r"\t"a"\n')
     assert load_kg(tmp_path / "g.tsv", split=False).entities[0] == '"a"'
-    assert "g.tsv: labels or texts in double quotes, which are part of them: 6" in caplog.text
+    assert "g.tsv: labels or texts in double quotes: 6" in caplog.text
     kg = load_kg(tmp_path / "g.tsv", split=False, format="csv", separator="\t")
     assert kg.entities == ["a", 'b "c"', "b"]
     caplog.clear()

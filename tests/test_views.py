@@ -165,7 +165,7 @@ def test_quotes_around_whole_texts_of_a_tsv_are_told(tmp_path, caplog):
     frame = pd.DataFrame({"entity": ["Paris", "Lyon"], "text": ['the "City"', "plain"]})
     frame.to_csv(table, sep="\t", index=False)
     assert '"the ""City"""' in io.read_texts(table, PLACES).source
-    told = "texts.tsv: labels or texts in double quotes, which are part of them: 1"
+    told = "texts.tsv: labels or texts in double quotes: 1"
     assert told in caplog.text
     table = table.rename(tmp_path / "texts.csv")
     assert 'the "City"' in io.read_texts(table, PLACES, separator="\t").source
