@@ -37,7 +37,7 @@ def from_arrays(
     whole: bool,
     entities: Sequence[str] | None = None,
     relations: Sequence[str] | None = None,
-    took: str = "arrays",
+    description: str = "arrays",
     **options: Any,
 ) -> Source:
     """Read (n, 3) arrays of ids, or of labels, by split."""
@@ -45,7 +45,8 @@ def from_arrays(
     kinds = {array.dtype.kind in "iu" for array in arrays.values() if array.size}
     if kinds == {True, False}:
         raise DataError(
-            f"{took}: some splits hold ids, others labels; expected ids in all splits, or labels."
+            f"{description}: some splits hold ids, others labels; expected ids in all splits, or"
+            " labels in all."
         )
     if kinds == {False}:
         frames = {
@@ -61,7 +62,7 @@ def from_arrays(
             if frame.select(pl.any_horizontal((pl.all() == "").any())).item():
                 raise DataError(f"{split}: expected non-empty labels, found an empty one.")
         return from_frames(
-            f"{took} of labels",
+            f"{description} of labels",
             frames,
             whole=whole,
             entities=entities,
@@ -73,7 +74,7 @@ def from_arrays(
         for split, array in arrays.items()
     }
     entities, relations = numbered(triples, entities, relations)
-    return Source(f"{took} of ids", entities, relations, triples, whole, options=options)
+    return Source(f"{description} of ids", entities, relations, triples, whole, options=options)
 
 
 def _checked_array(split: Split, value: Any) -> npt.NDArray[Any]:
@@ -119,7 +120,7 @@ def read_npz(path: Path, **options: Any) -> Source:
         whole=set(parts) == {"train"},
         entities=entities,
         relations=relations,
-        took=f"an {path.suffix[1:]} file",
+        description=f"an {path.suffix[1:]} file",
         **options,
     )
 

@@ -177,7 +177,7 @@ def load_kg(
     options = {name: value for name, value in options.items() if value is not None}
     read: Source | MultiViewKG
     if isinstance(source, MultiViewKG):
-        _only(options, "folders", "a MultiViewKG")
+        _checked_options(options, "folders", "a MultiViewKG")
         read = source
     else:
         read = _read(source, format, options)
@@ -185,11 +185,11 @@ def load_kg(
         # A folder that holds train only is split if shares were passed.
         read.whole |= _are_shares(shares) and set(read.parts) == {"train"}
         if _are_shares(shares) and not read.whole:
-            raise _has_splits(read.parts)
+            raise _has_splits_error(read.parts)
         read = _build(read, shares, seed)
     elif _are_shares(shares):
         if len(read.valid) or len(read.test):
-            raise _has_splits([part for part in SPLITS if len(read.triples(part))])
+            raise _has_splits_error([part for part in SPLITS if len(read.triples(part))])
         parts, note = _split(read.train, shares, seed)
         read = read.replace(**parts, notes=[*read.notes, note])
     return read if validation is None else with_validation(read, validation, seed, hold_out_by)
@@ -197,7 +197,7 @@ def load_kg(
 
 def _build(source: Source, split: Sequence[float] | bool, seed: int) -> MultiViewKG:
     """Build the graph, split if the source is whole, with notes on what was done."""
-    notes = [f"Read as {source.took}.", *source.options.pop("notes", [])]
+    notes = [f"Read as {source.description}.", *source.options.pop("notes", [])]
     if source.whole and split is not False:
         source.parts, note = _split(source.parts["train"], split, seed)
         notes.append(note)
@@ -217,7 +217,7 @@ def _shares(split: Sequence[float] | str | bool | None) -> Sequence[float] | boo
         raise DataError(f"{error} 'none' or False keeps all triples in train.") from None
 
 
-def _has_splits(parts: Iterable[str]) -> DataError:
+def _has_splits_error(parts: Iterable[str]) -> DataError:
     return DataError(
         f"split: the source has splits of its own ({', '.join(parts)}). Omit split to use them."
     )
@@ -255,9 +255,11 @@ def _read(source: Any, format: str | None, options: dict[str, Any]) -> Source | 
             {name: part for name, part in parts.items() if part is not None}, format, options
         )
     if isinstance(source, nx.Graph):
-        return graphs.from_networkx(source, **_only(options, "graphs", "a networkx graph"))
+        return graphs.from_networkx(
+            source, **_checked_options(options, "graphs", "a networkx graph")
+        )
     if graphs.is_dgl(source):
-        return graphs.from_dgl(source, **_only(options, "graphs", "a DGL graph"))
+        return graphs.from_dgl(source, **_checked_options(options, "graphs", "a DGL graph"))
     if _is_pandas(source):
         source = _from_pandas(source)
     if isinstance(source, pl.DataFrame) or arrays.is_pykeen(source) or _is_array(source):
@@ -289,7 +291,7 @@ def _is_array(value: Any) -> bool:
     )
 
 
-def _only(options: dict[str, Any], kind: str, what: str) -> dict[str, Any]:
+def _checked_options(options: dict[str, Any], kind: str, what: str) -> dict[str, Any]:
     """Return the options; raise a DataError for one that does not apply to this kind of source."""
     for name in options:
         if name not in _OPTIONS[kind]:
@@ -333,15 +335,17 @@ def _read_parts(
                 raise DataError(f"{path}: there is no such file; expected a file of triples.")
         return _read_files(paths, format, options, whole=False, name="")
     if all(arrays.is_pykeen(value) for value in values):
-        return arrays.from_pykeen(parts, whole=whole, **_only(options, "arrays", "a factory"))
+        return arrays.from_pykeen(
+            parts, whole=whole, **_checked_options(options, "arrays", "a factory")
+        )
     if all(isinstance(value, pl.DataFrame) for value in values):
         frames = {name: _checked_frame(name, value, options) for name, value in parts.items()}
         labels = {name: value for name, value in options.items() if name in _OPTIONS["arrays"]}
         return from_frames("polars frames of labels", frames, whole=whole, **labels)
     if all(_is_array(value) for value in values):
-        labels = _only(options, "arrays", "an array")
-        took = "an array" if whole else f"arrays by split ({', '.join(parts)})"
-        return arrays.from_arrays(parts, whole=whole, took=took, **labels)
+        labels = _checked_options(options, "arrays", "an array")
+        description = "an array" if whole else f"arrays by split ({', '.join(parts)})"
+        return arrays.from_arrays(parts, whole=whole, description=description, **labels)
     raise DataError(
         "load_kg: expected a dict of paths, frames, arrays or factories, all of one kind; received"
         f" {', '.join(type(value).__name__ for value in values)}."
@@ -397,7 +401,7 @@ def _read_folder(folder: Path, format: str | None, options: dict[str, Any]) -> S
         elif releases.is_mygo(folder):
             format = "mygo"
     if format in FOLDERS:
-        _only(options, "folders", f"a folder in the form {format!r}")
+        _checked_options(options, "folders", f"a folder in the form {format!r}")
         if format in ("kg", "openke"):
             kg = MultiViewKG.load(folder) if format == "kg" else read_openke(folder)
             what = "a KG folder" if format == "kg" else "a folder in the OpenKE layout"
@@ -470,7 +474,7 @@ def _read_files(
         forms[split] = form
     kinds = {"rdf" if form in ("ntriples", "turtle") else form for form in forms.values()}
     if kinds == {"rdf"}:
-        options = _only(options, "rdf", "RDF")
+        options = _checked_options(options, "rdf", "RDF")
         return rdf.read_rdf(files, forms, whole=whole, name=name, **options)
     if "rdf" in kinds or ("npz" in kinds and len(files) > 1):
         raise DataError(
@@ -479,9 +483,9 @@ def _read_files(
             f" {', '.join(dict.fromkeys(forms.values()))}."
         )
     if kinds == {"npz"}:
-        options = _only(options, "arrays", "an npz file")
+        options = _checked_options(options, "arrays", "an npz file")
         return arrays.read_npz(files["train"], name=name, **options)
-    options = _only(options, "tables", "a table")
+    options = _checked_options(options, "tables", "a table")
     return tables.read_files(files, forms, whole=whole, name=name, **options)
 
 

@@ -24,7 +24,7 @@ class Source:
 
     Attributes
     ----------
-    took : str
+    description : str
         The detected form of the source, for messages: "a TSV file without a header".
     entities, relations : sequence of str
         Labels in id order.
@@ -38,7 +38,7 @@ class Source:
         Further arguments of `MultiViewKG`: name, display names, notes.
     """
 
-    took: str
+    description: str
     entities: Sequence[str] | pl.Series
     relations: Sequence[str] | pl.Series
     parts: dict[Split, Tensor]
@@ -60,7 +60,7 @@ class Source:
 
 
 def from_frames(
-    took: str,
+    description: str,
     frames: Mapping[Split, pl.DataFrame],
     *,
     whole: bool = False,
@@ -77,20 +77,22 @@ def from_frames(
     if entities is None or relations is None:
         found_entities, found_relations, triples = index_triples(parts)
         for kind, labels in (("entities", found_entities), ("relations", found_relations)):
-            _warn_of_spaces(took, kind, labels)
+            _warn_of_spaces(description, kind, labels)
         if entities is None and relations is None:
             indexed = dict(zip(splits, triples, strict=True))
-            return Source(took, found_entities, found_relations, indexed, whole, options=options)
+            return Source(
+                description, found_entities, found_relations, indexed, whole, options=options
+            )
         entities = found_entities.to_list() if entities is None else entities
         relations = found_relations.to_list() if relations is None else relations
     encoded = {
-        split: encode_triples(frame, entities, relations, f"{took}: {split}")
+        split: encode_triples(frame, entities, relations, f"{description}: {split}")
         for split, frame in zip(splits, parts, strict=True)
     }
-    return Source(took, list(entities), list(relations), encoded, whole, options=options)
+    return Source(description, list(entities), list(relations), encoded, whole, options=options)
 
 
-def _warn_of_spaces(took: str, kind: str, labels: pl.Series) -> None:
+def _warn_of_spaces(description: str, kind: str, labels: pl.Series) -> None:
     """Warn of labels that differ from another label only by spaces around them."""
     spaced = labels.filter(labels.str.starts_with(" ") | labels.str.ends_with(" "))
     if len(spaced):
@@ -100,7 +102,7 @@ def _warn_of_spaces(took: str, kind: str, labels: pl.Series) -> None:
             logger.warning(
                 "Read as %s: %d %s differ from others only by spaces around the label, first %r."
                 " They count as different %s; strip the labels if that is not intended.",
-                took,
+                description,
                 alike,
                 kind,
                 spaced[0],

@@ -125,10 +125,12 @@ def read_files(
             )
     what = " and ".join(dict.fromkeys(whats))
     if whole:
-        took = f"one file of label triples, {what}"
+        description = f"one file of label triples, {what}"
     else:
-        took = f"files of label triples by split ({', '.join(files)}), {what}"
-    return from_frames(took, frames, whole=whole, entities=entities, relations=relations, name=name)
+        description = f"files of label triples by split ({', '.join(files)}), {what}"
+    return from_frames(
+        description, frames, whole=whole, entities=entities, relations=relations, name=name
+    )
 
 
 def _guess_separator(path: Path) -> str:

@@ -648,7 +648,7 @@ def unreadable(path: Path, expected: str) -> Iterator[None]:
         ) from error
 
 
-# -- whose ----------------------------------------------------------------------------------------
+# -- entities -------------------------------------------------------------------------------------
 
 
 def _labels(of: Entities) -> tuple[Sequence[str], Sequence[str], str]:
