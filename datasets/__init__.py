@@ -1,6 +1,6 @@
-"""Built-in knowledge graphs, and where the published benchmarks are found.
+"""Built-in knowledge graphs, and the location of published benchmarks.
 
-`find` turns a name or a path into a folder; reading is the affair of `imvia_graph.io`.
+`find` resolves a name or a path to a folder; `imvia_graph.io` reads it.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-#: The folder of published benchmarks is named by this environment variable.
+#: Environment variable with the path of the folder of published benchmarks.
 DATA_VARIABLE = "IMVIA_DATA"
 
 
 class Dataset(NamedTuple):
-    """What is known of a data set.
+    """Description of a data set.
 
     Attributes
     ----------
     name : str
-        What ``load_kg`` and the command line call it.
+        Name of the data set in ``load_kg`` and on the command line.
     title : str
-        One line on what it is.
+        Description in one line.
     built_in : bool
-        Whether it comes with the package.
+        Whether the package contains it.
     origin : str
-        Where a published one is to be had.
+        Where to get a published data set.
     """
 
     name: str
@@ -45,19 +45,19 @@ DATASETS: tuple[Dataset, ...] = (
 
 
 def names() -> list[str]:
-    """Names of all known data sets."""
+    """Return the names of all known data sets."""
     return [dataset.name for dataset in DATASETS]
 
 
 def data_folder() -> Path:
-    """The folder for published benchmarks: ``$IMVIA_DATA``, or ``data`` in the working folder."""
+    """Return the folder of published benchmarks: ``$IMVIA_DATA``, else ``./data``."""
     return Path(os.environ.get(DATA_VARIABLE) or "data")
 
 
 def find(source: str) -> Path:
-    """The folder of a data set's name or, for anything else, of a path.
+    """Return the folder of a data set by name, or any other source as a path.
 
-    A published benchmark that is not there gives the path at which it is looked for.
+    The folder of a published benchmark need not exist.
     """
     for dataset in DATASETS:
         if dataset.name == source:

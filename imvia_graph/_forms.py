@@ -1,6 +1,6 @@
-"""The forms that a graph is read from and written in, by name: said without importing a reader."""
+"""Names of the forms that graphs are read from and written in; imports no reader."""
 
-#: Folders of several files, and tables of triples.
+#: Forms that are folders of several files, and forms that are tables of triples.
 FOLDERS = ("kg", "openke", "momok", "mygo")
 TABLES = ("tsv", "csv", "text", "parquet")
 FORMATS = (*FOLDERS, *TABLES, "ntriples", "turtle", "npz")

@@ -1,8 +1,8 @@
-"""Labels to ids, vectorised: vocabularies of tens of millions of triples in seconds.
+"""Conversion of labels to ids, vectorised: tens of millions of triples in seconds.
 
-Strings are hashed to 64 bits, the hashes are numbered in the order of first appearance, and every
-row's label is then compared with the label that its number stands for. So the result is exact: two
-labels of one hash would be noticed, and the slower exact way taken.
+Labels are hashed to 64 bits, and the hashes are numbered in the order of first appearance. Then the
+label of each row is compared with the label of its number. The result is exact: a hash collision is
+detected, and a slower method without hashes is used instead.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from torch import Tensor
 from imvia_graph import _kernels
 from imvia_graph.errors import DataError
 
-#: Rows that are compared at a time, so that comparing needs little memory.
+#: Rows compared at a time, to limit memory.
 _SLICE = 2_000_000
-#: Cells from which numbering in parts outweighs the import of numba, and cells that are looked at
-#: to see whether labels are many. Pandas takes 0.2 s for 4 million cells of 400,000 labels, but 5 s
-#: for ten times as many of both, as its one hash table misses the caches; not if labels are few.
+#: Fewest cells for which numbering in parts is worth the import of numba, and cells sampled to
+#: estimate whether most labels are distinct. Pandas takes 0.2 s for 4 million cells of 400,000
+#: labels, but 5 s for ten times as many of both, because its single hash table exceeds the caches;
+#: with few labels it stays fast.
 _LARGE, _SAMPLE = 2**22, 2**16
-#: Cells that a part is to have, and parts at most: what is at work in a part, and the ends of all
-#: parts, fit a core's second-level cache.
+#: Cells per part, and log2 of the most parts: the working set of a part, and the end positions of
+#: all parts, fit into a core's second-level cache.
 _PART, _MAX_BITS = 2**13, 12
 
 Codes = npt.NDArray[np.int64]
@@ -38,7 +39,7 @@ Codes = npt.NDArray[np.int64]
 def index_triples(
     frames: Sequence[pl.DataFrame],
 ) -> tuple[pl.Series, pl.Series, list[Tensor]]:
-    """Vocabularies and ids of label triples at once.
+    """Return the vocabularies and the ids of label triples.
 
     Parameters
     ----------
@@ -70,14 +71,14 @@ def index_triples(
 
 
 def are_distinct(labels: pl.Series) -> bool:
-    """Whether no label stands twice."""
+    """Whether all labels are distinct."""
     hashes = np.sort(labels.hash().to_numpy())
-    # Equal hashes may be of different labels; only then it takes a table of all.
+    # Two labels may have the same hash; only then are the labels themselves counted.
     return not (hashes[1:] == hashes[:-1]).any() or labels.n_unique() == len(labels)
 
 
 class Vocabulary:
-    """Distinct labels in id order, hashed once for all that is looked up among them."""
+    """Distinct labels in id order, hashed once for several look-ups."""
 
     def __init__(self, labels: Sequence[str] | pl.Series) -> None:
         self.labels = pl.Series("label", labels, dtype=pl.String)
@@ -89,7 +90,7 @@ def encode_labels(
     vocabulary: Sequence[str] | pl.Series | Vocabulary,
     where: str,
 ) -> Tensor:
-    """Labels to ids: (n,) int64. Unknown labels are a `DataError` that says how many and which."""
+    """Convert labels to ids, (n,) int64; raise a `DataError` that counts unknown labels."""
     series = pl.Series("label", labels, dtype=pl.String)
     known = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
     ids = _look_up(series, known)
@@ -99,7 +100,7 @@ def encode_labels(
         raise DataError(
             f"{where}: {len(unknown)} rows name {unknown.n_unique()} labels that are not in the"
             f" vocabulary, first {unknown[0]!r} in row {int(missing.argmax()) + 1} (counted from"
-            " 1). Add them or leave these rows out."
+            " 1). Add these labels to the vocabulary, or remove these rows."
         )
     return torch.from_numpy(ids)
 
@@ -107,14 +108,14 @@ def encode_labels(
 def encode_runs(
     labels: pl.Series, vocabulary: Sequence[str] | pl.Series | Vocabulary, where: str
 ) -> Tensor:
-    """What `encode_labels` does, of labels that mostly stand in runs: each is looked up once."""
+    """Convert labels that come mostly in runs to ids, as `encode_labels`; look up each run once."""
     starts = labels.ne_missing(labels.shift()).to_numpy(writable=True)
     starts[:1] = True
     first = np.flatnonzero(starts)
     try:
         ids = encode_labels(labels.gather(pl.Series(first)), vocabulary, where)
     except DataError:
-        return encode_labels(labels, vocabulary, where)  # an error that counts all rows
+        return encode_labels(labels, vocabulary, where)  # raises an error that counts all rows
     return ids.repeat_interleave(torch.from_numpy(np.diff(first, append=len(labels))))
 
 
@@ -124,7 +125,7 @@ def encode_triples(
     relations: Sequence[str] | pl.Series | Vocabulary,
     where: str = "triples",
 ) -> Tensor:
-    """A frame of label triples to (n, 3) int64 ids."""
+    """Convert a frame of label triples to (n, 3) int64 ids."""
     ends = entities if isinstance(entities, Vocabulary) else Vocabulary(entities)
     kinds = relations if isinstance(relations, Vocabulary) else Vocabulary(relations)
     triples = torch.empty(frame.height, 3, dtype=torch.int64)
@@ -136,7 +137,7 @@ def encode_triples(
 def decode_triples(
     triples: Tensor, entities: Sequence[str] | pl.Series, relations: Sequence[str] | pl.Series
 ) -> pl.DataFrame:
-    """(n, 3) ids to a frame of labels with the columns head, relation, tail."""
+    """Convert (n, 3) ids to a frame of labels with the columns head, relation, tail."""
     ends = pl.Series("label", entities, dtype=pl.String)
     kinds = pl.Series("label", relations, dtype=pl.String)
     head, relation, tail = (pl.Series(column) for column in triples.T.contiguous().numpy())
@@ -146,10 +147,10 @@ def decode_triples(
 
 
 def _number(columns: Sequence[pl.Series], out: Codes) -> pl.Series:
-    """Number the labels of columns of one length, read row by row, by first appearance.
+    """Number the labels of columns by first appearance, row by row.
 
-    Puts the number of every cell into ``out`` (rows, columns), and returns the labels in the order
-    of their numbers.
+    Writes the number of each cell to ``out`` (rows, columns) and returns the labels in the order of
+    their numbers.
     """
     length, width = out.shape
     if not length:
@@ -171,7 +172,7 @@ def _number(columns: Sequence[pl.Series], out: Codes) -> pl.Series:
 
 
 def _factorize(hashes: npt.NDArray[np.uint64]) -> Codes:
-    """Replace hashes (rows, columns) by numbers; returns the cell in which each stands first."""
+    """Replace hashes (rows, columns) by numbers; return the first cell of each number."""
     if hashes.size >= _LARGE:
         sample = hashes[:: hashes.size // _SAMPLE].reshape(-1)
         if 2 * len(pd.unique(sample)) > len(sample) and (kernels := _kernels.load("labels")):
@@ -182,14 +183,14 @@ def _factorize(hashes: npt.NDArray[np.uint64]) -> Codes:
 
 
 def _factorize_in_parts(hashes: npt.NDArray[np.uint64], kernels: Any) -> Codes:
-    """What `_factorize` does, by the kernels of `imvia_graph._kernels.labels`."""
+    """Do what `_factorize` does with the kernels of `imvia_graph._kernels.labels`."""
     bits = min(_MAX_BITS, (hashes.size // _PART).bit_length())
     shift = np.uint64(64 - bits)
     cuts = _cuts(len(hashes), torch.get_num_threads())
     counts = np.zeros((len(cuts), 2**bits), dtype=np.int64)
     _in_threads(kernels.count, [(*cut, hashes, shift, counts[t]) for t, cut in enumerate(cuts)])
     ptr = np.concatenate([[0], counts.sum(axis=0).cumsum()])
-    # Where the rows of each thread begin in each part: behind those of the threads before it.
+    # Start of each thread's cells in each part, after those of the threads before it.
     place = ptr[:-1] + counts.cumsum(axis=0) - counts
     parts = np.empty(hashes.size, dtype=np.uint64)
 
@@ -198,7 +199,7 @@ def _factorize_in_parts(hashes: npt.NDArray[np.uint64], kernels: Any) -> Codes:
         _in_threads(kernel, [(*cut, hashes, shift, of[t], parts) for t, cut in enumerate(cuts)])
 
     def pass_over_parts(kernel: Callable[..., None]) -> None:
-        # In more turns than threads, as one label may fill a part.
+        # More tasks than threads, because a frequent label can make one part large.
         _in_threads(kernel, [(*cut, parts, ptr, distinct) for cut in _cuts(2**bits, 64)])
 
     distinct = np.empty(2**bits, dtype=np.int64)
@@ -212,27 +213,27 @@ def _factorize_in_parts(hashes: npt.NDArray[np.uint64], kernels: Any) -> Codes:
 
 
 def _cuts(length: int, count: int) -> list[tuple[int, int]]:
-    """Start and stop of about equal ranges of 0 to length."""
+    """Return the starts and stops of ``count`` ranges of about equal size from 0 to length."""
     bounds = [length * number // count for number in range(count + 1)]
     return list(pairwise(bounds))
 
 
 def _in_threads(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """The task's results for each of the arguments."""
+    """Return the results of a task for each tuple of arguments, computed by threads."""
     if len(arguments) < 2 or torch.get_num_threads() < 2:
-        return [task(*given) for given in arguments]
+        return [task(*values) for values in arguments]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(lambda given: task(*given), arguments))
+        return list(pool.map(lambda values: task(*values), arguments))
 
 
 def _first_cells(codes: Codes) -> npt.NDArray[np.int64]:
-    """Where each of the numbers 0, 1, … stands first, if they are by first appearance."""
+    """Return the first position of each number 0, 1, …, numbered by first appearance."""
     parts, highest = [], -1
     for start in range(0, len(codes), _SLICE):
         peak = np.maximum.accumulate(codes[start : start + _SLICE])
         new = np.diff(peak, prepend=highest) > 0
         if peak[0] <= highest:
-            # The running maximum goes on from the slices before.
+            # The running maximum continues from the previous slices.
             peak = np.maximum(peak, highest)
             new = np.diff(peak, prepend=highest) > 0
         parts.append(np.flatnonzero(new) + start)
@@ -241,7 +242,7 @@ def _first_cells(codes: Codes) -> npt.NDArray[np.int64]:
 
 
 def _number_exactly(columns: Sequence[pl.Series], out: Codes) -> pl.Series:
-    """What `_number` does, without hashes that could be the same for two labels."""
+    """Do what `_number` does without hashes, which may collide."""
     width = len(columns)
     order = np.arange(width * len(columns[0])).reshape(width, -1).T.reshape(-1)
     cells = pl.concat([column.alias("label") for column in columns]).gather(pl.Series(order))
@@ -251,7 +252,7 @@ def _number_exactly(columns: Sequence[pl.Series], out: Codes) -> pl.Series:
 
 
 def _look_up(series: pl.Series, known: Vocabulary) -> Codes:
-    """The place of each label among distinct known ones; -1 where it is not known."""
+    """Return the position of each label among distinct known labels; -1 for unknown labels."""
     if not known.index.is_unique:
         return _look_up_exactly(series, known.labels)
     codes: Codes = known.index.get_indexer(series.hash().to_numpy()).astype(np.int64, copy=False)
@@ -270,7 +271,7 @@ def _look_up_exactly(series: pl.Series, known: pl.Series) -> Codes:
 
 
 def _same(column: pl.Series, labels: pl.Series, codes: Codes) -> bool:
-    """Whether each row of the column is the label of its number; rows numbered -1 are let be."""
+    """Whether each row of the column is the label of its number; rows numbered -1 are ignored."""
 
     def same(start: int) -> bool:
         part, rows = codes[start : start + _SLICE], column.slice(start, _SLICE)

@@ -1,8 +1,8 @@
-"""What a Parquet file announces, compared with its size before a library takes memory for it.
+"""Check of the sizes that a Parquet file claims, before a library allocates memory for them.
 
-The reader ends the process where a page claims more values than memory holds, so the footer and the
-headers of pages are read here first. Format: https://parquet.apache.org/docs/file-format/ and
-Thrift's compact protocol; nothing but sizes is taken from it.
+The reader aborts the process if a page claims more values than fit into memory, so the footer and
+the page headers are parsed here first, for sizes only. Format:
+https://parquet.apache.org/docs/file-format/ and Thrift's compact protocol.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from imvia_graph import _files
 from imvia_graph.errors import DataError
 
-#: Rows that are read whatever the file's size, and rows a byte beyond that.
+#: The most rows of a small file, and the most rows per byte of a larger one.
 ROWS, ROWS_A_BYTE = 1_000_000, 100
-#: Structs and lists within each other; the format has about ten.
+#: Maximum nesting of structs and lists; the format has about ten levels.
 _DEEPEST = 40
 
 _Struct = dict[int, Any]
@@ -29,7 +29,7 @@ class _DamagedError(Exception):
 
 
 def check_parquet(path: Path) -> None:
-    """A `DataError` where a Parquet file announces far more than its size lets one expect."""
+    """Raise a `DataError` if a Parquet file claims far more data than its size suggests."""
     size = path.stat().st_size
     if size < 12:
         raise _unreadable(path, f"it has {size} bytes")
@@ -40,32 +40,31 @@ def check_parquet(path: Path) -> None:
                 if count < 0:
                     raise _DamagedError(f"a count is {count}")
                 if what == "rows" and count > most:
-                    raise DataError(
-                        f"{path}: {size:,} bytes that announce {count:,} rows are taken for a"
-                        " decompression bomb. Where you trust the file, write it anew as another"
-                        " form."
-                    )
+                    raise _bomb(path, size, f"{count:,} rows")
                 if what == "bytes" and count > max(_files.SMALL, _files.RATIO * size):
-                    raise DataError(
-                        f"{path}: {size:,} bytes that announce {count:,} in one page are taken for"
-                        " a decompression bomb. Where you trust the file, write it anew as another"
-                        " form."
-                    )
+                    raise _bomb(path, size, f"{count:,} bytes in one page")
         except (_DamagedError, struct.error, IndexError, OverflowError) as error:
             raise _unreadable(path, str(error)) from error
 
 
+def _bomb(path: Path, size: int, claim: str) -> DataError:
+    return DataError(
+        f"{path}: a file of {size:,} bytes that claims {claim} is refused as a decompression bomb."
+        " If you trust the file, write it again in another form."
+    )
+
+
 def _unreadable(path: Path, detail: str) -> DataError:
     return DataError(
-        f"{path}: expected a Parquet file; it cannot be read ({detail}). It may be cut short: fetch"
-        " or make it again."
+        f"{path}: expected a Parquet file; it cannot be read ({detail}). It may be truncated:"
+        " download or create it again."
     )
 
 
 def _announced(content: mmap.mmap) -> Iterator[tuple[str, int]]:
-    """Counts of rows or values, and of bytes of pages, that a file claims to have."""
+    """Yield the counts of rows or values, and of bytes of pages, that a file claims to have."""
     if content[:4] != b"PAR1" or content[-4:] != b"PAR1":
-        raise _DamagedError("it does not begin and end as one")
+        raise _DamagedError("it does not begin and end with PAR1")
     length = int.from_bytes(content[-8:-4], "little")
     start = len(content) - 8 - length
     if start < 4:
@@ -82,17 +81,17 @@ def _announced(content: mmap.mmap) -> Iterator[tuple[str, int]]:
                 raise _DamagedError("its columns are in other files")
             column = chunk.get(3)
             if not isinstance(column, dict):
-                raise _DamagedError("a column is not described")
+                raise _DamagedError("a column has no metadata")
             yield from _pages(content, column, start)
 
 
 def _pages(content: mmap.mmap, column: _Struct, end: int) -> Iterator[tuple[str, int]]:
     expected, seen = _number(column, 5), 0
     yield "rows", expected
-    if not expected:  # and so no page
+    if not expected:  # the column has no pages
         return
     starts = [_number(column, key) for key in (9, 11) if key in column]
-    # Offsets of 0 stand for none in some files: a file begins with four other bytes.
+    # Some files write the offset 0 for a missing page; offsets of pages are at least 4.
     at = min([place for place in starts if place > 0], default=0)
     stop = at + _number(column, 7)
     if not 4 <= at <= stop <= end:
@@ -122,12 +121,12 @@ def _number(found: _Struct, key: int) -> int:
 def _structs(found: _Struct, key: int) -> list[_Struct]:
     value = found.get(key, [])
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        raise _DamagedError("its footer is none")
+        raise _DamagedError("its footer has another structure")
     return value
 
 
 class _Thrift:
-    """Structs of the compact protocol, as field number -> value; texts as their length."""
+    """Reader of structs of the compact protocol: field number -> value, texts as their length."""
 
     def __init__(self, content: mmap.mmap, at: int, end: int) -> None:
         self.content, self.at, self.end = content, at, end
@@ -150,7 +149,7 @@ class _Thrift:
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-        raise _DamagedError("a number has no end")
+        raise _DamagedError("a variable-length integer does not end")
 
     def signed(self) -> int:
         value = self.unsigned()
@@ -158,13 +157,13 @@ class _Thrift:
 
     def struct(self, depth: int = 0) -> _Struct:
         if depth > _DEEPEST:
-            raise _DamagedError("it is nested too deep")
+            raise _DamagedError("its structs are nested too deeply")
         found: _Struct = {}
         key = 0
         while head := self.byte():
             key = key + (head >> 4) if head >> 4 else self.signed()
             kind = head & 15
-            # A truth value is its own type.
+            # Booleans are encoded in the field type.
             found[key] = kind == 1 if kind in (1, 2) else self.value(kind, depth)
         return found
 

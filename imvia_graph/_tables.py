@@ -1,7 +1,7 @@
 """Tables of labels: TSV, CSV, columns separated by spaces, Parquet; plain, gzip or zstd.
 
-The fast paths are vectorised (polars). Where one fails, the file is read once more, line by line,
-only to say which line is wrong and why, or to read what upset nothing but the fast reader.
+The fast paths are vectorised (polars). If one fails, the file is read again line by line, to name
+the malformed line, or to read a valid file that the fast path does not support.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 #: Separator that stands for any run of spaces and tabs.
 SPACES = " "
-#: Names of the three columns by which a header is known, in the order head, relation, tail.
+#: Column names by which a header is recognised, in the order head, relation, tail.
 HEADERS = (
     ("head", "relation", "tail"),
     ("h", "r", "t"),
@@ -40,7 +40,7 @@ HEADERS = (
     ("src", "rel", "dst"),
     ("from", "relation", "to"),
 )
-#: Names of each column alone, for headers that mix them; without spaces, ``_``, ``-`` and ``:``.
+#: Names of each column, for headers that mix them; compared without spaces, ``_``, ``-``, ``:``.
 _NAMES = (
     {"head", "headid", "headentity", "subject", "subjectid", "subj", "source", "sourceid", "src"}
     | {"from", "fromid", "start", "startid", "entity1", "node1"},
@@ -49,12 +49,13 @@ _NAMES = (
     {"tail", "tailid", "tailentity", "object", "objectid", "obj", "target", "targetid", "dst"}
     | {"to", "toid", "end", "endid", "entity2", "node2"},
 )
-#: Triples from which on a first line whose labels stand nowhere else is worth a word.
-_FEW = 10
-#: head, relation, tail, and the full stop with which some files end a line.
+#: Fewest triples for which a first line is suspicious whose labels occur nowhere else.
+_MIN_TRIPLES = 10
+#: head, relation, tail, and the full stop at the end of a line in some files.
 _SPACED_TRIPLE = r"^[ \t]*([^ \t\r]+)[ \t]+([^ \t\r]+)[ \t]+([^ \t\r]+)(?:[ \t]+\.)?[ \t\r]*$"
-#: Rows that are read one by one before they become a frame.
+#: Rows that are collected before they are converted to a frame.
 _ROWS = 2**18
+#: Names of separators in messages.
 SEPARATED = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", SPACES: "spaces"}
 
 Columns = Sequence[int] | Sequence[str]
@@ -68,34 +69,34 @@ def read_triples(
     header: bool | None = False,
     columns: Columns | None = None,
 ) -> pl.DataFrame:
-    """Read a text table of label triples: UTF-8, a line a triple.
+    """Read a text table of label triples: UTF-8, one triple per line.
 
-    Blank lines are skipped. Labels are taken as they stand, spaces included.
+    Blank lines are skipped. Labels are not stripped of spaces.
 
     Parameters
     ----------
     path : Path
         Plain, gzip or zstd.
     separator : str
-        One character; a space stands for any run of spaces and tabs, with or without a full stop
-        at the line's end, but with ``quoted``, where a label stands in quotes, for one space.
+        One character. A space stands for any run of spaces and tabs, and lines may end with a full
+        stop; with ``quoted`` and a label in quotes, it stands for one space.
     quoted : bool
-        Whether labels may stand in double quotes, as in CSV (RFC 4180).
+        Whether labels may be in double quotes, as in CSV (RFC 4180).
     header : bool, optional
-        Whether the first line names the columns; None looks whether it does by `HEADERS`.
+        Whether the first line is a header; None detects it (`columns_by_name`).
     columns : sequence of int or of str, optional
-        Places (from 0) or names of the head, relation and tail columns.
+        Positions (from 0) or names of the head, relation and tail columns.
 
     Returns
     -------
     DataFrame
-        The string columns head, relation, tail, no nulls, no empty labels.
+        The string columns head, relation, tail, without nulls or empty labels.
 
     Raises
     ------
     DataError
-        A line with too few or too many columns, an empty label, text that is not UTF-8, a
-        compressed file that ends early, columns that are not there.
+        A line with too few or too many columns, an empty label, text that is not UTF-8, a truncated
+        compressed file, or a missing column.
     """
     first = next(read_rows(path, separator, quoted), None)
     if first is None:
@@ -117,29 +118,29 @@ def read_triples(
         frame = _slow(path, separator, quoted, skipped, len(cells), places)
     if header is None and not named and _stands_alone(frame):
         logger.warning(
-            "%s, line %d: taken for a fact, %s, though none of its labels stands anywhere else. If"
-            " it names the columns, say header=True (--header).",
+            "%s, line %d: read as a triple, %s, although none of its labels occurs in another line."
+            " If it is a header, pass header=True (--header).",
             path,
             number,
             _shown([cells[place] for place in places], separator),
         )
     if not quoted:
-        advice = "say format='csv' and the separator (--from csv --separator tab)"
+        advice = "pass format='csv' and the separator (--from csv --separator tab)"
         warn_of_quotes(path, frame, advice)
     return frame
 
 
 def warn_of_quotes(path: Path, frame: pl.DataFrame, advice: str) -> None:
-    """Cells are taken as they stand; quotes around them may be meant as those of CSV."""
+    """Warn of cells in double quotes, which may be meant as CSV quotes but are kept as text."""
     text = pl.col(pl.String)
     begin = frame.select(pl.any_horizontal(text.str.starts_with('"').any()))
-    if not begin.width or not begin.item():  # sooner told
+    if not begin.width or not begin.item():  # faster than counting
         return
     count = sum(frame.select(text.str.contains('^"(?:[^"]|"")*"$').sum()).row(0))
     if count:
         logger.warning(
-            "%s: labels or texts in double quotes, which are part of them: %d. If they are quotes"
-            " as in CSV, %s.",
+            "%s: labels or texts in double quotes: %d. The quotes are kept as part of them; if they"
+            " are CSV quotes, %s.",
             path,
             count,
             advice,
@@ -147,9 +148,9 @@ def warn_of_quotes(path: Path, frame: pl.DataFrame, advice: str) -> None:
 
 
 def columns_by_name(cells: Sequence[str]) -> tuple[int, int, int] | None:
-    """Places of head, relation and tail where the cells are a header.
+    """Return the positions of head, relation and tail if the cells are a header, else None.
 
-    By `HEADERS`, or by one cell each that names a head, a relation and a tail.
+    A header has the names of one of `HEADERS`, or one name each of a head, relation and tail.
 
     >>> from imvia_graph._tables import columns_by_name
     >>> columns_by_name(["id", ":START_ID", ":TYPE", ":END_ID"])
@@ -166,13 +167,13 @@ def columns_by_name(cells: Sequence[str]) -> tuple[int, int, int] | None:
 
 
 def may_be_header(cells: Sequence[str]) -> bool:
-    """Whether a first line of these would be taken for a header, or refused as it may be one."""
+    """Whether these cells as a first line would be read as a header, or refused as a likely one."""
     heads, _, tails = _named(cells)
     return columns_by_name(cells) is not None or len(heads) == len(tails) == 1
 
 
 def _named(cells: Sequence[str]) -> list[list[int]]:
-    """Places of the cells that name a head, a relation and a tail."""
+    """Return the positions of the cells that name a head, a relation and a tail."""
     bare = [re.sub(r"[\s_:-]", "", cell.lower()) for cell in cells]
     return [[place for place, cell in enumerate(bare) if cell in names] for names in _NAMES]
 
@@ -180,32 +181,33 @@ def _named(cells: Sequence[str]) -> list[list[int]]:
 def _check_order(
     where: str, cells: Sequence[str], places: tuple[int, int, int], is_header: bool
 ) -> None:
-    """Refuse to go by the places of columns that name a head and a tail alone.
+    """Raise a DataError if cells name a head and a tail column but no relation column.
 
-    Those of a header may be right; a first line that may be one is a fact or is not.
+    Such a header is accepted if its head and tail are where ``places`` has them. A first line that
+    is not known to be a header is refused, because it may be a header or a triple.
     """
     heads, _, tails = _named(cells)
     if len(heads) != 1 or len(tails) != 1:
         return
     if not is_header or (places[0], places[2]) != (heads[0], tails[0]):
         raise DataError(
-            f"{where}: {cells[heads[0]]!r} and {cells[tails[0]]!r} seem to name the columns of head"
-            f" and tail, and none is known to name the relation: {', '.join(map(repr, cells))}. Say"
-            " which columns to take with columns=(head, relation, tail) (--columns), by place from"
-            " 0 or by name; or, of a file, header=False (--no-header) if this is a fact."
+            f"{where}: {cells[heads[0]]!r} and {cells[tails[0]]!r} seem to name the head and tail"
+            f" columns, but no cell is known to name the relation: {', '.join(map(repr, cells))}."
+            " Name the columns with columns=(head, relation, tail) (--columns), by position from 0"
+            " or by name; or, if this line of a file is a triple, pass header=False (--no-header)."
         )
 
 
 def _stands_alone(frame: pl.DataFrame) -> bool:
-    """Whether no label of the first triple is in another, though there are several of these."""
-    if frame.height < _FEW:
+    """Whether no label of the first triple occurs in another one, if there are enough triples."""
+    if frame.height < _MIN_TRIPLES:
         return False
     head, relation, tail = frame.row(0)
     rest = frame.lazy().slice(1)
     ends = (pl.col("head").is_in([head, tail]) | pl.col("tail").is_in([head, tail])).any()
-    # The relation of a fact stands soon again, and most often that is all that is looked at.
-    for looked_at in (rest.head(1000), rest):
-        if looked_at.select(((pl.col("relation") == relation).any()) | ends).collect().item():
+    # The relation of a triple usually recurs early, so that 1,000 triples suffice.
+    for triples in (rest.head(1000), rest):
+        if triples.select(((pl.col("relation") == relation).any()) | ends).collect().item():
             return False
     return True
 
@@ -213,7 +215,7 @@ def _stands_alone(frame: pl.DataFrame) -> bool:
 def _places(
     where: str, cells: Sequence[str], named: bool, columns: Columns | None, separator: str | None
 ) -> tuple[int, int, int]:
-    """Which columns are head, relation and tail."""
+    """Return the positions of the head, relation and tail columns."""
     if columns is None:
         found = columns_by_name(cells) if named else None
         if found:
@@ -226,19 +228,19 @@ def _places(
                 raise DataError(
                     f"{where}: expected three columns separated by"
                     f" {SEPARATED.get(separator, repr(separator))}, found {SEPARATED[other]}:"
-                    f" {_shown(cells, separator)}. Say separator={other!r} (--separator"
+                    f" {_shown(cells, separator)}. Pass separator={other!r} (--separator"
                     f" {typed(other)})."
                 )
         by = f" separated by {SEPARATED.get(separator, repr(separator))}" if separator else ""
         raise DataError(
             f"{where}: expected three columns{by} (head, relation, tail), found"
-            f" {_count(len(cells))}: {_shown(cells, separator)}. Mend the file, or say which"
-            " columns to take with columns=(head, relation, tail) (--columns), by place from 0 or"
-            " by name in the header."
+            f" {_count(len(cells))}: {_shown(cells, separator)}. Correct the file, or name the"
+            " columns with columns=(head, relation, tail) (--columns), by position from 0 or by"
+            " name in the header."
         )
     if len(columns) != 3:
         raise DataError(
-            f"columns: expected three, of head, relation and tail; received {columns!r}."
+            f"columns: expected three columns (head, relation, tail), received {columns!r}."
         )
     places = []
     for column in columns:
@@ -246,11 +248,11 @@ def _places(
             if not named:
                 raise DataError(
                     f"columns: {column!r} is a name, but {where.partition(',')[0]} has no header."
-                    " Give places from 0."
+                    " Pass positions from 0."
                 )
             if list(cells).count(column) != 1:
                 raise DataError(
-                    f"{where}: expected one column {column!r} in the header, found"
+                    f"{where}: expected one column {column!r} in the header, found the columns"
                     f" {', '.join(map(repr, cells))}."
                 )
             places.append(list(cells).index(column))
@@ -262,31 +264,31 @@ def _places(
             )
     if len(set(places)) < 3:
         raise DataError(
-            f"columns: expected three different ones, of head, relation and tail; received"
+            f"columns: expected three different columns (head, relation, tail), received"
             f" {columns!r} ({where})."
         )
     return places[0], places[1], places[2]
 
 
 def _another_separator(cells: Sequence[str], separator: str) -> str | None:
-    """The mark that seems to separate the three columns of a line, where it is another."""
+    """Return the separator that seems to separate three columns of a line, if it is another one."""
     line = separator.join(cells)
     marks = (mark for mark in ("\t", ";", ",", "|") if mark != separator)
     return next((mark for mark in marks if line.count(mark) >= 2), None)
 
 
 def typed(separator: str) -> str:
-    """A separator as it is given on the command line."""
+    """Return a separator as it is typed on the command line."""
     return {"\t": "tab", " ": "space"}.get(separator, repr(separator))
 
 
 def refuse_separator_mark(where: str, line: str, option: str) -> None:
-    """A DataError where a first line is no row: ``sep=;``, by which Excel knows the separator."""
+    """Raise a DataError if a first line is ``sep=;``, which names the separator to Excel."""
     mark = re.fullmatch(r'"?sep=(.)"?', line.strip(" \r"))
     if mark:
         raise DataError(
-            f"{where}: {line!r} tells Excel what separates the columns; it is no row. Remove the"
-            f" line, and say separator={mark[1]!r} ({option} {typed(mark[1])})."
+            f"{where}: {line!r} names the separator for Excel and is not a row. Remove the line,"
+            f" and pass separator={mark[1]!r} ({option} {typed(mark[1])})."
         )
 
 
@@ -298,7 +300,7 @@ def _fast(
     width: int,
     places: tuple[int, int, int],
 ) -> pl.DataFrame | None:
-    """The triples, or None where a line needs to be looked at."""
+    """Read the triples, vectorised; None if the file must be read line by line."""
     if separator == SPACES:
         lines = _files.scan_lines(path).slice(skipped)
         groups = pl.col("line").str.extract_groups(_SPACED_TRIPLE)
@@ -320,7 +322,7 @@ def _fast(
             pl.col(str(place)).alias(name)
             for place, name in zip(places, TRIPLE_COLUMNS, strict=True)
         ]
-        # A line that is too short has nulls at its end; so has one with an empty last cell.
+        # The last cell is null in a line that is too short, and in one with an empty last cell.
         short = pl.col(str(width - 1)).is_null().alias("short")
         blank = pl.all_horizontal(pl.all().is_null()).alias("blank")
         frame = (
@@ -355,9 +357,9 @@ def _fast(
 
 
 def _has_width(path: Path, separator: str, quoted: bool, skipped: int, width: int) -> bool:
-    """Whether every line that is not blank has so many cells, not all empty; vectorised.
+    """Whether every line that is not blank has ``width`` cells that are not all empty; vectorised.
 
-    Where quotes are used otherwise than around a cell of one line, the answer is no.
+    False if a quote is used in any other way than around a cell within one line.
     """
     line = pl.col("line")
     empty = line.str.contains(f"^{re.escape(separator)}[{re.escape(separator)}\r]*$")
@@ -366,9 +368,9 @@ def _has_width(path: Path, separator: str, quoted: bool, skipped: int, width: in
 
 
 def quotes_are_plain(path: Path, separator: str, skipped: int = 0) -> bool:
-    """Whether each quote stands where CSV has it, in a cell of one line; vectorised.
+    """Whether all quotes are valid CSV and no quoted cell holds a line break; vectorised.
 
-    Where not, the fast reader may take lines for a part of a label, or a quote for none.
+    Otherwise, the fast reader may read lines as part of a label, or misread a quote.
     """
     lines = _files.scan_lines(path).slice(skipped)
     lines = lines.filter(pl.col("line").str.contains('"', literal=True))
@@ -376,7 +378,7 @@ def quotes_are_plain(path: Path, separator: str, skipped: int = 0) -> bool:
 
 
 def _is_whole(separator: str, quoted: bool, times: str) -> pl.Expr:
-    """Whether a line is cells, the first one and others so many ``times`` (of a pattern)."""
+    """Expression: whether a line is one cell and further cells ``times`` (a regex quantifier)."""
     between = re.escape(separator)
     cell = f"[^{between}]*"
     if quoted:
@@ -385,7 +387,7 @@ def _is_whole(separator: str, quoted: bool, times: str) -> pl.Expr:
 
 
 def _has_nul(frame: pl.DataFrame) -> bool:
-    """Whether any label holds a NUL byte, the mark of a file that is not text."""
+    """Whether any label holds a NUL byte, as in files that are not text."""
     return bool(
         frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any())).item()
     )
@@ -399,10 +401,10 @@ def _slow(
     width: int,
     places: tuple[int, int, int],
 ) -> pl.DataFrame:
-    """Exact, line by line: names the first malformed one, or reads what upset the fast reader."""
+    """Read the triples line by line; a DataError names the first malformed line."""
     frames = []
     rows: list[list[str]] = []
-    several: list[tuple[int, int]] = []  # records of several lines: the first line, how many
+    several: list[tuple[int, int]] = []  # records of several lines: first line, number of lines
     for number, cells in read_rows(path, separator, quoted):
         if number <= skipped:
             continue
@@ -411,10 +413,10 @@ def _slow(
             if width == 3:
                 expected += " (head, relation, tail)"
             other = _another_separator(cells, separator)
-            advice = "Mend or remove the line"
+            advice = "Correct or remove the line"
             if other is not None and (len(cells) == 1 or separator == SPACES):
                 advice += (
-                    f"; or, if {SEPARATED[other]} separate the columns, say separator={other!r}"
+                    f"; or, if {SEPARATED[other]} separate the columns, pass separator={other!r}"
                     f" (--separator {typed(other)})"
                 )
             raise DataError(
@@ -425,7 +427,7 @@ def _slow(
         if not all(row):
             raise DataError(
                 f"{path}, line {number}: expected three columns (head, relation, tail), found an"
-                f" empty one: {_shown(cells, separator)}. Mend or remove the line."
+                f" empty one: {_shown(cells, separator)}. Correct or remove the line."
             )
         if quoted and "\n" in "".join(cells):
             several.append((number, _last_line(number, cells) - number + 1))
@@ -437,9 +439,9 @@ def _slow(
         first = several[0]
         longest = max(several, key=lambda record: record[1])
         logger.warning(
-            "%s, line %d: quotes hold line breaks, so that %d lines are one row; rows of this"
-            " kind: %d, the longest of %d lines from line %d on. If that is not meant, a quote is"
-            " left open there.",
+            "%s, line %d: a quoted cell contains line breaks, so that %d lines are one row;"
+            " such rows: %d, the longest of %d lines from line %d on. If that is not intended, a"
+            " closing quote is missing there.",
             path,
             *first,
             len(several),
@@ -451,7 +453,7 @@ def _slow(
 
 
 def _frame(rows: Sequence[Sequence[str]]) -> pl.DataFrame:
-    """Rows of three labels as a frame."""
+    """Convert rows of three labels to a frame."""
     columns = zip(*rows, strict=True) if rows else [()] * 3
     return pl.DataFrame(
         {
@@ -462,7 +464,7 @@ def _frame(rows: Sequence[Sequence[str]]) -> pl.DataFrame:
 
 
 def _last_line(number: int, cells: Sequence[str]) -> int:
-    """The last line of a record that begins at a line; those of CSV may hold line breaks."""
+    """Return the last line of a record that begins at a line; CSV cells may hold line breaks."""
     return number + sum(cell.count("\n") for cell in cells)
 
 
@@ -477,9 +479,9 @@ def _shown(cells: Sequence[str], separator: str | None) -> str:
 
 
 def read_rows(path: Path, separator: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
-    """Cells of each line that is not blank, with the line's number.
+    """Yield the number and the cells of each line that is not blank.
 
-    With quotes, cells may hold line breaks: then the number is that of the first line.
+    If quoted cells hold line breaks, the number is that of the first line of the record.
     """
     lines = _files.read_lines(path)
     if quoted:
@@ -500,7 +502,7 @@ def read_rows(path: Path, separator: str, quoted: bool) -> Iterator[tuple[int, l
 def _read_quoted(
     path: Path, separator: str, lines: Iterator[tuple[int, str]]
 ) -> Iterator[tuple[int, list[str]]]:
-    """Records of CSV, with the line at which each begins."""
+    """Yield the first line and the cells of each CSV record."""
     begin, text = 1, ""
 
     def feed() -> Iterator[str]:
@@ -510,7 +512,7 @@ def _read_quoted(
                 text = line
             yield line + "\n"
 
-    csv.field_size_limit(2**31 - 1)  # lines are as long as they are, in other forms, too
+    csv.field_size_limit(2**31 - 1)  # other forms do not limit the length of cells either
     reader = csv.reader(feed(), delimiter=separator, strict=True)
     try:
         for cells in reader:
@@ -519,36 +521,36 @@ def _read_quoted(
             begin = reader.line_num + 1
     except csv.Error as error:
         end = reader.line_num
-        where = f"{path}, line {begin}: expected a line of CSV, found"
+        where = f"{path}, line {begin}: expected a CSV record, found"
         advice = (
-            f" {shorten(text)!r}. Mend the line: a cell with a quote in it stands in quotes, with"
-            ' the quote in it twice ("5"" pipe").'
+            f" {shorten(text)!r}. Correct the line: a cell that contains a quote must be quoted,"
+            ' and the quote in it doubled ("5"" pipe").'
         )
         if "unexpected end" in str(error):
-            what = f"a quote that is opened and never closed, up to line {end}, the last one:"
+            what = f"an opening quote that is never closed, up to line {end}, the last one:"
         elif "expected after" in str(error):
             closed = f" in line {end}" if end > begin else ""
             what = f"text after the quote that closes a label{closed}:"
         else:
-            raise DataError(f"{where} {shorten(text)!r} ({error}). Mend the line.") from None
+            raise DataError(f"{where} {shorten(text)!r} ({error}). Correct the line.") from None
         raise DataError(f"{where} {what}{advice}") from None
 
 
 def read_parquet_triples(path: Path, columns: Columns | None = None) -> pl.DataFrame:
-    """Read a Parquet file of label triples; integers become labels, 17 the label ``17``.
+    """Read a Parquet file of label triples; an integer 17 becomes the label ``17``.
 
     Parameters
     ----------
     path : Path
         The file.
     columns : sequence of int or of str, optional
-        Places or names of the head, relation and tail columns; names that `HEADERS` knows, or the
-        only three, if not told.
+        Positions or names of the head, relation and tail columns. Default: the columns with known
+        names (`columns_by_name`), or the only three columns.
 
     Raises
     ------
     DataError
-        No Parquet file, columns that are not there or hold no labels, an empty label.
+        The file is not Parquet, a column is missing or holds no labels, or a label is empty.
     """
     try:
         check_parquet(path)
@@ -556,13 +558,13 @@ def read_parquet_triples(path: Path, columns: Columns | None = None) -> pl.DataF
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         detail = shorten((str(error).splitlines() or [type(error).__name__])[0], 200)
         raise DataError(
-            f"{path}: expected a Parquet file; it cannot be read ({detail}). It may be cut short:"
-            " fetch or make it again."
+            f"{path}: expected a Parquet file; it cannot be read ({detail}). It may be truncated:"
+            " download or create it again."
         ) from error
 
 
 def frame_of_triples(table: pl.LazyFrame, where: str, columns: Columns | None) -> pl.DataFrame:
-    """The head, relation and tail columns of a frame, checked; integers become labels."""
+    """Return the head, relation and tail columns of a frame, checked; integers become labels."""
     schema = table.collect_schema()
     places = _places(where, schema.names(), True, columns, None)
     if columns is None and columns_by_name(schema.names()) is None:
@@ -574,7 +576,7 @@ def frame_of_triples(table: pl.LazyFrame, where: str, columns: Columns | None) -
         if not (dtype.is_integer() or dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
             raise DataError(
                 f"{where}: expected labels (text or integers) in the column"
-                f" {schema.names()[place]!r}, found {dtype}. Say which columns to take with"
+                f" {schema.names()[place]!r}, found {dtype}. Name the columns to read with"
                 " columns=."
             )
     frame = table.select(
@@ -586,38 +588,37 @@ def frame_of_triples(table: pl.LazyFrame, where: str, columns: Columns | None) -
         row = int(bad.arg_true()[0])
         raise DataError(
             f"{where}, row {row + 1} (counted from 1): expected three labels (head, relation,"
-            f" tail), found {frame.row(row)!r}. Mend or remove the row."
+            f" tail), found {frame.row(row)!r}. Correct or remove the row."
         )
     return frame
 
 
 def _refuse_missing_integers(table: pl.LazyFrame, name: str, where: str) -> None:
-    """A DataError where a column of floats is one of integers of which some are missing."""
+    """Raise a DataError if a float column holds integers of which some are missing."""
     column = table.select(pl.col(name).fill_nan(None)).collect().to_series()
     missing, there = column.is_null(), column.drop_nulls()
     if missing.any() and (there == there.floor()).all():
         raise DataError(
             f"{where}, row {int(missing.arg_true()[0]) + 1} (counted from 1): the label in the"
-            f" column {name!r} is missing (rows of this kind: {missing.sum()}), so that its"
-            " integers are held as floats. Mend or remove the row, and make the column one of"
-            " integers again."
+            f" column {name!r} is missing ({missing.sum()} such rows), so that its integers are"
+            " stored as floats. Correct or remove the row, and convert the column to integers."
         )
 
 
 def read_numbered_labels(path: Path, *, announced: bool | None = None) -> list[str]:
-    """Labels in id order from lines of a label and its id, as in ``entity2id.txt``.
+    """Read labels in id order from lines of a label and its id, as in ``entity2id.txt``.
 
     Parameters
     ----------
     path : Path
-        The file. The id is the last column; labels may hold spaces.
+        The file. The id is the last column; labels may contain spaces.
     announced : bool, optional
-        Whether the first line is the number of lines that follow; None: if it is just a number.
+        Whether the first line is the number of lines that follow; None detects a single number.
 
     Raises
     ------
     DataError
-        A line that is no label and id, an id that stands twice or is missing, a count that lies.
+        A line is not a label and an id, an id is repeated or missing, or the count is wrong.
     """
     return _numbered_fast(path, announced) or _numbered_by_line(path, announced)
 
@@ -663,14 +664,14 @@ def _numbered_by_line(path: Path, announced: bool | None) -> list[str]:
         label, value = fields[0].strip(), int(fields[1])
         if value in by_id:
             raise DataError(
-                f"{path}, line {number}: the id {value} is {by_id[value]!r} already; ids are"
-                " distinct."
+                f"{path}, line {number}: the id {value} already belongs to {by_id[value]!r}; ids"
+                " must be distinct."
             )
         by_id[value] = label
     if announced or count is not None:
         check_count(path, count, len(by_id))
     if not by_id and not announced:
-        raise DataError(f"{path} is empty: expected a label and its id a line.")
+        raise DataError(f"{path} is empty: expected a label and its id on each line.")
     missing = next((i for i in range(len(by_id)) if i not in by_id), None)
     if missing is not None:
         raise DataError(f"{path}: expected the ids 0 to {len(by_id) - 1}; {missing} is missing.")
@@ -678,7 +679,7 @@ def _numbered_by_line(path: Path, announced: bool | None) -> list[str]:
 
 
 def announced_count(path: Path, number: int, line: str) -> int:
-    """The number of lines that a first line announces."""
+    """Parse the first line of a file as the number of lines that follow."""
     if not is_number(line.strip()):
         raise DataError(
             f"{path}, line {number}: expected the number of lines that follow, found"
@@ -688,29 +689,29 @@ def announced_count(path: Path, number: int, line: str) -> int:
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is a count or an id: digits, and not more than 64 bits hold."""
+    """Whether a text is a count or an id: digits of a number that fits into 64 bits."""
     return text.isdecimal() and len(text) <= 18
 
 
 def check_count(path: Path, count: int | None, found: int) -> None:
-    """A DataError where a file announces another number of lines than follow."""
+    """Raise a DataError if the announced number of lines is not the number that follows."""
     if count is None:
         raise DataError(f"{path} is empty: expected the number of lines, then the lines.")
     if count != found:
         raise DataError(
-            f"{path}, line 1: the file announces {count} lines, but {found} follow. It may be cut"
-            " short; fetch it again, or mend the count."
+            f"{path}, line 1: the file announces {count} lines, but {found} follow. It may be"
+            " truncated: download it again, or correct the count."
         )
 
 
 def check_no_outer_spaces(path: Path, labels: Sequence[str]) -> None:
-    """A label that begins or ends with a space would lose it in a file of labels and ids."""
+    """Raise a DataError for labels with a space at an end, which a file of labels and ids loses."""
     column = pl.Series(labels, dtype=pl.String)
     bad = column.filter(column.str.strip_chars() != column)
     if len(bad):
         raise DataError(
-            f"{path}: {len(bad)} labels begin or end with a space, first {bad[0]!r}; this layout"
-            " would lose it. Rename them, or write another form."
+            f"{path}: {len(bad)} labels begin or end with a space, first {bad[0]!r}, which this"
+            " layout would lose. Rename them, or write another form."
         )
 
 
@@ -723,7 +724,7 @@ def write_table(
     header: bool = False,
     follow: bool = False,
 ) -> None:
-    """Write a table atomically; a name that ends in ``.gz`` or ``.zst`` is compressed."""
+    """Write a table atomically, compressed if its name ends in ``.gz`` or ``.zst``."""
     compression: Literal["uncompressed", "gzip", "zstd"] = "uncompressed"
     if path.suffix in (".gz", ".zst"):
         compression = "gzip" if path.suffix == ".gz" else "zstd"
@@ -742,5 +743,5 @@ def write_table(
 
 
 def write_lines(path: Path, lines: pl.Series, *, follow: bool = False) -> None:
-    """Write one text a line, atomically; compressed as `write_table` does."""
+    """Write one text per line, atomically, compressed as by `write_table`."""
     write_table(path, lines.to_frame(), follow=follow)

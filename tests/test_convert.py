@@ -76,7 +76,7 @@ def test_files_that_are_removed_are_named(tmp_path):
     write_folder(tmp_path / "out", {"train.csv": "a,b,c\n", "Dev.nt.gz": "", "readme.md": "mine"})
     result = run(source, tmp_path / "out", "--to", "tsv", "--overwrite")
     assert result.exit_code == 0, result.output
-    assert f"graph that was there: {tmp_path}/out/Dev.nt.gz, {tmp_path}/out/train.csv." in (
+    assert f"that was there before: {tmp_path}/out/Dev.nt.gz, {tmp_path}/out/train.csv." in (
         result.stderr
     )
     assert sorted(contents(tmp_path / "out")) == [
@@ -92,7 +92,7 @@ def test_files_beside_the_source_that_were_not_read_stay(to, tmp_path):
     before = contents(folder)
     result = run(folder / "train.csv", folder, "--to", to, "--overwrite")
     assert isinstance(result.exception, DataError)
-    assert "'test.csv', 'valid.csv' would be removed, which were not read" in str(result.exception)
+    assert "'test.csv', 'valid.csv' would be removed, but only" in str(result.exception)
     assert contents(folder) == before
     # Where all of them are read, they may go; and a graph may be written anew beside its source.
     assert run(folder, folder, "--to", to, "--overwrite").exit_code == 0
@@ -108,7 +108,7 @@ def test_arrays_that_are_no_splits_are_not_removed(tmp_path):
     write_folder(tmp_path / "out", {"test.npy": "features", "train.csv": "a,b,c\n"})
     before = contents(tmp_path / "out")
     result = run(source, tmp_path / "out", "--overwrite")
-    assert "'test.npy' is of no graph that can be read" in str(result.exception)
+    assert "'test.npy' would keep the graph from being read" in str(result.exception)
     assert contents(tmp_path / "out") == before
 
 

@@ -143,8 +143,8 @@ def test_broken_pictures_are_reported_and_left_out(tmp_path):
     reasons = dict(report.broken)
     assert reasons.keys() == {f"a/{name}" for name in [*bad, "gone.png"]}
     assert reasons["a/empty.png"] == "the file is empty"
-    assert reasons["a/text.jpg"] == "it is no picture of a known format"
-    assert "12000 x 9000 pixels are more than 89,478,485" in reasons["a/zbomb.png"]
+    assert reasons["a/text.jpg"] == "it is not a picture in a known format"
+    assert "12000 x 9000 pixels, more than 89,478,485" in reasons["a/zbomb.png"]
     assert reasons["a/gone.png"] == "No such file or directory"
     again = encode_views(missing, Mean(), batch_size=2, cache=tmp_path / "cache").report
     assert (dict(again.broken), again.encoded, again.reused) == (reasons, 0, 1)
@@ -153,7 +153,7 @@ def test_broken_pictures_are_reported_and_left_out(tmp_path):
 def test_nothing_but_broken_pictures_is_an_error(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.png").write_bytes(b"x")
-    with pytest.raises(ig.DataError, match=r"Not one of the 1 images can be read.*a/1\.png"):
+    with pytest.raises(ig.DataError, match=r"None of the 1 images can be read.*a/1\.png"):
         encode_views(ig.io.read_images(tmp_path, ["a"]), Mean())
 
 
@@ -290,11 +290,11 @@ def test_efficientnet_takes_pictures_of_any_shape():
 @pytest.mark.parametrize(
     ("spec", "modality", "message"),
     [
-        ("resnet", "image", "There is no encoder 'resnet'; there are clip, open_clip:ARCH"),
+        ("resnet", "image", "There is no encoder 'resnet'; the encoders are clip, open_clip:ARCH"),
         ("minilm", "image", "'minilm' is for texts, not for images; .* 'efficientnet-lite0'"),
         ("efficientnet-lite0", "text", "is for images, not for texts; .* 'minilm'"),
-        ("minilm:small", "text", "takes nothing after a colon"),
-        ("minilm", "sound", "for 'image' or 'text', not for 'sound'"),
+        ("minilm:small", "text", "takes no argument after a colon"),
+        ("minilm", "sound", "expected 'image' or 'text', received 'sound'"),
         ("open_clip:ViT-Z/x", "text", "open_clip has no architecture 'ViT-Z'"),
         (
             "open_clip:ViT-B-32/nix",
@@ -323,7 +323,7 @@ def test_no_network_is_said_at_once_with_the_way_out(tmp_path, command, monkeypa
     code, _, errors = command(*words)
     assert code == 2
     # What is fetched is also said, in a line before it.
-    assert "open_clip:ViT-B-32-256/datacomp_s34b_b86k cannot be fetched" in errors
+    assert "open_clip:ViT-B-32-256/datacomp_s34b_b86k cannot be downloaded" in errors
     assert "hub.invalid" in errors
     assert "--text-encoder minilm" in errors
     assert not (tmp_path / "out").exists()
@@ -336,7 +336,7 @@ def test_what_is_fetched_is_said_before(caplog, monkeypatch):
     monkeypatch.setattr("imvia_graph.encode.open_clip.getproxies", dict)
     with pytest.raises(ig.EncoderError, match=r"hub\.invalid"):
         get_encoder("open_clip:hf-hub:nobody/nothing", "image")
-    assert "Fetching open_clip:hf-hub:nobody/nothing from the network." in caplog.messages
+    assert "Downloading the weights of open_clip:hf-hub:nobody/nothing." in caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -360,10 +360,10 @@ def test_no_encoder_is_taken_that_is_not_named(tmp_path, command, monkeypatch, g
     kg.save(tmp_path / "kg")
     code, _, errors = command("encode", "kg", *given, "--out", "out")
     assert code == 2
-    assert "none is fetched from a network unless it is" in errors
+    assert "none is downloaded unless you name it" in errors
     offline = {"text": "minilm", "image": "efficientnet-lite0"}[modality]
     assert f"--{modality}-encoder {offline} needs no network" in errors
-    assert f"--{modality}-encoder clip fetches open_clip:ViT-B-32-256" in errors
+    assert f"--{modality}-encoder clip downloads open_clip:ViT-B-32-256" in errors
     assert not (tmp_path / "out").exists()
     with pytest.raises(ig.EncoderError, match="No encoder of texts is named"):
         encode_kg(kg, texts=tmp_path / "texts.tsv")
@@ -433,8 +433,11 @@ def test_an_encoder_of_another_package(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (torch.ones(1, 2), r"gave features of shape \(1, 2\); expected \(2, 3\)"),
-        (torch.full((2, 3), torch.nan), "NaN or infinite features for 'a'.*--precision float32"),
+        (torch.ones(1, 2), r"returned features of shape \(1, 2\); expected \(2, 3\)"),
+        (
+            torch.full((2, 3), torch.nan),
+            "returned NaN or infinite features for 'a'.*--precision float32",
+        ),
     ],
 )
 def test_an_encoder_that_errs_is_named(features, message):
@@ -445,7 +448,7 @@ def test_an_encoder_that_errs_is_named(features, message):
             return features
 
     raw = ig.io.RawViews("text", torch.tensor([0, 1]), ["a", "b"])
-    with pytest.raises(ig.EncoderError, match=f"'wrong' {message}|'wrong' gave {message}"):
+    with pytest.raises(ig.EncoderError, match=f"'wrong' {message}"):
         encode_views(raw, Wrong())
 
 
@@ -521,7 +524,7 @@ def test_killed_and_run_again_it_goes_on(tmp_path, clip):
     whole = run_python(*command[1:], "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     assert "1 broken image is left out." in whole.stderr
-    assert "broken: e3/broken.png: it is no picture of a known format" in whole.stderr
+    assert "broken: e3/broken.png: it is not a picture in a known format" in whole.stderr
     assert not (tmp_path / "whole" / ".encode").exists()
 
     command += ["--out", "again", "--cache", "cache"]
@@ -612,7 +615,7 @@ def test_the_command_encodes_the_literals_of_rdf(tmp_path, command):
     about = ["--text-predicate", "http://e/about"]
     assert texts(*about, "--text-language", "de") == ["zero", "null", "eins"]
     for options, message in (
-        (["--text-predicate", "http://e/size"], "expected literals of these predicates"),
+        (["--text-predicate", "http://e/size"], "expected text literals with these predicates"),
         (["--text-columns", "0,1"], "--text-columns is for tables; g.ttl is RDF"),
         (["--texts", "t.tsv", *about], "--text-predicate and --text-language are for"),
         (["--texts", "missing.nt"], "missing.nt: there is no such file"),

@@ -134,7 +134,7 @@ LIARS = {
     "a gzip bomb": ({"train.tsv.gz": bomb()}, "train.tsv.gz", "decompression bomb"),
     "a gzip bomb named .tsv": ({"train.tsv": bomb()}, "train.tsv", "decompression bomb"),
     "a zstd bomb": ({"train.tsv.zst": zstd_bomb()}, "train.tsv.zst", "decompression bomb"),
-    "a Parquet bomb": ({"t.parquet": parquet_bomb()}, "t.parquet", "announce 2,000,000 rows"),
+    "a Parquet bomb": ({"t.parquet": parquet_bomb()}, "t.parquet", "claims 2,000,000 rows"),
     "a count of a terabyte": (
         {"entity2id.txt": COUNT, "relation2id.txt": "1\nr 0\n", "train2id.txt": "1\n0 0 0\n"},
         "",
@@ -302,7 +302,7 @@ FEATURES = {
         lambda path: np.save(path, np.array([Evil()]), allow_pickle=True),
         "without Python objects",
     ),
-    "a tensor expanded from one number": ("f.pth", expanded, "expanded from less"),
+    "a tensor expanded from one number": ("f.pth", expanded, "or expanded"),
     "lists in lists": ("f.pth", nested, "expected a tensor, or a dict of tensors"),
     "an npz bomb": ("f.npz", squeezed, "decompression bomb"),
     "an npy of a header alone": ("f.npy", fake_npy, "cannot be read"),
@@ -448,7 +448,7 @@ def test_saving_a_graph_replaces_links_and_no_pipe(name, tmp_path):
     assert outside.read_text() == "years of work"
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(ig.DataError, match="is no file but a device"):
+    with pytest.raises(ig.DataError, match="is a device, a pipe or a socket"):
         ring_kg().save(folder)
     assert (folder / name).is_fifo()
 

@@ -152,7 +152,7 @@ OPENKE_MALFORMED = {
     "a missing id": ({"entity2id": "2\nRome 0\nParis 2\n"}, r"entity2id\.txt: .*; 1 is missing"),
     "a repeated id": (
         {"entity2id": "2\nRome 0\nParis 0\n"},
-        r"entity2id\.txt, line 3: the id 0 is 'Rome' already",
+        r"entity2id\.txt, line 3: the id 0 already belongs to 'Rome'",
     ),
     "a repeated label": (
         {"entity2id": "3\nRome 0\nParis 1\nRome 2\n"},

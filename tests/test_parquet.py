@@ -108,7 +108,7 @@ def varint(number):
 
 @pytest.mark.parametrize(
     ("field", "message"),
-    [(3, "announce 2,000,000,000 rows"), (1, "announce 2,000,000,000 in one page")],
+    [(3, "claims 2,000,000,000 rows"), (1, "claims 2,000,000,000 bytes in one page")],
 )
 def test_pages_that_announce_far_more_than_the_file_holds_are_refused(field, message, tmp_path):
     content = three_facts()

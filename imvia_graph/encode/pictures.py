@@ -1,4 +1,4 @@
-"""Reading pictures of any kind, and telling the broken ones."""
+"""Reading pictures of any format, and detecting broken ones."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from typing import Any
 
 import numpy as np
 
-#: A picture of more pixels is taken for a decompression bomb: Pillow's own limit, 89 million.
+#: A larger picture may be a decompression bomb. This is Pillow's own limit, 89 million pixels.
 MOST_PIXELS = 1024 * 1024 * 1024 // 4 // 3
-#: Bytes of a file that are read at most.
+#: The largest file that is read, in bytes.
 MOST_BYTES = 512 * 1024**2
 
 
-class BrokenPicture(Exception):  # noqa: N818 - it is left out, not raised to the user
-    """A file that is no picture, or one that cannot be decoded; the message says why."""
+class BrokenPicture(Exception):  # noqa: N818 - caught by the encoder, never raised to the user
+    """A file that is not a picture or cannot be decoded; the message says why."""
 
 
 def open_picture(content: bytes) -> Any:
-    """The bytes of a file as an upright ``PIL.Image`` in RGB.
+    """Decode the bytes of a file to an upright ``PIL.Image`` in RGB.
 
-    Of an animation it is the first frame. Transparency becomes white; 16 bits a sample become 8.
+    Of an animation, the first frame is returned. Transparent pixels become white; 16-bit samples
+    become 8-bit samples.
 
     Raises
     ------
     BrokenPicture
-        With the reason.
+        The bytes are not a picture or cannot be decoded; the message is the reason.
     """
     from PIL import Image, ImageOps
 
@@ -36,16 +37,16 @@ def open_picture(content: bytes) -> Any:
         with Image.open(io.BytesIO(content)) as picture:
             if math.prod(picture.size) > MOST_PIXELS:
                 raise BrokenPicture(
-                    f"{picture.width} x {picture.height} pixels are more than {MOST_PIXELS:,}: it"
-                    " may be a decompression bomb"
+                    f"it has {picture.width} x {picture.height} pixels, more than {MOST_PIXELS:,};"
+                    " it may be a decompression bomb"
                 )
             picture.load()
             return _rgb(ImageOps.exif_transpose(picture), Image)
     except BrokenPicture:
         raise
     except Image.UnidentifiedImageError:
-        raise BrokenPicture("it is no picture of a known format") from None
-    except Exception as error:  # Pillow's decoders raise whatever a bad file makes them
+        raise BrokenPicture("it is not a picture in a known format") from None
+    except Exception as error:  # on a bad file, Pillow's decoders may raise any exception
         detail = str(error).strip().splitlines()
         raise BrokenPicture(detail[0] if detail else type(error).__name__) from error
 

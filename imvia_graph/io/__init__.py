@@ -1,4 +1,4 @@
-"""Knowledge graphs in and out."""
+"""Reading and writing knowledge graphs."""
 
 from imvia_graph.io.arrays import to_arrays, to_pykeen
 from imvia_graph.io.features import read_features, views_from_array, with_views

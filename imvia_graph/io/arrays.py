@@ -20,14 +20,14 @@ from imvia_graph.io.tables import NAMES
 from imvia_graph.io.views import unreadable
 from imvia_graph.kg import SPLITS, MultiViewKG, Split
 
-#: The file in a folder that an npz is written to.
+#: Name of the npz file in a folder.
 NPZ_NAME = "triples.npz"
-#: Bytes that an array of labels may take.
+#: The most bytes that an array of labels may take.
 MOST_BYTES = 2**30
 
 
 def split_of(name: str) -> Split | None:
-    """The split that a key of a dict stands for: ``val`` is ``valid``."""
+    """Return the split that a key of a dict stands for: ``val`` stands for ``valid``."""
     return next((split for split, names in NAMES.items() if name in names), None)
 
 
@@ -37,14 +37,17 @@ def from_arrays(
     whole: bool,
     entities: Sequence[str] | None = None,
     relations: Sequence[str] | None = None,
-    took: str = "arrays",
+    description: str = "arrays",
     **options: Any,
 ) -> Source:
-    """(n, 3) arrays of ids, or of labels, by split."""
+    """Read (n, 3) arrays of ids, or of labels, by split."""
     arrays = {split: _checked_array(split, value) for split, value in parts.items()}
     kinds = {array.dtype.kind in "iu" for array in arrays.values() if array.size}
     if kinds == {True, False}:
-        raise DataError(f"{took}: some splits hold ids, others labels; expected one or the other.")
+        raise DataError(
+            f"{description}: some splits hold ids, others labels; expected ids in all splits, or"
+            " labels in all."
+        )
     if kinds == {False}:
         frames = {
             split: pl.DataFrame(
@@ -59,7 +62,7 @@ def from_arrays(
             if frame.select(pl.any_horizontal((pl.all() == "").any())).item():
                 raise DataError(f"{split}: expected non-empty labels, found an empty one.")
         return from_frames(
-            f"{took} of labels",
+            f"{description} of labels",
             frames,
             whole=whole,
             entities=entities,
@@ -71,7 +74,7 @@ def from_arrays(
         for split, array in arrays.items()
     }
     entities, relations = numbered(triples, entities, relations)
-    return Source(f"{took} of ids", entities, relations, triples, whole, options=options)
+    return Source(f"{description} of ids", entities, relations, triples, whole, options=options)
 
 
 def _checked_array(split: Split, value: Any) -> npt.NDArray[Any]:
@@ -85,12 +88,14 @@ def _checked_array(split: Split, value: Any) -> npt.NDArray[Any]:
     if array.dtype.kind not in "iuUOT" or (
         array.dtype.kind == "O" and not all(isinstance(item, str) for item in array.flat)
     ):
-        raise DataError(f"{split}: expected ids (integers) or labels, received {array.dtype}.")
+        raise DataError(
+            f"{split}: expected ids (integers) or labels (text), received {array.dtype}."
+        )
     return array
 
 
 def read_npz(path: Path, **options: Any) -> Source:
-    """Read an ``.npz`` file of (n, 3) arrays by split, or an ``.npy`` file of one."""
+    """Read an ``.npz`` file of (n, 3) arrays by split, or an ``.npy`` file of one array."""
     entities, relations = options.pop("entities", None), options.pop("relations", None)
     _files.check_archive(path)
     with unreadable(path, "an npz or npy file of integers or text"):
@@ -102,8 +107,8 @@ def read_npz(path: Path, **options: Any) -> Source:
                 content = {name: file[name] for name in file.files}
     if path.suffix == ".npz" and "train" not in content:
         raise DataError(
-            f"{path}: expected an array called train (and valid, test, entities, relations), found"
-            f" {', '.join(content) or 'nothing'}."
+            f"{path}: expected an array named train (and optionally valid, test, entities,"
+            f" relations), found {', '.join(content) or 'none'}."
         )
     if "entities" in content and entities is None:
         entities = content["entities"].tolist()
@@ -115,13 +120,15 @@ def read_npz(path: Path, **options: Any) -> Source:
         whole=set(parts) == {"train"},
         entities=entities,
         relations=relations,
-        took=f"an {path.suffix[1:]} file",
+        description=f"an {path.suffix[1:]} file",
         **options,
     )
 
 
 def to_arrays(kg: MultiViewKG) -> dict[str, npt.NDArray[np.int64]]:
-    """The triples of each split as (n, 3) int64 arrays; ids are those of ``kg.entities``.
+    """Return the triples of each split as (n, 3) int64 arrays.
+
+    Ids are positions in ``kg.entities`` and ``kg.relations``.
 
     Examples
     --------
@@ -134,31 +141,34 @@ def to_arrays(kg: MultiViewKG) -> dict[str, npt.NDArray[np.int64]]:
 
 
 def text_array(path: Path, texts: Sequence[str], instead: str) -> npt.NDArray[np.str_]:
-    """Texts as an npz file holds them; a DataError where that takes far more room than they do.
+    """Return texts as a NumPy array; raise a DataError if it takes more than `MOST_BYTES`.
 
-    All texts of a NumPy array are as wide as the longest one, whoever reads it.
+    NumPy stores every text of an array at the width of the longest one.
     """
     longest = max(map(len, texts), default=0)
     if 4 * longest * len(texts) > MOST_BYTES:
         raise DataError(
-            f"{path}: as an array of NumPy, {len(texts):,} labels of up to {longest:,} letters take"
-            f" {4 * longest * len(texts) / 2**30:.1f} GiB, for all are as wide as the longest one."
-            f" Write {instead} instead, or shorten the label."
+            f"{path}: as a NumPy array, {len(texts):,} labels of up to {longest:,} letters take"
+            f" {4 * longest * len(texts) / 2**30:.1f} GiB, because NumPy stores each label at the"
+            f" width of the longest. Write {instead} instead, or shorten the longest labels."
         )
     return np.array(texts, dtype=np.str_)
 
 
 def write_npz(kg: MultiViewKG, target: Path, *, follow: bool = False) -> list[Path]:
-    """Write triples and labels into one npz file; no pickles in it."""
+    """Write triples and labels into one npz file, without pickles."""
     arrays: dict[str, Any] = {
         **to_arrays(kg),
         "entities": text_array(target, kg.entities, "the form kg or parquet"),
         "relations": text_array(target, kg.relations, "the form kg or parquet"),
     }
     for name in ("entities", "relations"):
-        # numpy drops NULs at the end of a text.
+        # NumPy drops NUL characters at the end of a text.
         if arrays[name].tolist() != getattr(kg, name):
-            raise DataError(f"{target}: a label ends with a NUL, which npz would lose. Rename it.")
+            raise DataError(
+                f"{target}: a label of {name} ends with a NUL character, which NumPy drops. Rename"
+                " it, or write another form."
+            )
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -172,7 +182,7 @@ def write_npz(kg: MultiViewKG, target: Path, *, follow: bool = False) -> list[Pa
 
 
 def is_pykeen(value: Any) -> bool:
-    """Whether a value is a factory of PyKEEN, which is imported then, or has the same fields."""
+    """Whether a value is a PyKEEN factory, or an object with the same fields."""
     return isinstance(getattr(value, "mapped_triples", None), Tensor)
 
 
@@ -184,20 +194,20 @@ def from_pykeen(
     relations: Sequence[str] | None = None,
     **options: Any,
 ) -> Source:
-    """PyKEEN's ``TriplesFactory`` or ``CoreTriplesFactory``, by split."""
+    """Read PyKEEN's ``TriplesFactory`` or ``CoreTriplesFactory`` by split."""
     train = parts["train"]
     if getattr(train, "create_inverse_triples", False):
         options.setdefault("notes", []).append(
-            "The PyKEEN factory adds inverse triples; they are left out."
+            "The PyKEEN factory adds inverse triples, which are left out."
         )
     for kind in ("entity", "relation"):
-        mine = getattr(train, f"{kind}_to_id", None)
+        train_ids = getattr(train, f"{kind}_to_id", None)
         for split, factory in parts.items():
-            theirs = getattr(factory, f"{kind}_to_id", None)
-            if mine is not None and theirs is not None and mine != theirs:
+            ids = getattr(factory, f"{kind}_to_id", None)
+            if train_ids is not None and ids is not None and train_ids != ids:
                 raise DataError(
-                    f"{split}: its factory numbers {kind} labels otherwise than that of train."
-                    f" Make it with {kind}_to_id=training.{kind}_to_id."
+                    f"{split}: the factory has other {kind} ids than the factory of train. Create"
+                    f" it with {kind}_to_id=training.{kind}_to_id."
                 )
     triples = {split: factory.mapped_triples.to(torch.int64) for split, factory in parts.items()}
     if entities is None:
@@ -222,7 +232,7 @@ def _labels_of(factory: Any, kind: str, count: int) -> list[str]:
 
 
 def to_pykeen(kg: MultiViewKG) -> dict[str, Any]:
-    """A PyKEEN ``TriplesFactory`` for each split that has triples, ids as in the graph.
+    """Return a PyKEEN ``TriplesFactory`` for each split with triples; ids are those of the graph.
 
     Raises
     ------
@@ -256,5 +266,5 @@ def to_pykeen(kg: MultiViewKG) -> dict[str, Any]:
 
 
 def is_pykeen_dataset(value: Any) -> bool:
-    """Whether a value is one of PyKEEN's data sets: training, validation, testing factories."""
+    """Whether a value is a PyKEEN data set: training, validation and testing factories."""
     return "pykeen" in sys.modules and is_pykeen(getattr(value, "training", None))

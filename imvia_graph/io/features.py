@@ -1,9 +1,9 @@
-"""Features in: safetensors, npz, npy, HDF5 and torch files become `Views` as they are.
+"""Reading ready features: safetensors, npz, npy, HDF5 and torch files to `Views`.
 
-Three shapes are read (`views_from_array`): (N, d), a row an entity; (N, k, d), up to k views an
-entity; (V, d) with a column that says which entity each row belongs to. HDF5 and npy files are read
-in portions, of which only the views stay in memory; of an npz or HDF5 file only the arrays that are
-used.
+Three shapes are read (`views_from_array`): (N, d), one row per entity; (N, k, d), up to k views per
+entity; (V, d) with a column that names the entity of each row. HDF5 and npy files are read in
+portions, of which only the views stay in memory; npz and HDF5 files are read only as far as their
+arrays are used.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ from imvia_graph.errors import DataError
 from imvia_graph.io.views import Entities, resolve, unreadable, warn_of_numeric_labels
 from imvia_graph.kg import MultiViewKG, Views
 
-#: Names under which a file of several arrays keeps features, whose they are, and who has some.
+#: Names of the arrays that hold features, the entity of each row, and which entities have features.
 FEATURE_NAMES = ("feat", "feats", "feature", "features", "embedding", "embeddings")
 ENTITY_NAMES = ("entity", "entities", "label", "labels", "id", "ids")
 PRESENT_NAMES = ("present", "mask")
 
 #: Bytes of features that are read at a time.
 _PORTION = 2**26
-#: What a heap of an HDF5 file begins with: a name and the version.
+#: Signature and version of a global heap in an HDF5 file.
 _HEAP = b"GCOL\x01"
 
-#: What is said of texts or pictures themselves where features are expected.
-_MAKE_SOME = (
-    "Of texts and pictures `imvia-graph encode` (imvia_graph.encode.encode_kg) makes features."
+#: Advice if raw texts or pictures may have been passed as features.
+_ENCODE_ADVICE = (
+    "To make features from texts or pictures, use `imvia-graph encode`"
+    " (imvia_graph.encode.encode_kg)."
 )
 
-#: Entities by label or id: what says whose a row is, or who has a feature.
+#: Entities by label or id, or a mask: the entity of each row, or which entities have features.
 Owners = Sequence[str] | Sequence[int] | Tensor | np.ndarray
 
 
@@ -56,19 +57,19 @@ def with_views(
     *,
     skip_unknown: bool = False,
 ) -> MultiViewKG:
-    """The graph with views of some modalities given; the other modalities are kept.
+    """Return the graph with views of some modalities added or replaced.
 
     Parameters
     ----------
     kg : MultiViewKG
         The graph.
     views : mapping
-        Modality to a file (`read_features`), an array, or a pair of an array and the entity that
-        each of its rows belongs to (`views_from_array`), or `Views`. A modality that the graph has
-        already is replaced.
+        From each modality to a file (`read_features`), an array, a pair of an array and the entity
+        of each of its rows (`views_from_array`), or `Views`. Views that the graph has of these
+        modalities are replaced; its other modalities are kept.
     skip_unknown : bool
-        Whether rows of entities that are not in the graph are left out, or an error. Default: an
-        error.
+        Whether to leave out, with a warning, rows of entities that are not in the graph. Default:
+        such rows are an error.
 
     Raises
     ------
@@ -84,35 +85,35 @@ def with_views(
     >>> seen.modalities, seen.views("image")[0].shape[0] == 3 * kg.num_entities
     (['image', 'text'], True)
     """
-    given: dict[str, Views] = {}
+    new: dict[str, Views] = {}
     for modality, value in views.items():
         where = f"views[{modality!r}]"
         if isinstance(value, Views):
-            given[modality] = value
+            new[modality] = value
         elif isinstance(value, Tensor | np.ndarray):
-            given[modality] = views_from_array(value, kg, where=where)
+            new[modality] = views_from_array(value, kg, where=where)
         elif isinstance(value, tuple):
             if len(value) != 2:
                 raise DataError(
-                    f"{where}: expected a file, an array, Views, or a pair of an array and whose"
-                    f" each of its rows is; received {len(value)} things."
+                    f"{where}: expected a file, an array, Views, or a pair of an array and the"
+                    f" entity of each of its rows; received a tuple of {len(value)}."
                 )
             feat, entity = value
-            given[modality] = views_from_array(
+            new[modality] = views_from_array(
                 feat, kg, entity=entity, skip_unknown=skip_unknown, where=where
             )
         elif isinstance(value, str | os.PathLike):
-            given[modality] = read_features(value, kg, skip_unknown=skip_unknown)
+            new[modality] = read_features(value, kg, skip_unknown=skip_unknown)
         else:
             raise DataError(
-                f"{where}: expected a file, an array, Views, or a pair of an array and whose each"
-                f" of its rows is; received {type(value).__name__}."
+                f"{where}: expected a file, an array, Views, or a pair of an array and the entity"
+                f" of each of its rows; received {type(value).__name__}."
             )
     kept = {
-        modality: given.pop(modality) if modality in given else kg._views(modality)
+        modality: new.pop(modality) if modality in new else kg._views(modality)
         for modality in kg.modalities
     }
-    return kg.replace(views={**kept, **given})
+    return kg.replace(views={**kept, **new})
 
 
 def read_features(
@@ -130,22 +131,22 @@ def read_features(
     ----------
     path : path
         ``.safetensors``, ``.npz``, ``.npy``, HDF5 (``.h5``, ``.hdf5``; needs the extra ``hdf5``) or
-        ``.pth``/``.pt`` (tensors only, nothing that could run code). Of a file of several arrays
-        the features are the one called ``feat``, ``features`` or ``embeddings``, or the only one
-        of floating-point rows; whose they are is read from ``entity``, ``entities``, ``labels`` or
-        ``ids``, and who has any from ``present`` or ``mask``. A file whose arrays are all called as
-        entities holds an array (d,) or (k, d) for each. A table beside the file, of the same name
-        with ``.csv`` and a column ``entity`` (and ``source``), says which entity each row belongs
-        to, as in a KG folder.
+        ``.pth``/``.pt`` (tensors only, nothing that could run code). In a file of several arrays,
+        the features are the array ``feat``, ``features`` or ``embeddings``, or the only array of
+        floating-point rows; ``entity``, ``entities``, ``labels`` or ``ids`` names the entity of
+        each row, and ``present`` or ``mask`` the entities that have features. A file whose arrays
+        are named after entities holds an array (d,) or (k, d) for each. A table beside the file,
+        with the suffix ``.csv`` and a column ``entity`` (and ``source``), names the entity of each
+        row, as in a KG folder.
     of : MultiViewKG or sequence of str
         The graph, or the labels of its entities in id order.
     key : str, optional
-        Which array of the file holds the features.
+        Name of the array that holds the features.
     entity, present : str or sequence, optional
-        The name of the file's array, or what `views_from_array` takes.
+        Name of the array in the file, or a value as for `views_from_array`.
     skip_unknown : bool
-        Whether rows of entities that are not in the graph are left out, with a warning, or an
-        error.
+        Whether to leave out, with a warning, rows of entities that are not in the graph. Default:
+        such rows are an error.
 
     Returns
     -------
@@ -154,7 +155,7 @@ def read_features(
     Raises
     ------
     DataError
-        A file that cannot be read, is a pickle, or does not fit the entities; NaN.
+        The file cannot be read, is a pickle, does not fit the entities, or holds NaN.
 
     Examples
     --------
@@ -169,7 +170,7 @@ def read_features(
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        raise DataError(f"{path} is a folder; expected a file of features. {_MAKE_SOME}")
+        raise DataError(f"{path} is a folder; expected a file of features. {_ENCODE_ADVICE}")
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; expected features.")
     if path.stat().st_size == 0:
@@ -178,7 +179,7 @@ def read_features(
         named = {name for name in (key, entity, present) if isinstance(name, str)}
         if absent := sorted(named - set(arrays)):
             raise DataError(
-                f"{path}: there is no array {absent[0]!r}; there are {_listing(arrays)}."
+                f"{path}: there is no array {absent[0]!r}; the arrays are {_listing(arrays)}."
             )
         if key is None and (mapping := _by_entity(arrays, of, path, skip_unknown)) is not None:
             return mapping
@@ -214,35 +215,35 @@ def views_from_array(
     skip_unknown: bool = False,
     where: str = "features",
 ) -> Views:
-    """Features of one modality from an array.
+    """Make views of one modality from an array of features.
 
     Parameters
     ----------
     feat : Tensor or array
         Floating point; double precision becomes single. (N, d) in the order of the entities;
-        (N, k, d) with k places for views; or (V, d) with ``entity``.
-        In the first two a row that is all NaN or all zero is no view: the entity lacks it.
+        (N, k, d) with k slots for views; or (V, d) with ``entity``. In (N, d) and (N, k, d), a row
+        of zeros or of NaN only is a missing view.
     of : MultiViewKG or sequence of str
         The graph, or the labels of its N entities in id order.
     entity : sequence, optional
-        (V,) labels or ids: which entity each row of ``feat`` belongs to. Every row is a view then.
+        (V,) labels or ids: the entity of each row of ``feat``. Every row is then a view.
     present : sequence, optional
-        For (N, d) and (N, k, d): which entities have views, as (N,) bool, or a list of their labels
-        or ids. The rows of all others are left aside; for (N, k, d) the absent places of those that
-        have some are told as above.
+        For (N, d) and (N, k, d): which entities have views, as a (N,) bool mask or a list of labels
+        or ids. The rows of other entities are ignored. In (N, d), every row of a listed entity is a
+        view; in (N, k, d), its rows of zeros or NaN are still missing views.
     source : sequence of str, optional
-        Where each row of (V, d) is from.
+        Origin of each row of (V, d).
     skip_unknown : bool
-        Whether rows of entities that are not in the graph are left out, with a warning, or an
-        error.
+        Whether to leave out, with a warning, rows of entities that are not in the graph. Default:
+        such rows are an error.
     where : str
-        What messages call the array.
+        Name of the array in messages.
 
     Raises
     ------
     DataError
-        A shape that fits neither, integers, a row that is NaN in part (or, with ``entity``, at
-        all), unknown entities, no view at all.
+        The shape is none of the above, the dtype is not floating point, a view holds NaN or
+        infinity, an entity is unknown, or there is no view at all.
 
     Examples
     --------
@@ -257,20 +258,22 @@ def views_from_array(
     if entity is not None:
         if len(shape) != 2:
             raise DataError(
-                f"{where}: expected features of shape (views, width) beside their entities,"
+                f"{where}: expected features of shape (views, width) with the entity of each view,"
                 f" received {shape}."
             )
         if present is not None:
             raise DataError(
-                f"{where}: received both the rows' entities and who has a feature; give one."
+                f"{where}: received both the entity of each row and the entities that have"
+                " features; pass only one of entity and present."
             )
         owners = _series(entity)
         if len(owners) != len(feat):
             raise DataError(
-                f"{where}: expected an entity a row, received {len(owners)} for {len(feat)} rows."
+                f"{where}: expected one entity per row, received {len(owners)} for {len(feat)}"
+                " rows."
             )
         if not len(feat):
-            raise DataError(f"{where}: there are no rows, so no views.")
+            raise DataError(f"{where}: expected at least one row of features, received none.")
         keep, ids = resolve(owners, of, f"{where}, entities", skip_unknown)
         kept = (
             None if source is None else [source[row] for row in keep.nonzero().flatten().tolist()]
@@ -289,15 +292,15 @@ def views_from_array(
     if len(feat) != len(labels):
         raise DataError(
             f"{where}: expected a row for each of the {len(labels)} entities in id order, received"
-            f" {len(feat)} rows. If they belong to some entities only, say to which (entity=…, or"
-            " an array 'entity' in the file)."
+            f" {len(feat)} rows. If the rows belong to some entities only, name the entity of each"
+            " row (entity=…, or an array 'entity' in the file)."
         )
     warn_of_numeric_labels(torch.arange(len(labels)), labels, where)
     has = None if present is None else _present(present, of, where, skip_unknown)
     masks: list[Tensor] = []  # (n,) or (n, k)
 
-    def there(part: Tensor, start: int) -> Tensor:
-        # With one place an entity the list says it all: a zero row of a listed one is a view.
+    def is_view(part: Tensor, start: int) -> Tensor:
+        # With one row per entity, ``present`` decides alone: a listed entity may have a zero row.
         if has is not None and part.dim() == 2:
             mask = has[start : start + len(part)]
         else:
@@ -307,7 +310,7 @@ def views_from_array(
         masks.append(mask)
         return mask
 
-    views = _read_views(feat, where, there)
+    views = _read_views(feat, where, is_view)
     owner = torch.cat(masks).nonzero()[:, 0].contiguous()
     if not len(owner):
         raise DataError(f"{where}: every row is zero or NaN, so no entity has a view.")
@@ -315,17 +318,17 @@ def views_from_array(
     return Views(views, owner)
 
 
-def _read_views(feat: Any, where: str, there: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Views (V, d) of an array, or of a file's, read in portions.
+def _read_views(feat: Any, where: str, is_view: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Read the views (V, d) of an array, possibly in a file, in portions.
 
-    ``there`` is told a portion and its first row, and says which of its places hold views.
+    ``is_view`` takes a portion and the number of its first row; it returns a mask of the views.
     """
     portions: list[Tensor] = []
     rows = max(1, _PORTION // (feat.dtype.itemsize * math.prod(feat.shape[1:]) or 1))
     for start in range(0, len(feat), rows):
         part = _floating(feat[start : start + rows], where)
-        portions.append(part[there(part, start)])
-    # Not torch.cat, which would need twice the memory: each portion is freed when it is copied.
+        portions.append(part[is_view(part, start)])
+    # torch.cat would need twice the memory; here, each portion is freed once it is copied.
     views = portions[0].new_empty(sum(map(len, portions)), feat.shape[-1])
     portions.reverse()
     start = 0
@@ -354,18 +357,18 @@ def _refuse_nan(feat: Tensor, owner: Tensor, labels: Sequence[str], where: str) 
         row = int((~finite).nonzero()[0])
         raise DataError(
             f"{where}: a view of {labels[int(owner[row])]!r} has NaN or infinite features"
-            f" ({int((~finite).sum())} such views). Leave these out, or make them again."
+            f" ({int((~finite).sum())} such views). Remove these views, or compute them again."
         )
 
 
 def _present(present: Owners, of: Entities, where: str, skip_unknown: bool) -> Tensor:
-    """(N,) bool from a mask or from a list of entities."""
+    """Return a (N,) bool mask from a mask or a list of entities."""
     count = len(of.entities if isinstance(of, MultiViewKG) else of)
     values = _series(present)
     if values.dtype == pl.Boolean:
         if len(values) != count:
             raise DataError(
-                f"{where}, mask: expected one for each of the {count} entities, received"
+                f"{where}, mask: expected one value for each of the {count} entities, received"
                 f" {len(values)}."
             )
         return torch.from_numpy(values.to_numpy().copy())
@@ -377,7 +380,9 @@ def _series(values: Owners) -> pl.Series:
     if isinstance(values, Tensor):
         values = values.cpu().numpy()
     if isinstance(values, np.ndarray) and values.dtype.kind in "fc":
-        raise DataError(f"Expected labels or ids of entities, received {values.dtype} numbers.")
+        raise DataError(
+            f"Expected entities as labels (text) or ids (integers), received {values.dtype}."
+        )
     series = pl.Series("entity", values)
     if series.dtype in (pl.String, pl.Boolean) or series.dtype.is_integer():
         return series
@@ -389,9 +394,9 @@ def _series(values: Owners) -> pl.Series:
 
 @contextmanager
 def _open_arrays(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Every array of a file by its name; "" for the only, nameless one.
+    """Open a file; yield its arrays by name, "" for a single nameless array.
 
-    Arrays of HDF5, npz and npy files are read where they are used.
+    Arrays of HDF5, npz and npy files are read on access.
     """
 
     def whole(read: Callable[[Path], dict[str, Any]]) -> Callable[[Path], Any]:
@@ -411,8 +416,8 @@ def _open_arrays(path: Path) -> Iterator[Mapping[str, Any]]:
         raise _is_a_pickle(path, "a pickle")
     if suffix not in openers:
         raise DataError(
-            f"{path}: expected features in a file called {', '.join(openers)}; {path.suffix!r} is"
-            f" none of these. {_MAKE_SOME}"
+            f"{path}: expected a file of features with one of the suffixes {', '.join(openers)};"
+            f" {path.suffix!r} is none of these. {_ENCODE_ADVICE}"
         )
     with openers[suffix](path) as arrays:
         if not arrays:
@@ -458,33 +463,33 @@ def _open_hdf5(path: Path) -> Iterator[Mapping[str, Any]]:
             if h5py.check_string_dtype(item.dtype) is not None:
                 _check_lengths(path, name, item)
                 arrays[name] = np.asarray(item.asstr()[...])
-            elif not item.dtype.hasobject:  # lists of any length and references are no features
+            elif not item.dtype.hasobject:  # ragged lists and references cannot be features
                 arrays[name] = item
 
     with unreadable(path, "an HDF5 file"), h5py.File(path, "r") as file:
         if file.id.get_create_plist().get_sizes() != (8, 8):
-            raise OSError("its sizes do not have the eight bytes that they have elsewhere")
+            raise OSError("its offsets and lengths are not of 8 bytes each")
         _check_heaps(path)
         file.visititems(collect)
         yield arrays
 
 
 def _check_heaps(path: Path) -> None:
-    """An OSError where a heap, in which HDF5 keeps texts, has an object that does not fit into it.
+    """Raise an OSError if an object exceeds its global heap, in which HDF5 stores texts.
 
-    The HDF5 library would walk through such a heap for ever. Section III.E of the format's
-    specification has the layout.
+    The HDF5 library would loop forever in such a heap. The layout is in section III.E of the format
+    specification.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start = content.find(_HEAP)
         while start >= 0:
             end = start + int.from_bytes(content[start + 8 : start + 16], "little")
             at = start + 16
-            # One that is longer than the file is no heap, and would not be read as one.
+            # A heap cannot be longer than the file; the library does not read it as one.
             while at + 16 <= end <= len(content):
                 size = int.from_bytes(content[at + 8 : at + 16], "little")
                 free = content[at : at + 2] == b"\0\0"
-                # The size of free space counts its own 16 bytes; others fill up to eight bytes.
+                # Free space includes its header of 16 bytes; other objects are padded to 8 bytes.
                 length = size if free else 16 + -(-size // 8) * 8
                 if length < 16 or length > end - at:
                     raise OSError(f"an object of the heap at byte {start} does not fit into it")
@@ -493,8 +498,8 @@ def _check_heaps(path: Path) -> None:
 
 
 def _check_lengths(path: Path, name: str, item: Any) -> None:
-    """A DataError where a text says to be longer than its file, for which memory would be taken."""
-    if not item.dtype.hasobject or not item.size:  # of one length
+    """Raise a DataError if a text claims to be longer than its file, before memory is allocated."""
+    if not item.dtype.hasobject or not item.size:  # fixed-length texts, or none
         return
     size = path.stat().st_size
     for entries in _text_entries(path, name, item):
@@ -502,13 +507,13 @@ def _check_lengths(path: Path, name: str, item: Any) -> None:
         longest = int(np.frombuffer(whole, "<u4")[::4].max(initial=0))
         if longest > size:
             raise DataError(
-                f"{path}, {name!r}: {size:,} bytes cannot hold a text of {longest:,}. The file may"
-                " be damaged: make it again."
+                f"{path}, {name!r}: a file of {size:,} bytes cannot hold a text of {longest:,}"
+                " bytes. The file may be damaged; create it again."
             )
 
 
 def _text_entries(path: Path, name: str, item: Any) -> Iterator[bytes]:
-    """What a dataset keeps of texts: 16 bytes each, the first four of which are the length."""
+    """Yield the stored entries of texts: 16 bytes each, of which the first four are the length."""
     from h5py import h5d
 
     layout = item.id.get_create_plist()
@@ -544,22 +549,23 @@ def _text_entries(path: Path, name: str, item: Any) -> Iterator[bytes]:
             yield content
     else:
         raise DataError(
-            f"{path}, {name!r}: texts that are kept in this way are not read. Write them without a"
-            " filter of their own, or as fixed-length strings."
+            f"{path}, {name!r}: this storage of texts is not supported. Write them with no other"
+            " filters than gzip and shuffle, or as fixed-length strings."
         )
 
 
 def _refuse_foreign(path: Path, name: str, item: Any) -> None:
-    """A DataError where a dataset is in another file, or says to be far larger than its own."""
+    """Raise a DataError if a dataset is in another file, or claims a size far beyond its file's."""
     if item.external or item.is_virtual:
         raise DataError(
-            f"{path}, {name!r}: the data is in another file; what is read is in this one. Copy it."
+            f"{path}, {name!r}: the data is in another file, which is not read. Copy it into"
+            " this file."
         )
     size = path.stat().st_size
     if item.nbytes > max(_files.SMALL, _files.RATIO * size):
         raise DataError(
-            f"{path}, {name!r}: {size:,} bytes that announce {item.nbytes:,} are taken for a"
-            " decompression bomb."
+            f"{path}, {name!r}: a file of {size:,} bytes that claims to hold {item.nbytes:,} is"
+            " refused as a decompression bomb. If you trust it, save the array uncompressed."
         )
 
 
@@ -567,14 +573,15 @@ def _read_torch(path: Path) -> dict[str, Any]:
     _files.check_archive(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols: what is wrong is said below
+            warnings.simplefilter("ignore")  # about pickle protocols; errors are reported below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _is_a_pickle(path, "more than tensors") from error
-    except Exception as error:  # garbage makes torch's reader raise whatever it comes to
+    except Exception as error:  # on garbage, torch's reader may raise any exception
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{path}: expected a file of torch.save; it cannot be read ({shorten(detail, 200)})."
+            f"{path}: expected a file written by torch.save; it cannot be read"
+            f" ({shorten(detail, 200)})."
         ) from error
     if isinstance(content, Tensor):
         return {"": _whole_tensor(path, content)}
@@ -594,12 +601,12 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 
 def _whole_tensor(path: Path, value: Tensor) -> Tensor:
-    """A tensor all of whose numbers are in the file, each in one place."""
+    """Return the tensor if all of its elements are in the file; else raise a DataError."""
     plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise DataError(
             f"{path}: expected plain tensors, found one of shape {tuple(value.shape)} that is"
-            " sparse, quantised, without data, or expanded from less. Save a dense copy of it."
+            " sparse, quantised, without data, or expanded. Save a dense copy of it."
         )
     return value.detach()
 
@@ -612,15 +619,15 @@ def _is_flat(value: Any) -> bool:
 def _is_a_pickle(path: Path, what: str) -> DataError:
     return DataError(
         f"{path} is or holds {what}, which may run code when it is read; imvia-graph reads tensors"
-        " only. Where you trust it, save its tensor alone with torch.save(tensor, …), or as .npy or"
-        " .safetensors."
+        " only. If you trust the file, load it yourself and save its tensor alone with"
+        " torch.save(tensor, …), or as .npy or .safetensors."
     )
 
 
 def _by_entity(
     arrays: Mapping[str, Any], of: Entities, path: Path, skip_unknown: bool
 ) -> Views | None:
-    """Views of a file with an array an entity; None where the names are no entities."""
+    """Return the views of a file with one array per entity; None if its arrays are not that."""
     names = list(arrays)
     known = set(of.entities) | set(of.entity_names) if isinstance(of, MultiViewKG) else set(of)
     reserved = {*FEATURE_NAMES, *ENTITY_NAMES, *PRESENT_NAMES}
@@ -638,8 +645,8 @@ def _by_entity(
         value = value[None] if value.dim() == 1 else value
         if value.dim() != 2 or value.shape[1] == 0 or (rows and value.shape[1] != rows[0].shape[1]):
             raise DataError(
-                f"{path}, {name!r}: expected shape (width,) or (views, width), the same width for"
-                f" all entities, received {tuple(value.shape)}."
+                f"{path}, {name!r}: expected shape (width,) or (views, width), with the same width"
+                f" for all entities, received {tuple(value.shape)}."
             )
         rows.append(value)
         owners += [owner] * len(value)
@@ -669,8 +676,8 @@ def _feature_name(arrays: Mapping[str, Any], others: set[str | None], path: Path
     if len(arrays) == 1:
         return next(iter(arrays))
     raise DataError(
-        f"{path}: expected one array of features, or one called 'feat', found {_listing(arrays)}."
-        " Name it (key= of imvia_graph.io.read_features), or leave one in the file."
+        f"{path}: expected one array of features, or one named 'feat', found {_listing(arrays)}."
+        " Name the array (key= of imvia_graph.io.read_features), or keep one in the file."
     )
 
 
@@ -684,8 +691,8 @@ def _listing(arrays: Mapping[str, Any]) -> str:
 
 
 def _owners(array: Any) -> Tensor | np.ndarray | list[str]:
-    """Labels as str, whether they were kept as text or as bytes; ids and masks as they are."""
-    array = array[...]  # of HDF5, reads it
+    """Return labels stored as text or bytes as str; ids and masks unchanged."""
+    array = array[...]  # reads an HDF5 dataset
     if isinstance(array, np.ndarray) and array.dtype.kind in "SO":
         return [item.decode() if isinstance(item, bytes) else str(item) for item in array.tolist()]
     owners: Tensor | np.ndarray = array

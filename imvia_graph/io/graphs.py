@@ -1,4 +1,4 @@
-"""Graphs of other libraries: networkx and DGL, in and out."""
+"""Conversion from and to the graphs of networkx and DGL."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from imvia_graph.io.arrays import split_of
 from imvia_graph.io.source import Source, from_frames, numbered
 from imvia_graph.kg import SPLITS, MultiViewKG, Split, Views
 
-#: Edge attributes and edge data in which the relation is looked for, in this order.
+#: Names of edge attributes (networkx) or edge data (DGL) that may hold the relation, in this order.
 RELATION_NAMES = ("relation", "rel", "predicate", "label", "type", "etype", "rel_type", "r")
-#: Edge data by which DGL's own data sets tell the splits. Those of the first kind are there where
-#: each triple has a reverse edge, too, which they leave out and the others do not.
+#: Edge data that mark the splits in DGL's own data sets. The ``_edge_mask`` names come first: data
+#: sets that also store a reverse edge for each triple leave it out of these masks only.
 MASKS: dict[Split, tuple[str, ...]] = {
     "train": ("train_edge_mask", "train_mask"),
     "valid": ("valid_edge_mask", "val_edge_mask", "valid_mask", "val_mask"),
@@ -38,21 +38,21 @@ def from_networkx(
     entities: Sequence[str] | None = None,
     relations: Sequence[str] | None = None,
 ) -> Source:
-    """A networkx ``DiGraph`` or ``MultiDiGraph``: nodes are entities, edges triples.
+    """Read a networkx ``DiGraph`` or ``MultiDiGraph``: nodes are entities, edges are triples.
 
     The relation is an edge attribute (``relation_attribute``, or the first of `RELATION_NAMES` that
-    every edge has) or else the key of a ``MultiDiGraph``'s edge. Edges with the attribute ``split``
-    (train, valid, test, or what else files of those are called) are split so. Node attributes
-    ``name`` become display names.
+    every edge has) or else the edge key of a ``MultiDiGraph``. The edge attribute ``split`` assigns
+    an edge to a split (train, valid, test, or another name of these). The node attribute ``name``
+    becomes the display name.
     """
     kind = type(graph).__name__
     if not graph.is_directed():
         raise DataError(
             f"networkx: expected a DiGraph or MultiDiGraph, received an undirected {kind}. Triples"
-            " have a direction: graph.to_directed() has both for each edge."
+            " have a direction; graph.to_directed() returns a graph with both directions."
         )
     if not graph.number_of_edges():
-        raise DataError(f"networkx: the {kind} has no edges; expected one a triple.")
+        raise DataError(f"networkx: the {kind} has no edges; expected one edge per triple.")
     multiple = graph.is_multigraph()
     if multiple:
         heads, tails, keys, data = zip(*graph.edges(keys=True, data=True), strict=True)
@@ -67,25 +67,26 @@ def from_networkx(
         if missing is not None:
             raise DataError(
                 f"networkx: the edge {heads[missing]!r} -> {tails[missing]!r} has no attribute"
-                f" {attribute!r}; it has {', '.join(map(repr, data[missing])) or 'none'}. Say with"
-                " relation_attribute= which attribute holds the relation."
+                f" {attribute!r}; it has {', '.join(map(repr, data[missing])) or 'none'}. Name the"
+                " attribute that holds the relation with relation_attribute=."
             )
         found = [item[attribute] for item in data]
         where = f"relations in the edge attribute {attribute!r}"
-        # NaN is the one number that is not itself.
+        # NaN is not equal to itself.
         empty = next((i for i, item in enumerate(found) if item is None or item != item), None)
         if empty is not None:
             raise DataError(
                 f"networkx: the edge {heads[empty]!r} -> {tails[empty]!r} has no relation: its"
-                f" attribute {attribute!r} is {found[empty]!r}. Give it one, or leave it out."
+                f" attribute {attribute!r} is {found[empty]!r}. Set the attribute, or remove the"
+                " edge."
             )
     elif multiple and not all(isinstance(key, int) for key in keys):
         found, where = list(keys), "relations in the edge keys"
     else:
         raise DataError(
-            f"networkx: the edges of this {kind} do not say their relation: expected one of the"
-            f" attributes {', '.join(RELATION_NAMES[:5])}, or keys that are no numbers. Say with"
-            " relation_attribute= which attribute holds it."
+            f"networkx: the edges of this {kind} have no relation: expected one of the attributes"
+            f" {', '.join(RELATION_NAMES[:5])}, or edge keys that are not integers. Name the"
+            " attribute that holds the relation with relation_attribute=."
         )
     nodes = list(graph.nodes)
     label_of = {node: str(node) for node in nodes}
@@ -128,26 +129,27 @@ def from_networkx(
 
 
 def _splits_of(heads: Sequence[Any], tails: Sequence[Any], data: Sequence[Any]) -> list[Any]:
-    """The split of each edge, all None where the edge attribute ``split`` does not tell splits."""
-    given = [item.get("split") for item in data]
-    splits = [split_of(value) if isinstance(value, str) else None for value in given]
+    """Return the split of each edge, or all None if the attribute ``split`` names no splits."""
+    values = [item.get("split") for item in data]
+    splits = [split_of(value) if isinstance(value, str) else None for value in values]
     unknown = next((i for i, split in enumerate(splits) if split is None), None)
     if unknown is not None and any(splits):
-        what = repr(given[unknown]) if "split" in data[unknown] else "missing"
-        other = next(value for value, split in zip(given, splits, strict=True) if split)
+        what = repr(values[unknown]) if "split" in data[unknown] else "missing"
+        other = next(value for value, split in zip(values, splits, strict=True) if split)
         raise DataError(
             f"networkx: the edge attribute 'split' of {heads[unknown]!r} -> {tails[unknown]!r} is"
-            f" {what}, and that of another edge {other!r}. Expected train, valid (val, dev) or test"
-            " for every edge, or for none."
+            f" {what}, but another edge has {other!r}. Expected train, valid (val, dev) or test on"
+            " every edge, or on none."
         )
     return splits
 
 
 def to_networkx(kg: MultiViewKG) -> Any:
-    """A networkx ``MultiDiGraph``: nodes are entity labels, edge keys relation labels.
+    """Return a networkx ``MultiDiGraph``: nodes are entity labels, edge keys relation labels.
 
-    Edges carry ``relation`` and ``split``, nodes ``name`` where that differs from the label. A
-    triple that stands more than once in one split gives one edge; views stay behind.
+    Edges have the attributes ``relation`` and ``split``, nodes the attribute ``name`` if the
+    display name differs from the label. A triple that occurs more than once in a split becomes one
+    edge. Views are left out.
 
     Examples
     --------
@@ -162,7 +164,7 @@ def to_networkx(kg: MultiViewKG) -> Any:
     for split in SPLITS:
         frame = decode_triples(kg.triples(split), kg.entities, kg.relations)
         for head, relation, tail in frame.iter_rows():
-            # The same triple in another split is another edge, so that no split loses any.
+            # A triple that occurs in two splits becomes two edges, so that no split loses it.
             key = (relation, split) if graph.has_edge(head, tail, key=relation) else relation
             if key != relation and graph.edges[head, tail, relation]["split"] == split:
                 continue
@@ -185,14 +187,14 @@ def from_dgl(
     entities: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     relations: Sequence[str] | None = None,
 ) -> Source:
-    """A DGL graph: homogeneous with a relation an edge, or heterogeneous.
+    """Read a DGL graph, homogeneous with the relation of each edge, or heterogeneous.
 
-    - one node type, one edge type: the relation of an edge is in its data (``relation_attribute``,
-      or the first of `RELATION_NAMES`); masks as of DGL's data sets (`MASKS`) tell the splits;
-    - heterogeneous: each canonical edge type is a relation, called as the edge type if that name is
-      the only one of its kind, else ``source type/edge type/destination type``. Entities are called
-      ``node type/id`` where there are several node types, unless labels are given, by node type;
-    - ``(modality, 'of', 'entity')`` edges beside a node type ``entity`` are views, the rest the
+    - One node type and one edge type: edge data hold the relation (``relation_attribute``, or the
+      first of `RELATION_NAMES`). Masks as in DGL's data sets (`MASKS`) hold the splits.
+    - Heterogeneous: each canonical edge type is a relation, labelled with the name of the edge type
+      if that is unique, else with ``source type/edge type/destination type``. With several node
+      types, entities are labelled ``node type/id`` unless ``entities`` has labels by node type.
+    - ``(modality, 'of', 'entity')`` edges to a node type ``entity`` are views, all other edges are
       facts, as in `MultiViewKG.graph` and `MultiViewKG.per_relation`.
     """
     views, of = _dgl_views(graph)
@@ -204,12 +206,13 @@ def from_dgl(
     if len(facts) == 1:
         data = graph.edges[facts[0]].data
         attribute = relation_attribute or next((n for n in RELATION_NAMES if n in data), None)
-        # "_E" is what DGL calls the edges of a graph whose edge types have no names.
+        # DGL names the edge type of a graph without named edge types "_E".
         if attribute is None and facts[0][1] == "_E":
             raise DataError(
-                "DGL: the edges of this homogeneous graph do not say their relation: expected edge"
-                f" data called {', '.join(RELATION_NAMES[:6])}, found"
-                f" {', '.join(map(repr, data)) or 'none'}. Say with relation_attribute= which."
+                "DGL: the edges of this homogeneous graph have no relation: expected edge data"
+                f" named one of {', '.join(RELATION_NAMES[:6])}, found"
+                f" {', '.join(map(repr, data)) or 'none'}. Name the edge data that hold the"
+                " relation with relation_attribute=."
             )
         if attribute is not None and attribute not in data:
             raise DataError(
@@ -234,7 +237,7 @@ def from_dgl(
             relation = graph.edges[etype].data[attribute]
             if relation.dim() != 1 or relation.is_floating_point():
                 raise DataError(
-                    f"DGL: expected one integer an edge in {attribute!r}, received"
+                    f"DGL: expected one integer per edge in {attribute!r}, received"
                     f" {relation.dtype} of shape {tuple(relation.shape)}."
                 )
         columns = [head + offsets[etype[0]], relation, tail + offsets[etype[2]]]
@@ -243,11 +246,11 @@ def from_dgl(
     parts, outside = _dgl_splits(graph, facts, triples)
     options = {}
     if outside:
-        note = f"{outside} edges lie in no mask of {', '.join(parts)} and are left out."
+        note = f"{outside} edges are in no mask of {', '.join(parts)} and are left out."
         if "train_edge_mask" in graph.edges[facts[0]].data:
             note = (
-                f"{outside} edges lie in none of train_edge_mask, …, the reverse edges that DGL's"
-                " data sets add among them, and are left out."
+                f"{outside} edges are in none of the masks train_edge_mask, … and are left out,"
+                " among them the reverse edges that DGL's data sets add."
             )
         options["notes"] = [note]
     kept = torch.cat(list(parts.values())) if parts else triples
@@ -266,7 +269,7 @@ def from_dgl(
 
 
 def _dgl_views(graph: Any) -> tuple[dict[str, Views], list[tuple[str, str, str]]]:
-    """Views and their edge types, in the form of `MultiViewKG.graph`."""
+    """Return the views by modality and their edge types, as in `MultiViewKG.graph`."""
     views, of = {}, []
     for etype in graph.canonical_etypes:
         modality, name, owner = etype
@@ -281,22 +284,22 @@ def _dgl_views(graph: Any) -> tuple[dict[str, Views], list[tuple[str, str, str]]
 
 
 def _dgl_entities(
-    graph: Any, ntypes: list[str], given: Sequence[str] | Mapping[str, Sequence[str]] | None
+    graph: Any, ntypes: list[str], entities: Sequence[str] | Mapping[str, Sequence[str]] | None
 ) -> tuple[dict[str, int], list[str]]:
-    """Where the ids of each node type start, and the labels."""
+    """Return the first entity id of each node type, and the labels in id order."""
     offsets: dict[str, int] = {}
     labels: list[str] = []
     for ntype in ntypes:
         offsets[ntype] = len(labels)
         count = graph.num_nodes(ntype)
-        if isinstance(given, Mapping) and ntype in given:
-            listed = list(given[ntype])
-        elif given is not None and not isinstance(given, Mapping) and len(ntypes) == 1:
-            listed = list(given)
-        elif given is not None and not isinstance(given, Mapping):
+        if isinstance(entities, Mapping) and ntype in entities:
+            listed = list(entities[ntype])
+        elif entities is not None and not isinstance(entities, Mapping) and len(ntypes) == 1:
+            listed = list(entities)
+        elif entities is not None and not isinstance(entities, Mapping):
             raise DataError(
-                "DGL: expected labels by node type, entities={'type': [...]}; the graph has the"
-                f" node types {', '.join(ntypes)}."
+                "DGL: expected labels by node type, entities={'type': [...]}, because the graph has"
+                f" several node types: {', '.join(ntypes)}."
             )
         elif len(ntypes) == 1:
             listed = [str(i) for i in range(count)]
@@ -304,7 +307,7 @@ def _dgl_entities(
             listed = [f"{ntype}/{i}" for i in range(count)]
         if len(listed) != count:
             raise DataError(
-                f"DGL: expected {count} labels of {ntype!r} nodes, received {len(listed)}."
+                f"DGL: expected {count} labels, one per {ntype!r} node, received {len(listed)}."
             )
         labels += listed
     return offsets, labels
@@ -313,7 +316,10 @@ def _dgl_entities(
 def _dgl_splits(
     graph: Any, facts: list[tuple[str, str, str]], triples: Tensor
 ) -> tuple[dict[Split, Tensor], int]:
-    """Triples by split, where masks tell, and how many are in none; empty without train masks."""
+    """Return the triples by split according to masks, and how many triples are in no mask.
+
+    Without a train mask on all edge types, the dict is empty.
+    """
     parts: dict[Split, Tensor] = {}
     inside = torch.zeros(len(triples), dtype=torch.bool)
     for split, names in MASKS.items():
@@ -334,18 +340,18 @@ def _dgl_splits(
 
 
 def to_dgl(kg: MultiViewKG, form: str = "heterogeneous") -> Any:
-    """A DGL graph of all triples.
+    """Return a DGL graph of the triples of all splits.
 
     Parameters
     ----------
     kg : MultiViewKG
         The graph.
     form : {"heterogeneous", "homogeneous"}
-        ``heterogeneous``: an edge type a relation, and views as in `MultiViewKG.graph`;
-        ``homogeneous``: the relation's id in the edge data ``rel``, no views. Either has the edge
-        data ``train_mask``, ``valid_mask``, ``test_mask``: unlike in `MultiViewKG.graph`,
-        validation and test triples are edges here. Labels are not part of a DGL graph: node ids
-        are the ids of ``kg.entities``.
+        ``heterogeneous``: one edge type per relation, and views as in `MultiViewKG.graph`.
+        ``homogeneous``: the relation id in the edge data ``rel``, and no views. Unlike in
+        `MultiViewKG.graph`, validation and test triples are edges; the edge data ``train_mask``,
+        ``valid_mask`` and ``test_mask`` mark the splits. DGL graphs hold no labels: node ids are
+        positions in ``kg.entities``.
 
     Examples
     --------

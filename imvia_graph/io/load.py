@@ -1,4 +1,4 @@
-"""`load_kg`: one way in for every kind of source."""
+"""`load_kg`: load a knowledge graph from any supported source."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from imvia_graph.splits import (
 logger = logging.getLogger(__name__)
 
 Validation = Literal["auto", "published", "held-out"]
-#: Which options each kind of form understands.
+#: The options of `load_kg` that apply to each kind of source.
 _OPTIONS = {
     "tables": ("columns", "header", "separator", "entities", "relations"),
     "rdf": ("literals", "base", "entities", "relations"),
@@ -65,10 +65,10 @@ def load_kg(
     entities: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     relations: Sequence[str] | None = None,
 ) -> MultiViewKG:
-    r"""Load a knowledge graph from whatever holds one.
+    r"""Load a knowledge graph from files, an in-memory object or the name of a data set.
 
-    The source is recognised; a line of the log says what it was taken for, and so does
-    `MultiViewKG.notes`, but for KG folders and the OpenKE layout, which keep the notes they have.
+    The form of the source is detected. The log names it, and so does `MultiViewKG.notes`, except
+    for KG folders and OpenKE folders, whose notes are unchanged.
 
     Parameters
     ----------
@@ -83,50 +83,51 @@ def load_kg(
           (n, 3) numpy or torch array of ids or labels, a PyKEEN factory or data set;
         - a dict of such files, frames, arrays or factories by split (``train``, ``valid``,
           ``test``);
-        - a `MultiViewKG`, of which validation and, without splits, ``split`` make another.
+        - a `MultiViewKG`, to which ``validation`` applies and, if it has no splits, ``split``.
     validation : {"auto", "published", "held-out"} or None
-        ``published`` takes the source's validation set as it is; ``held-out`` carves 5 % of the
-        training triples instead (see `imvia_graph.splits.hold_out`) and puts the source's
-        validation set aside (`MultiViewKG.known`); ``auto`` is held-out where the source's
-        validation set shares triples with its train or test set, published otherwise.
-        `MultiViewKG.notes` says what was done. What is chosen here `fit` keeps; with None it is
-        left to `fit` and its setting ``validation``. Default: ``auto``.
+        ``published`` uses the source's validation set as it is. ``held-out`` holds out 5 % of the
+        training triples instead (see `imvia_graph.splits.hold_out`) and sets the source's
+        validation set aside in `MultiViewKG.known`. ``auto`` means ``held-out`` if the source's
+        validation set shares triples with its train or test set, else ``published``.
+        `MultiViewKG.notes` records what was done. `fit` keeps a choice made here; with None, the
+        choice is left to the setting ``validation`` of `fit`. Default: ``auto``.
     hold_out_by : {"auto", "pair", "triple"}
-        What stays together in holding out: triples between the same two entities (``pair``, so that
-        none has its inverse in train), or nothing (``triple``); ``auto`` as the source's test set
-        was drawn (see `imvia_graph.splits.drawn_by`), pair by pair without one. Default: ``auto``.
+        Unit of holding out: ``pair`` keeps triples between the same two entities together, so that
+        no held-out triple has its inverse in train; ``triple`` draws single triples; ``auto``
+        draws as the source's test set was drawn (see `imvia_graph.splits.drawn_by`), or by pair if
+        there is no test set. Default: ``auto``.
     seed : int
         Seed of the held-out set, and of the split of a source without splits. Default: 0.
     format : str, optional
-        What a file or folder is, where its name does not tell: ``kg``, ``openke``, ``momok``,
+        Form of a file or folder whose name does not show it: ``kg``, ``openke``, ``momok``,
         ``mygo``, ``tsv``, ``csv``, ``text``, ``parquet``, ``ntriples``, ``turtle``, ``npz``.
-        Default: what it looks like.
+        Default: detected.
     split : sequence of float, str, bool or None
         Shares of train, validation and test for a source without splits (True, the default: 0.8,
-        0.1, 0.1), by the rules of `imvia_graph.splits.split_triples`: each entity and relation
-        stays in train, triples between the same two entities stay together. False and None leave
-        all triples in train. A folder whose only triples are those of ``train`` is such a source
-        where shares are given; else all stay in train. Shares are an error where a source has
-        splits of its own. Also as the command line takes them: ``"0.8,0.1,0.1"`` or ``"none"``.
+        0.1, 0.1), by the rules of `imvia_graph.splits.split_triples`: every entity and relation
+        stays in train, and triples between the same two entities stay together. False and None
+        leave all triples in train. A folder with a ``train`` file only is split if shares are
+        passed; otherwise its triples stay in train. Shares are an error for a source that has
+        splits. Strings have the form of the command line: ``"0.8,0.1,0.1"`` or ``"none"``.
     columns : sequence of int or of str, optional
-        Tables: places (from 0) or names of the head, relation and tail columns. Default: those
-        that the header names, or all three.
+        Tables: positions (from 0) or names of the head, relation and tail columns. Default: the
+        columns that the header names, or the only three columns.
     header : bool, optional
-        Tables: whether the first line names the columns. If not told, it does where its cells are
-        ``head, relation, tail``, ``subject, predicate, object`` or the like.
+        Tables: whether the first line is a header. Default: it is one if its cells are
+        ``head, relation, tail``, ``subject, predicate, object`` or similar names.
     separator : str, optional
         Tables: the character between columns; a space stands for any run of spaces and tabs.
-        Default: that of the form.
+        Default: the separator of the form.
     relation_attribute : str, optional
         Graphs: the edge attribute (networkx) or edge data (DGL) that holds the relation.
     literals : {"leave-out", "numbers"}, optional
-        RDF: what becomes of literals; ``numbers`` makes numeric ones the modality ``number`` (see
-        `imvia_graph.io.rdf`). `imvia_graph.io.read_literals` reads texts.
+        RDF: what to do with literals. ``numbers`` turns numeric literals into the modality
+        ``number`` (see `imvia_graph.io.rdf`). `imvia_graph.io.read_literals` reads texts.
     base : tuple of str, optional
-        RDF: the IRIs under which entity and relation labels that are no IRIs were written.
+        RDF: the prefixes under which entity and relation labels that are not IRIs were written.
     entities, relations : sequence of str, optional
-        Labels in id order: for ids in arrays and DGL graphs (entities also by node type), or to fix
-        the order of ids.
+        Labels in id order: the labels of the ids in arrays and DGL graphs (entities also as a
+        mapping by node type), or a fixed order of ids for other sources.
 
     Returns
     -------
@@ -135,8 +136,8 @@ def load_kg(
     Raises
     ------
     DataError
-        A source that is not there, is not recognised or cannot be read; an option that its form
-        does not have.
+        The source does not exist, is not recognised or cannot be read, or an option does not apply
+        to its form.
 
     Examples
     --------
@@ -176,27 +177,27 @@ def load_kg(
     options = {name: value for name, value in options.items() if value is not None}
     read: Source | MultiViewKG
     if isinstance(source, MultiViewKG):
-        _only(options, "folders", "a MultiViewKG")
+        _checked_options(options, "folders", "a MultiViewKG")
         read = source
     else:
         read = _read(source, format, options)
     if isinstance(read, Source):
-        # A folder that holds train alone is split where that is asked for.
-        read.whole |= _is_asked_for(shares) and set(read.parts) == {"train"}
-        if _is_asked_for(shares) and not read.whole:
-            raise _has_splits(read.parts)
-        read = _built(read, shares, seed)
-    elif _is_asked_for(shares):
+        # A folder that holds train only is split if shares were passed.
+        read.whole |= _are_shares(shares) and set(read.parts) == {"train"}
+        if _are_shares(shares) and not read.whole:
+            raise _has_splits_error(read.parts)
+        read = _build(read, shares, seed)
+    elif _are_shares(shares):
         if len(read.valid) or len(read.test):
-            raise _has_splits([part for part in SPLITS if len(read.triples(part))])
+            raise _has_splits_error([part for part in SPLITS if len(read.triples(part))])
         parts, note = _split(read.train, shares, seed)
         read = read.replace(**parts, notes=[*read.notes, note])
     return read if validation is None else with_validation(read, validation, seed, hold_out_by)
 
 
-def _built(source: Source, split: Sequence[float] | bool, seed: int) -> MultiViewKG:
-    """The graph, split if the source is whole, with notes of what was done."""
-    notes = [f"Read as {source.took}.", *source.options.pop("notes", [])]
+def _build(source: Source, split: Sequence[float] | bool, seed: int) -> MultiViewKG:
+    """Build the graph, split if the source is whole, with notes on what was done."""
+    notes = [f"Read as {source.description}.", *source.options.pop("notes", [])]
     if source.whole and split is not False:
         source.parts, note = _split(source.parts["train"], split, seed)
         notes.append(note)
@@ -205,7 +206,7 @@ def _built(source: Source, split: Sequence[float] | bool, seed: int) -> MultiVie
 
 
 def _shares(split: Sequence[float] | str | bool | None) -> Sequence[float] | bool:
-    """What ``split`` means, as shares or whether to split; a DataError where it means nothing."""
+    """Parse ``split`` into shares, or into whether to split; raise a DataError if it is neither."""
     if isinstance(split, str) and split.strip().lower() == "none":
         return False
     if split is None or isinstance(split, (bool, np.bool_)):
@@ -213,25 +214,24 @@ def _shares(split: Sequence[float] | str | bool | None) -> Sequence[float] | boo
     try:
         return checked_shares("split", split)
     except DataError as error:
-        raise DataError(f"{error} 'none' or False leaves all triples in train.") from None
+        raise DataError(f"{error} 'none' or False keeps all triples in train.") from None
 
 
-def _has_splits(parts: Iterable[str]) -> DataError:
+def _has_splits_error(parts: Iterable[str]) -> DataError:
     return DataError(
-        f"split: the source has splits of its own, {', '.join(parts)}; leave split out to take"
-        " these."
+        f"split: the source has splits of its own ({', '.join(parts)}). Omit split to use them."
     )
 
 
-def _is_asked_for(split: Sequence[float] | bool) -> bool:
-    """Whether shares were given, rather than the default taken."""
+def _are_shares(split: Sequence[float] | bool) -> bool:
+    """Whether the caller passed shares, rather than a bool or nothing."""
     return not isinstance(split, bool)
 
 
 def _split(
     triples: Tensor, split: Sequence[float] | bool, seed: int
 ) -> tuple[dict[Split, Tensor], str]:
-    """Triples by split, and a note that says so."""
+    """Split the triples; return the parts by split and a note."""
     shares = (0.8, 0.1, 0.1) if isinstance(split, bool) else split
     parts = dict(zip(SPLITS, split_triples(triples, shares, seed), strict=True))
     sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
@@ -255,27 +255,29 @@ def _read(source: Any, format: str | None, options: dict[str, Any]) -> Source | 
             {name: part for name, part in parts.items() if part is not None}, format, options
         )
     if isinstance(source, nx.Graph):
-        return graphs.from_networkx(source, **_only(options, "graphs", "a networkx graph"))
+        return graphs.from_networkx(
+            source, **_checked_options(options, "graphs", "a networkx graph")
+        )
     if graphs.is_dgl(source):
-        return graphs.from_dgl(source, **_only(options, "graphs", "a DGL graph"))
+        return graphs.from_dgl(source, **_checked_options(options, "graphs", "a DGL graph"))
     if _is_pandas(source):
         source = _from_pandas(source)
     if isinstance(source, pl.DataFrame) or arrays.is_pykeen(source) or _is_array(source):
         return _read_parts({"train": source}, format, options, whole=True)
     raise DataError(
-        f"load_kg: expected a path, a data set's name, a graph, an array, a frame, a factory or a"
-        f" dict of these by split; received {type(source).__name__}."
+        f"load_kg: expected a path, the name of a data set, a graph, an array, a data frame, a"
+        f" PyKEEN factory, or a dict of these by split; received {type(source).__name__}."
     )
 
 
 def _is_pandas(value: Any) -> bool:
-    """Whether a value is a pandas frame; without importing pandas."""
+    """Whether a value is a pandas frame, without importing pandas."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(value, pandas.DataFrame)
 
 
 def _from_pandas(frame: Any) -> pl.DataFrame:
-    """Its columns; not by `polars.from_pandas`, which needs pyarrow."""
+    """Convert a pandas frame to polars without `polars.from_pandas`, which needs pyarrow."""
     columns = {
         str(name): column.astype(object).where(column.notna(), None).tolist()
         for name, column in frame.items()
@@ -289,32 +291,39 @@ def _is_array(value: Any) -> bool:
     )
 
 
-def _only(options: dict[str, Any], kind: str, what: str) -> dict[str, Any]:
-    """The options, if the form understands all of them."""
+def _checked_options(options: dict[str, Any], kind: str, what: str) -> dict[str, Any]:
+    """Return the options; raise a DataError for one that does not apply to this kind of source."""
     for name in options:
         if name not in _OPTIONS[kind]:
             known = ", ".join(_OPTIONS[kind]) or "none"
-            raise DataError(f"{name}: {what} has no such option; it has {known}.")
+            raise DataError(f"{name}: {what} has no such option; its options: {known}.")
     return options
 
 
 def _read_parts(
     source: Mapping[Any, Any], format: str | None, options: dict[str, Any], whole: bool = False
 ) -> Source:
-    """Files, frames, arrays or factories by split."""
+    """Read files, frames, arrays or factories by split."""
     parts: dict[Split, Any] = {}
     for key, value in source.items():
         name = arrays.split_of(key) if isinstance(key, str) else None
         if name is None:
             raise DataError(
-                f"load_kg: expected a dict of train, valid and test; received the key {key!r}."
+                "load_kg: expected a dict with the keys train, valid and test; received the key"
+                f" {key!r}."
             )
         if name in parts:
-            raise DataError(f"load_kg: the dict names the {name} triples twice, last as {key!r}.")
+            raise DataError(
+                f"load_kg: two keys of the dict mean the {name} triples, the second is {key!r}."
+                " Remove one."
+            )
         if value is not None:
             parts[name] = value
     if "train" not in parts:
-        raise DataError("load_kg: expected a dict with train (and valid, test); there is no train.")
+        raise DataError(
+            "load_kg: expected a dict with the key train (and optionally valid, test); received"
+            f" {', '.join(map(repr, source)) or 'an empty one'}."
+        )
     parts = {
         name: _from_pandas(value) if _is_pandas(value) else value for name, value in parts.items()
     }
@@ -323,20 +332,22 @@ def _read_parts(
         paths = {name: Path(value).expanduser() for name, value in parts.items()}
         for path in paths.values():
             if not path.is_file():
-                raise DataError(f"{path}: there is no such file.")
+                raise DataError(f"{path}: there is no such file; expected a file of triples.")
         return _read_files(paths, format, options, whole=False, name="")
     if all(arrays.is_pykeen(value) for value in values):
-        return arrays.from_pykeen(parts, whole=whole, **_only(options, "arrays", "a factory"))
+        return arrays.from_pykeen(
+            parts, whole=whole, **_checked_options(options, "arrays", "a factory")
+        )
     if all(isinstance(value, pl.DataFrame) for value in values):
         frames = {name: _checked_frame(name, value, options) for name, value in parts.items()}
-        given = {name: value for name, value in options.items() if name in _OPTIONS["arrays"]}
-        return from_frames("polars frames of labels", frames, whole=whole, **given)
+        labels = {name: value for name, value in options.items() if name in _OPTIONS["arrays"]}
+        return from_frames("polars frames of labels", frames, whole=whole, **labels)
     if all(_is_array(value) for value in values):
-        given = _only(options, "arrays", "an array")
-        took = "an array" if whole else f"arrays by split ({', '.join(parts)})"
-        return arrays.from_arrays(parts, whole=whole, took=took, **given)
+        labels = _checked_options(options, "arrays", "an array")
+        description = "an array" if whole else f"arrays by split ({', '.join(parts)})"
+        return arrays.from_arrays(parts, whole=whole, description=description, **labels)
     raise DataError(
-        "load_kg: expected a dict of paths, frames, arrays or factories, all of a kind; received"
+        "load_kg: expected a dict of paths, frames, arrays or factories, all of one kind; received"
         f" {', '.join(type(value).__name__ for value in values)}."
     )
 
@@ -345,7 +356,10 @@ def _checked_frame(name: str, frame: pl.DataFrame, options: dict[str, Any]) -> p
     columns = {key: value for key, value in options.items() if key not in _OPTIONS["arrays"]}
     for key in columns:
         if key != "columns":
-            raise DataError(f"{key}: a frame has no such option; it has columns.")
+            raise DataError(
+                f"{key}: a frame has no such option; its options: columns,"
+                f" {', '.join(_OPTIONS['arrays'])}."
+            )
     return frame_of_triples(frame.lazy(), name, columns.get("columns"))
 
 
@@ -354,7 +368,7 @@ def _read_path(source: str, format: str | None, options: dict[str, Any]) -> Sour
     if not path.exists() and source in datasets.names():
         raise DataError(
             f"The published data set {source} is not in {path}. Put it there, or set the"
-            f" environment variable {datasets.DATA_VARIABLE} to the folder that holds it;"
+            f" environment variable {datasets.DATA_VARIABLE} to the folder that contains it;"
             " `imvia-graph datasets` says where to get it."
         )
     if not path.exists():
@@ -381,13 +395,13 @@ def _read_folder(folder: Path, format: str | None, options: dict[str, Any]) -> S
         elif has("kg.json") and has("train.tsv"):
             format = "kg"
         elif has("train.tsv") and not (tables_meant or _has_header(folder)):
-            format = "kg" if _is_called_as_in_a_kg_folder(folder) else None
+            format = "kg" if _has_kg_file_names(folder) else None
         elif releases.is_momok(folder):
             format = "momok"
         elif releases.is_mygo(folder):
             format = "mygo"
     if format in FOLDERS:
-        _only(options, "folders", f"a folder in the form {format!r}")
+        _checked_options(options, "folders", f"a folder in the form {format!r}")
         if format in ("kg", "openke"):
             kg = MultiViewKG.load(folder) if format == "kg" else read_openke(folder)
             what = "a KG folder" if format == "kg" else "a folder in the OpenKE layout"
@@ -401,17 +415,18 @@ def _read_folder(folder: Path, format: str | None, options: dict[str, Any]) -> S
     if "train" not in files:
         found = sorted(path.name for path in folder.iterdir())[:8]
         raise DataError(
-            f"{folder}: expected train.tsv (a KG folder: head, relation, tail labels a line),"
-            " train2id.txt (the OpenKE layout), or a train file of another form (.csv, .parquet,"
-            f" .txt, .nt, .ttl), found {', '.join(found) or 'nothing'}."
+            f"{folder}: expected train.tsv (a KG folder: head, relation and tail labels on each"
+            " line), train2id.txt (the OpenKE layout), or a train file of another form (.csv,"
+            f" .parquet, .txt, .nt, .ttl), found {', '.join(found) or 'nothing'}."
         )
     return _read_files(files, format, options, whole=False, name=folder.resolve().name)
 
 
-def _is_called_as_in_a_kg_folder(folder: Path) -> bool:
-    """Whether a folder with a train.tsv has no file of a split that a KG folder has not.
+def _has_kg_file_names(folder: Path) -> bool:
+    """Whether all split files of a folder with a train.tsv are named as in a KG folder.
 
-    A DataError where it has, beside files that only a KG folder has.
+    Raises a DataError if one is named otherwise although the folder has files that only a KG
+    folder has.
     """
     files = {path.name: tables.split_of_file(path) for path in folder.iterdir() if path.is_file()}
     for name, split in sorted(files.items()):
@@ -420,14 +435,14 @@ def _is_called_as_in_a_kg_folder(folder: Path) -> bool:
         if any((folder / own).exists() for own in ("entities.tsv", "relations.tsv", "views")):
             raise DataError(
                 f"{folder / name}: a KG folder's {split} triples are in {split}.tsv (head,"
-                " relation, tail labels, separated by tabs). Call it so, or move it away."
+                " relation, tail labels, separated by tabs). Rename the file, or move it away."
             )
         return False
     return True
 
 
 def _has_header(folder: Path) -> bool:
-    """Whether the first line of a split's file is a header; those of a KG folder have none."""
+    """Whether a split file begins with a header, which the files of a KG folder do not have."""
     for split in SPLITS:
         if not (folder / f"{split}.tsv").is_file():
             continue
@@ -450,26 +465,28 @@ def _read_files(
         form = format or tables.form_of(path)
         if form is None:
             raise DataError(
-                f"{path}: its name does not tell what it is; expected one of"
-                f" {', '.join(tables.FORMS)} (or with .gz, .zst). Say it with format= (--from), one"
-                f" of {', '.join(FORMATS[len(FOLDERS) :])}."
+                f"{path}: the form is not clear from the file name; expected a name that ends in"
+                f" {', '.join(tables.FORMS)} (optionally with .gz or .zst). Name the form with"
+                f" format= (--from), one of {', '.join(FORMATS[len(FOLDERS) :])}."
             )
         if path.stat().st_size == 0 and split == "train":
             raise DataError(f"{path} is empty: expected triples (head, relation, tail).")
         forms[split] = form
     kinds = {"rdf" if form in ("ntriples", "turtle") else form for form in forms.values()}
     if kinds == {"rdf"}:
-        given = _only(options, "rdf", "RDF")
-        return rdf.read_rdf(files, forms, whole=whole, name=name, **given)
+        options = _checked_options(options, "rdf", "RDF")
+        return rdf.read_rdf(files, forms, whole=whole, name=name, **options)
     if "rdf" in kinds or ("npz" in kinds and len(files) > 1):
         raise DataError(
-            f"{', '.join(path.name for path in files.values())}: expected all splits in one form."
+            f"{', '.join(path.name for path in files.values())}: expected all splits in one form,"
+            " or one npz file with all splits; found"
+            f" {', '.join(dict.fromkeys(forms.values()))}."
         )
     if kinds == {"npz"}:
-        given = _only(options, "arrays", "an npz file")
-        return arrays.read_npz(files["train"], name=name, **given)
-    given = _only(options, "tables", "a table")
-    return tables.read_files(files, forms, whole=whole, name=name, **given)
+        options = _checked_options(options, "arrays", "an npz file")
+        return arrays.read_npz(files["train"], name=name, **options)
+    options = _checked_options(options, "tables", "a table")
+    return tables.read_files(files, forms, whole=whole, name=name, **options)
 
 
 def with_validation(
@@ -478,19 +495,19 @@ def with_validation(
     seed: int = 0,
     hold_out_by: By | Literal["auto"] = "auto",
 ) -> MultiViewKG:
-    """The graph with its validation set as `load_kg` describes it.
+    """Return the graph with its validation set chosen as `load_kg` describes.
 
-    Where that was chosen before, ``auto`` leaves it so, and nothing is held out a second time.
+    If the choice was made before, ``auto`` keeps it and ``held-out`` holds nothing out again.
 
     Parameters
     ----------
     kg : MultiViewKG
     validation : {"auto", "published", "held-out"}
     seed : int
-        Of the triples that are held out. Default: 0.
+        Seed of the held-out set. Default: 0.
     hold_out_by : {"auto", "pair", "triple"}
-        What stays together where triples are held out; see `hold_out
-        <imvia_graph.splits.hold_out>`. Default: ``auto``, as the test set was drawn.
+        Unit of holding out; see `hold_out <imvia_graph.splits.hold_out>`. Default: ``auto``, the
+        unit by which the test set was drawn.
 
     Raises
     ------
@@ -500,36 +517,36 @@ def with_validation(
     if kg.validation is not None and validation in ("auto", kg.validation):
         return kg
     if validation == "published":
-        return _validated(copy.copy(kg), "published")
+        return _with_choice(copy.copy(kg), "published")
     leaks = {split: count_shared(kg.valid, kg.triples(split)) for split in ("train", "test")}
     leaks = {split: count for split, count in leaks.items() if count}
     if validation == "auto" and not leaks:
         return kg
-    # What stands in test must not validate, even where it stands in train, too.
+    # A test triple must not be used for validation, even if it is in train as well.
     by = drawn_by(kg.train, kg.test) if hold_out_by == "auto" else hold_out_by
     train, valid = hold_out(kg.train, HELD_OUT_FRACTION, seed, keep=kg.test, by=by)
     if not len(valid):
         raise DataError(
             f"{kg}: no training triple can be held out: there are too few, or each is the only one"
-            " of an entity or a relation. Give a validation set, or use validation='published'."
+            " of an entity or a relation. Add a validation set, or use validation='published'."
         )
     reason = ""
     if leaks:
         distinct = len(kg.valid.unique(dim=0))
         found = " and ".join(f"{count} are in {split}" for split, count in leaks.items())
         what = f"of the {distinct} distinct published validation triples"
-        reason = f"{found.replace(' ', f' {what} ', 1)}, so they cannot validate. "
+        reason = f"{found.replace(' ', f' {what} ', 1)}. "
     if len(kg.valid):
-        reason += "They are put aside, and only filter ranks. "
+        reason += "The published validation set is put aside and only filters ranks. "
     note = (
         f"{reason}Validation: {len(valid)} triples held out of train, {by} by {by} (seed {seed})."
     )
     logger.warning("%s: %s", kg.name or "graph", note)
     known = torch.cat([kg.known, kg.valid])
     held_out = kg.replace(train=train, valid=valid, known=known, notes=[*kg.notes, note])
-    return _validated(held_out, "held-out")
+    return _with_choice(held_out, "held-out")
 
 
-def _validated(kg: MultiViewKG, validation: Literal["published", "held-out"]) -> MultiViewKG:
+def _with_choice(kg: MultiViewKG, validation: Literal["published", "held-out"]) -> MultiViewKG:
     kg.validation = validation
     return kg

@@ -1,4 +1,4 @@
-"""What an entity's own name says, as texts to encode: for graphs that come without any."""
+"""Entity names as texts to encode, for graphs that have no texts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _QUALIFIED = re.compile(r"(?P<plain>.*\S)\s*\((?P<qualifier>[^()]+)\)")
 
 
 def read_names(of: MultiViewKG) -> RawViews:
-    """Texts made of the entities' display names, one to several an entity.
+    """Return texts derived from the entities' display names, one or more per entity.
 
-    They are the forms that `forms_of` gives. No triple takes part.
+    The texts of a name are its forms (`forms_of`). Triples are not used.
 
     Parameters
     ----------
     of : MultiViewKG
-        Its ``entity_names``: display names, or the labels where there are none.
+        The graph, whose ``entity_names`` (display names, by default the labels) are used.
 
     Returns
     -------
     RawViews
-        Of the modality ``text``; for `imvia_graph.encode.encode_kg`. An entity whose name is blank
-        has none.
+        Views of the modality ``text``, for `imvia_graph.encode.encode_kg`. An entity with a blank
+        name has none.
 
     Examples
     --------
@@ -48,24 +48,24 @@ def read_names(of: MultiViewKG) -> RawViews:
 
 
 def joined(first: RawViews, second: RawViews) -> RawViews:
-    """The texts of both, those of the first before those of the second, each once an entity."""
+    """Join texts: those of ``first`` before those of ``second``, each once per entity."""
     pairs = [
         (entity, order, text)
         for order, views in enumerate((first, second))
         for entity, text in zip(views.entity.tolist(), views.source, strict=True)
     ]
-    pairs.sort(key=lambda pair: pair[:2])  # stable: each keeps its own order
+    pairs.sort(key=lambda pair: pair[:2])  # stable: keeps the order within each source
     kept = list(dict.fromkeys((entity, text) for entity, _, text in pairs))
     entities = torch.tensor([entity for entity, _ in kept], dtype=torch.int64)
     return RawViews(first.modality, entities, [text for _, text in kept], repeated=first.repeated)
 
 
 def forms_of(name: str) -> list[str]:
-    """The distinct texts in a name, the whole of it first.
+    """Return the distinct forms of a name, the whole name first.
 
-    The name itself, with spaces for underscores and, of an IRI, its last part; the name without the
-    qualifier in brackets at its end, and the qualifier; what is between commas; each of them
-    without accents.
+    The forms are: the name with underscores replaced by spaces (of an IRI, its last part); the name
+    without a qualifier in parentheses at its end, and the qualifier; the parts between commas; each
+    of these without accents.
 
     >>> forms_of("http://dbpedia.org/resource/Gary,_Indiana")
     ['Gary, Indiana', 'Gary', 'Indiana']

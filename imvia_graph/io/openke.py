@@ -1,9 +1,9 @@
 """The OpenKE layout, in which DB15K, MKG-W and MKG-Y are published.
 
-A folder of ``entity2id.txt`` and ``relation2id.txt`` (a line with the count, then a label and its
-id a line) and ``train2id.txt``, ``valid2id.txt``, ``test2id.txt`` (a line with the count, then
-*head, tail, relation* ids a line). Optional ``entity_names.tsv`` and ``relation_names.tsv``, with
-the columns ``id`` and ``name`` under a header, give display names.
+A folder with ``entity2id.txt`` and ``relation2id.txt`` (first line: the count; then a label and its
+id per line) and ``train2id.txt``, ``valid2id.txt``, ``test2id.txt`` (first line: the count; then
+*head, tail, relation* ids per line). The optional ``entity_names.tsv`` and ``relation_names.tsv``,
+with a header and the columns ``id`` and ``name``, hold display names.
 
 Source of the layout: https://github.com/thunlp/OpenKE, "Input Files Format".
 """
@@ -38,7 +38,7 @@ def read_openke(folder: str | Path) -> MultiViewKG:
     Raises
     ------
     DataError
-        A file that is missing or malformed, a count line that lies, ids out of range.
+        A missing or malformed file, a wrong count line, or ids out of range.
 
     Examples
     --------
@@ -72,11 +72,11 @@ def read_openke(folder: str | Path) -> MultiViewKG:
 
 
 def _read_triples(path: Path, num_entities: int, num_relations: int) -> Tensor:
-    """(n, 3) int64 rows of head, relation, tail from a file of head, tail, relation."""
+    """Read head, tail, relation rows as (n, 3) int64 triples of head, relation, tail."""
     with open_input(path) as file:
         raw = file.read()
-    # Fast path: every line as three plain numbers. Anything else is read by line, which either
-    # copes with it or names the line at fault.
+    # Fast path: every line is three plain numbers. Other files are read line by line, which either
+    # succeeds or names the line at fault.
     if raw and not raw.translate(None, b"0123456789 \t\r\n"):
         values = np.fromstring(raw.decode(), dtype=np.int64, sep=" ")
         columns = _columns_by_line(raw)
@@ -88,7 +88,7 @@ def _read_triples(path: Path, num_entities: int, num_relations: int) -> Tensor:
 
 
 def _columns_by_line(raw: bytes) -> list[int]:
-    """Number of columns of each line."""
+    """Return the number of columns of each line."""
     text = np.frombuffer(raw, dtype=np.uint8)
     space = text <= ord(" ")
     starts = np.flatnonzero(~space & np.concatenate([[True], space[:-1]]))
@@ -127,7 +127,7 @@ def _read_triples_by_line(path: Path, num_entities: int, num_relations: int) -> 
             if value >= limit:
                 raise DataError(
                     f"{path}, line {number}: the {what} id {value} is out of range; expected 0 to"
-                    f" {limit - 1}. The columns are head, tail, relation."
+                    f" {limit - 1}. The order of columns is head, tail, relation."
                 )
         rows.append((head, relation, tail))
     check_count(path, count, len(rows))
@@ -135,7 +135,7 @@ def _read_triples_by_line(path: Path, num_entities: int, num_relations: int) -> 
 
 
 def _read_names(path: Path, count: int) -> list[str] | None:
-    """Display names by id from a table with a header; None where there is no such file."""
+    """Read display names in id order from a table with a header; None if there is no file."""
     if not path.is_file():
         return None
     names = [""] * count
@@ -162,13 +162,13 @@ def _read_names(path: Path, count: int) -> list[str] | None:
 
 
 def write_openke(kg: MultiViewKG, folder: str | Path) -> Path:
-    r"""Write a graph in the OpenKE layout, display names included; views stay behind.
+    r"""Write a graph, without its views, in the OpenKE layout, with its display names.
 
     Raises
     ------
     DataError
-        A label that the layout cannot carry: with a tab or a line end in it, or spaces around it.
-        Nothing is written.
+        A label that the layout cannot hold: one that contains a tab or a line end, or begins or
+        ends with a space. Nothing is written.
 
     Examples
     --------
@@ -186,7 +186,7 @@ def write_openke(kg: MultiViewKG, folder: str | Path) -> Path:
 
 
 def write_openke_files(kg: MultiViewKG, folder: Path) -> list[Path]:
-    """What `write_openke` does; the files written."""
+    """Write what `write_openke` writes; return the files written."""
     written = []
     kinds = (
         ("entity", kg.entities, kg.entity_names),

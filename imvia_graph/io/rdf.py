@@ -1,21 +1,22 @@
-"""RDF: N-Triples and Turtle, through pyoxigraph.
+"""RDF: N-Triples and Turtle, read with pyoxigraph.
 
-IRIs become labels as they stand. Blank nodes have no names that outlive their file, so they are
-numbered in the order in which they appear in it: ``_:b0``, ``_:b1``, … in a single file or that of
-train, ``_:valid-b0``, … and ``_:test-b0``, … in the files of those splits. So a file gives the same
-labels whenever it is read, and blank nodes of two files are never the same entity, whatever the
-files call them.
+IRIs become labels unchanged. The names of blank nodes are local to a file, so blank nodes are
+numbered in the order of their appearance in it: ``_:b0``, ``_:b1``, … in a single file or in the
+file of train, ``_:valid-b0``, … and ``_:test-b0``, … in the files of these splits. A file therefore
+always gives the same labels, and blank nodes of two files are never the same entity, whatever their
+names.
 
-Where labels are no IRIs, writing makes them such by percent-encoding them under a base,
-``urn:imvia:entity:`` and ``urn:imvia:relation:`` unless told, and reading undoes that: ``New York``
-is ``<urn:imvia:entity:New%20York>``. A label that is an absolute IRI already, and does not start
-with a base, is written as it is.
+Labels that are not IRIs are written percent-encoded under a base, by default ``urn:imvia:entity:``
+or ``urn:imvia:relation:``, and decoded when read: ``New York`` becomes
+``<urn:imvia:entity:New%20York>``. A label that is an absolute IRI and does not start with the base
+is written unchanged.
 
-Literals are no entities. They are left out, or the numbers among them become a modality,
-``number``: a view for each entity that has any, with two columns for each predicate, in the order
-of their labels: the number, standardised over the entities that have it (mean 0, standard deviation
-1; 0 where it is not known), and 1 or 0 for known or not. Of several numbers of one entity and
-predicate the mean is taken. Texts are read by `read_literals`, for an encoder.
+Literals are not entities. By default they are left out. With ``literals="numbers"``, numeric
+literals become the modality ``number``: one view for each entity that has any, with two columns per
+predicate, in the order of the predicates' labels. The first column is the number, standardised over
+the entities that have it (mean 0, standard deviation 1) and 0 for the others; the second is 1 if
+the number is known, else 0. Several numbers of one entity and predicate are averaged.
+`read_literals` reads texts for an encoder.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from imvia_graph.io.views import RawViews
 from imvia_graph.kg import MultiViewKG, Split, Views
 
 Literals = Literal["leave-out", "numbers"]
-#: What labels that are no IRIs are written under.
+#: Prefixes under which labels that are not IRIs are written.
 ENTITY_BASE, RELATION_BASE = "urn:imvia:entity:", "urn:imvia:relation:"
 #: Name of the modality of numbers.
 NUMBER = "number"
@@ -56,14 +57,14 @@ _NUMBERS = frozenset(
     )
 )
 _TEXTS = frozenset({_XSD + "string", "http://www.w3.org/1999/02/22-rdf-syntax-ns#langString"})
-# Absolute IRIs of the characters that need no second look; pyoxigraph has the last word.
+# Absolute IRIs of plain characters; pyoxigraph validates those that match.
 _IRI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?:[^\x00-\x20<>\"{}|^`\\%\x7f-\xa0]|%[0-9A-Fa-f]{2})+")
 _PLAIN_IRI = r"[ \t]*<([A-Za-z][A-Za-z0-9+.-]*:[^\x00-\x20<>\"{}|^`\\]*)>"
-# A line of N-Triples that needs no second look.
+# A line of N-Triples with three plain IRIs.
 _PLAIN = f"^{_PLAIN_IRI * 3}[ \\t]*\\.[ \\t\\r]*$"
 #: Columns of a table of literals.
 _LITERAL = ("entity", "predicate", "value", "datatype", "language")
-#: Triples that are turned from RDF to columns at a time.
+#: Triples converted from RDF to columns at a time.
 _BATCH = 500_000
 
 
@@ -88,7 +89,7 @@ def read_rdf(
     entities: Sequence[str] | None = None,
     relations: Sequence[str] | None = None,
 ) -> Source:
-    """Files of N-Triples or Turtle, one a split."""
+    """Read files of N-Triples or Turtle, one per split."""
     if literals not in get_args(Literals):
         raise DataError(
             f"literals: expected one of {', '.join(get_args(Literals))}; received {literals!r}."
@@ -103,7 +104,7 @@ def read_rdf(
         found.append(values)
         if not facts.height and split == "train":
             raise DataError(
-                f"{path}: expected triples of entities, found"
+                f"{path}: expected triples between entities, found"
                 f" {'only literals' if values.height else 'none'}."
             )
     kind = " and ".join(
@@ -128,11 +129,11 @@ def read_rdf(
             left, note = _add_numbers(source, values)
             notes += [note] if note else []
         if left.height:
-            what = "literals that are no numbers" if literals == "numbers" else "literals"
+            what = "literals that are not numbers" if literals == "numbers" else "literals"
             rest = "" if literals == "numbers" else "literals='numbers' makes numbers a modality, "
             notes.append(
                 f"{left.height} {what}, of {left['entity'].n_unique()} entities, are left out"
-                f" ({rest}imvia_graph.io.read_literals gives the texts)."
+                f" ({rest}imvia_graph.io.read_literals reads texts)."
             )
     return source
 
@@ -146,33 +147,33 @@ def read_literals(
     base: tuple[str, str] = (ENTITY_BASE, RELATION_BASE),
     split: Split = "train",
 ) -> RawViews:
-    r"""The texts of a file of N-Triples or Turtle, for an encoder.
+    r"""Read the text literals of an N-Triples or Turtle file, for an encoder.
 
     Parameters
     ----------
     source : path
         The file.
     of : MultiViewKG
-        Whose entities they are; texts of others are left out.
+        The graph. Texts of entities that are not in it are left out.
     predicates : sequence of str, optional
-        Only literals of these predicates (their IRIs); all of them if not told.
+        Read only literals of these predicates (IRIs). Default: all predicates.
     language : str, optional
-        Only literals of this language (``en``), and those without one.
+        Read only literals in this language (``en``) or without a language. Default: all.
     base : tuple of str
-        What labels that are no IRIs were written under.
+        Prefixes under which labels that are not IRIs were written.
     split : {"train", "valid", "test"}
-        Which split the graph took the file for, if it came in several; its blank nodes are called
-        after that (see `imvia_graph.io.rdf`).
+        The split as which the graph read the file, if it was read from several files; the labels of
+        blank nodes depend on it (see `imvia_graph.io.rdf`).
 
     Returns
     -------
     RawViews
-        Texts of the modality ``text``, sorted by entity, as `read_texts` gives them.
+        Views of the modality ``text``, sorted by entity, as `read_texts` returns them.
 
     Raises
     ------
     DataError
-        No such file, no RDF, no such text of an entity of the graph.
+        The file does not exist, is not RDF, or has no matching text of an entity of the graph.
 
     Examples
     --------
@@ -195,8 +196,10 @@ def read_literals(
         values = values.filter(pl.col("language").is_in([language, ""]))
     values = values.filter(pl.col("entity").is_in(of.entities))
     if not values.height:
-        told = "" if predicates is None and language is None else " of these predicates or language"
-        raise DataError(f"{path}: expected literals{told} that are texts of {of}, found none.")
+        which = (
+            "" if predicates is None and language is None else " with these predicates and language"
+        )
+        raise DataError(f"{path}: expected text literals{which} of entities of {of}, found none.")
     entity = encode_labels(values["entity"], of.entities, str(path))
     table = pl.DataFrame({"entity": entity.numpy(), "text": values["value"]})
     kept = table.unique(maintain_order=True).sort("entity", maintain_order=True)
@@ -213,7 +216,7 @@ def _form(path: Path) -> str:
 
 
 class _BlankNodes(dict[str, str]):
-    """Labels of a file's blank nodes, numbered as they are asked for."""
+    """Labels of the blank nodes of a file, numbered in the order of their look-up."""
 
     def __init__(self, split: Split) -> None:
         super().__init__()
@@ -225,7 +228,7 @@ class _BlankNodes(dict[str, str]):
 
 
 def _parse(path: Path, form: str, split: Split) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Facts (head, relation, tail) and literals (entity, predicate, value, datatype, language)."""
+    """Read facts (head, relation, tail) and literals (the columns `_LITERAL`)."""
     library = _library()
     if form == "ntriples":
         found = _parse_plain(path, library, _BlankNodes(split))
@@ -240,10 +243,10 @@ def _parse(path: Path, form: str, split: Split) -> tuple[pl.DataFrame, pl.DataFr
 def _parse_plain(
     path: Path, library: Any, blank_nodes: _BlankNodes
 ) -> tuple[pl.DataFrame, pl.DataFrame] | None:
-    """N-Triples with plain triples of IRIs vectorised; None where that does not work out.
+    """Read N-Triples with a vectorised pass over plain lines of three IRIs.
 
-    Other lines (literals, blank nodes, escapes, comments) are left to the library, and so is the
-    whole file where one of them is wrong, because it knows which.
+    The library parses the other lines (literals, blank nodes, escapes, comments). If that fails,
+    return None, so that the library parses the whole file and reports the line at fault.
     """
     try:
         lines = _files.scan_lines(path).collect()["line"]
@@ -304,7 +307,7 @@ def _batch(
     except SyntaxError as error:
         line = f", line {error.lineno}" if error.lineno else ""
         raise DataError(
-            f"{path}{line}: expected RDF, but {error.msg}. Mend or remove the line."
+            f"{path}{line}: expected RDF, but {error.msg}. Correct or remove the line."
         ) from error
     except (OSError, EOFError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: expected RDF in UTF-8; it cannot be read ({error}).") from error
@@ -321,7 +324,7 @@ def _frame(names: Sequence[str], columns: Sequence[Sequence[str]]) -> pl.DataFra
 
 
 def _decoded(frame: pl.DataFrame, column: str, prefix: str) -> pl.DataFrame:
-    """Labels that were percent-encoded under the base become themselves again."""
+    """Decode the labels in a column that were percent-encoded under a base."""
     under = frame[column].str.starts_with(prefix)
     if not under.any():
         return frame
@@ -331,7 +334,7 @@ def _decoded(frame: pl.DataFrame, column: str, prefix: str) -> pl.DataFrame:
 
 
 def _add_numbers(source: Source, values: pl.DataFrame) -> tuple[pl.DataFrame, str]:
-    """Make numeric literals the modality of numbers; returns the literals that are left."""
+    """Turn numeric literals into the modality `NUMBER`; return the other literals and a note."""
     numbers = values.with_columns(
         pl.when(pl.col("datatype").is_in(sorted(_NUMBERS)))
         .then(pl.col("value").cast(pl.Float64, strict=False))
@@ -370,7 +373,7 @@ def _add_numbers(source: Source, values: pl.DataFrame) -> tuple[pl.DataFrame, st
 
 
 def iris(labels: Sequence[str], base: str) -> pl.Series:
-    """Labels as IRIs: as they stand where they are absolute IRIs, percent-encoded under a base.
+    """Return labels as IRIs: absolute IRIs unchanged, others percent-encoded under a base.
 
     Examples
     --------
@@ -399,7 +402,7 @@ def write_rdf(
     compression: str | None = None,
     base: tuple[str, str] = (ENTITY_BASE, RELATION_BASE),
 ) -> list[Path]:
-    """Write a file a split into a folder, or all triples into one file."""
+    """Write one file per split into a folder, or all triples into one file."""
     library = _library()
     entities, relations = iris(kg.entities, base[0]), iris(kg.relations, base[1])
     written = []

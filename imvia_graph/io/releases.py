@@ -1,15 +1,15 @@
 """The layouts in which the authors of MoMoK and of MyGO publish their benchmarks.
 
-MoMoK (https://github.com/zjukg/MoMoK, ``datasets/``): ``entity2id.txt`` and ``relation2id.txt``, a
-label and its id a line, no count; ``train.txt``, ``valid.txt``, ``test.txt``, a triple of labels a
-line, separated by spaces and ended by `` .``.
+MoMoK (https://github.com/zjukg/MoMoK, ``datasets/``): ``entity2id.txt`` and ``relation2id.txt``
+hold a label and its id per line, without a count; ``train.txt``, ``valid.txt`` and ``test.txt``
+hold a triple of labels per line, separated by spaces and ended by `` .``.
 
-MyGO (https://github.com/zjukg/MyGO, ``data/``): ``entities.txt`` and ``relations.txt``, a label a
-line in id order (in the release these labels are the ids themselves); ``train.txt``, ``valid.txt``,
-``test.txt``, head, relation and tail a line, separated by tabs. What stands there is looked up
-among the labels; where it is not there and all are numbers, the numbers are ids: line numbers from
-0. The release's MKG-W has ``entity2id.txt`` in place of ``entities.txt``, its MKG-Y no
-``relations.txt``: both are read, the latter's relations are called by their ids.
+MyGO (https://github.com/zjukg/MyGO, ``data/``): ``entities.txt`` and ``relations.txt`` hold a label
+per line in id order (in the release, these labels are the ids themselves); ``train.txt``,
+``valid.txt`` and ``test.txt`` hold head, relation and tail per line, separated by tabs. These cells
+are labels; if all are numbers and some are not among the labels, they are ids, that is, line
+numbers from 0. In the release, MKG-W has ``entity2id.txt`` instead of ``entities.txt``, and MKG-Y
+has no ``relations.txt``; both are read, and the relations of MKG-Y are labelled with their ids.
 """
 
 from __future__ import annotations
@@ -142,10 +142,10 @@ def _as_ids(cells: pl.Series, labels: list[str]) -> bool:
 
 
 def write_mygo(kg: MultiViewKG, folder: Path) -> list[Path]:
-    """Write the id layout of the MyGO release: labels a line, triples of line numbers.
+    """Write the id layout of the MyGO release: one label per line, triples as line numbers.
 
-    Labels that are numbers would be taken for line numbers and the other way round, so such
-    triples are written as labels, as the release does.
+    If any label is a number, triples are written as labels, as in the release, because line numbers
+    and labels could be confused.
     """
     written = []
     by_label = any(pl.Series(labels).str.contains(r"^[0-9]+$").any() for labels in _labels(kg))
@@ -174,7 +174,7 @@ def _present(kg: MultiViewKG) -> list[Split]:
 
 
 def _separator(path: Path) -> str:
-    """Tabs if the first line has two, spaces otherwise."""
+    """Return a tab if the first line that is not blank has two tabs, else `SPACES`."""
     for _, line in _files.read_lines(path):
         if line.strip():
             return "\t" if line.strip().count("\t") == 2 else SPACES
@@ -182,17 +182,17 @@ def _separator(path: Path) -> str:
 
 
 def _read_list(path: Path) -> list[str]:
-    """One label a line."""
+    """Read one label per line."""
     labels = [line.strip() for _, line in _files.read_lines(path)]
     while labels and not labels[-1]:
         labels.pop()
     if "" in labels:
         raise DataError(
-            f"{path}, line {labels.index('') + 1}: expected a label, found a blank line; the line's"
-            " number is the label's id, so none may be missing."
+            f"{path}, line {labels.index('') + 1}: expected a label, found a blank line. Line"
+            " numbers are the ids of the labels, so no label may be missing."
         )
     if not labels:
-        raise DataError(f"{path} is empty: expected a label a line.")
+        raise DataError(f"{path} is empty: expected one label per line.")
     return labels
 
 
@@ -202,5 +202,5 @@ def _check_range(path: Path, what: str, ids: Tensor, limit: int) -> None:
         row = int(bad[0])
         raise DataError(
             f"{path}, triple {row + 1}: the {what} id {int(ids[row])} is out of range; expected 0"
-            f" to {limit - 1}. The columns are head, relation, tail."
+            f" to {limit - 1}. The order of columns is head, relation, tail."
         )

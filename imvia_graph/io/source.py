@@ -1,4 +1,4 @@
-"""What a reader hands to `load_kg`: ids, labels, splits, and what the source was taken for."""
+"""`Source`: what a reader returns to `load_kg` (ids, labels, splits, the detected form)."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Source:
-    """A graph as it was read, before it is split and built.
+    """A graph as read, before it is split and built.
 
     Attributes
     ----------
-    took : str
-        What the source was taken for, for people: "a TSV file without a header".
+    description : str
+        The detected form of the source, for messages: "a TSV file without a header".
     entities, relations : sequence of str
         Labels in id order.
     parts : dict of str to Tensor
-        (n, 3) int64 triples by split. A source without splits has just ``train``.
+        (n, 3) int64 triples by split. A source without splits has only ``train``.
     whole : bool
-        Whether the source has no splits of its own, so that it may be split.
+        Whether the source has no splits, so that `load_kg` may split it.
+    views : mapping of str to Views
+        Views by modality.
     options : dict
         Further arguments of `MultiViewKG`: name, display names, notes.
     """
 
-    took: str
+    description: str
     entities: Sequence[str] | pl.Series
     relations: Sequence[str] | pl.Series
     parts: dict[Split, Tensor]
@@ -45,7 +47,7 @@ class Source:
     options: dict[str, Any] = field(default_factory=dict)
 
     def build(self, **options: Any) -> MultiViewKG:
-        """The graph."""
+        """Build the graph."""
         return MultiViewKG(
             self.entities,
             self.relations,
@@ -58,7 +60,7 @@ class Source:
 
 
 def from_frames(
-    took: str,
+    description: str,
     frames: Mapping[Split, pl.DataFrame],
     *,
     whole: bool = False,
@@ -66,39 +68,45 @@ def from_frames(
     relations: Sequence[str] | None = None,
     **options: Any,
 ) -> Source:
-    """A source of label triples by split; ids by first appearance unless labels are given."""
+    """Make a source of label triples by split.
+
+    Ids are numbered in the order of first appearance, or by ``entities`` and ``relations``.
+    """
     splits = [split for split in SPLITS if split in frames]
     parts = [frames[split] for split in splits]
     if entities is None or relations is None:
         found_entities, found_relations, triples = index_triples(parts)
         for kind, labels in (("entities", found_entities), ("relations", found_relations)):
-            _warn_of_spaces(took, kind, labels)
+            _warn_of_spaces(description, kind, labels)
         if entities is None and relations is None:
-            given = dict(zip(splits, triples, strict=True))
-            return Source(took, found_entities, found_relations, given, whole, options=options)
+            indexed = dict(zip(splits, triples, strict=True))
+            return Source(
+                description, found_entities, found_relations, indexed, whole, options=options
+            )
         entities = found_entities.to_list() if entities is None else entities
         relations = found_relations.to_list() if relations is None else relations
     encoded = {
-        split: encode_triples(frame, entities, relations, f"{took}: {split}")
+        split: encode_triples(frame, entities, relations, f"{description}: {split}")
         for split, frame in zip(splits, parts, strict=True)
     }
-    return Source(took, list(entities), list(relations), encoded, whole, options=options)
+    return Source(description, list(entities), list(relations), encoded, whole, options=options)
 
 
-def _warn_of_spaces(took: str, kind: str, labels: pl.Series) -> None:
-    """Labels are taken letter by letter, which is hardly meant where spaces alone differ."""
+def _warn_of_spaces(description: str, kind: str, labels: pl.Series) -> None:
+    """Warn of labels that differ from another label only by spaces around them."""
     spaced = labels.filter(labels.str.starts_with(" ") | labels.str.ends_with(" "))
     if len(spaced):
         bare = labels.str.strip_chars()
         alike = len(labels) - bare.n_unique()
         if alike:
             logger.warning(
-                "Read as %s: %d %s differ from another one by spaces around the label alone, first"
-                " %r. They are different ones here; if they are not meant to be, strip the labels.",
-                took,
+                "Read as %s: %d %s differ from others only by spaces around the label, first %r."
+                " They count as different %s; strip the labels if that is not intended.",
+                description,
                 alike,
                 kind,
                 spaced[0],
+                kind,
             )
 
 
@@ -107,12 +115,12 @@ def numbered(
     entities: Sequence[str] | None,
     relations: Sequence[str] | None,
 ) -> tuple[list[str], list[str]]:
-    """Labels of ids: those given, or the ids themselves as text, up to the highest that is used."""
+    """Return the labels of ids: those passed, else every id up to the highest one as text."""
     both = torch.cat([part.reshape(-1, 3) for part in parts.values()])
     if not len(both):
         raise DataError("There are no triples: expected at least one row (head, relation, tail).")
     if int(both.min()) < 0:
-        raise DataError(f"Ids are 0 and up; received {int(both.min())}.")
+        raise DataError(f"Expected ids of 0 or more; received {int(both.min())}.")
     if entities is None:
         entities = _as_text(both[:, [0, 2]], "entities")
     if relations is None:
@@ -120,17 +128,18 @@ def numbered(
     return list(entities), list(relations)
 
 
-#: Ids up to which nothing is asked of how many of them are used, and the share that is, above.
-_FEW, _USED = 10**6, 0.1
+#: If there are more ids than this, at least this share of them must occur in triples.
+_MAX_SPARSE_IDS, _MIN_USED_SHARE = 10**6, 0.1
 
 
 def _as_text(ids: Tensor, kind: str) -> list[str]:
-    """Every id up to the highest as text; where hardly any is used, they are no ids."""
+    """Return every id up to the highest as text; raise a DataError if hardly any is used."""
     count = int(ids.max()) + 1
-    if count > _FEW and count > ids.unique().numel() / _USED:
+    if count > _MAX_SPARSE_IDS and count > ids.unique().numel() / _MIN_USED_SHARE:
         raise DataError(
-            f"Ids of {kind} go up to {count - 1:,}, and {ids.unique().numel():,} of them are used:"
-            f" each id up to the highest would be one of the {kind}. Ids are rows, from 0 on; give"
-            f" numbers that are labels as text (array.astype(str)), or the labels with {kind}=."
+            f"Ids of {kind} go up to {count - 1:,}, but only {ids.unique().numel():,} of them are"
+            f" used; every id from 0 to the highest would be one of the {kind}. If the numbers are"
+            f" labels, pass them as text (array.astype(str)); or pass the labels of the ids with"
+            f" {kind}=."
         )
     return pl.int_range(count, eager=True).cast(pl.String).to_list()

@@ -1,7 +1,7 @@
-"""Label triples in files: TSV, CSV, columns separated by spaces, Parquet; alone or by split.
+"""Files of label triples: TSV, CSV, columns separated by spaces, Parquet.
 
-One file holds all triples; a folder holds ``train``, and if there are such, ``valid`` and ``test``
-files of one of the forms. TSV, CSV and text may be compressed (``.gz``, ``.zst``).
+All triples are in one file, or in a folder with a file ``train`` and optionally ``valid`` and
+``test``. TSV, CSV and text may be compressed (``.gz``, ``.zst``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from imvia_graph.errors import DataError
 from imvia_graph.io.source import Source, from_frames
 from imvia_graph.kg import SPLITS, MultiViewKG, Split
 
-#: Form of a file by its ending.
+#: Form of a file by its suffix.
 FORMS = {
     ".tsv": "tsv",
     ".tab": "tsv",
@@ -42,7 +42,7 @@ FORMS = {
     ".npy": "npz",
 }
 COMPRESSED = (".gz", ".zst")
-#: Names under which the three splits are found in a folder.
+#: Names of the split files in a folder.
 NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "valid": ("valid", "val", "dev", "validation"),
@@ -51,13 +51,13 @@ NAMES: dict[Split, tuple[str, ...]] = {
 
 
 def form_of(path: Path) -> str | None:
-    """The form that a file's name tells, ``.gz`` and ``.zst`` aside."""
+    """Return the form by the suffix of a file name, ignoring ``.gz`` and ``.zst``."""
     name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return FORMS.get(name.suffix.lower())
 
 
 def split_of_file(path: Path) -> Split | None:
-    """The split whose triples a file in a folder holds, by its name; None where it tells none."""
+    """Return the split of a file in a folder by its name; None if it names no split."""
     name = path.name.split(".")[0].lower()
     if form_of(path) is None:
         return None
@@ -65,7 +65,7 @@ def split_of_file(path: Path) -> Split | None:
 
 
 def split_files(folder: Path) -> dict[Split, Path]:
-    """The files of the splits in a folder, whatever their form; a DataError where two claim one."""
+    """Return the split files of a folder; raise a DataError if a split has more than one."""
     found: dict[Split, Path] = {}
     for split in SPLITS:
         here = [
@@ -76,8 +76,8 @@ def split_files(folder: Path) -> dict[Split, Path]:
         if len(here) > 1:
             raise DataError(
                 f"{folder}: expected one file of {split} triples, found"
-                f" {', '.join(path.name for path in here)}. Say which with a dict of paths:"
-                f" {{'train': ..., 'valid': ..., 'test': ...}}."
+                f" {', '.join(path.name for path in here)}. Remove the others, or pass a dict of"
+                f" paths: {{'train': ..., 'valid': ..., 'test': ...}}."
             )
         if here:
             found[split] = _files.inside(folder, here[0].name)
@@ -92,7 +92,7 @@ def read_frame(
     header: bool | None = None,
     separator: str | None = None,
 ) -> tuple[pl.DataFrame, str]:
-    """Label triples of a file, and what it was taken for."""
+    """Read the label triples of a file; return them and a description of the form."""
     if form == "parquet":
         return read_parquet_triples(path, columns), "Parquet"
     if separator is None:
@@ -114,23 +114,27 @@ def read_files(
     relations: Sequence[str] | None = None,
     **options: Any,
 ) -> Source:
-    """Files of label triples, one a split."""
+    """Read files of label triples, one per split."""
     frames, whats = {}, []
     for split, path in files.items():
         frames[split], what = read_frame(path, forms[split], **options)
         whats.append(what)
         if not frames[split].height and split == "train":
-            raise DataError(f"{path} is empty: expected a line a triple (head, relation, tail).")
+            raise DataError(
+                f"{path} is empty: expected one triple (head, relation, tail) per line."
+            )
     what = " and ".join(dict.fromkeys(whats))
     if whole:
-        took = f"one file of label triples, {what}"
+        description = f"one file of label triples, {what}"
     else:
-        took = f"files of label triples by split ({', '.join(files)}), {what}"
-    return from_frames(took, frames, whole=whole, entities=entities, relations=relations, name=name)
+        description = f"files of label triples by split ({', '.join(files)}), {what}"
+    return from_frames(
+        description, frames, whole=whole, entities=entities, relations=relations, name=name
+    )
 
 
 def _guess_separator(path: Path) -> str:
-    """Tabs if the first line that is not blank has any, spaces otherwise."""
+    """Return a tab if the first line that is not blank has one, else `SPACES`."""
     for _, line in _files.read_lines(path):
         if line.strip():
             return "\t" if "\t" in line.strip() else SPACES
@@ -144,7 +148,7 @@ def write_tables(
     *,
     compression: str | None = None,
 ) -> list[Path]:
-    """Write a file a split into a folder, or all triples into one file."""
+    """Write one file per split into a folder, or all triples into one file."""
     for labels in (kg.entities, kg.relations):
         if form == "tsv":
             _files.check_tsv_labels(target, labels)
@@ -163,7 +167,7 @@ def write_tables(
                 frame,
                 separator={"tsv": "\t", "csv": ","}.get(form, SPACES),
                 quoted=form == "csv",
-                # Without a header, a first row of the labels h, r, t would pass for one.
+                # Without a header, a first row of the labels h, r, t would be read as one.
                 header=form == "csv" or may_be_header(frame.row(0)),
                 follow=path == target,
             )
@@ -174,7 +178,7 @@ def write_tables(
 def target_files(
     kg: MultiViewKG, target: Path, form: str, compression: str | None = None
 ) -> list[tuple[Path, list[Split]]]:
-    """The files to write and the splits that each holds."""
+    """Return the files to write and the splits that each file holds."""
     present: list[Split] = [split for split in SPLITS if split == "train" or len(kg.triples(split))]
     if form_of(target) == form:
         return [(target, present)]
@@ -184,12 +188,12 @@ def target_files(
 
 
 def check_spaced_labels(path: Path, labels: Sequence[str]) -> None:
-    """A label with a space cannot stand in a file whose columns are separated by spaces."""
+    """Raise a DataError for labels that a file with columns separated by spaces cannot hold."""
     column = pl.Series(labels, dtype=pl.String)
     bad = column.filter(column.str.contains(r"[ \t\r\n]|^\.$"))
     if len(bad):
         raise DataError(
-            f"{path}: {len(bad)} labels hold a space or a line end or are a full stop, first"
+            f"{path}: {len(bad)} labels contain a space or a line end, or are a full stop, first"
             f" {bad[0]!r}; in this layout spaces separate the columns. Write TSV, CSV or Parquet"
-            " instead, or rename them."
+            " instead, or rename the labels."
         )

@@ -1,7 +1,7 @@
-"""Pictures and texts in: whose they are and where; `imvia_graph.encode` makes features of them.
+"""Reading raw views: pictures and texts with their entities, for `imvia_graph.encode`.
 
-An entity is named by its label, or by its display name where just one entity bears it; a column of
-integers holds ids.
+Entities are named by label, or by a display name that only one entity has; a column of integers
+holds ids.
 """
 
 from __future__ import annotations
@@ -42,40 +42,40 @@ from imvia_graph.kg import MultiViewKG
 
 logger = logging.getLogger(__name__)
 
-#: What features may belong to: a graph, or entity labels in id order.
+#: The entities that views belong to: those of a graph, or entity labels in id order.
 Entities = MultiViewKG | Sequence[str]
 #: A column of a table: its name, or its position from 0.
 Column = str | int
 
-#: Names of the column of a table that holds a view; the second column where none is called so.
+#: Names of the column of a table that holds the view; without such a column, the second one does.
 PATH_COLUMNS = ("path", "image", "picture", "file", "source")
 TEXT_COLUMNS = ("text", "caption", "description", "source")
-#: Of what is left aside so many are named.
+#: How many ignored files a warning names.
 NAMED = 3
-#: What file managers leave in folders.
+#: Files that file managers leave in folders.
 LITTER = {"thumbs.db", "desktop.ini"}
 
 
 class RawViews(NamedTuple):
-    """Pictures or texts and whose they are, sorted by entity, then in the order of their source.
+    """Pictures or texts with their entities, sorted by entity, then in the order of the source.
 
     Attributes
     ----------
     modality : {"image", "text"}
-        What they are.
+        Whether the views are pictures or texts.
     entity : Tensor
-        (V,) int64: the entity that each view shows.
+        (V,) int64: the id of each view's entity.
     source : list of str
-        The text itself, or the picture's path relative to ``root`` with slashes.
+        The text itself, or the path of the picture relative to ``root``, with slashes.
     root : Path or None
-        The folder that the pictures' paths start from.
+        The folder that the paths of pictures are relative to.
     repeated : int
-        Views left out because the entity has the same one already. For pictures that is the same
-        path; the same bytes under another path are found when they are encoded.
+        Number of views left out because the entity already has the same view. For pictures, that is
+        the same path; the same bytes under another path are detected when they are encoded.
     within : Path or None
-        The folder that links among the pictures must not lead out of; ``root`` where None.
+        The folder that links among the pictures must not lead out of. None means ``root``.
     broken : list of (str, str)
-        What is left out because of its name, and why.
+        Name of each file or folder that is left out because of its name or link, and why.
     """
 
     modality: str
@@ -99,42 +99,45 @@ def read_images(
     separator: str | None = None,
     skip_unknown: bool = False,
 ) -> RawViews:
-    """Whose pictures are where: from a folder of folders, or from a table.
+    """Read the paths of pictures and their entities from a folder of folders, or from a table.
 
     Parameters
     ----------
     source : path
-        A folder ``images/<entity>/*``: a folder is called as its entity's label or display name,
-        percent-encoded (``%2F`` for a slash) where that cannot be a folder's name. Every file in it
-        is a picture, in the order of the names; hidden files and deeper folders are left aside, and
-        a name that is not UTF-8 is that of a broken one. Or a table (TSV, CSV, Parquet; TSV and CSV
-        also gzipped) of entity and path.
+        A folder ``images/<entity>/*``, or a table (TSV, CSV, Parquet; TSV and CSV also gzipped) of
+        entity and path. A folder of pictures has the label or display name of its entity,
+        percent-encoded if that is no valid folder name (``%2F`` for a slash). Every file in it is a
+        picture, in the order of the names; hidden files and deeper folders are ignored, and files
+        with names that are not UTF-8 count as broken.
     of : MultiViewKG or sequence of str
         The graph, or the labels of its entities in id order.
     root : path, optional
-        Where the paths of a table start, and what they must not leave, by links neither. Default:
-        the table's folder. For a folder of folders, what links in it must not lead out of; by
-        default that folder itself. What does is no picture that can be read, nor a folder of such.
+        For a table, the folder that its paths are relative to and must not leave, directly or by
+        links. Default: the folder of the table. For a folder of folders, the folder that links in
+        it must not lead out of, by default ``source``. Pictures and folders behind links that do
+        count as broken.
     columns : pair of str or int, optional
         The table's columns of entity and path, by name or by position from 0. Default: ``entity``
-        and the first of ``path``, ``image``, ``picture``, ``file``, ``source``; where there is no
-        header (no cell of the first line is ``entity``), the first two.
+        and the first of ``path``, ``image``, ``picture``, ``file``, ``source``; without a header
+        (no cell of the first line is ``entity``), the first two columns.
     separator : str, optional
         The character between the columns of a TSV or CSV table, such as ``;``. Default: a tab in
         TSV, a comma in CSV.
     skip_unknown : bool
-        Whether views of entities that are not in the graph are left out, with a warning, or an
-        error.
+        Whether to leave out, with a warning, views of entities that are not in the graph. Default:
+        such views are an error.
 
     Returns
     -------
     RawViews
-        The pictures need not be there: which of them cannot be read shows when they are.
+        The pictures are not opened: `imvia_graph.encode.encode_views` reports those that cannot be
+        read.
 
     Raises
     ------
     DataError
-        No such folder or table, nothing in it, unknown entities, a path that leaves ``root``.
+        The folder or table does not exist or is empty, an entity is unknown, or a path leaves
+        ``root``.
 
     Examples
     --------
@@ -150,7 +153,9 @@ def read_images(
     source = Path(source).expanduser()
     if source.is_dir():
         if separator is not None:
-            raise DataError(f"separator: {source} is a folder of pictures, and no table; leave it.")
+            raise DataError(
+                f"separator: {source} is a folder of pictures, not a table. Omit separator."
+            )
         within = None if root is None else Path(root).expanduser()
         return _image_folders(source, of, skip_unknown, within)
     frame, where = _read_table(source, columns, separator, PATH_COLUMNS, "path")
@@ -171,24 +176,24 @@ def read_texts(
     separator: str | None = None,
     skip_unknown: bool = False,
 ) -> RawViews:
-    r"""Whose texts are which: from a table of entity and text, as many rows an entity as there are.
+    r"""Read texts and their entities from a table, with any number of rows per entity.
 
     Parameters
     ----------
     source : path
-        TSV (one line a text, no quoting), CSV (RFC 4180), both also gzipped, or Parquet, where the
-        column may hold a list of texts a row. Rows without a text are left out; the white space
-        around a text does not count.
+        TSV (one text per line, no quoting), CSV (RFC 4180), both also gzipped, or Parquet, where a
+        row may hold a list of texts. Rows without a text are left out; white space around a text is
+        stripped.
     of, separator, skip_unknown
         As for `read_images`.
     columns : pair of str or int, optional
         The columns of entity and text. Default: ``entity`` and the first of ``text``, ``caption``,
-        ``description``, ``source``; where there is no header, the first two.
+        ``description``, ``source``; without a header, the first two columns.
 
     Raises
     ------
     DataError
-        No such table, no text in it, unknown entities, text that is not UTF-8.
+        The table does not exist or holds no text, an entity is unknown, or a text is not UTF-8.
 
     Examples
     --------
@@ -210,7 +215,7 @@ def read_texts(
     known = keep.nonzero().flatten().tolist()
     rows = [row for row in known if texts[row]]
     if not rows:
-        raise DataError(f"{where}: no row has a text; expected an entity and a text a row.")
+        raise DataError(f"{where}: no row has a text; expected an entity and a text in each row.")
     if len(rows) < len(known):
         logger.warning(
             "%s: %d of %d rows have no text and are left out.",
@@ -224,7 +229,7 @@ def read_texts(
 
 
 def _raw(modality: str, entity: Tensor, source: list[str], root: Path | None) -> RawViews:
-    """Sort by entity, stably, and keep what repeats itself in an entity once."""
+    """Sort views by entity, stably, and drop repeated views of an entity."""
     frame = pl.DataFrame({"entity": entity.numpy(), "source": pl.Series(source, dtype=pl.String)})
     once = frame.unique(maintain_order=True).sort("entity", maintain_order=True)
     ids = torch.from_numpy(once["entity"].to_numpy().copy())
@@ -245,23 +250,23 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool, within: Path | N
             if not _is_folder(entry):
                 aside.append(entry.name)
             elif not _is_text(entry.name):
-                broken.append((_named(entry.name), _NOT_TEXT))
+                broken.append((_bytes_of(entry.name), _NOT_TEXT))
             elif entry.is_symlink() and not Path(entry).resolve().is_relative_to(bounds):
-                # Not even the names of what is there are anybody's business.
+                # The folder is not listed, so that no names from outside of ``bounds`` leak.
                 broken.append((f"{entry.name}/", f"it is a link that leads out of {bounds}"))
             else:
                 folders.append(entry.name)
     if not folders and not broken:
         files_only = f" but {len(aside)} files" if aside else ""
         raise DataError(
-            f"{top} holds no folders{files_only}; expected a folder an entity, called as"
-            " the entity is, with its pictures: images/<entity>/*."
+            f"{top} holds no folders{files_only}; expected one folder per entity, with the entity's"
+            " label as its name and its pictures inside: images/<entity>/*."
         )
     if not folders:
         name, reason = min(broken)
-        raise DataError(f"{top}: no folder is an entity's. The first, {name}: {reason}.")
+        raise DataError(f"{top}: none of its folders can be used. The first is {name}: {reason}.")
     folders.sort()
-    # A name as it stands comes first; then what it says decoded. macOS decomposes letters.
+    # The name itself takes precedence over its decoded forms. macOS decomposes accented letters.
     names = pl.Series(folders, dtype=pl.String)
     forms = [
         names,
@@ -286,7 +291,7 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool, within: Path | N
                 elif _is_text(entry.name):
                     files.append(entry.name)
                 else:
-                    broken.append((f"{folder}/{_named(entry.name)}", _NOT_TEXT))
+                    broken.append((f"{folder}/{_bytes_of(entry.name)}", _NOT_TEXT))
         source += [f"{folder}/{name}" for name in sorted(files)]
         entity += [place] * len(files)
     if not source:
@@ -298,8 +303,8 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool, within: Path | N
         )
     if aside:
         logger.warning(
-            "%s: %d files beside the entities' folders or folders inside them are left aside, first"
-            " %s. A picture belongs into its entity's folder and no deeper: images/<entity>/*.",
+            "%s: %d files beside the entities' folders or folders inside them are ignored, first"
+            " %s. Pictures must be directly in the folder of their entity: images/<entity>/*.",
             top,
             len(aside),
             ", ".join(map(repr, sorted(aside)[:NAMED])),
@@ -308,22 +313,22 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool, within: Path | N
     return raw._replace(broken=sorted(broken), within=within)
 
 
-#: Why a file whose name holds other bytes is left out.
+#: Why a file is left out whose name is not valid UTF-8.
 _NOT_TEXT = "its name is not UTF-8"
 
 
 def _is_text(name: str) -> bool:
-    """Whether the name of a file is text: bytes that are none come as halves of surrogate pairs."""
+    """Whether a file name is valid UTF-8: Python decodes other bytes to lone surrogates."""
     return not re.search("[\ud800-\udfff]", name)
 
 
-def _named(name: str) -> str:
-    """The name of a file that is not text: its bytes."""
+def _bytes_of(name: str) -> str:
+    """Return the bytes of a file name that is not UTF-8, for messages."""
     return repr(os.fsencode(name))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Links that lead in a circle are none."""
+    """Whether an entry is a folder; circular links are not."""
     try:
         return entry.is_dir()
     except OSError:
@@ -335,13 +340,13 @@ def _composed(name: str) -> str:
 
 
 def _inside(root: Path, path: str, where: Rows, row: int) -> str:
-    """The path relative to root, normalised; DataError where it leaves the root."""
+    """Return the path relative to root, normalised; raise a DataError if it leaves root."""
     absolute = os.path.abspath(root)
     full = os.path.normpath(os.path.join(absolute, path))
     if "\0" in path or not (full + os.sep).startswith(os.path.join(absolute, "")):
         raise DataError(
             f"{where}, {where.at(row)}: the path {shorten(path)!r} leaves the folder {root}."
-            " Name the folder that all paths are in (root=…, on the command line --images-root)."
+            " Name a folder that contains all paths (root=…, on the command line --images-root)."
         )
     return Path(full[len(os.path.join(absolute, "")) :]).as_posix()
 
@@ -350,32 +355,32 @@ def _inside(root: Path, path: str, where: Rows, row: int) -> str:
 
 
 class _Layout(NamedTuple):
-    """How a text table is written."""
+    """Format of a text table."""
 
     separator: str
     quoted: bool
-    option: str  # of the command line, that names another separator
+    option: str  # the command-line option that sets the separator
 
     @property
     def by(self) -> str:
-        """The separator in words."""
+        """Name of the separator, for messages."""
         return SEPARATED.get(self.separator, repr(self.separator))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What messages call a table, and a row of it: by the line of a text file where it is one.
+    """Names of a table and its rows in messages: line numbers for text files, else row numbers.
 
     Attributes
     ----------
     name : str
-        The table.
+        Name of the table, or the path of its file.
     numbers : Series, optional
-        Of each row its place in the table, from 0, where that is another.
+        Position of each row in the table, from 0, if rows were exploded.
     layout : _Layout, optional
-        Of a text file.
+        Format of a text file; None for other tables.
     header : bool
-        Whether a text file's first row is no row of the table.
+        Whether the first row of a text file is a header.
     """
 
     name: str
@@ -387,7 +392,7 @@ class Rows:
         return self.name
 
     def at(self, row: int) -> str:
-        """Where the row is."""
+        """Return the line or row number of a row, for messages."""
         if self.numbers is not None:
             row = int(self.numbers[row])
         if self.layout is not None:
@@ -405,7 +410,7 @@ def _read_table(
     names: Sequence[str],
     what: Literal["path", "text"],
 ) -> tuple[pl.DataFrame, Rows]:
-    """A frame of ``entity`` (text or integer) and ``value`` (text), and what messages call it."""
+    """Read a frame of ``entity`` (text or integer) and ``value`` (text), with names of its rows."""
     if not path.is_file():
         folders = ", or a folder of folders of pictures" if what == "path" else ""
         raise DataError(
@@ -417,7 +422,7 @@ def _read_table(
     where = Rows(str(path))
     if kind == ".parquet":
         if separator is not None:
-            raise DataError(f"separator: {path} is Parquet, which has none; leave it out.")
+            raise DataError(f"separator: {path} is Parquet, which has no separator. Omit it.")
         with unreadable(path, "a Parquet file"):
             check_parquet(path)
             frame = pl.read_parquet(path, glob=False)
@@ -445,14 +450,15 @@ def _read_table(
         raise DataError(f"{where}, column {value!r}: expected text, found {frame_type}.")
     frame = frame.with_columns(pl.col("value").cast(pl.String))
     if not frame.height:
-        raise DataError(f"{where} holds no rows: expected an entity and a {what} a row.")
+        raise DataError(f"{where} holds no rows: expected an entity and a {what} in each row.")
     if where.layout is not None and not where.layout.quoted:
         option = where.layout.option
         tab = typed(where.layout.separator)
         warn_of_quotes(
             path,
             frame.select("entity", "value"),
-            f"call the file .csv and say separator={where.layout.separator!r} ({option} {tab})",
+            f"rename the file to .csv and pass separator={where.layout.separator!r}"
+            f" ({option} {tab})",
         )
     if not frame.schema["entity"].is_integer():
         frame = frame.with_columns(pl.col("entity").cast(pl.String, strict=False))
@@ -470,7 +476,7 @@ def _kind(path: Path) -> str:
 def _read_text_table(
     path: Path, layout: _Layout, columns: tuple[Column, Column] | None
 ) -> tuple[pl.DataFrame, bool]:
-    """All columns as text, and whether there is a header, which then names the columns."""
+    """Read all columns as text, named by the header if there is one; return whether there is."""
     _files.check_compressed(path)
     for number, cells in islice(read_rows(path, layout.separator, layout.quoted), 1):
         line = layout.separator.join(cells)
@@ -491,13 +497,16 @@ def _read_text_table(
     header = named or "entity" in first_row
     if header:
         if len(set(first_row)) < len(first_row):
-            raise DataError(f"{path}, line 1: column names repeat: {first_row}.")
+            raise DataError(
+                f"{path}, line 1: expected distinct column names, found {first_row}. Rename the"
+                " repeated ones."
+            )
         frame = frame.slice(1).rename(dict(zip(frame.columns, first_row, strict=True)))
     return frame, header
 
 
 def _read_fast(path: Path, layout: _Layout) -> pl.DataFrame | None:
-    """A row a line that is not blank, or None where lines need to be looked at; vectorised."""
+    """Read each line that is not blank as a row, vectorised; None if that may not be exact."""
     try:
         if layout.quoted and not quotes_are_plain(path, layout.separator):
             return None
@@ -511,7 +520,7 @@ def _read_fast(path: Path, layout: _Layout) -> pl.DataFrame | None:
         )
     except (pl.exceptions.PolarsError, OSError):
         return None
-    # An empty cell, or a row without it, or a blank line.
+    # A null in the last column is an empty cell, a row that is too short, or a blank line.
     if frame[frame.columns[-1]].null_count():
         _check_widths(path, layout)
         if frame.select(pl.all_horizontal(pl.all().is_null()).any()).item():
@@ -520,7 +529,7 @@ def _read_fast(path: Path, layout: _Layout) -> pl.DataFrame | None:
 
 
 def _read_by_line(path: Path, layout: _Layout) -> pl.DataFrame:
-    """The same, exactly; a DataError names the first line that is wrong."""
+    """Read the table line by line; a DataError names the first malformed line."""
     rows = [cells for _, cells in _rows(path, layout)]
     if not rows:
         raise DataError(f"{path} is empty: expected a table.")
@@ -529,13 +538,13 @@ def _read_by_line(path: Path, layout: _Layout) -> pl.DataFrame:
 
 
 def _check_widths(path: Path, layout: _Layout) -> None:
-    """A DataError that names the first line that is no text or has more or fewer cells."""
+    """Raise a DataError that names the first line that is not text or has another width."""
     for _ in _rows(path, layout):
         pass
 
 
 def _rows(path: Path, layout: _Layout) -> Iterator[tuple[int, list[str]]]:
-    """Lines' numbers and cells, of which each line has as many."""
+    """Yield line numbers and cells; raise a DataError if lines differ in the number of cells."""
     columns = None
     for number, cells in read_rows(path, layout.separator, layout.quoted):
         if columns is None and len(cells) == 1:
@@ -544,19 +553,19 @@ def _rows(path: Path, layout: _Layout) -> Iterator[tuple[int, list[str]]]:
         if len(cells) != columns:
             raise DataError(
                 f"{path}, line {number}: expected {columns} columns separated by {layout.by}, found"
-                f" {len(cells)}: {shorten(layout.separator.join(cells))!r}. Mend or remove"
+                f" {len(cells)}: {shorten(layout.separator.join(cells))!r}. Correct or remove"
                 " the line."
             )
         yield number, cells
 
 
 def _name_another_separator(where: str, line: str, layout: _Layout) -> None:
-    """A DataError where a first line of one cell seems to have several of another separator."""
+    """Raise a DataError if a first line of one cell seems to use another separator."""
     for mark in ("\t", ";", "|", ","):
         if mark in line and mark != layout.separator:
             raise DataError(
                 f"{where}: expected two columns or more separated by {layout.by}, found"
-                f" {SEPARATED[mark]}: {shorten(line)!r}. Say separator={mark!r}"
+                f" {SEPARATED[mark]}: {shorten(line)!r}. Pass separator={mark!r}"
                 f" ({layout.option} {typed(mark)})."
             )
 
@@ -588,7 +597,7 @@ def _pick(
             picked.append(frame.columns[column])
         elif column not in frame.columns:
             raise DataError(
-                f"{where}: there is no column {column!r}; there are"
+                f"{where}: there is no column {column!r}; the columns are"
                 f" {', '.join(map(repr, frame.columns))}."
             )
         else:
@@ -601,12 +610,12 @@ def _refuse_blank(column: pl.Series, where: Rows, what: str) -> None:
     if blank.any():
         row = int(blank.arg_max() or 0)
         raise DataError(
-            f"{where}, {where.at(row)}: the {what} is missing ({blank.sum()} such rows). Mend or"
+            f"{where}, {where.at(row)}: the {what} is missing ({blank.sum()} such rows). Correct or"
             " remove the row."
         )
 
 
-#: What readers raise at a file that is not what it should be, or lies about its size.
+#: Exceptions that readers raise for a file of another format, or with a wrong size in it.
 READERS = (
     pl.exceptions.PolarsError,
     pl.exceptions.PanicException,
@@ -619,7 +628,7 @@ READERS = (
     SyntaxError,
     TypeError,
     ValueError,
-    tokenize.TokenError,  # NumPy's reader of headers that an old Python wrote
+    tokenize.TokenError,  # raised by NumPy's parser of headers written by Python 2
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -627,7 +636,7 @@ READERS = (
 
 @contextmanager
 def unreadable(path: Path, expected: str) -> Iterator[None]:
-    """What a reader says of a bad file, as a DataError."""
+    """Turn the exceptions of a reader into a DataError that names the file."""
     try:
         yield
     except READERS as error:
@@ -639,20 +648,20 @@ def unreadable(path: Path, expected: str) -> Iterator[None]:
         ) from error
 
 
-# -- whose ----------------------------------------------------------------------------------------
+# -- entities -------------------------------------------------------------------------------------
 
 
 def _labels(of: Entities) -> tuple[Sequence[str], Sequence[str], str]:
-    """Labels, display names, and what messages call the whole."""
+    """Return labels, display names, and the name of the whole in messages."""
     if isinstance(of, MultiViewKG):
         return of.entities, of.entity_names, str(of)
-    return of, of, "the entities given"
+    return of, of, "the list of entities"
 
 
 def resolve(
     values: pl.Series, of: Entities, where: str | Rows, skip_unknown: bool
 ) -> tuple[Tensor, Tensor]:
-    """Which rows name an entity, (n,) bool, and the ids of those, (kept,) int64."""
+    """Return which rows name an entity, (n,) bool, and the ids of these rows, (kept,) int64."""
     labels, _, whole = _labels(of)
     where = Rows(where) if isinstance(where, str) else where
     if values.dtype.is_integer():
@@ -674,9 +683,9 @@ def resolve(
 
 
 def warn_of_numeric_labels(ids: Tensor, labels: Sequence[str], where: str) -> None:
-    """Say so where ids, which are places, are labels of other entities, too.
+    """Warn if ids could also be meant as labels, because labels are numbers in another order.
 
-    Files of triples whose labels are numbers are numbered in the order in which these appear.
+    Files of triples with numeric labels are numbered in the order of first appearance.
     """
     distinct = ids.unique()
     as_label = pl.Series(distinct.numpy()).cast(pl.String)
@@ -687,10 +696,10 @@ def warn_of_numeric_labels(ids: Tensor, labels: Sequence[str], where: str) -> No
     if moved.any() and as_label.is_in(own.implode()).all():
         first = int(moved.arg_max() or 0)
         logger.warning(
-            "%s: the entities' labels are numbers, and not in their order: %d is taken as a place,"
-            " that of the entity labelled %r. That is right where places are meant (rows in the"
-            " order of kg.entities). If labels are, give them as text, or load the graph with its"
-            " labels in order (load_kg(..., entities=[...]), or a KG folder's entities.tsv).",
+            "%s: the labels of entities are numbers that are not in id order, and %d is read as an"
+            " id, that of the entity with the label %r. That is right if ids are meant (rows in the"
+            " order of kg.entities). If labels are meant, pass them as text, or load the graph with"
+            " its labels in order (load_kg(..., entities=[...]), or a KG folder's entities.tsv).",
             where,
             int(distinct[first]),
             own[first],
@@ -700,13 +709,16 @@ def warn_of_numeric_labels(ids: Tensor, labels: Sequence[str], where: str) -> No
 def resolve_any(
     forms: Sequence[pl.Series], of: Entities, where: Rows, skip_unknown: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `resolve`, for rows of several spellings: the first that is known; (n,) ids, -1: none."""
+    """Resolve rows with several spellings, of which the first known one counts.
+
+    Returns which rows name an entity, (n,) bool, and their ids, (n,) int64, -1 for unknown rows.
+    """
     labels, names, whole = _labels(of)
     label = pl.Series("label", labels, dtype=pl.String)
     number = pl.Series("id", np.arange(len(label)), dtype=pl.Int64)
     by_label = pl.DataFrame([label, number])
     by_name = pl.DataFrame([pl.Series("label", names, dtype=pl.String), number])
-    # Labels come first; of the display names those that one entity bears and no label is.
+    # Labels take precedence; a display name counts if one entity has it and no label equals it.
     once = by_name.filter(pl.col("label").is_unique()).join(by_label, on="label", how="anti")
     table = pl.concat([by_label, once])
     found = pl.Series("id", [None] * len(forms[0]), dtype=pl.Int64)
@@ -720,7 +732,7 @@ def resolve_any(
         values = [form[row] for form in forms]
         shared = by_name.filter(pl.col("label").is_in(values))["label"]
         if len(shared):
-            reason = f" {len(shared)} entities are called so; use the label."
+            reason = f" {len(shared)} entities have this display name; use the label."
         else:
             near = nearest(values[-1], list(labels), limit=3)
             reason = f" The nearest known: {', '.join(map(repr, near))}." if near else ""
@@ -740,7 +752,7 @@ def resolve_any(
 def _unknown(message: str, skip_unknown: bool) -> None:
     if not skip_unknown:
         raise DataError(
-            f"{message} Mend these, or leave them out (skip_unknown=True, on the command line"
-            " --skip-unknown)."
+            f"{message} Correct these rows, or leave them out (skip_unknown=True, on the command"
+            " line --skip-unknown)."
         )
     logger.warning("%s They are left out.", message)

@@ -1,4 +1,4 @@
-"""`write_kg`: a graph into any of the forms that `load_kg` reads."""
+"""`write_kg`: write a graph in any of the forms that `load_kg` reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from imvia_graph.kg import PARTS, SPLITS, MultiViewKG
 
 logger = logging.getLogger(__name__)
 
-#: Files beside those of the splits by which a folder is a graph in some form.
+#: Files, besides those of the splits, that belong to a graph in some form.
 LAYOUT_FILES = frozenset(
     {
         *("kg.json", "entities.tsv", "relations.tsv"),
@@ -27,7 +27,7 @@ LAYOUT_FILES = frozenset(
     }
 )
 
-#: The files of a KG folder, features aside.
+#: The files of a KG folder, except for features.
 KG_FILES = ("kg.json", "entities.tsv", "relations.tsv", *(f"{part}.tsv" for part in PARTS))
 
 
@@ -47,36 +47,37 @@ def write_kg(
     kg : MultiViewKG
         The graph.
     target : path
-        A folder, in which each split gets its file; for ``tsv``, ``csv``, ``text``, ``parquet``,
-        ``ntriples``, ``turtle`` also one file for all triples, if its name ends as that form's do
-        (``.gz``, ``.zst`` compress text). ``npz`` is one file that keeps the splits.
+        A folder, which gets one file per split; for ``tsv``, ``csv``, ``text``, ``parquet``,
+        ``ntriples`` and ``turtle`` also a single file for all triples, if its name has the suffix
+        of the form (``.gz``, ``.zst`` compress text). ``npz`` is a single file with all splits.
     format : str, optional
-        ``kg`` (the only one that carries views), ``openke``, ``momok``, ``mygo``, ``tsv``, ``csv``,
-        ``text`` (spaces between the columns), ``parquet``, ``ntriples``, ``turtle`` or ``npz``; if
-        not told, what the target's name says, else ``kg``. In RDF, labels that are no IRIs are
+        ``kg`` (the only form that holds views), ``openke``, ``momok``, ``mygo``, ``tsv``, ``csv``,
+        ``text`` (spaces between the columns), ``parquet``, ``ntriples``, ``turtle`` or ``npz``.
+        Default: the form of the target's suffix, else ``kg``. In RDF, labels that are not IRIs are
         percent-encoded under a base (see `imvia_graph.io.rdf`).
     compression : {"gzip", "zstd"}, optional
-        For the files of a folder of ``tsv``, ``csv``, ``text``, ``ntriples`` or ``turtle``.
+        Compression of the files in a folder of ``tsv``, ``csv``, ``text``, ``ntriples`` or
+        ``turtle``.
     overwrite : bool
-        Whether files may be written into a folder that is not empty, or over a file. Of a graph
-        that the folder held in any form, the files of triples and labels that are not written anew
-        are removed, so that the folder holds this graph and nothing of that; other files stay. A
-        form without views is not written into a KG folder with views.
+        Whether to write into a folder that is not empty, or over a file. Triple and label files of
+        a graph that the folder held before, in any form, are removed if they are not overwritten,
+        so that the folder holds this graph only; other files stay. A form without views is not
+        written into a KG folder with views.
     source : path, optional
-        What the graph was read from. Where that lies in the folder to write, files beside it that
-        would be removed are not this graph's, and nothing is written.
+        What the graph was read from. If it lies in the target folder, the files beside it that
+        would be removed do not belong to this graph, and nothing is written.
 
     Returns
     -------
     list of str
-        What the form did not carry, and which files were removed, a sentence each; empty where
-        nothing was lost.
+        One sentence for each kind of data that the form did not hold, and one that lists the
+        removed files; empty if nothing was lost.
 
     Raises
     ------
     DataError
-        A label that the form cannot carry (a tab in TSV), a target that is there already, files to
-        be removed that are not of the graph that was there.
+        A label that the form cannot hold (such as a tab in TSV), a target that already exists, or
+        a file that would be removed but does not belong to the graph in the folder.
 
     Examples
     --------
@@ -105,19 +106,19 @@ def write_kg(
     taken = any(target.iterdir()) if target.is_dir() else os.path.lexists(target)
     if taken and not overwrite:
         raise DataError(
-            f"{target} is there already and not empty. Name another target, or allow"
-            " overwriting (overwrite=True, on the command line --overwrite)."
+            f"{target} already exists{' and is not empty' if target.is_dir() else ''}. Name another"
+            " target, or allow overwriting (overwrite=True, on the command line --overwrite)."
         )
     folder = target
     if format != "kg" and any((folder / "views").glob("*.safetensors")):
         raise DataError(
-            f"{folder} is a KG folder with views, which the form {format} does not carry. Name"
-            " another target, or remove it first."
+            f"{folder} is a KG folder with views, which the form {format} cannot hold. Name another"
+            " target, or remove the folder first."
         )
     if folder.is_dir():
-        _refuse_strange(folder, _names(kg, folder, format, compression), source)
+        _check_removals(folder, _file_names(kg, folder, format, compression), source)
     written = _write(kg, target, format, compression)
-    # Only now, so that a graph that cannot be written does not cost the one that is there.
+    # Old files are removed last: a graph that cannot be written must not cost the old one.
     removed = []
     if folder.is_dir():
         kept = {folder / name for name in KG_FILES} if format == "kg" else set(written)
@@ -127,14 +128,14 @@ def write_kg(
     lost = _lost(kg, format, written == [target] and format not in ("kg", "npz"))
     if removed:
         lost.append(
-            "Removed, for they were of the graph that was there:"
+            "Removed the files of the graph that was there before:"
             f" {', '.join(str(path) for path in removed)}."
         )
     return lost
 
 
-def _names(kg: MultiViewKG, folder: Path, format: str, compression: str | None) -> set[str]:
-    """The files that a form may have in a folder."""
+def _file_names(kg: MultiViewKG, folder: Path, format: str, compression: str | None) -> set[str]:
+    """Return the names of the files that a form may have in a folder."""
     if format == "kg":
         return set(KG_FILES)
     if format == "npz":
@@ -144,18 +145,21 @@ def _names(kg: MultiViewKG, folder: Path, format: str, compression: str | None) 
     return {path.name for path, _ in tables.target_files(kg, folder, format, compression)}
 
 
-def _refuse_strange(folder: Path, kept: set[str], source: str | os.PathLike[str] | None) -> None:
-    """A DataError where files would be removed that are of no graph that was read or replaced."""
+def _check_removals(folder: Path, kept: set[str], source: str | os.PathLike[str] | None) -> None:
+    """Raise a DataError if files would be removed that belong to neither graph.
+
+    The two graphs are the one that was read and the one that the folder holds.
+    """
     removed = [path for path in _graph_files(folder) if path.name not in kept]
     whole = None if source is None else Path(source).resolve()
     if whole is not None and folder.resolve() in whole.parents:
-        strange = [path.name for path in removed if path.resolve() != whole]
-        if strange:
+        unread = [path.name for path in removed if path.resolve() != whole]
+        if unread:
             raise DataError(
-                f"{folder}: {', '.join(map(repr, strange))} would be removed, which were not read"
-                f" with {source}. Name another target, or read the folder."
+                f"{folder}: {', '.join(map(repr, unread))} would be removed, but only {source} was"
+                " read. Name another target, or read the folder."
             )
-    # Of arrays, all splits are in one file: `load_kg` reads no such file.
+    # `load_kg` expects all splits in one npz file, so it never reads one array file per split.
     arrays_of_splits = [
         path.name
         for path in removed
@@ -165,13 +169,13 @@ def _refuse_strange(folder: Path, kept: set[str], source: str | os.PathLike[str]
     ]
     if arrays_of_splits:
         raise DataError(
-            f"{folder}: {', '.join(map(repr, arrays_of_splits))} is of no graph that can be read,"
-            " and none could be read beside it. Move it away, or name another target."
+            f"{folder}: {', '.join(map(repr, arrays_of_splits))} would keep the graph from being"
+            " read again, and belongs to no graph itself. Move it away, or name another target."
         )
 
 
 def _write(kg: MultiViewKG, target: Path, format: str, compression: str | None) -> list[Path]:
-    """Write; the files, or for a KG folder the folder."""
+    """Write the graph; return the files written, or the folder for a KG folder."""
     if format == "kg":
         return [kg.save(target)]
     if format == "openke":
@@ -190,7 +194,7 @@ def _write(kg: MultiViewKG, target: Path, format: str, compression: str | None) 
 
 
 def _graph_files(folder: Path) -> list[Path]:
-    """The files from which `load_kg` would read a graph in this folder, whatever its form."""
+    """Return the files in a folder from which `load_kg` would read a graph, in any form."""
     return [
         path
         for path in sorted(folder.iterdir())
@@ -199,18 +203,18 @@ def _graph_files(folder: Path) -> list[Path]:
 
 
 def _lost(kg: MultiViewKG, format: str, one_file: bool) -> list[str]:
-    """What the form does not carry."""
+    """Describe what the form cannot hold, one sentence each."""
     lost = []
     if format != "kg" and kg.modalities:
         views = sum(kg.graph.num_nodes(modality) for modality in kg.modalities)
         lost.append(
             f"{views} views of {len(kg.modalities)} modalities ({', '.join(kg.modalities)}) are"
-            " left out; only the form kg carries views."
+            " left out; only the form kg holds views."
         )
     if format != "kg" and len(kg.known):
         lost.append(
-            f"{len(kg.known)} triples that are in no split and only filter ranks, as a validation"
-            " set that was put aside, are left out; only the form kg carries them."
+            f"{len(kg.known)} triples that are in no split and only filter ranks, such as a"
+            " validation set that was put aside, are left out; only the form kg holds them."
         )
     if one_file and any(len(kg.triples(split)) for split in SPLITS[1:]):
         lost.append("The splits are not kept: one file holds all triples.")
@@ -223,8 +227,8 @@ def _lost(kg: MultiViewKG, format: str, one_file: bool) -> list[str]:
             unused = count - len(column.unique())
             if unused:
                 lost.append(
-                    f"{unused} {what} without a triple are left out; forms of labels hold triples"
-                    " alone."
+                    f"{unused} {what} without a triple are left out; this form holds only the"
+                    " labels of triples."
                 )
     if format not in ("kg", "openke") and (
         kg.entity_names != kg.entities or kg.relation_names != kg.relations
