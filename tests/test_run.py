@@ -155,7 +155,7 @@ def test_new_entities_views_are_scaled_as_the_graphs_are():
     ("callbacks", "message"),
     [
         ([ig.ProgressBar], "received the class ProgressBar. Call it"),
-        ([print], "expected objects of imvia_graph.Callback, received"),
+        ([print], "expected instances of imvia_graph.Callback, received"),
         (ig.ProgressBar, "received the class ProgressBar. Call it"),
         (7, "received 7"),
     ],
@@ -176,7 +176,7 @@ def test_one_callback_is_enough_and_names_that_are_never_called_are_told(caplog)
         def on_epoch_end(self, trainer, record):
             seen.append("never")
 
-    assert "Epochs.on_epoch_end: training tells a callback nothing of that name" in caplog.text
+    assert "Epochs.on_epoch_end: training calls no hook of that name" in caplog.text
     assert "on_close, on_end, on_epoch," in caplog.text
     ig.fit(ring_kg(), settings=settings(), epochs=2, callbacks=Epochs())
     assert seen == [1, 2]

@@ -972,7 +972,7 @@ def test_many_entities_are_regularised_less(monkeypatch, many, weight):
 @pytest.mark.parametrize(("telling", "mrr", "told"), [(12, 0.4, 1), (12, 0.6, 0), (13, 0.4, 0)])
 def test_an_epoch_that_taught_nothing_is_told_of_once(monkeypatch, caplog, telling, mrr, told):
     # By chance the MRR of 12 entities is 0.259.
-    monkeypatch.setattr(training, "_TELLING", telling)
+    monkeypatch.setattr(training, "_WARN_FROM", telling)
     monkeypatch.setattr(training, "rank_metrics", lambda ranks: {"mrr": mrr})
     trained(ring_kg(12), epochs=3)
     lines = [record.getMessage() for record in caplog.records]
