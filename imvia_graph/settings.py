@@ -305,7 +305,7 @@ class Settings(BaseModel):
         field = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (field, *get_args(field)):
             raise ValueError(
-                "expected no boolean, as which YAML reads on, off, yes and no unless in quotes"
+                "expected no boolean; YAML reads on, off, yes and no as booleans unless in quotes"
             )
         return value
 

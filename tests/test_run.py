@@ -787,7 +787,7 @@ def test_resume_takes_a_settings_file_that_leaves_open_what_the_run_has_chosen(t
 
 
 def test_resume_needs_a_run_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="give the run folder as out"):
+    with pytest.raises(CheckpointError, match="pass the run folder as out"):
         ig.fit(resume=True)
     with pytest.raises(CheckpointError, match="does not exist"):
         ig.fit(out=tmp_path / "none", resume=True)

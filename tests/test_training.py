@@ -582,7 +582,7 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(there, monkeypatch, tmp
     with caplog.at_level("WARNING"):
         again = ig.fit(out=tmp_path / "run", resume=True, epochs=2, precision="auto")
     assert again.settings.precision == began
-    assert ("does not compute in hardware" in caplog.text) == there
+    assert ("does not support in hardware" in caplog.text) == there
     with pytest.raises(SettingsError, match="Setting precision: the run in"):
         ig.fit(out=tmp_path / "run", resume=True, precision="float16")
     # A folder of before, which leaves it to each machine, says it once it is gone on with.
