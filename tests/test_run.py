@@ -409,7 +409,7 @@ def test_predict_gives_all_unknown_tails_best_first(candidates):
 
 def test_what_heads_were_called_before_is_still_answered():
     one = ig.Prediction("e3", "e3", 0.5, {"text": 0.5}, False)
-    with pytest.warns(DeprecationWarning, match="Prediction.modalities is called heads"):
+    with pytest.warns(DeprecationWarning, match="Prediction.modalities is deprecated; use heads"):
         assert one.modalities == one.heads
 
 
