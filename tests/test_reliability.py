@@ -301,7 +301,7 @@ def test_a_folder_in_whose_place_another_run_is_made_is_left_alone(tmp_path):
         os.utime(out / "run.json", (0, 0))  # some time lies between two runs
         there.update(contents(out))
 
-    with pytest.raises(ig.StorageError, match="replaced while training"):
+    with pytest.raises(ig.StorageError, match="replaced during training"):
         fit(out, epochs=4, callbacks=[AtEpoch(1, replace)])
     assert contents(out) == there
 
@@ -348,7 +348,7 @@ def test_a_full_disk_does_not_stop_training_that_is_to_go_on(tmp_path, caplog):
             run = fit(tmp_path / "run", epochs=6, callbacks=[full], disk_full="continue")
     finally:
         full.lift()
-    assert "Training goes on" in caplog.text
+    assert "Training continues" in caplog.text
     assert_same_run(whole.folder, run.folder)
     assert same_weights(ig.load(run.folder).model, run.model)
 
