@@ -55,8 +55,8 @@ class Batch:
 class Batches:
     """The queries of an epoch in batches, shuffled with a generator of their own.
 
-    Batches are of equal size, so that none is small. With ``candidates="relation"``, a batch has
-    queries of few relations (`pack`).
+    Batches are of nearly equal size, so that none is small. With ``candidates="relation"``, a batch
+    has queries of few relations (`pack`).
 
     Notes
     -----

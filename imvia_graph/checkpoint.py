@@ -56,7 +56,7 @@ from imvia_graph.training import Callback, Progress, Trainer
 logger = logging.getLogger(__name__)
 
 FORMAT, FORMAT_VERSION = "imvia-graph/run", 5
-#: By format version: values of settings that folders of older versions do not name.
+#: By format version: former values of settings that folders of older versions do not name.
 _BEFORE: dict[int, dict[str, Any]] = {
     3: {"relation_residual": False, "table_optimizer": "same"},
     4: {"complex_head": False},

@@ -43,13 +43,16 @@ def make_optimizer(
     weight_decay: float,
     small: Sequence[Tensor] = (),
 ) -> torch.optim.Optimizer:
-    """Create a fused optimizer; Adagrad takes `ADAGRAD_EPS_OF_SMALL` for ``small`` parameters."""
+    """Create an optimizer, fused if all supported versions of torch have it fused.
+
+    Adagrad takes `ADAGRAD_EPS_OF_SMALL` for the parameters that are in ``small``.
+    """
     groups: list[dict[str, Any]] = [{"params": list(parameters)}]
     small_ids = {id(parameter) for parameter in small}
     if kind == "adagrad" and any(id(parameter) in small_ids for parameter in parameters):
         others = [parameter for parameter in parameters if id(parameter) not in small_ids]
-        found = [parameter for parameter in parameters if id(parameter) in small_ids]
-        groups = [{"params": others}, {"params": found, "eps": ADAGRAD_EPS_OF_SMALL}]
+        of_small = [parameter for parameter in parameters if id(parameter) in small_ids]
+        groups = [{"params": others}, {"params": of_small, "eps": ADAGRAD_EPS_OF_SMALL}]
     if kind == "adagrad" and any(parameter.is_cuda for parameter in parameters):
         return Adagrad(groups, lr=lr, weight_decay=weight_decay, eps=ADAGRAD_EPS)
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -602,6 +602,7 @@ _LEFT_OPEN = {
 
 
 def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, Any]) -> Run:
+    """Resume the run in a folder, with some of its settings changed; see `fit`."""
     graph, settings = checkpoint.open_run(folder)
     overrides = {
         key: value

@@ -256,7 +256,7 @@ class Trainer:
         by_rows = follows_rows(settings)
         of_estimators = {id(parameter) for parameter in estimators}
         of_model = [p for p in model.parameters() if id(p) not in of_estimators]
-        #: Parameters that every process holds in full, and those that autograd fills ``grad`` of.
+        #: Parameters that every process holds in full, and those whose ``grad`` autograd fills.
         self.replicated = [p for p in of_model if id(p) not in tables]
         self.parameters = self.replicated if by_rows else of_model
         #: Entity tables that are updated row by row, by the names of their weights.
@@ -332,7 +332,7 @@ class Trainer:
 
     @property
     def epochs(self) -> int:
-        """The most epochs that are trained."""
+        """The maximum number of epochs."""
         assert self.settings.epochs is not None
         return self.settings.epochs
 
@@ -845,7 +845,7 @@ _STEPS, _EPOCHS = 500, 32
 
 #: Defaults of ``lambda_regularization``: below `MANY` entities, and from there on.
 _WEIGHTS = (0.1, 0.01)
-#: Candidates from which on ranks as by chance are warned of; fewer are soon ranked better.
+#: Smallest number of candidates for `_warn_of_chance`; fewer are soon ranked better.
 _WARN_FROM = 10_000
 
 #: What to try where a loss or gradient is not finite.

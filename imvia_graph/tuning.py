@@ -242,7 +242,7 @@ def read_space(path: str | Path) -> dict[str, Any]:
 
 
 def check_space(space: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Range | list[Any]]:
-    """Convert and check a space: both ends of each range are valid values of the setting."""
+    """Convert a space, and check that its values and the ends of its ranges are valid settings."""
     if not space:
         raise SettingsError("tune: the space is empty; name at least one setting to search.")
     checked: dict[str, Range | list[Any]] = {}
