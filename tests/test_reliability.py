@@ -427,7 +427,7 @@ def test_a_loss_that_is_no_number_is_named_in_its_step_and_nothing_is_learned_fr
     spoil = Spoil(monkeypatch, {STEPS + 1}, term="alignment")
     message = (
         rf"^Epoch 2, batch 2 of {STEPS} \(12 queries, the first of 'e\d+' under '(after|opposite)'"
-        r"(, inverse)?\): loss is nan, alignment is nan, .*from before it.*non_finite=skip"
+        r"(, inverse)?\): loss is nan, alignment is nan, .*from before this step.*non_finite=skip"
     )
     with pytest.raises(ig.TrainingError, match=message):
         fit(tmp_path / "run", epochs=4, callbacks=[spoil], batch_norm=True)

@@ -739,7 +739,7 @@ def test_fewer_epochs_than_a_run_has_are_said_to_be_fewer_and_not_written(tmp_pa
     run = fit(tmp_path / "run", epochs=3, patience=None)
     before = contents(run.folder)
     resumed = ig.fit(out=run.folder, resume=True, epochs=1)
-    assert "has 3 epochs already, more than the 1 that are asked for" in caplog.text
+    assert "is trained for 3 epochs already, more than epochs=1" in caplog.text
     assert contents(run.folder) == before
     assert resumed.settings.epochs == ig.load(run.folder).settings.epochs == 3
     assert same_weights(resumed.model, run.model)
@@ -846,7 +846,7 @@ def test_a_damaged_model_is_named_and_taken_from_the_checkpoint(keep, copied, fi
     damage(copied / "best.safetensors", keep)
     with caplog.at_level("WARNING"):
         run = ig.load(copied)
-    assert re.search(rf"best\.safetensors {SAID}.*last\.safetensors knows is used", caplog.text)
+    assert re.search(rf"best\.safetensors {SAID}.*last\.safetensors is used instead", caplog.text)
     assert same_weights(run.model, finished.model)
     assert run.progress.best_epoch == finished.progress.best_epoch
 
