@@ -14,13 +14,13 @@ class Average:
     .. math:: \bar\theta_s = d_s \bar\theta_{s-1} + (1 - d_s) \theta_s, \quad
         d_s = \min\left(d, \frac{1 + s}{10 + s}\right)
 
-    The decay starts lower, so that the first weights are soon forgotten.
+    The decay starts lower, so that the initial weights are soon forgotten.
 
     Parameters
     ----------
     model : IMVIA
     decay : float
-        d.
+        The decay d.
     """
 
     def __init__(self, model: IMVIA, decay: float) -> None:
@@ -33,14 +33,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After step number ``step``, from 0 on."""
+        """Update the average with the weights after step number ``step``, counted from 0."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         now = self._followed()
         torch._foreach_lerp_(list(self.state.values()), [now[name] for name in self.state], weight)
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Put the average into the model and the model's weights here; twice is as before."""
+        """Swap the average and the model's weights; a second call swaps them back."""
         for name, value in self._followed().items():
             kept = value.clone()
             value.copy_(self.state[name])

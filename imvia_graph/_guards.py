@@ -1,4 +1,4 @@
-"""What training and ranking watch for: memory that runs out, and numbers that are none."""
+"""Guards of training and ranking: against running out of memory, and values that are not finite."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ from imvia_graph.errors import OutOfMemoryError
 
 logger = logging.getLogger(__name__)
 
-# -- memory that runs out -------------------------------------------------------------------------
+# -- running out of memory ------------------------------------------------------------------------
 
-#: What a lack of memory is raised as: by Python and NumPy, and by torch.
+#: Classes of the errors that Python and NumPy, and torch, raise when memory runs out.
 MEMORY_ERRORS = (MemoryError, RuntimeError)
-#: How torch says that a CPU has no memory left, where it has no class of its own for it.
-_SAID = ("not enough memory", "can't allocate memory", "out of memory")
+#: Parts of torch's messages when a CPU has no memory left, for which it has no class of its own.
+_MESSAGES = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the CPU or on a GPU."""
+    """Return whether an error says that memory ran out, on the CPU or on a GPU."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in _SAID)
+    return isinstance(error, RuntimeError) and any(
+        message in str(error).lower() for message in _MESSAGES
+    )
 
 
 class Parts:
-    """Into how many parts rows are cut so that the work on them fits into memory.
+    """The number of parts into which rows are split so that the work on them fits into memory.
 
     Parameters
     ----------
     what : str
-        What is being done, for messages.
+        Description of the work, for messages: "Out of memory while …".
 
     Attributes
     ----------
     count : int
-        1 until memory runs out; then a power of two that only grows.
+        1 until memory runs out, then a power of two that only grows.
     """
 
     def __init__(self, what: str) -> None:
@@ -48,18 +50,18 @@ class Parts:
         self.count = 1
 
     def rows(self, whole: int) -> int:
-        """Rows at a time, of so many; at least 1."""
+        """Return the number of rows of a part, at least 1, of ``whole`` rows."""
         return max(1, -(-whole // self.count))
 
     def halve(self, error: BaseException, whole: int) -> None:
-        """After an error: half the rows from now on; called where the error is handled.
+        """Halve the number of rows of a part after an error; call this in its handler.
 
         Raises
         ------
         OutOfMemoryError
-            It was one row at a time already.
+            A part has only one row already.
         Exception
-            The error itself, where it is not of memory.
+            The error itself, if memory did not run out.
         """
         if not is_out_of_memory(error):
             raise error
@@ -71,19 +73,19 @@ class Parts:
             ) from error
         if self.count == 1:
             logger.warning(
-                "Out of memory while %s (%s). From now on fewer rows are taken at a time, with the"
-                " same result.",
+                "Out of memory while %s (%s). From now on fewer rows are processed at a time, with"
+                " the same result.",
                 self.what,
                 reason,
             )
         self.count *= 2
 
 
-# -- numbers that are none ------------------------------------------------------------------------
+# -- values that are not finite -------------------------------------------------------------------
 
 
 class Kept:
-    """The values that tensors had, in one tensor a dtype."""
+    """A copy of the values of tensors, in one tensor per dtype."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -93,7 +95,7 @@ class Kept:
 
     @torch.no_grad()
     def restore(self, where: Tensor | None = None) -> None:
-        """Have the tensors as they were; with ``where``, a scalar on the device if it is not 0."""
+        """Restore the values; with ``where``, a scalar on the device, only if it is above 0."""
         for group, kept in self._groups:
             values = kept if where is None else torch.where(where > 0, kept, _flat(group))
             parts = values.split([tensor.numel() for tensor in group])
@@ -106,9 +108,9 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Before:
-    """What a step changes before its gradients are known to be good: to take the step back.
+    """The state that a step changes before its gradients are known to be finite, to undo the step.
 
-    That is the random states, and buffers of the model: running statistics.
+    This is the random states and the model's persistent buffers (running statistics).
     """
 
     def __init__(self, buffers: Sequence[Tensor], device: torch.device) -> None:
@@ -118,33 +120,33 @@ class Before:
         self._buffers = Kept(buffers)
 
     def restore_random_states(self) -> None:
-        """Have the step draw again what it drew."""
+        """Restore the random states, so that the next step draws the same numbers."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
     def restore_buffers(self, where: Tensor | None = None) -> None:
-        """Have the buffers as they were; see `Kept`."""
+        """Restore the buffers; see `Kept.restore`."""
         self._buffers.restore(where)
 
 
 class Health:
-    """Whether the losses and the gradients of a step are finite.
+    """The check whether the losses and gradients of a step are finite.
 
     Parameters
     ----------
     losses : mapping of str to Tensor
-        Scalars.
+        Scalar losses by name.
     gradients : mapping of str to Tensor
-        Those of parameters, by their names.
+        Gradients by the names of the parameters.
     shards : Shards, optional
-        With several processes a step is bad for all where it is for one.
+        With several processes, a step that is bad on one is bad on all.
 
     Attributes
     ----------
     bad : Tensor
-        float32 scalar on the device: 1 where one of them is not finite, else 0. Optimizers take it
-        as ``found_inf`` and leave their step out without the host having to wait for it.
+        float32 scalar on the device: 1 if any loss or gradient is not finite, else 0. Optimizers
+        take it as ``found_inf`` and skip their step, without the host waiting for the value.
     """
 
     def __init__(
@@ -158,19 +160,19 @@ class Health:
         self.bad = (~numbers.isfinite().all()).float()
         self._elsewhere = False
         if shards is not None and not shards.alone:
-            mine = self.bad.clone()
-            self._elsewhere = bool(shards.max_(self.bad) > mine)
+            own = self.bad.clone()
+            self._elsewhere = bool(shards.max_(self.bad) > own)
         self._watch([*losses, *gradients], len(losses), numbers)
 
     @staticmethod
     def numbers_of(losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
-        """(losses + gradients,) numbers that are finite where these are; gradients not empty."""
+        """Return (losses + gradients,) numbers, finite if the loss or (nonempty) gradient is."""
         values = [value.detach().float() for value in losses.values()]
-        return torch.stack([*values, *_told(list(gradients.values()))])
+        return torch.stack([*values, *_indicators(list(gradients.values()))])
 
     @classmethod
     def of(cls, names: Sequence[str], num_losses: int, numbers: Tensor) -> Health:
-        """The health of a step whose `numbers_of` are known; it has no ``bad``."""
+        """Create the health of a step from its `numbers_of`; it has no ``bad``."""
         health = cls.__new__(cls)
         health._elsewhere = False
         health._watch(names, num_losses, numbers)
@@ -181,36 +183,36 @@ class Health:
         self._numbers = numbers
         self._event = None
         if numbers.device.type == "cuda":
-            # Copied while the host goes on; read when the step is over.
+            # Copied asynchronously; `problems` reads the numbers when the step is over.
             self._numbers = torch.empty(numbers.shape, pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
     def problems(self) -> tuple[list[str], list[str]]:
-        """What is not finite: losses with their values, and names of parameters."""
+        """Return the losses that are not finite, with their values, and names of parameters."""
         if self._elsewhere:
             return ["another process has a gradient that is not finite"], []
         if self._event is not None:
             self._event.synchronize()
-        told = list(zip(self.names, self._numbers.tolist(), strict=True))
+        named = list(zip(self.names, self._numbers.tolist(), strict=True))
         finite = self._numbers.isfinite().tolist()
         losses = [
             f"{name} is {value}"
-            for (name, value), good in zip(told[: self.num_losses], finite, strict=False)
+            for (name, value), good in zip(named[: self.num_losses], finite, strict=False)
             if not good
         ]
         rest = zip(self.names[self.num_losses :], finite[self.num_losses :], strict=True)
         return losses, [name for name, good in rest if not good]
 
 
-def _told(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """A scalar a gradient that is finite if, and only if, all of the gradient is."""
+def _indicators(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return a scalar per gradient that is finite if and only if all of its elements are."""
     if not gradients:
         return []
     if not _gpu.is_waited_for(gradients[0].device):
-        # A sum is finite only where all is, and much sooner there; the sum of a gradient that is
-        # finite and huge may not be.
+        # On a CPU sums are much faster than norms. A sum is finite only if all elements are; but it
+        # may overflow if they are finite and huge, which the norm does not.
         sums = [gradient.sum().float() for gradient in gradients]
         if torch.stack(sums).isfinite().all():
             return sums
@@ -218,7 +220,7 @@ def _told(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
-    """Some of the names, and how many more there are."""
+    """Join the first ``most`` names, and say how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -1,4 +1,4 @@
-"""What training asks of the machine that it runs on: a device, a precision, memory."""
+"""The machine that training runs on: its device, precision and memory."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from imvia_graph.settings import Settings
 
 
 def training_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """The precision of training on a device."""
+    """Return the precision of matrix products in training on a device."""
     if settings.precision != "auto":
         dtype: torch.dtype = getattr(torch, settings.precision)
         return dtype
     if device.type == "cuda":
-        gains = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        gains = device.type == "cpu" and cpu_has_bfloat16()
-    return torch.bfloat16 if gains else torch.float32
+        has_bfloat16 = device.type == "cpu" and cpu_has_bfloat16()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+    """Return whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return bool(supported and supported()) and any(
         flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16")
@@ -42,28 +42,28 @@ def _cpu_flags() -> str:
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory for the next step, and not return it to the system.
+    """Make the C library keep freed memory for the next step instead of returning it to the system.
 
-    A step on a CPU frees tensors of tens of megabytes and asks for them again. As glibc is set,
-    each of them is mapped anew, and every page of it zeroed by the system at its first touch: half
-    the time of a training on MKG-Y. The command line calls this; in a program of your own it is
-    your choice, since it holds for the whole process: its resident size stays at its peak.
+    A step on a CPU frees tensors of tens of megabytes and allocates them again. By default, glibc
+    maps each of them anew, and the system zeroes every page at its first access: half the time of a
+    training on MKG-Y. The command line calls this function. A program of your own may do so, but
+    the whole process then stays at its peak resident size.
 
     Returns
     -------
     bool
-        Whether it was done: on Linux with glibc.
+        Whether the C library was set: True on Linux with glibc.
     """
     libc = _glibc()
-    # From malloc.h: M_MMAP_MAX = -4, the number of blocks that may be mapped one by one;
-    # M_TRIM_THRESHOLD = -1, the free bytes on top of the heap that are kept.
+    # From malloc.h: M_MMAP_MAX = -4, the largest number of blocks allocated by mmap;
+    # M_TRIM_THRESHOLD = -1, the number of free bytes at the top of the heap that are kept.
     return libc is not None and bool(libc.mallopt(-4, 0) and libc.mallopt(-1, 2**31 - 1))
 
 
 def give_back_freed_memory() -> None:
-    """Return to the system what is free now, where that can be done: on Linux with glibc.
+    """Return free memory to the system, on Linux with glibc.
 
-    So that reading a graph, training, ranking and saving do not each leave their own holes.
+    Else reading a graph, training, ranking and saving would each leave free blocks of their own.
     """
     libc = _glibc()
     if libc is not None:
@@ -71,19 +71,19 @@ def give_back_freed_memory() -> None:
 
 
 class Holes:
-    """Gives memory back where steps, whose tensors differ a little in size, leave holes in it.
+    """Returns memory to the system when it fragments, as tensors vary in size between steps.
 
-    That costs the page faults of a step, and so is done only once the process has grown.
+    This costs the page faults of a step, and is done only after the process has grown.
     """
 
-    #: Growth in bytes since the first step after memory was given back.
+    #: Growth in bytes, since the first step after memory was last returned, that triggers it.
     GROWTH = 192 * 2**20
 
     def __init__(self) -> None:
         self.before: int | None = None
 
     def look(self) -> None:
-        """After a step."""
+        """Check the resident size after a step; return memory if it has grown."""
         now = _resident_size()
         if self.before is None or now < self.before:
             self.before = now
@@ -93,7 +93,7 @@ class Holes:
 
 
 def _resident_size() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
+    """Return the resident size of this process in bytes; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * mmap.PAGESIZE
@@ -107,7 +107,13 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a setting names, ``auto`` included."""
+    """Return the device of the setting ``device``.
+
+    Raises
+    ------
+    SettingsError
+        The device cannot be used here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

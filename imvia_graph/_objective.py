@@ -1,4 +1,4 @@
-"""What training makes small: the losses of a batch, and their sum (Eq. 8)."""
+"""The training objective: the losses of a batch and their weighted sum (Eq. 8)."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from imvia_graph.settings import Settings
 
 
 class Objective:
-    """The losses of a batch of queries, of a model as it is.
+    """The losses of a model on a batch of queries.
 
     Parameters
     ----------
     model : IMVIA
     settings : Settings
-        Without what they leave open.
+        With values for all settings that may be left open.
     parts : Parts
-        In how many parts a batch is scored, where memory is short.
+        The number of parts in which a batch is scored when memory is short.
     """
 
     def __init__(self, model: IMVIA, settings: Settings, parts: Parts) -> None:
@@ -47,13 +47,13 @@ class Objective:
         self.shards = model.shards
 
     def losses(self, batch: Batch, streams: Streams) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The total and its parts (Eq. 4, 5, 7, 8), and the loss of L1's estimators."""
+        """Return the total loss and its terms (Eq. 4, 5, 7, 8), and that of L1's estimators."""
         model, settings = self.model, self.settings
-        asked = streams.mark()  # the batch is there
-        # Embedded and decoded is this process's part of the queries.
+        batch_done = streams.mark()
+        # Each process embeds and decodes its part of the queries.
         embedded = model.embed(batch.entity, batch.relation, streams)
         embedding_done = streams.mark()
-        with streams.beside("relations", asked):
+        with streams.beside("relations", batch_done):
             groups = model.grouped(batch.relation, batch.most_relations)
         queries = model.decode(embedded, groups, streams=streams)
         streams.meet("positives")
@@ -87,17 +87,17 @@ class Objective:
     def _between_modalities(
         self, batch: Batch, embedded: Embedding
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """L1 and L2 of a batch, and the loss of L1's estimators."""
+        """Return L1 and L2 of a batch, and the loss of L1's estimators."""
         model, settings, shards = self.model, self.settings, self.shards
         l1 = l2 = torch.zeros((), device=model.device)
         estimation = None
-        # Autocast makes the products in them; the sums over what comes of those want more digits.
+        # Autocast still computes their products in half precision, but sums need float32.
         sources = {name: at_least_float32(embedded.heads[name]) for name in model.sources}
         aligned = model.alignment is not None and settings.lambda_alignment
         informed = model.information is not None and settings.lambda_information
         present = embedded.present
         if (aligned or informed) and not shards.alone:
-            # These compare the rows of a batch with each other: every process has all of them.
+            # L1 and L2 compare the rows of a batch with each other, so every process needs all.
             rows = len(batch.entity)
             sources = {name: shards.gather(value, rows) for name, value in sources.items()}
             present = views_present(model.views, batch.entity)
@@ -109,24 +109,25 @@ class Objective:
         return l1, l2, estimation
 
     def _relation(self, batch: Batch, tables: Mapping[str, Tensor] | None) -> Tensor:
-        """Relation prediction, added up over the heads; ``tables`` of all entities, or None.
+        """Return the loss of relation prediction, summed over the heads.
 
-        Both entities are embedded free of the relation, which the gates would give away.
+        Both entities are embedded relation-free: gates with the relation would reveal it.
+        ``tables`` has the embeddings of all entities, or is None.
         """
         model, shards = self.model, self.shards
         row, answer, _, counts = batch.positives
-        asked, relation, number = batch.entity[row], batch.relation[row], len(row)
+        entity, relation, number = batch.entity[row], batch.relation[row], len(row)
         if batch.candidate is not None:
             answer = batch.candidate[row, answer]
         elif batch.sampled is not None:
             answer = batch.sampled.entity[answer]
         if tables is not None:
-            pairs = torch.cat([asked, answer])
+            pairs = torch.cat([entity, answer])
             rows = {head: embedding(pairs, table) for head, table in tables.items()}
             heads = {head: part[:number] for head, part in rows.items()}
             tails = {head: part[number:] for head, part in rows.items()}
         else:
-            heads, tails = model.embed(asked).heads, model.embed(answer).heads
+            heads, tails = model.embed(entity).heads, model.embed(answer).heads
             relation = relation[shards.part(number)]
         total = torch.zeros((), device=model.device)
         for scores in model.relation_scores(heads, tails).values():
@@ -140,30 +141,32 @@ class Objective:
         queries: Mapping[str, Tensor],
         streams: Streams,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Mapping[str, Tensor] | None]:
-        """L3, DURA and N3 of a batch, and the candidates where they are all entities.
+        """Return L3, DURA and N3 of a batch, and the candidate tables if they have all entities.
 
-        ``heads`` and ``queries`` are the embeddings and vectors of this process's part of its
-        queries. With ``candidates="relation"`` the tables are made a relation.
+        ``heads`` and ``queries`` are the embeddings and query vectors of this process's part of the
+        batch. With ``candidates="relation"``, each relation has candidate tables of its own, and no
+        tables are returned.
         """
         shards, rows = self.shards, len(batch.entity)
-        asked = {head: shards.gather(query, rows) for head, query in queries.items()}
+        gathered = {head: shards.gather(query, rows) for head, query in queries.items()}
         if self.settings.candidates == "shared":
-            loss, tables, answers = self._scored(batch, asked, streams)
+            loss, tables, answers = self._scored(batch, gathered, streams)
             true = self._true(tables, None if batch.positives.counts is not None else answers)
             squares, cubes = self._regularization(batch, heads, queries, true, answers)
             whole = shards.alone and batch.candidate is None and batch.sampled is None
             return (loss, squares, cubes), tables if whole else None
         loss = torch.zeros((), device=self.model.device)
-        # All relations of the batch have the same candidates, unless each query has its own.
+        # All relations of the batch have the same candidates, unless each query has its own; what
+        # their tables have in common is then computed once.
         halves: dict[Any, Tensor] | None = {} if batch.candidate is None else None
         parts = []
         for one in batch.relation.unique():
-            mine = (batch.relation == one).nonzero().flatten()
-            of_relation = {head: query[mine] for head, query in asked.items()}
-            of_part, tables, answers = self._scored(
-                batch.of(mine), of_relation, streams, one, halves, among=(batch, mine)
+            of_one = (batch.relation == one).nonzero().flatten()
+            of_relation = {head: query[of_one] for head, query in gathered.items()}
+            term, tables, answers = self._scored(
+                batch.of(of_one), of_relation, streams, one, halves, among=(batch, of_one)
             )
-            loss = loss + of_part
+            loss = loss + term
             parts.append(self._true(tables, answers))
         true = {head: torch.cat([part[head] for part in parts]) for head in parts[0]}
         squares, cubes = self._regularization(batch, heads, queries, true, None)
@@ -172,30 +175,32 @@ class Objective:
     def _scored(
         self,
         batch: Batch,
-        asked: Mapping[str, Tensor],
+        queries: Mapping[str, Tensor],
         streams: Streams,
         relation: Tensor | None = None,
         halves: dict[Any, Tensor] | None = None,
         among: tuple[Batch, Tensor] | None = None,
     ) -> tuple[Tensor, Mapping[str, Tensor], Tensor]:
-        """L3 of queries whose candidates are the same, or are sampled for each.
+        """Return L3 of queries that share their candidates or have sampled ones of their own.
 
         Parameters
         ----------
         batch : Batch
-        asked : mapping of str to Tensor
-            The vectors of all its queries.
+        queries : mapping of str to Tensor
+            The query vectors of the whole batch, by head.
         streams : Streams
         relation : Tensor, optional
-            Of its candidates; see `IMVIA.candidates`, as for ``halves``.
+            The relation that candidates are embedded under; see `IMVIA.candidates`.
         halves : dict, optional
+            See `IMVIA.candidates`.
         among : tuple of Batch and Tensor, optional
-            A larger batch and the rows of it that this one is: the loss is their part of its mean.
+            A larger batch and the rows of it that ``batch`` has: the loss is the share of these
+            rows in the mean over the larger batch.
 
         Returns
         -------
         tuple of Tensor, mapping and Tensor
-            The loss, the tables of candidates, and this process's answers in them.
+            The loss, the candidate tables, and the rows of this process's answers in them.
         """
         model, settings, shards = self.model, self.settings, self.shards
         positives = batch.positives
@@ -207,15 +212,15 @@ class Objective:
                 weight = torch.ones(len(among[0].entity), device=model.device)
             share = weight[among[1]].sum() / weight.sum()
         if batch.candidate is not None:
-            # Each entity is embedded once, however many queries it is a candidate of; of several
-            # processes each embeds a part of them, and has them all.
+            # Each distinct entity is embedded once. With several processes, each embeds a part of
+            # them and gathers all.
             distinct, place = batch.candidate.unique(return_inverse=True)
             embedded = model.embed(distinct, relation).heads
             tables: Mapping[str, Tensor] = {
                 head: shards.gather(table, len(distinct)) for head, table in embedded.items()
             }
             scores = self._scores(
-                asked,
+                queries,
                 batch.relation,
                 lambda rows: {head: table[place[rows]] for head, table in tables.items()},
             )
@@ -225,10 +230,11 @@ class Objective:
             answers = place[positives.row, positives.col]
             return share * shards.repeated(loss), tables, answers[shards.part(len(answers))]
         if batch.sampled is not None:
-            # In the binary loss an estimate: what the drawn stand for is told a relation.
+            # With the binary loss and `among`, an approximation: the weights of negatives are
+            # normalized for each relation, not for the whole batch.
             sampled, first = batch.sampled.of_process(shards)
             tables = model.candidates(relation, sampled.entity, halves)
-            scores = self._scores(asked, batch.relation, lambda rows: tables)
+            scores = self._scores(queries, batch.relation, lambda rows: tables)
             if not learns:
                 del scores[DECISION]
             own = (positives.col >= first) & (positives.col < first + len(sampled.entity))
@@ -242,7 +248,7 @@ class Objective:
                 shards,
             )
             return share * loss, tables, answers
-        # Beside the queries' embeddings and decoders.
+        # In parallel with the embedding and decoding of the queries.
         with streams.beside("candidates", streams.begun):
             tables = model.candidates(relation, halves=halves, streams=streams)
         streams.keep(tables.values())
@@ -251,7 +257,7 @@ class Objective:
         if among is not None and settings.loss == "binary":
             terms, share = (len(among[0].positives.row), len(among[0].entity)), 1.0
         loss = factored_completion(
-            [asked[head] for head in model.heads],
+            [queries[head] for head in model.heads],
             [tables[head] for head in model.heads],
             positives,
             model.decision_weights(batch.relation) if learns else None,
@@ -269,11 +275,11 @@ class Objective:
 
     @property
     def _has_cubes(self) -> bool:
-        """Whether N3 is a part of the loss."""
+        """Whether N3 is a term of the loss."""
         return self.model.complex_relation is not None and bool(self.settings.lambda_n3)
 
     def _true(self, tables: Mapping[str, Tensor], answers: Tensor | None) -> dict[str, Tensor]:
-        """The answers' rows of tables that are regularised; all rows where ``answers`` is None."""
+        """Return the answers' rows of regularised tables; all rows if ``answers`` is None."""
         heads = [*self.model.tucker_heads] if self.settings.lambda_regularization else []
         heads += [COMPLEX] * self._has_cubes
         return {head: tables[head] if answers is None else tables[head][answers] for head in heads}
@@ -286,9 +292,10 @@ class Objective:
         true: Mapping[str, Tensor],
         answers: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """DURA and N3 of a batch, of whose answers ``true`` has the rows that are this process's.
+        """Return DURA and N3 of a batch.
 
-        With ``counts`` it has those of all candidates, and ``answers`` says which of them answer.
+        ``true`` has the candidate rows of this process's answers. If the batch's positives have
+        ``counts``, it has the rows of all candidates, and ``answers`` the ids of the answers.
         """
         model, shards, positives = self.model, self.shards, batch.positives
         squares = cubes = torch.zeros((), device=model.device)
@@ -299,20 +306,20 @@ class Objective:
             weight = torch.ones(len(batch.entity), device=squares.device)
         times = None
         if positives.counts is not None and answers is not None:
-            # Of all candidates, how often each answers: in one shape, whatever the answers are.
+            # How often each candidate is an answer: the shape does not depend on the answers.
             times = torch.zeros(model.num_entities, device=squares.device)
             times.index_add_(0, answers, positives.counts)
-        others = weight, len(positives.col), shards, times
+        common = weight, len(positives.col), shards, times
         if self.settings.lambda_regularization:
             of_heads = [heads[head] for head in model.tucker_heads]
             of_queries = [queries[head] for head in model.tucker_heads]
             squares = dura(
-                of_heads, of_queries, [true[head] for head in model.tucker_heads], *others
+                of_heads, of_queries, [true[head] for head in model.tucker_heads], *common
             )
         if self._has_cubes and model.complex_relation is not None:
             relation = batch.relation[shards.part(len(batch.relation))]
             numbers = lookup(relation, model.complex_relation.weight)
-            cubes = n3(heads[COMPLEX], numbers, true[COMPLEX], *others)
+            cubes = n3(heads[COMPLEX], numbers, true[COMPLEX], *common)
         return squares, cubes
 
     def _scores(
@@ -321,16 +328,19 @@ class Objective:
         relation: Tensor,
         candidates: Callable[[slice], Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """Scores of queries, some at a time where memory is short; ``candidates`` are of rows."""
+        """Return scores by head, computed in parts when memory is short.
+
+        ``candidates`` returns the candidate tables of the queries in some rows.
+        """
 
         def of(rows: slice) -> dict[str, Tensor]:
-            asked = {head: query[rows] for head, query in queries.items()}
-            return self.model.scores(asked, candidates(rows), relation[rows])
+            part = {head: query[rows] for head, query in queries.items()}
+            return self.model.scores(part, candidates(rows), relation[rows])
 
         size = self.parts.rows(len(relation))
         if size >= len(relation):
             return of(slice(None))
-        # Candidates of one part are held at a time, and gathered again for the gradient.
+        # Only one part's candidates are held at a time; the backward pass gathers them again.
         starts = range(0, len(relation), size)
         found = [checkpoint(of, slice(i, i + size), use_reentrant=False) for i in starts]
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}

@@ -1,8 +1,8 @@
-"""Whether this user wrote a KG folder: a key that only they have, and what it signs.
+"""Signatures of KG folders, which show whether this user wrote a folder.
 
-A KG folder says where its pictures are, and that may be anywhere on the disk. Followed blindly, a
-folder from a stranger could have `report` show files of whoever opens it. So what is written here
-is signed, and what is signed by another key, or not at all, is not followed out of the folder.
+A KG folder has the paths of its pictures, which may be anywhere on the disk. With a folder from
+somebody else, `report` could thus show files of the user who opens it. Paths are therefore signed
+with a key of the user, and paths out of the folder are followed only if this key has signed them.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ _BYTES = 32
 
 
 def key_file() -> Path:
-    """``imvia-graph/key`` where programs keep their state: ``$XDG_STATE_HOME``, ~/.local/state."""
+    """Return the path ``imvia-graph/key`` in ``$XDG_STATE_HOME``, by default ``~/.local/state``."""
     state = os.environ.get("XDG_STATE_HOME", "")
-    # A path that is not absolute is to be ignored, as the XDG specification has it.
+    # By the XDG specification, relative paths are ignored.
     return (Path(state) if os.path.isabs(state) else Path.home() / ".local/state").joinpath(
         "imvia-graph", "key"
     )
 
 
 def sign(roots: Mapping[str, str]) -> str | None:
-    """A signature of folders by modality; None where no key can be kept."""
+    """Return the signature of the picture folders of modalities; None if no key can be stored."""
     try:
         key = _read() or _make()
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         logger.debug("The folders of pictures are not signed: %s", error)
         return None
     return _signature(key, roots)
 
 
 def is_own(roots: Mapping[str, str], signature: object) -> bool:
-    """Whether `sign` has signed these folders for this user. Nothing is written."""
+    """Return whether `sign` has signed these folders for this user. Nothing is written."""
     try:
         key = _read()
     except (OSError, RuntimeError):
@@ -66,19 +66,20 @@ def _read() -> bytes | None:
 
 
 def _make() -> bytes:
+    """Create the key file, and return the key in it, which may be that of another process."""
     path = key_file()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(_BYTES))
-        if path.exists():  # damaged: what it signed is lost either way
-            aside.replace(path)
+        if path.exists():  # damaged: its signatures cannot be verified any more
+            temporary.replace(path)
         else:
             with contextlib.suppress(FileExistsError):  # another process was first
-                os.link(aside, path)
+                os.link(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     key = _read()
     if key is None:
         raise OSError(f"{path} cannot be read")

@@ -1,7 +1,7 @@
-"""The known answers of every query, as CSR: for filtering, for KvsAll targets, for predictions.
+"""Known answers of queries in CSR form, for filtered ranks, KvsAll targets and predictions.
 
-A query is a pair (entity, relation); its answers are the tails of the triples that start so. Heads
-are asked for through inverse relations: (tail, relation + num_relations) is answered by heads.
+A query is a pair (entity, relation); its answers are the tails of the triples with that head and
+relation. Queries for heads use inverse relations: (tail, relation + num_relations).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class AnswerIndex(NamedTuple):
-    """Answers of all queries that have one.
+    """The answers of all queries that have any.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class AnswerIndex(NamedTuple):
         if 2 * num_relations * num_entities**2 >= 2**63:
             both = torch.cat([with_inverses(part, num_relations) for part in triples])
             return cls.from_queries(both, num_entities)
-        # Without tensors of three columns: there may be hundreds of millions of rows.
+        # No tensors of three columns, to save memory: there may be hundreds of millions of rows.
         packed = triples[0].new_empty(2 * sum(len(part) for part in triples))
         at = 0
         for part in triples:
@@ -68,7 +68,7 @@ class AnswerIndex(NamedTuple):
 
     @classmethod
     def from_queries(cls, queries: Tensor, num_entities: int) -> AnswerIndex:
-        """Index (n, 3) int64 rows of (entity, relation, answer), one direction as they stand."""
+        """Index (n, 3) int64 rows of (entity, relation, answer), without their inverses."""
         key = queries[:, 1] * num_entities + queries[:, 0]
         if len(key) and (int(key.max()) + 1) * num_entities < 2**63:
             return cls._from_packed(key * num_entities + queries[:, 2], num_entities)
@@ -86,7 +86,7 @@ class AnswerIndex(NamedTuple):
     def _from_packed(cls, packed: Tensor, num_entities: int) -> AnswerIndex:
         """Index (n,) values of ``key * num_entities + answer``, which are overwritten."""
         if packed.device.type == "cpu":
-            packed.numpy().sort()  # in place, and by vector registers
+            packed.numpy().sort()  # in place, and vectorized
         else:
             packed = packed.sort().values
         first = torch.ones_like(packed, dtype=torch.bool)
@@ -99,13 +99,13 @@ class AnswerIndex(NamedTuple):
         return cls(unique, pointer(counts), answer, num_entities)
 
     def to(self, device: torch.device | str) -> AnswerIndex:
-        """The same index on another device."""
+        """Return the index on another device."""
         return AnswerIndex(
             self.key.to(device), self.ptr.to(device), self.answer.to(device), self.num_entities
         )
 
     def pairs(self, entity: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
-        """Known answers of a batch of queries.
+        """Return the known answers of a batch of queries.
 
         Parameters
         ----------
@@ -115,8 +115,8 @@ class AnswerIndex(NamedTuple):
         Returns
         -------
         tuple of Tensor
-            ``row`` and ``col``, (P,) int64: entity ``col[i]`` answers query ``row[i]``; rows
-            ascend, a query without known answers has no row.
+            ``row`` and ``col``, (P,) int64: entity ``col[i]`` answers query ``row[i]``. Rows
+            ascend; queries without known answers do not occur.
         """
         if not len(self.key):
             empty = entity.new_empty(0)
@@ -130,9 +130,9 @@ class AnswerIndex(NamedTuple):
     def contains(
         self, entity: Tensor, relation: Tensor, candidate: Tensor, pair_keys: Tensor | None = None
     ) -> Tensor:
-        """Whether (B, K) candidates are known answers of (B,) queries: (B, K) bool.
+        """Return (B, K) bool: whether (B, K) candidates are known answers of (B,) queries.
 
-        ``pair_keys`` are those of `pair_keys`, for who asks often.
+        For repeated calls, pass the result of `pair_keys`.
         """
         if not len(self.key):
             return torch.zeros_like(candidate, dtype=torch.bool)
@@ -143,30 +143,30 @@ class AnswerIndex(NamedTuple):
         return (keys[found] == wanted) & there[:, None]
 
     def pair_keys(self) -> Tensor:
-        """(A,) int64, ascending: a key for each query and answer."""
+        """Return (A,) int64, ascending: a key for each pair of a query and an answer."""
         query = torch.arange(len(self.key), device=self.key.device)
         return torch.repeat_interleave(query, self.ptr.diff()) * self.num_entities + self.answer
 
     def _places(self, entity: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
-        """Where queries stand in `key`, and whether they do."""
+        """Return the positions of queries in `key`, and whether `key` has them."""
         key = relation * self.num_entities + entity
         place = torch.searchsorted(self.key, key).clamp_(max=len(self.key) - 1)
         return place, self.key[place] == key
 
     def queries(self) -> Tensor:
-        """All queries of the index: (Q, 2) int64 rows of (entity, relation)."""
+        """Return all queries of the index: (Q, 2) int64 rows of (entity, relation)."""
         return torch.stack([self.key % self.num_entities, self.key // self.num_entities], dim=1)
 
 
 def with_inverses(triples: Tensor, num_relations: int) -> Tensor:
-    """Queries (entity, relation, answer) of both directions: the triples, then their inverses."""
+    """Return (entity, relation, answer) rows of both directions: triples, then their inverses."""
     head, relation, tail = triples.unbind(dim=1)
     inverse = torch.stack([tail, relation + num_relations, head], dim=1)
     return torch.cat([triples, inverse])
 
 
 def by_relation(relation: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each of the relations of (Q,) queries, a scalar, and the positions of its queries.
+    """Yield each distinct relation of (Q,) queries, a scalar, and the positions of its queries.
 
     >>> import torch
     >>> from imvia_graph.answers import by_relation
@@ -179,12 +179,12 @@ def by_relation(relation: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def pointer(counts: Tensor) -> Tensor:
-    """CSR pointer (n + 1,) of (n,) counts."""
+    """Return the CSR pointer (n + 1,) of (n,) counts."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def expand(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """All positions ``start[i], …, start[i] + count[i] - 1``, with the i that each belongs to."""
+    """Return all positions ``start[i], …, start[i] + count[i] - 1``, after the i of each."""
     row = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
     offset = torch.arange(len(row), device=count.device) - pointer(count)[row]
     return row, start[row] + offset

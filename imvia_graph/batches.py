@@ -1,4 +1,4 @@
-"""The queries of an epoch, batch by batch: what is asked, what is true, what competes."""
+"""The queries of an epoch in batches, with their positives and candidates."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from imvia_graph.settings import Settings
 
 @dataclass
 class Batch:
-    """A batch of queries: (entity, relation, answer), and which scores are positives.
+    """A batch of B queries (entity, relation) with their positives and candidates.
 
-    Where all entities are candidates, ``candidate`` and ``sampled`` are None. In the regime
-    *sampled* ``sampled`` has those that the queries share, or ``candidate`` is (B, 1 + negatives)
-    int64, each query's own with the answer in column 0. ``most_relations`` is how many relations
-    are distinct at most, where that is known.
+    If all entities are candidates, ``candidate`` and ``sampled`` are None. In the regime *sampled*,
+    either ``sampled`` has the candidates that all queries share, or ``candidate``, (B, 1 +
+    negatives) int64, has those of each query, with the answer in column 0. ``most_relations`` is an
+    upper bound of the number of distinct relations, if it is known.
     """
 
     entity: Tensor
@@ -36,34 +36,34 @@ class Batch:
     most_relations: int | None = None
 
     def of(self, rows: Tensor) -> Batch:
-        """The batch of some of the queries."""
-        place = torch.full_like(self.entity, -1)
-        place[rows] = torch.arange(len(rows), device=rows.device)
+        """Return the batch of some of the queries."""
+        new_row = torch.full_like(self.entity, -1)
+        new_row[rows] = torch.arange(len(rows), device=rows.device)
         row, col, weight, _ = self.positives
-        row = place[row]
+        row = new_row[row]
         weight = None if weight is None else weight[rows]
         positives = Positives(row[row >= 0], col[row >= 0], weight)
         candidate = None if self.candidate is None else self.candidate[rows]
         sampled = self.sampled
         if sampled is not None:
-            left_out = place[sampled.row]
-            kept = left_out >= 0
-            sampled = sampled._replace(row=left_out[kept], col=sampled.col[kept])
+            row = new_row[sampled.row]
+            kept = row >= 0
+            sampled = sampled._replace(row=row[kept], col=sampled.col[kept])
         return Batch(self.entity[rows], self.relation[rows], positives, candidate, sampled)
 
 
 class Batches:
-    """The queries of an epoch, in batches, shuffled by a generator of its own.
+    """The queries of an epoch in batches, shuffled with a generator of their own.
 
-    The queries are shared out evenly, so that no batch is small. With ``candidates="relation"`` a
-    batch holds queries of few relations (`pack`).
+    Batches are of nearly equal size, so that none is small. With ``candidates="relation"``, a batch
+    has queries of few relations (`pack`).
 
     Notes
     -----
-    In the regime 1vsall each triple is two queries, each with one answer. Queries that differ in
-    nothing but the answer have the same scores, and their softmax losses one sum over the
-    candidates: up to `_ANSWERS_AT_A_TIME` of them are one row of a batch, with their number as its
-    weight. A batch holds as many rows as come of ``batch_size`` queries on average.
+    In the regime 1vsall, each triple gives two queries with one answer each. Queries that differ
+    only in the answer have the same scores, and their softmax losses share the sum over the
+    candidates, so up to `_ANSWERS_AT_A_TIME` of them form one row of a batch, whose weight is their
+    number. A batch has the number of rows that ``batch_size`` queries take on average.
     """
 
     def __init__(self, kg: MultiViewKG, settings: Settings, device: torch.device) -> None:
@@ -75,18 +75,19 @@ class Batches:
         self.at_a_time = {"kvsall": max(len(self.answers.answer), 1), "sampled": 1}.get(
             settings.regime, _ANSWERS_AT_A_TIME if settings.loss == "softmax" else 1
         )
-        #: Rows of batches: (query of the index, first of its answers, how many). None where each
-        #: answer is a row.
+        #: Rows of batches: (query of the index, position of its first answer, number of answers).
+        #: None if each answer is a row.
         rows = None if self.at_a_time == 1 else _rows_of(self.answers, self.at_a_time).to(device)
         self.answers = self.answers.to(device)
         self.rows = rows
         self.num_rows = len(self.answers.answer) if rows is None else len(rows)
-        #: What `batch_size` counts.
+        #: Number of the queries that `batch_size` counts.
         kvsall = settings.regime == "kvsall"
         self.size = len(self.answers.key) if kvsall else len(self.answers.answer)
-        #: How many positives and distinct relations a batch of `filled` has at most.
+        #: Largest numbers of positives and of distinct relations in a batch of `filled`.
         self.most_positives = self.most_relations = 0
-        self._told: tuple[Tensor, Tensor] | None = None
+        #: The number of answers and the relation of each row, on the CPU.
+        self._measured: tuple[Tensor, Tensor] | None = None
         self.ranges = None
         if settings.candidates == "relation" and self.size:
             counts = self._relations().unique(return_counts=True)[1].tolist()
@@ -112,17 +113,17 @@ class Batches:
         return self.epoch()
 
     def epoch(self, done: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, but for the first so many: of one that was begun before.
+        """Yield the batches of an epoch; skip the first ``done`` of an epoch that is resumed.
 
-        ``order_state`` is the generator's state that the epoch's order was drawn in, ``drawn`` the
-        one that the last batch was.
+        ``order_state`` holds the generator's state from before the order of the epoch was drawn,
+        ``drawn`` the one from before the last batch was drawn.
         """
         for part in self._begin(done)[done:]:
             self.drawn = self.generator.get_state()
             yield self._batch(self._rows(part.to(self.answers.key.device)))
 
     def _begin(self, done: int) -> list[Tensor]:
-        """The places of an epoch's batches, drawn anew, or again where some are done."""
+        """Draw the rows of an epoch's batches or, if some are done, draw the same ones again."""
         if not done:
             self.order_state = self.generator.get_state()
             return self._parts()
@@ -133,10 +134,10 @@ class Batches:
         return parts
 
     def rows_of_epoch(self, done: int = 0) -> Iterator[Tensor]:
-        """What `epoch` makes batches of, for `filled` to make them of: (B, 3) int64 on the device.
+        """Yield the (B, 3) int64 rows of each batch of an epoch, on the device, for `filled`.
 
-        Before the first one `most_positives` and `most_relations` are set so that they hold for all
-        batches of the epoch; they never fall.
+        Before the first batch, `most_positives` and `most_relations` are raised where the epoch's
+        batches need it; they never fall.
         """
         parts = self._begin(done)
         if not parts:
@@ -148,28 +149,30 @@ class Batches:
             yield part
 
     def _measure(self, parts: Sequence[Tensor]) -> None:
-        if self._told is None:
+        """Raise `most_positives` and `most_relations` to what batches of these rows need."""
+        if self._measured is None:
             place = torch.arange(self.num_rows, device=self.answers.key.device)
-            self._told = self._rows(place)[:, 2].cpu(), self._relations().cpu()
-            # The same whichever epoch is the first that this process sees.
+            self._measured = self._rows(place)[:, 2].cpu(), self._relations().cpu()
+            # A fixed seed: a resumed run measures the same orders, whichever epoch it begins with.
             drawn = torch.Generator().manual_seed(0)
-            for _ in range(_MEASURED):
+            for _ in range(_MEASURED_EPOCHS):
                 order = torch.randperm(self.num_rows, generator=drawn)
                 self._measure(order.tensor_split(len(parts)))
-        count, relation = self._told
+        count, relation = self._measured
         positives = max(int(count[part].sum()) for part in parts)
         relations = max(len(relation[part].unique()) for part in parts)
-        # With room for the epochs to come.
+        # With a margin for later epochs.
         if positives > self.most_positives:
             self.most_positives = -(-positives * 5 // 4 // 128) * 128
         if relations > self.most_relations:
             self.most_relations = -(-relations * 9 // 8 // 16) * 16
 
     def filled(self, rows: Tensor, streams: Streams | None = None) -> Batch:
-        """The batch of (B, 3) rows, in shapes that depend on B alone: see `Positives.counts`.
+        """Return the batch of (B, 3) rows in shapes that depend on B only; see `Positives.counts`.
 
-        For the regimes in which all entities are candidates. The host does not wait for the device.
-        With ``streams``, what is true is made in that of the positives, which has to be met before.
+        It is for the regimes in which all entities are candidates, and does not make the host wait
+        for the device. With ``streams``, the positives are computed in the stream ``positives``,
+        which the caller must `Streams.meet` before using them.
         """
         query, start, count = rows.unbind(1)
         streams = Streams() if streams is None else streams
@@ -180,7 +183,7 @@ class Batches:
         return Batch(entity, relation, positives, most_relations=self.most_relations)
 
     def _filled(self, start: Tensor, count: Tensor) -> Positives:
-        """The positives of `filled`."""
+        """Return the positives of `filled`, padded to `most_positives`."""
         ptr = pointer(count)
         place = torch.arange(self.most_positives, device=count.device)
         at = torch.minimum(place, ptr[-1] - 1)
@@ -189,24 +192,24 @@ class Batches:
         return Positives(row, col, self._weight(count), (place == at).float())
 
     def _weight(self, count: Tensor) -> Tensor | None:
-        """(B,) weights of rows with so many answers each."""
+        """Return the (B,) weights of rows with ``count`` answers each; None for equal weights."""
         weighted = self.settings.regime == "1vsall" and self.settings.loss == "softmax"
         return count.float() if weighted else None
 
     def _rows(self, place: Tensor) -> Tensor:
-        """(n, 3) int64 of (n,) rows: query, first of its answers, how many."""
+        """Return (n, 3) int64 for (n,) rows: query, position of the first answer, their number."""
         if self.rows is not None:
             return self.rows[place]
         query = torch.searchsorted(self.answers.ptr, place, right=True) - 1
         return torch.stack([query, place, torch.ones_like(place)], dim=1)
 
     def _relations(self) -> Tensor:
-        """The relation of each row."""
+        """Return the relation of each row."""
         query = self._rows(torch.arange(self.num_rows, device=self.answers.key.device))[:, 0]
         return self.answers.key[query] // self.num_entities
 
     def _parts(self) -> list[Tensor]:
-        """Places of the queries of each batch, in an order that is drawn."""
+        """Draw an order of the rows, and return the rows of each batch."""
         order = torch.randperm(self.num_rows, generator=self.generator)
         if self.ranges is not None:
             relation = self._relations().cpu()
@@ -216,6 +219,7 @@ class Batches:
         return list(order.tensor_split(len(self)))
 
     def _batch(self, rows: Tensor) -> Batch:
+        """Return the batch of (B, 3) rows, with negatives if they are sampled."""
         query, start, count = rows.unbind(1)
         key = self.answers.key[query]
         entity, relation = key % self.num_entities, key // self.num_entities
@@ -241,33 +245,36 @@ class Batches:
     def _with_shared(
         self, query: Tensor, entity: Tensor, relation: Tensor, answer: Tensor
     ) -> Batch:
-        """Queries whose answers, and what is drawn, are candidates of them all."""
+        """Return the batch of queries that share as candidates their answers and drawn entities."""
         assert self.sampler is not None
         candidate, log_q = self.sampler.draw(relation, answer, self.generator)
-        asked = torch.searchsorted(candidate, answer)
+        positive = torch.searchsorted(candidate, answer)
         row, col = self._answers_among(query, candidate)
-        other = col != asked[row]
+        other = col != positive[row]
         sampled = Sampled(candidate, log_q, row[other], col[other])
         row = torch.arange(len(query), device=query.device)
-        return Batch(entity, relation, Positives(row, asked), sampled=sampled)
+        return Batch(entity, relation, Positives(row, positive), sampled=sampled)
 
     def _answers_among(self, query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs (row, col): which of (C,) candidates, ascending, answer which of (B,) queries."""
+        """Return (row, col) of all pairs of (B,) queries and (C,) ascending candidates that answer.
+
+        The pairs of a query with fewer answers than candidates are found by searching the answers
+        in the candidates; those of the other queries the other way around.
+        """
         start = self.answers.ptr[query]
         count = self.answers.ptr[query + 1] - start
-        # Where there are more answers than candidates, the candidates are looked for among them.
         many = count > len(candidate)
         row, position = expand(start, torch.where(many, 0, count))
         answer = self.answers.answer[position]
         col = torch.searchsorted(candidate, answer).clamp(max=len(candidate) - 1)
-        there = candidate[col] == answer
-        rows, cols = [row[there]], [col[there]]
+        found = candidate[col] == answer
+        rows, cols = [row[found]], [col[found]]
         places = many.nonzero().flatten()
         for one in query[places].unique().tolist():
             first, last = self.answers.ptr[one : one + 2].tolist()
             known = self.answers.answer[first:last]
-            found = torch.searchsorted(known, candidate).clamp(max=last - first - 1)
-            cols_of = (known[found] == candidate).nonzero().flatten()
+            place = torch.searchsorted(known, candidate).clamp(max=last - first - 1)
+            cols_of = (known[place] == candidate).nonzero().flatten()
             rows_of = places[query[places] == one]
             rows.append(rows_of.repeat_interleave(len(cols_of)))
             cols.append(cols_of.repeat(len(rows_of)))
@@ -275,35 +282,36 @@ class Batches:
 
 
 class Sampler:
-    r"""Candidates that the queries of a batch share: their answers, and entities that are drawn.
+    r"""Draws the candidates that the queries of a batch share: their answers, and random entities.
 
-    Entity j is among them with probability
+    Entity j is among the candidates with probability
 
     .. math:: q_j = 1 - (1 - p_j)^n \prod_{i=0}^{c_j - 1} \left(1 - \frac{B}{A - i}\right)
 
-    where it is :math:`c_j` of the A training answers, of which the batch has B, each once an epoch,
-    and n entities are drawn with probabilities :math:`p_j`: equal, or as the degree plus one. With
-    ``candidates="relation"`` a batch has so many of the answers under each of its relations, and
-    the product is over these, too: where no entities are drawn, the candidates stand for those that
-    answer the batch's relations.
+    where :math:`c_j` of the A training answers are j, the batch has B of the A answers, each of
+    which occurs once an epoch, and n entities are drawn with probabilities :math:`p_j`, equal or
+    proportional to the degree plus one. With ``candidates="relation"``, A, B and :math:`c_j` are
+    counted for each relation of the batch, and the product is over its relations, too. If no
+    entities are drawn, the candidates then estimate the sum over the entities that answer the
+    batch's relations, not over all.
 
     Parameters
     ----------
     kg : MultiViewKG
     answers : AnswerIndex
-        Those of the training triples.
+        The answers in the training triples.
     settings : Settings
-        ``candidates``, ``negatives`` and ``negative_sampling``.
+        ``candidates``, ``negatives`` and ``negative_sampling`` are used.
     """
 
     def __init__(self, kg: MultiViewKG, answers: AnswerIndex, settings: Settings) -> None:
         kind, size = settings.negative_sampling, kg.num_entities
         device = answers.key.device
         self.num_drawn = 0 if kind == "in-batch" else settings.negatives
-        #: With candidates of each relation: (relation, entity) of each number in `times`, as keys.
+        #: With candidates="relation": relation * num_entities + entity of each entry of `times`.
         self.keys: Tensor | None = None
-        #: How many of the answers each entity is; of all, or of each relation's, their number and
-        #: the most that one entity is.
+        #: c_j of each entity. `num_answers` is A and `most` the largest c_j: for all answers or,
+        #: with candidates="relation", for those of each relation.
         self.times = torch.bincount(answers.answer, minlength=size)
         self.num_answers = [len(answers.answer)]
         self.most = [int(self.times.max())]
@@ -314,7 +322,8 @@ class Sampler:
             self.num_answers = torch.bincount(relation).tolist()
             most = self.times.new_zeros(len(self.num_answers))
             self.most = most.scatter_reduce(0, self.keys // size, self.times, "amax").tolist()
-        self._not_answers: dict[tuple[int, int], Tensor] = {}
+        self._log_absent: dict[tuple[int, int], Tensor] = {}
+        #: Cumulative distribution of the entities drawn by degree; None if drawn uniformly.
         self.sums: Tensor | None = None
         self.num_entities = size
         drawn = torch.full((1,), 1 / size, dtype=torch.float64)
@@ -322,13 +331,13 @@ class Sampler:
             degree = torch.bincount(kg.train[:, [0, 2]].flatten(), minlength=size).double() + 1
             drawn = degree / degree.sum()
             self.sums = degree.cumsum(0) / degree.sum()
-        #: Logarithm of not being what is drawn.
+        #: log(1 - p_j), of one value if all are equal.
         self.not_drawn = torch.log1p(-drawn).to(device)
 
     def draw(
         self, relation: Tensor, answer: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """(C,) distinct candidates, ascending, with the logarithm of each one's probability."""
+        """Draw (C,) distinct candidates, ascending; return them and log q_j of each."""
         if self.sums is None:
             drawn = torch.randint(self.num_entities, (self.num_drawn,), generator=generator)
         else:
@@ -336,33 +345,39 @@ class Sampler:
             drawn = torch.searchsorted(self.sums, place).clamp(max=self.num_entities - 1)
         candidate = torch.cat([answer, drawn.to(answer.device)]).unique()
         if self.keys is None:
-            not_there = self._not_answer(0, len(answer))[self.times[candidate]]
+            log_absent = self._log_absent_by_times(0, len(answer))[self.times[candidate]]
         else:
-            not_there = torch.zeros(len(candidate), dtype=torch.float64, device=answer.device)
-            asked = (part.tolist() for part in relation.unique(return_counts=True))
-            for one, number in zip(*asked, strict=True):
+            log_absent = torch.zeros(len(candidate), dtype=torch.float64, device=answer.device)
+            counted = (part.tolist() for part in relation.unique(return_counts=True))
+            for one, number in zip(*counted, strict=True):
                 key = one * self.num_entities + candidate
                 place = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
                 times = torch.where(self.keys[place] == key, self.times[place], 0)
-                not_there += self._not_answer(one, number)[times]
+                log_absent += self._log_absent_by_times(one, number)[times]
         if self.num_drawn:
             not_drawn = self.not_drawn if self.sums is None else self.not_drawn[candidate]
-            not_there = not_there + self.num_drawn * not_drawn
-        return candidate, (-torch.expm1(not_there)).log().float()
+            log_absent = log_absent + self.num_drawn * not_drawn
+        return candidate, (-torch.expm1(log_absent)).log().float()
 
-    def _not_answer(self, group: int, number: int) -> Tensor:
-        """Logarithm of not being among so many of a group's answers, by how many an entity is."""
-        if (group, number) not in self._not_answers:
+    def _log_absent_by_times(self, group: int, number: int) -> Tensor:
+        """Return, for each c_j, the log-probability that j is none of ``number`` answers drawn.
+
+        The answers are drawn from those of a relation, or from all (group 0).
+        """
+        if (group, number) not in self._log_absent:
             left = self.num_answers[group] - torch.arange(self.most[group], dtype=torch.float64)
-            # That each of its own is not there, given that those before it are not.
-            each = torch.log1p(-(number / left).clamp(max=1))
-            of_any = torch.cat([each.new_zeros(1), each.cumsum(0)])
-            self._not_answers[group, number] = of_any.to(self.times.device)
-        return self._not_answers[group, number]
+            # The factors of the product: each answer is not drawn, given that none before it is.
+            factors = torch.log1p(-(number / left).clamp(max=1))
+            sums = torch.cat([factors.new_zeros(1), factors.cumsum(0)])
+            self._log_absent[group, number] = sums.to(self.times.device)
+        return self._log_absent[group, number]
 
 
 def _rows_of(answers: AnswerIndex, at_a_time: int) -> Tensor:
-    """(rows, 3) int64: query, first of its answers, their number, ``at_a_time`` at most."""
+    """Return (rows, 3) int64: query, position of the first answer, and their number.
+
+    A query with more than ``at_a_time`` answers has several rows.
+    """
     counts = answers.ptr.diff()
     parts = -(-counts // at_a_time)
     query, part = expand(torch.zeros_like(parts), parts)
@@ -371,19 +386,21 @@ def _rows_of(answers: AnswerIndex, at_a_time: int) -> Tensor:
 
 
 def pack(counts: Sequence[int], limit: int) -> list[list[tuple[int, int]]]:
-    """Batches of queries sorted by relation, with few relations each and cut between relations.
+    """Pack queries, sorted by relation, into batches of few relations each.
+
+    A relation is cut only if it has more than ``limit`` queries, or to even out the last batch.
 
     Parameters
     ----------
     counts : sequence of int
-        How many queries each relation has.
+        Number of queries of each relation.
     limit : int
-        Queries in a batch at most; none has less than half of that where there are as many.
+        Most queries in a batch. No batch has less than half as many, unless there are fewer in all.
 
     Returns
     -------
     list of list of (int, int)
-        Of each batch the ranges (start, stop) of queries in it.
+        The ranges (start, stop) of queries in each batch.
     """
     pieces = []
     start = 0
@@ -392,7 +409,7 @@ def pack(counts: Sequence[int], limit: int) -> list[list[tuple[int, int]]]:
         cuts = [start + count * i // parts for i in range(parts + 1)]
         pieces += list(itertools.pairwise(cuts))
         start += count
-    # The largest first, each into the batch that it fills best.
+    # Best fit, the largest first: each into the batch with the least sufficient room.
     batches: list[list[tuple[int, int]]] = []
     free: list[tuple[int, int]] = []  # (room, batch), ascending
     for piece in sorted(pieces, key=lambda piece: piece[0] - piece[1]):
@@ -405,7 +422,8 @@ def pack(counts: Sequence[int], limit: int) -> list[list[tuple[int, int]]]:
             room, batch = limit, len(batches)
             batches.append([piece])
         bisect.insort(free, (room - size, batch))
-    # At most one is not half full: what fits no other makes a new one. It shares with the fullest.
+    # At most one batch is not half full, as a new one is opened only if no other has room. It is
+    # evened out with the fullest.
     room, small = free[-1]
     if 2 * room > limit and len(batches) > 1:
         other = free[0][1]
@@ -418,7 +436,7 @@ def pack(counts: Sequence[int], limit: int) -> list[list[tuple[int, int]]]:
 def _cut(
     ranges: Sequence[tuple[int, int]], size: int
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Ranges of the first ``size`` positions, and of the others."""
+    """Split ranges into those of the first ``size`` positions and those of the others."""
     first, second = [], []
     for start, stop in ranges:
         middle = min(stop, start + size)
@@ -428,13 +446,13 @@ def _cut(
     return first, second
 
 
-#: How many queries of the regime 1vsall that differ in nothing but the answer are one row. All of
-#: them would crowd a batch where most entities answer.
+#: Most queries of the regime 1vsall, different only in the answer, that form one row. Without a
+#: limit, a query that most entities answer would dominate its batch.
 _ANSWERS_AT_A_TIME = 32
 
-#: Epochs that are drawn to learn how large the batches of `Batches.filled` may be.
-_MEASURED = 4
+#: Epochs that are drawn to measure how large the batches of `Batches.filled` are.
+_MEASURED_EPOCHS = 4
 
-#: How often sampled negatives that are true answers are drawn anew. What is true still after that
-#: belongs to a query that most entities answer.
+#: Number of times that sampled negatives which are true answers are drawn again. Negatives that are
+#: still true then belong to queries that most entities answer.
 _REDRAWS = 4

@@ -2,26 +2,27 @@
 
 A run folder, format version 5:
 
-- ``run.json``: format, version, the graph's name, versions of what ran it; where torchrun started
-  the command line, the `job`, by which processes that are started again know their own run;
+- ``run.json``: format, version, the graph's name, and the versions of imvia-graph, torch and
+  Python; if torchrun started the command line, also the `job`, by which restarted processes
+  recognize their own run;
 - ``settings.yaml``: every setting;
-- ``kg/``: the graph as it was trained on, splits included (see `MultiViewKG.save`);
-- ``metrics.jsonl``: a line an epoch;
+- ``kg/``: the graph that was trained on, splits included (see `MultiViewKG.save`);
+- ``metrics.jsonl``: a line per epoch;
 - ``best.safetensors``: the model of the best validation MRR; without validation, the last one;
-- ``last.safetensors``: all that resuming needs - model, best model, optimizers, random states, and
-  of an epoch that is not over its place, order and sums of losses;
-- ``previous.safetensors``: the ``last.safetensors`` from before it;
+- ``last.safetensors``: all that resuming needs: model, best model, optimizers, random states, and
+  within an epoch its position, order and sums of losses;
+- ``previous.safetensors``: the previous ``last.safetensors``;
 - ``.lock``: locked while a process trains here;
-- ``test.json``: the test metrics of ``best.safetensors``, where the command line trained.
+- ``test.json``: the test metrics of ``best.safetensors``, if the command line trained.
 
-Every file is written beside its place, flushed to disk and renamed: whoever reads, and whoever goes
-on after a crash, finds the old one or the new one. The metadata of the safetensors files hold a
-SHA-256 of all that is in them. Where ``last.safetensors`` is damaged, ``previous.safetensors`` is
-gone on with; where ``best.safetensors`` is, the best model is taken from the checkpoint.
+Every file is written to a temporary file, flushed to disk and renamed, so that readers, also after
+a crash, find either the old or the new content. The metadata of the safetensors files hold a
+SHA-256 of their content. If ``last.safetensors`` is damaged, training resumes from
+``previous.safetensors``; if ``best.safetensors`` is, the best model is read from the checkpoint.
 
-Version 1 had no checksums, no ``previous.safetensors``, and no place within an epoch. Up to version
-2 relations had no blocks of their own, and one optimizer saw to layers and tables; up to version 3
-there was no head of ComplEx, and up to version 4 views were taken as they came (`scale_views`).
+Version 1 had no checksums, no ``previous.safetensors``, and no position within an epoch. Up to
+version 2, relations had no block-diagonal matrices, and layers and tables shared one optimizer; up
+to version 3 there was no head of ComplEx; up to version 4 views were not rescaled (`scale_views`).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from imvia_graph.training import Callback, Progress, Trainer
 logger = logging.getLogger(__name__)
 
 FORMAT, FORMAT_VERSION = "imvia-graph/run", 5
-#: Settings that folders of older versions do not name, as they were.
+#: By format version: former values of settings that folders of older versions do not name.
 _BEFORE: dict[int, dict[str, Any]] = {
     3: {"relation_residual": False, "table_optimizer": "same"},
     4: {"complex_head": False},
@@ -63,11 +64,11 @@ _BEFORE: dict[int, dict[str, Any]] = {
 }
 BEST, LAST, METRICS = "best.safetensors", "last.safetensors", "metrics.jsonl"
 TEST = "test.json"
-#: The checkpoint before the last one, and the lock of who trains.
+#: The checkpoint before the last one, and the lock file of the training process.
 PREVIOUS, LOCK = "previous.safetensors", ".lock"
-#: What a run folder is made of, beside its folder of the graph.
+#: Files of a run folder; the graph is in a folder of its own.
 _OWN_FILES = (BEST, LAST, PREVIOUS, METRICS, TEST, LOCK, "run.json", "settings.yaml")
-#: What the checksum is called among the metadata of a file.
+#: Key of the checksum in the metadata of a file.
 CHECKSUM = "sha256"
 
 
@@ -75,35 +76,35 @@ CHECKSUM = "sha256"
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that a new run cannot have.
+    """Refuse a folder that a new run cannot be written to.
 
-    A folder that a process was killed in while it made a run there holds a lock and no ``run.json``
-    yet, and may be had.
+    A folder with a lock file but no ``run.json`` is accepted: a process was killed while it started
+    a run there.
 
     Raises
     ------
     CheckpointError
-        The folder holds something already; nothing in it is touched.
+        The folder is not empty; nothing in it is changed.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; expected a folder to write. Choose another.")
     if not (folder / LOCK).is_file() or is_run(folder):
-        hint = "; --resume (resume=True) goes on with it" if is_resumable(folder) else ""
+        hint = "; --resume (resume=True) continues its run" if is_resumable(folder) else ""
         raise CheckpointError(f"{folder} exists and is not empty{hint}. Choose another folder.")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Have a run folder to oneself; made where it is not there.
+    """Lock a run folder in this context; create the folder if it does not exist.
 
-    The system lets go of the lock when the process that holds it ends, however it ends.
+    The operating system releases the lock when its process ends, however it ends.
 
     Raises
     ------
     CheckpointError
-        Another process trains there.
+        Another process is training there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
@@ -121,21 +122,21 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def start_run(folder: Path, kg: MultiViewKG, settings: Settings) -> None:
-    """Make a run folder; to be called with it `locked`.
+    """Create a run folder; call this with the folder `locked`.
 
     Raises
     ------
     CheckpointError
-        The folder holds something already; nothing in it is touched.
+        The folder is not empty; nothing in it is changed.
     """
     check_free(folder)
     _write_graph(folder, kg, settings)
-    about, this = _about(kg), job()
-    _files.write_json(folder / "run.json", about if this is None else {**about, "job": this})
+    about, name = _about(kg), job()
+    _files.write_json(folder / "run.json", about if name is None else {**about, "job": name})
 
 
 def _write_graph(folder: Path, kg: MultiViewKG, settings: Settings) -> None:
-    shutil.rmtree(folder / "kg", ignore_errors=True)  # of a process that was killed making it
+    shutil.rmtree(folder / "kg", ignore_errors=True)  # left by a killed process
     kg.save(folder / "kg", may_link=True)
     _files.write_text(folder / "settings.yaml", settings.to_yaml())
 
@@ -157,12 +158,12 @@ def save_run(
     progress: Progress,
     history: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Make a run folder of a model that is trained; several processes all call this.
+    """Create a run folder for a trained model; with several processes, all call this.
 
     Raises
     ------
     CheckpointError
-        The folder holds something already, in which nothing is touched; or is another process's.
+        The folder is not empty, and nothing in it is changed; or another process has its lock.
     """
     shards = model.shards
     with contextlib.ExitStack() as stack:
@@ -174,7 +175,7 @@ def save_run(
             lines = (json.dumps(record, ensure_ascii=False) for record in history)
             _files.write_text(folder / METRICS, "".join(f"{line}\n" for line in lines))
 
-        def finish() -> None:  # last, so that what is a run has a model
+        def finish() -> None:  # last, so that every folder with a run.json has a model
             _files.write_json(folder / "run.json", {**_about(kg), "resumable": False})
 
         state, split = model.state_dict(), split_names(model)
@@ -184,19 +185,19 @@ def save_run(
 
 
 def is_resumable(folder: Path) -> bool:
-    """Whether a run folder is one that training goes on with, by what its ``run.json`` says."""
-    about = _said_of(folder)
+    """Return whether a folder holds a run that can be resumed, by its ``run.json``."""
+    about = _read_about(folder)
     return about is not None and about.get("resumable") is not False
 
 
 def is_of_job(folder: Path, name: str | None) -> bool:
-    """Whether a folder is the run folder that processes of a `job` made."""
-    about = _said_of(folder)
+    """Return whether processes of the `job` of that name created a run folder."""
+    about = _read_about(folder)
     return about is not None and name is not None and about.get("job") == name
 
 
-def _said_of(folder: Path) -> dict[str, Any] | None:
-    """What a folder's ``run.json`` says; None where it says nothing."""
+def _read_about(folder: Path) -> dict[str, Any] | None:
+    """Read a folder's ``run.json``; None if it cannot be read."""
     try:
         about = _files.read_json(folder / "run.json")
     except (OSError, DataError):
@@ -205,12 +206,18 @@ def _said_of(folder: Path) -> dict[str, Any] | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run folder."""
+    """Return whether a folder is a run folder."""
     return (folder / "run.json").is_file()
 
 
 def open_run(folder: Path) -> tuple[MultiViewKG, Settings]:
-    """The graph and the settings of a run folder."""
+    """Read the graph and the settings of a run folder.
+
+    Raises
+    ------
+    CheckpointError
+        The folder is not a run folder, or is of a newer format version.
+    """
     if not is_run(folder):
         what = "holds no run (no run.json)" if folder.is_dir() else "does not exist"
         if folder.is_file():
@@ -218,7 +225,9 @@ def open_run(folder: Path) -> tuple[MultiViewKG, Settings]:
         raise CheckpointError(f"{folder} {what}; expected a folder that `fit` wrote.")
     about = _files.read_json(_files.inside(folder, "run.json"))
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / 'run.json'}: not the description of a run.")
+        raise CheckpointError(
+            f"{folder / 'run.json'}: expected the description of a run ({FORMAT!r})."
+        )
     version = _files.checked_version(
         folder / "run.json", about.get("version"), FORMAT_VERSION, CheckpointError
     )
@@ -228,9 +237,10 @@ def open_run(folder: Path) -> tuple[MultiViewKG, Settings]:
 
 
 def upgrade(folder: Path, settings: Settings) -> None:
-    """Have a run folder of an older version say what it is once it is gone on with.
+    """Upgrade the format version of a run folder before training resumes in it.
 
-    ``settings`` are those that `open_run` read: what they did not name is no default of today's.
+    ``settings`` must come from `open_run`, which fills in the former values of settings that an
+    older folder does not name.
     """
     about = _files.read_json(folder / "run.json")
     if about["version"] < FORMAT_VERSION:
@@ -239,7 +249,7 @@ def upgrade(folder: Path, settings: Settings) -> None:
 
 
 def run_of(path: Path) -> Path | None:
-    """The run folder that a path is a part of, links followed; None where it is of none."""
+    """Return the run folder that contains a path, links followed; None if there is none."""
     whole = path.resolve()
     for folder in whole.parents:
         first, *deeper = whole.relative_to(folder).parts
@@ -249,14 +259,14 @@ def run_of(path: Path) -> Path | None:
 
 
 class RunFolder(Callback):
-    """Writes metrics and checkpoints of a training into its run folder.
+    """Writes the metrics and checkpoints of a training into its run folder.
 
     Parameters
     ----------
     folder : Path
-        Made by `start_run`.
+        A folder from `start_run`.
     shards : Shards, optional
-        With several processes all of them have one of these, and the first one writes.
+        With several processes, each has this callback, and the first one writes.
     """
 
     def __init__(self, folder: Path, shards: Shards | None = None) -> None:
@@ -267,22 +277,22 @@ class RunFolder(Callback):
         self._made = _when_made(folder)
 
     def on_start(self, trainer: Trainer) -> None:
-        """Remove what a killed process left, and metrics of epochs that the checkpoint lacks."""
+        """Remove unfinished files of a killed process, and metrics of later epochs."""
         self._check_there()
         self.shards.first_does(self._remove_unfinished)
         lines = read_metrics(self.folder)
         self._lines = [line for line in lines if _epoch_of(line) <= trainer.progress.epoch]
         self._write(trainer, self._write_metrics)
         self._best_epoch = trainer.progress.best_epoch
-        # The best model may have been found after the checkpoint that is gone on from.
+        # The file may hold a best model found after the checkpoint that training resumes from.
         path = self.folder / BEST
         if trainer.best_state is not None:
-            there = _best_epoch_of(path) if self.shards.is_first else None
-            if self.shards.first_tells(there) != self._best_epoch:
+            saved = _best_epoch_of(path) if self.shards.is_first else None
+            if self.shards.first_tells(saved) != self._best_epoch:
                 self._write_best(trainer)
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """Append the metrics; write the best model where it is new, and what resuming needs."""
+        """Append the metrics, write the best model if it is new, and write a checkpoint if due."""
         progress, settings = trainer.progress, trainer.settings
         self._check_views(trainer)
         if trainer.best_state is not None and progress.best_epoch != self._best_epoch:
@@ -293,12 +303,12 @@ class RunFolder(Callback):
             self._write(trainer, lambda: save_trainer(self.folder / LAST, trainer))
 
     def on_stop(self, trainer: Trainer) -> None:
-        """Keep the place within the epoch."""
+        """Write a checkpoint within the epoch."""
         self._check_views(trainer)
         self._write(trainer, lambda: save_trainer(self.folder / LAST, trainer))
 
     def on_end(self, trainer: Trainer) -> None:
-        """Without validation, the last epoch is the best there is."""
+        """Without validation, write the last epoch's model as the best."""
         if trainer.best_state is None:
             self._write_best(trainer)
 
@@ -308,7 +318,7 @@ class RunFolder(Callback):
         path = self.folder / BEST
         split = split_names(trainer.model)
         self._check_there()
-        # What it holds is of another model soon.
+        # The test metrics are of the best model until now.
         self.shards.first_does(lambda: (self.folder / TEST).unlink(missing_ok=True))
         if self._write(
             trainer, lambda: save_model(path, state, trainer.progress, self.shards, split)
@@ -326,63 +336,62 @@ class RunFolder(Callback):
             _files.write_text(self.folder / METRICS, "".join(f"{line}\n" for line in self._lines))
 
     def _write(self, trainer: Trainer, write: Callable[[], None]) -> bool:
-        """Whether it was written; where the disk is full, stop or go on, as set."""
+        """Write a file; return False if the disk is full and ``disk_full`` is ``continue``."""
         self._check_there()
         problem: Exception | None = None
         try:
             write()
         except (IMVIAError, OSError) as error:
             problem = error
-        # What the first process meets is met by all.
-        told, is_full = self.shards.first_tells(
+        # An error of the first process is raised in all.
+        message, is_full = self.shards.first_tells(
             [None if problem is None else str(problem), isinstance(problem, StorageError)]
         )
-        if told is None:
+        if message is None:
             if problem is not None:
                 raise problem
             return True
         if not is_full:
-            raise problem or CheckpointError(told)
+            raise problem or CheckpointError(message)
         if trainer.settings.disk_full == "stop":
-            raise problem or StorageError(told)
+            raise problem or StorageError(message)
         if self.shards.is_first:
-            logger.warning("%s Training goes on, and the next checkpoint is tried.", told)
+            logger.warning("%s Training continues and will write the next checkpoint.", message)
         return False
 
     def _check_there(self) -> None:
-        """Stop where the folder was moved or deleted: nobody would find what is written."""
+        """Stop training if the folder was moved, deleted or replaced."""
         gone = None
         if self.shards.is_first and (self._made is None or _when_made(self.folder) != self._made):
             gone = (
-                f"The run folder {self.folder} is gone: it was moved, deleted or replaced while"
-                " training. What was kept until then is where it was moved to, and can be gone on"
-                " with there."
+                f"The run folder {self.folder} is gone: it was moved, deleted or replaced during"
+                " training. If it was moved, its last checkpoint can be resumed at its new place."
             )
-        told = self.shards.first_tells(gone)
-        if told is not None:
-            raise StorageError(told)
+        message = self.shards.first_tells(gone)
+        if message is not None:
+            raise StorageError(message)
 
     def _check_views(self, trainer: Trainer) -> None:
-        """Stop where features changed in their file: the model would not be one of the graph's."""
+        """Stop training if something wrote into a memory-mapped file of features."""
         changed = None
         for modality, (feat, _) in trainer.model.views.items() if self.shards.is_first else ():
             path = trainer.kg.written_into(modality)
-            # What the model has copied stays as it was.
+            # Features that the model has copied are unaffected.
             if path and feat.data_ptr() == trainer.kg.views(modality)[0].data_ptr():
                 changed = (
-                    f"{path} has changed while training: something wrote into that file instead of"
-                    f" replacing it. The last checkpoint in {self.folder} is of before, and can be"
-                    " gone on with where the graph in there is unchanged."
+                    f"{path} has changed during training: something wrote into that file instead of"
+                    f" replacing it. The last checkpoint in {self.folder} was written before, and"
+                    " can be resumed if the graph in that folder is unchanged."
                 )
-        told = self.shards.first_tells(changed)
-        if told is not None:
-            raise DataError(told)
+        message = self.shards.first_tells(changed)
+        if message is not None:
+            raise DataError(message)
 
 
 def _when_made(folder: Path) -> int | None:
-    """When a run folder was made or upgraded, in seconds; None where there is none.
+    """Return when a run folder was created or upgraded, in seconds; None if there is none.
 
-    Unlike the number of its inode it is the same on every file system as long as the folder is.
+    Unlike the inode number, this does not change on any file system while the folder exists.
     """
     try:
         return int((folder / "run.json").stat().st_mtime)
@@ -390,18 +399,18 @@ def _when_made(folder: Path) -> int | None:
         return None
 
 
-#: Whether a file can be replaced while it is mapped: what is mapped then stays the old one.
+#: Whether a memory-mapped file can be replaced; the mapping then keeps the old content.
 _MAY_REPLACE_MAPPED = os.name == "posix"
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory only as far as they are looked at."""
+    """Memory-map the tensors of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def read_metrics(folder: Path) -> list[str]:
-    """The lines of ``metrics.jsonl``."""
+    """Read the lines of ``metrics.jsonl``."""
     path = _files.inside(folder, METRICS)
     if not path.is_file():
         return []
@@ -409,7 +418,7 @@ def read_metrics(folder: Path) -> list[str]:
 
 
 def history_of(folder: Path) -> list[dict[str, Any]]:
-    """The records of the epochs; a line of ``metrics.jsonl`` that was cut short is left out."""
+    """Read the records of the epochs, without truncated lines of ``metrics.jsonl``."""
     found = []
     for line in read_metrics(folder):
         try:
@@ -420,7 +429,7 @@ def history_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def _epoch_of(line: str) -> float:
-    """The epoch of a line of metrics; of a line cut short, one that no checkpoint holds."""
+    """Return the epoch of a line of metrics; infinity for a truncated line."""
     try:
         return int(json.loads(line)["epoch"])
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
@@ -428,7 +437,7 @@ def _epoch_of(line: str) -> float:
 
 
 def _best_epoch_of(path: Path) -> int | None:
-    """The epoch of a saved model; None where there is none, or none that is whole."""
+    """Return the epoch of a saved model; None if there is none, or it is damaged."""
     try:
         return _progress(path, _read(path)[1]).best_epoch
     except CheckpointError:
@@ -439,11 +448,11 @@ def _best_epoch_of(path: Path) -> int | None:
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that is cut short, altered, or not there."""
+    """A checkpoint that is truncated, altered or missing."""
 
 
 def split_names(model: IMVIA) -> set[str]:
-    """Names in a model's state of what is split over processes."""
+    """Return the names, in a model's state_dict, of the tensors split over processes."""
     tables = {id(table.weight) for table in model.entity_tables}
     return {name for name, value in model.named_parameters() if id(value) in tables}
 
@@ -455,15 +464,15 @@ def save_model(
     shards: Shards | None = None,
     split: Set[str] = frozenset(),
 ) -> None:
-    """Write a model's state as safetensors; the metadata says of which epoch.
+    """Write a model's state as safetensors, with ``progress`` in the metadata.
 
-    With several processes all call this, each with its rows of what is named in ``split``.
+    With several processes, all call this, each with its rows of the tensors named in ``split``.
     """
     _write(path, state, {"progress": json.dumps(asdict(progress))}, None, shards, split)
 
 
 def load_model(path: Path, model: IMVIA) -> Progress:
-    """Read a model's state into a model of the same settings."""
+    """Read a saved state into a model of the same settings; return its progress."""
     tensors, metadata = _read(path)
     _load_state(path, model, _own_rows(tensors, split_names(model), model.shards))
     return _progress(path, metadata)
@@ -476,15 +485,15 @@ def fitting_model(
     names: Sequence[str] = (LAST, PREVIOUS),
     shards: Shards | None = None,
 ) -> IMVIA:
-    """A model for what a run folder holds, made only where its checkpoint is of that size.
+    """Create the model of a run folder after comparing its shapes with the checkpoint's.
 
-    So that settings which somebody altered cannot ask for more memory than the checkpoint takes.
-    The first of the files that are named and can be read tells.
+    Altered settings thus cannot allocate more memory than the checkpoint takes. The shapes are read
+    from the first of the files ``names`` that can be read.
 
     Raises
     ------
     CheckpointError
-        The checkpoint is of another model.
+        The checkpoint has tensors of other shapes.
     """
     expected = state_shapes(kg, settings)
     for name in names:
@@ -503,7 +512,7 @@ def fitting_model(
 
 
 def _shapes(path: Path, prefix: str) -> dict[str, list[int]] | None:
-    """Shapes of the tensors under a prefix, from the header; None where that cannot be read."""
+    """Read the shapes of the tensors under a prefix from the header; None if that fails."""
     try:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
@@ -513,9 +522,9 @@ def _shapes(path: Path, prefix: str) -> dict[str, list[int]] | None:
 
 
 def load_best(folder: Path, model: IMVIA) -> Progress:
-    """Read the best model of a run folder; the progress is that of the whole training.
+    """Read the best model of a run folder; return the progress of the whole training.
 
-    Where its file is damaged, or not there yet, it is the one that the last checkpoint knows.
+    If its file is damaged or does not exist yet, the best model of the last checkpoint is read.
     """
     path = _files.inside(folder, BEST)
     try:
@@ -532,13 +541,13 @@ def load_best(folder: Path, model: IMVIA) -> Progress:
         state = groups.get("best") or {**groups.get("model", {}), **groups.get("average", {})}
         _load_state(checkpoint, model, _own_rows(state, split_names(model), model.shards))
         if path.exists():
-            logger.warning("%s The best model that %s knows is used.", damage, checkpoint)
+            logger.warning("%s The best model in %s is used instead.", damage, checkpoint)
         return _progress(checkpoint, metadata)
     raise damage
 
 
 def _whole_progress(folder: Path, best: Progress) -> Progress:
-    """How far the training came that a best model is of, by the header of its last checkpoint."""
+    """Return the progress of the last checkpoint, with the best epoch and MRR of ``best``."""
     for name in (LAST, PREVIOUS):
         path = _files.inside(folder, name)
         try:
@@ -546,24 +555,24 @@ def _whole_progress(folder: Path, best: Progress) -> Progress:
                 last = _progress(path, file.metadata() or {})
         except (SafetensorError, OSError, ValueError, RuntimeError, CheckpointError):
             continue
-        if last.step < best.step:  # the best model was found after it
+        if last.step < best.step:  # the best model is newer than the checkpoint
             return best
         return replace(last, best_epoch=best.best_epoch, best_mrr=best.best_mrr)
     return best
 
 
 def save_trainer(path: Path, trainer: Trainer) -> None:
-    """Write all that resuming needs: the run goes on bit for bit as if it had not stopped.
+    """Write all that is needed to resume a run bit for bit as if it had not stopped.
 
-    The checkpoint that is there is kept as ``previous.safetensors``. Of several processes all call
-    this; what is written does not depend on their number.
+    The existing checkpoint is kept as ``previous.safetensors``. With several processes, all call
+    this; the file does not depend on their number.
     """
     split = split_names(trainer.model)
     split = {f"{group}/{name}" for group in ("model", "best", "average") for name in split}
     tables = {id(table.weight) for table in trainer.model.entity_tables}
     tensors = {f"model/{name}": value for name, value in trainer.model.state_dict().items()}
     for name, value in (trainer.best_state or {}).items():
-        # The file holds both; where there is but one, since writing the best model failed, a copy.
+        # A copy where the best state is the model's own: safetensors files hold no shared memory.
         shared = value.data_ptr() == tensors[f"model/{name}"].data_ptr()
         tensors[f"best/{name}"] = value.clone() if shared else value
     if trainer.average is not None:
@@ -581,7 +590,7 @@ def save_trainer(path: Path, trainer: Trainer) -> None:
     tensors["random/data"] = trainer.batches.generator.get_state()
     if trainer.progress.batch:
         tensors["random/order"] = trainer.batches.order_state
-        # Clones: they may lie in one tensor.
+        # Clones: the sums may be views of one tensor, and safetensors files hold no shared memory.
         tensors.update({f"sums/{name}": value.clone() for name, value in trainer.sums.items()})
     tensors["random/cpu"] = torch.get_rng_state()
     if trainer.model.device.type == "cuda":
@@ -595,21 +604,22 @@ def save_trainer(path: Path, trainer: Trainer) -> None:
 
 
 def load_last(folder: Path, trainer: Trainer) -> None:
-    """Read the last checkpoint of a run folder into a trainer; to be called with it `locked`.
+    """Read the last checkpoint of a run folder into a trainer; call this with it `locked`.
 
-    Where it is damaged, it is the one before; where there is none yet, the run starts again.
+    If the checkpoint is damaged, the one before it is read; if there is none yet, the trainer stays
+    as it is, and the run starts again.
 
     Raises
     ------
     CheckpointError
-        There are checkpoints, but none that is whole; or one that does not fit the trainer.
+        All checkpoints are damaged, or the checkpoint does not fit the trainer.
     """
     last, previous = (_files.inside(folder, name) for name in (LAST, PREVIOUS))
     if not last.is_file() and not previous.is_file():
         if not is_resumable(folder):
             raise CheckpointError(
-                f"{folder} holds a model that was saved after training, without what going on with"
-                " it needs. To be able to resume, train with a run folder: fit(..., out=...)."
+                f"{folder} holds a model that was saved after training, without the state that"
+                " resuming needs. To be able to resume, train with a run folder: fit(..., out=...)."
             )
         return
     first = trainer.shards.is_first
@@ -624,16 +634,16 @@ def load_last(folder: Path, trainer: Trainer) -> None:
         if not first:
             return
         logger.warning(
-            "%s The checkpoint before it is gone on with, from epoch %d.",
+            "%s Training resumes from the checkpoint before it, after epoch %d.",
             error,
             trainer.progress.epoch,
         )
-        # So that the next checkpoint does not push the good one out for the damaged one.
+        # Else the next checkpoint would replace this one by the damaged one.
         previous.replace(last)
 
 
 def load_trainer(path: Path, trainer: Trainer) -> None:
-    """Read what `save_trainer` wrote into a trainer of the same graph and settings."""
+    """Read a file of `save_trainer` into a trainer of the same graph and settings."""
     tensors, metadata = _read(path)
     groups = _grouped(tensors)
     progress = _progress(path, metadata)
@@ -643,9 +653,9 @@ def load_trainer(path: Path, trainer: Trainer) -> None:
             groups[group] = _own_rows(groups[group], split, shards)
     _load_state(path, trainer.model, groups.get("model", {}))
     if "best" in groups:
-        trainer.best_state = groups["best"]  # on the host, and mapped: it is wanted at the end
+        trainer.best_state = groups["best"]  # stays memory-mapped until the end of training
     tables = {id(table.weight) for table in trainer.model.entity_tables}
-    trainer.recorded = None  # it knows the tensors that are replaced
+    trainer.recorded = None  # recorded steps use the tensors that are replaced here
     try:
         plain = json.loads(metadata["optimizers"])
         for label, optimizer in _optimizers(trainer).items():
@@ -689,7 +699,7 @@ def _optimizers(trainer: Trainer) -> dict[str, torch.optim.Optimizer]:
 
 
 def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by what stands before the first slash of their names."""
+    """Group tensors by the prefix of their names, up to the first slash."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         group, _, rest = name.partition("/")
@@ -705,12 +715,12 @@ def _write(
     shards: Shards | None = None,
     split: Set[str] = frozenset(),
 ) -> None:
-    """Write tensors with a checksum; of several processes, the first one writes what all have."""
+    """Write tensors with a checksum; the first process writes, and receives rows of the others."""
     if shards is None or shards.alone:
-        told = {**metadata, CHECKSUM: _files.digest(tensors, metadata)}
-        _files.write_tensors(path, tensors, told, previous)
+        checked = {**metadata, CHECKSUM: _files.digest(tensors, metadata)}
+        _files.write_tensors(path, tensors, checked, previous)
         return
-    # The order is that of the file; all take it, though one writes.
+    # Tables are sent and received in the order of the file.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     tables = [name for name in order if name in split]
     if not shards.is_first:
@@ -732,14 +742,14 @@ def _write(
     try:
         _files.write_tensor_parts(path, shapes, parts, metadata, CHECKSUM, previous)
     finally:
-        # Where writing failed, in the middle of a table, too, the others still send.
+        # If writing failed, receive the rest: the other processes send in any case.
         for rows in received.values():
             for _ in rows:
                 pass
 
 
 def _own_rows(state: Mapping[str, Tensor], split: Set[str], shards: Shards) -> dict[str, Tensor]:
-    """A state with a process's rows of what is split."""
+    """Return a state with only this process's rows of the tensors in ``split``."""
     if shards.alone:
         return dict(state)
     return {
@@ -756,13 +766,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise DamagedError(f"{path} cannot be read ({error}); it may be cut short.") from error
+        raise DamagedError(f"{path} cannot be read ({error}); it may be truncated.") from error
     # Files of the first format version have no checksum.
     expected = metadata.pop(CHECKSUM, None)
     if expected is not None and expected != _files.digest(tensors, metadata):
-        raise DamagedError(
-            f"{path} is damaged: what it holds is not what its checksum was made of."
-        )
+        raise DamagedError(f"{path} is damaged: its content does not match its checksum.")
     return tensors, metadata
 
 

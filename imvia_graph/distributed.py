@@ -1,9 +1,9 @@
-"""Many processes: queries split by position, entity tables and scores split by rows.
+"""Training in several processes: queries split by position, entity tables and scores by entity.
 
-Every process asks for the same batch. It embeds and decodes its part of the queries, all gather the
-query vectors, and each scores all queries against the entities that it owns. What is summed over
-processes are gradients of what all hold (relations, decoders, projections), a row's sums in the
-softmax, and counts in ranks. The collectives are torch.distributed's: NCCL on GPUs, gloo on CPUs.
+All processes draw the same batch. Each embeds and decodes its part of the queries, all-gathers the
+query vectors, and scores all queries against the entities that it owns. All-reduced are the
+gradients of replicated parameters (relations, decoders, projections), the sums of the softmax, and
+the counts of ranks. The collectives are torch.distributed's: NCCL on GPUs, gloo on CPUs.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from imvia_graph.errors import CheckpointError, IMVIAError
 
 
 class Shards:
-    """Entities in ranges of ids, one a process, and what processes tell each other.
+    """The partition of entities into a range of ids per process, with the collectives between them.
 
     Parameters
     ----------
     num_entities : int
     rank, size : int, optional
-        This process and how many there are. Default: the only one, which talks to nobody.
+        The rank of this process and the number of processes. Default: a single process, which
+        communicates with no other.
 
     Attributes
     ----------
     start, stop : int
-        The entities of this process: ids from start to stop, stop not counted.
+        The entities of this process: ids from start to stop, stop excluded.
 
     Examples
     --------
@@ -55,7 +56,7 @@ class Shards:
 
     @classmethod
     def of_world(cls, num_entities: int) -> Shards:
-        """Those of the process group, where there is one."""
+        """Create the shards of the process group; of a single process if there is none."""
         if not dist.is_initialized():
             return cls(num_entities)
         return cls(num_entities, dist.get_rank(), dist.get_world_size())
@@ -70,68 +71,68 @@ class Shards:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and talks to people."""
+        """Whether this is the process that writes files and shows messages."""
         return self.rank == 0
 
     def part(self, rows: int) -> slice:
-        """Which of so many rows of a batch are this process's."""
+        """Return this process's slice of a batch of ``rows`` rows."""
         return slice(_cut(rows, self.rank, self.size), _cut(rows, self.rank + 1, self.size))
 
     def owned(self, entity: Tensor) -> Tensor:
-        """(n,) bool: whether entities are this process's."""
+        """Return (n,) bool: whether this process owns each entity."""
         return (entity >= self.start) & (entity < self.stop)
 
-    # -- what is differentiated through -----------------------------------------------------------
+    # -- differentiable collectives ---------------------------------------------------------------
 
     def gather(self, part: Tensor, rows: int) -> Tensor:
-        """All (rows, …) of which each process has its `part`; gradients are summed."""
+        """All-gather (rows, …) from the `part` of each process; gradients are summed."""
         if self.alone:
             return part
         out: Tensor = _Gather.apply(part, self, rows)
         return out
 
     def rows_of(self, table: Callable[[Tensor], Tensor], entity: Tensor) -> Tensor:
-        """Rows of a table that is split by entities.
+        """Look up rows of a table that is split by entities, by an all-to-all exchange.
 
         Parameters
         ----------
         table : callable
-            Rows (k, d) of (k,) positions in this process's range.
+            Returns the rows (k, d) of (k,) positions in this process's range.
         entity : Tensor
             (n,) int64, the same on every process.
 
         Returns
         -------
         Tensor
-            (len(part), d): those of this process's `part` of the n.
+            (len(part), d): the rows of this process's `part` of the n entities.
         """
         if self.alone:
             return table(entity)
         owner = torch.bucketize(entity, entity.new_tensor(self.bounds[1:-1]), right=True)
-        mine = (owner == self.rank).nonzero().flatten()
-        cuts = mine.new_tensor([_cut(len(entity), i, self.size) for i in range(1, self.size)])
-        sent = torch.bincount(torch.bucketize(mine, cuts, right=True), minlength=self.size)
-        asked = owner[self.part(len(entity))]
-        received = torch.bincount(asked, minlength=self.size)
-        picked = table(entity[mine] - self.start)
+        own = (owner == self.rank).nonzero().flatten()
+        cuts = own.new_tensor([_cut(len(entity), i, self.size) for i in range(1, self.size)])
+        sent = torch.bincount(torch.bucketize(own, cuts, right=True), minlength=self.size)
+        sender = owner[self.part(len(entity))]
+        received = torch.bincount(sender, minlength=self.size)
+        picked = table(entity[own] - self.start)
         rows = _Exchange.apply(picked, sent.tolist(), received.tolist())
-        order = torch.argsort(asked, stable=True)
+        order = torch.argsort(sender, stable=True)
         return torch.empty_like(rows).index_copy(0, order, rows)
 
     def all_rows_of(self, table: Callable[[Tensor], Tensor], entity: Tensor) -> Tensor:
-        """As `rows_of`, but (n, d), all on every process; nothing is differentiated through."""
+        """Look up rows as `rows_of`, but all (n, d) on every process, and without gradients."""
         if self.alone:
             return table(entity)
-        mine = self.owned(entity).nonzero().flatten()
-        picked = table(entity[mine] - self.start).detach()
+        own = self.owned(entity).nonzero().flatten()
+        picked = table(entity[own] - self.start).detach()
         rows = picked.new_zeros(len(entity), *picked.shape[1:])
-        return self.sum_(rows.index_copy_(0, mine, picked))
+        return self.sum_(rows.index_copy_(0, own, picked))
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes; each passes the gradient on as it is to its own term.
+        """Sum over the processes; the gradient passes unchanged to each process's own term.
 
-        So every process knows the loss of all, and its backward pass makes the gradients of what is
-        its own.
+        Every process thus has the loss of all, and its backward pass computes the gradients of its
+        own term.
         """
         if self.alone:
             return tensor
@@ -139,16 +140,16 @@ class Shards:
         return out
 
     def repeated(self, tensor: Tensor) -> Tensor:
-        """What every process computes alike from gathered rows, as it is; gradients are shared out.
+        """Return a value that all processes compute alike, with its gradient divided by ``size``.
 
-        They are summed over the processes elsewhere, as if each had made a part.
+        Gradients are summed over the processes elsewhere, which gives the gradient of one value.
         """
         if self.alone:
             return tensor
         return tensor / self.size + (tensor * (1 - 1 / self.size)).detach()
 
     def logsumexp(self, tensor: Tensor) -> Tensor:
-        """Log-sum-exp over the last dimension, which is split over the processes; see `total`."""
+        """Compute log-sum-exp over the last dimension, split over the processes; see `total`."""
         if self.alone:
             return tensor.logsumexp(-1)
         detached = tensor.detach()
@@ -159,7 +160,7 @@ class Shards:
         top = torch.where(top.isinf(), 0.0, top)
         return top + self.total((tensor - top[..., None]).exp().sum(-1)).log()
 
-    # -- what is not ------------------------------------------------------------------------------
+    # -- collectives without gradients ------------------------------------------------------------
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over the processes, in place."""
@@ -168,15 +169,15 @@ class Shards:
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
-        """The largest over the processes, in place."""
+        """Take the maximum over the processes, in place."""
         if not self.alone:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sum the gradients of what all processes hold.
+        """Sum the gradients of replicated parameters over the processes.
 
-        Where a process has none it counts as 0; where all have none there stays none.
+        A missing gradient counts as 0, unless it is missing on all processes: then it stays None.
         """
         if self.alone or not parameters:
             return
@@ -196,13 +197,13 @@ class Shards:
             grad.copy_(total)
 
     def send_rows(self, own: Tensor) -> None:
-        """Send a table's rows, in portions, to the first process, which asks for them in turn."""
+        """Send this process's rows of a table, in portions, to the first; see `receive_rows`."""
         for portion in own.detach().split(self._portion(own)):
-            if len(portion):  # of a process without entities nothing is asked for
+            if len(portion):  # nothing is received from a process without entities
                 dist.send(portion.contiguous(), 0)
 
     def receive_rows(self, own: Tensor) -> Iterator[Tensor]:
-        """All rows of a table in portions; to be used up, since the others are waiting."""
+        """Yield all rows of a table in portions; exhaust it, as the other processes block."""
         size = self._portion(own)
         yield from own.detach().split(size)
         for rank in range(1, self.size):
@@ -217,7 +218,7 @@ class Shards:
         return max(1, _PORTION // max(1, rows[:1].numel() * rows.element_size()))
 
     def first_tells(self, value: Any) -> Any:
-        """What the first process has, on every process: anything that JSON could carry."""
+        """Broadcast a value that JSON can hold from the first process."""
         if self.alone:
             return value
         box = [value]
@@ -225,40 +226,41 @@ class Shards:
         return box[0]
 
     def first_does(self, do: Callable[[], None]) -> None:
-        """Have the first process do something while the others wait; what it meets, all meet.
+        """Call a function on the first process while the others wait.
 
         Raises
         ------
         IMVIAError, OSError
-            As the first process meets them; on the others a CheckpointError that says the same.
+            The function raised it on the first process; the others raise a CheckpointError with the
+            same message.
         """
         self.all_do(lambda: do() if self.is_first else None)
 
     def all_do(self, do: Callable[[], None]) -> None:
-        """Have every process do its part of what the first one writes; see `first_does`."""
-        met: Exception | None = None
+        """Call a function on all processes; an error of the first is raised as in `first_does`."""
+        raised: Exception | None = None
         try:
             do()
-        except (IMVIAError, OSError) as error:  # the others wait to hear of it
-            met = error
-        told = self.first_tells(None if met is None else str(met))
-        if told is not None:
-            raise met or CheckpointError(told)
-        if met is not None:
-            raise met
+        except (IMVIAError, OSError) as error:  # raised below: the others wait for the broadcast
+            raised = error
+        message = self.first_tells(None if raised is None else str(raised))
+        if message is not None:
+            raise raised or CheckpointError(message)
+        if raised is not None:
+            raise raised
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         if not self.alone:
             dist.barrier()
 
 
-#: Bytes of a table that are sent at a time.
+#: Largest size in bytes of a portion of a table that is sent at a time.
 _PORTION = 2**26
 
 
 def _cut(rows: int, part: int, parts: int) -> int:
-    """Where a part begins of rows that are shared out evenly, larger parts first."""
+    """Return where a part starts if rows are divided evenly, larger parts first."""
     return part * (rows // parts) + min(part, rows % parts)
 
 
@@ -267,10 +269,10 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, part: Tensor, shards: Shards, rows: int) -> Tensor:
         ctx.shards, ctx.rows = shards, rows
         most = -(-rows // shards.size)
-        mine = part.new_zeros(most, *part.shape[1:])
-        mine[: len(part)] = part
-        out = mine.new_empty(shards.size * most, *part.shape[1:])
-        dist.all_gather_into_tensor(out, mine)
+        padded = part.new_zeros(most, *part.shape[1:])
+        padded[: len(part)] = part
+        out = padded.new_empty(shards.size * most, *part.shape[1:])
+        dist.all_gather_into_tensor(out, padded)
         sizes = [
             _cut(rows, i + 1, shards.size) - _cut(rows, i, shards.size) for i in range(shards.size)
         ]
@@ -298,7 +300,7 @@ class _Total(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows to the processes that asked for them; gradients the way back."""
+    """All-to-all exchange of rows; gradients are sent back."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
@@ -322,38 +324,39 @@ def _exchanged(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
 
 #: Exit code of a process that could not join the others (EX_TEMPFAIL).
 NOT_JOINED = 75
+#: Time limits of joining the process group, and of collectives.
 _TO_JOIN, _TO_WAIT = timedelta(seconds=90), timedelta(minutes=30)
 
-#: Where processes have the name of their `job`; ``fit --processes`` gives it to those it starts.
+#: Environment variable with the name of the `job`; ``fit --processes`` sets it in its processes.
 JOB = "IMVIA_GRAPH_JOB"
 
 
 def is_launched() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
 def job() -> str | None:
-    """A name that the processes of one torchrun have in common, those started again, too.
+    """Return the name that all processes of one torchrun share, restarted ones included.
 
-    Whoever asks first leaves it in torchrun's store. None where torchrun started nothing, and where
-    nobody asked before a process group was made.
+    The first call stores the name in torchrun's store. Returns None if torchrun did not start this
+    process, or if the first call comes after the process group was created.
     """
     if not is_launched():
         return None
     if JOB not in os.environ and not dist.is_initialized():
-        named: bytes = _meeting()[0].compare_set("imvia_graph/job", "", uuid.uuid4().hex)
-        os.environ[JOB] = named.decode()
+        name: bytes = _rendezvous()[0].compare_set("imvia_graph/job", "", uuid.uuid4().hex)
+        os.environ[JOB] = name.decode()
     return os.environ.get(JOB)
 
 
 def is_first() -> bool:
-    """Whether this process writes files and talks to people: the only one, or the first."""
+    """Return whether this process writes files and shows messages: the only one, or rank 0."""
     return not is_launched() or os.environ.get("RANK", "0") == "0"
 
 
 def local_device(name: str) -> str:
-    """The setting ``device`` of this process: a GPU each, where torchrun started several."""
+    """Resolve the setting ``device`` for this process; under torchrun, each has its own GPU."""
     if not is_launched() or name not in ("auto", "cuda"):
         return name
     if name == "auto" and not torch.cuda.is_available():
@@ -362,17 +365,17 @@ def local_device(name: str) -> str:
 
 
 def join(device: torch.device) -> None:
-    """Join the process group that torchrun describes; once.
+    """Join the process group that torchrun describes, unless it is joined already.
 
-    torchrun keeps one store over all its restarts, in which the addresses of processes that died
-    are still found: each restart has its own prefix in it. Where the others cannot be reached in
-    time, the process ends with the exit code `NOT_JOINED`, and whoever started it starts all again.
+    torchrun keeps one store for all restarts, which still has the addresses of dead processes, so
+    each restart uses a prefix of its own. If the other processes cannot be reached in time, this
+    process exits with the code `NOT_JOINED`, upon which its launcher restarts all.
     """
     if dist.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, size = _meeting()
+    store, rank, size = _rendezvous()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     with _reaching_others():
         dist.init_process_group(
@@ -382,7 +385,7 @@ def join(device: torch.device) -> None:
             world_size=size,
             timeout=_TO_JOIN,
         )
-    # Later they may have to wait for one that writes a checkpoint.
+    # Later, processes may have to wait for one that writes a checkpoint.
     if hasattr(dist, "set_timeout"):
         dist.set_timeout(_TO_WAIT)
     else:  # torch before 2.15
@@ -390,8 +393,8 @@ def join(device: torch.device) -> None:
 
 
 @functools.cache
-def _meeting() -> tuple[dist.Store, int, int]:
-    """The store that torchrun describes, this process's rank, and how many there are."""
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """Return torchrun's store, the rank of this process, and the number of processes."""
     with _reaching_others():
         store, rank, size = next(dist.rendezvous("env://", timeout=_TO_JOIN))
     return store, rank, size
@@ -399,6 +402,7 @@ def _meeting() -> tuple[dist.Store, int, int]:
 
 @contextmanager
 def _reaching_others() -> Iterator[None]:
+    """Exit with `NOT_JOINED` if the other processes cannot be reached."""
     try:
         yield
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""Predicting the missing end of a triple, and explaining what the model makes of one.
+"""Prediction of the missing end of a triple, and explanation of a triple's scores.
 
-`Predictor` holds the candidate tables ready and answers queries at once, many or one; `predict` and
-`explain` are for a single question.
+`Predictor` keeps the candidate tables and answers one query or many without delay; `predict` and
+`explain` are for a single query.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from imvia_graph.ops import ViewWeights
 
 Side = Literal["tail", "head"]
 
-#: Relations whose candidate tables are held at a time where each has its own.
+#: Number of relations whose candidate tables are kept with ``candidates="relation"``.
 TABLES_HELD = 4
-#: Bytes of candidate tables that are held unless told otherwise; larger ones are made anew for
-#: every batch of queries, so many candidates at a time.
+#: Default of the largest size in bytes of candidate tables that are kept. Larger tables are
+#: computed again for every batch of queries, in portions of `PORTION` candidates.
 HELD, PORTION = 2**30, 2**14
-#: Bytes that the scores of a batch of queries, and what is made of them, take at most.
+#: Largest size in bytes of the scores of a batch of queries and of the tensors made from them.
 SCORES = 2**28
 
 
 class Query(NamedTuple):
-    """A triple of labels (or display names) with one end missing, which is None.
+    """A triple of labels or display names, of which the missing end is None.
 
     >>> from imvia_graph.inference import Query
     >>> Query(head="France", relation="borders", tail=None)
@@ -55,7 +55,8 @@ class Prediction(NamedTuple):
     name : str
         Its display name.
     score : float
-        The decision's score; higher is better, comparable within a query only.
+        The score of the decision over the heads. Higher is better; scores of different queries are
+        not comparable.
     heads : dict of str to float
         The score of each of the model's heads.
     known : bool
@@ -70,7 +71,7 @@ class Prediction(NamedTuple):
 
     @property
     def modalities(self) -> dict[str, float]:
-        """What `heads` was called before; deprecated."""
+        """Former name of `heads`; deprecated."""
         _warn_of_modalities("Prediction")
         return self.heads
 
@@ -81,11 +82,11 @@ class Answers(NamedTuple):
     Attributes
     ----------
     query, entity, rank : Tensor
-        (A,) int64: which query, which entity answers it, and at which place, from 1.
+        (A,) int64: the index of the query, the entity that answers it, and its rank from 1.
     score : Tensor
-        (A,) of the decision.
+        (A,) scores of the decision.
     heads : dict of str to Tensor
-        (A,) of each of the model's heads.
+        (A,) scores of each of the model's heads.
     known : Tensor
         (A,) bool: whether the triple is in the graph.
     """
@@ -99,14 +100,14 @@ class Answers(NamedTuple):
 
     @property
     def modalities(self) -> dict[str, Tensor]:
-        """What `heads` was called before; deprecated."""
+        """Former name of `heads`; deprecated."""
         _warn_of_modalities("Answers")
         return self.heads
 
 
 def _warn_of_modalities(name: str) -> None:
     warnings.warn(
-        f"{name}.modalities is called heads: it has the joint, complex and structural head, too.",
+        f"{name}.modalities is deprecated; use heads, which has all heads of the model.",
         DeprecationWarning,
         stacklevel=3,
     )
@@ -116,12 +117,11 @@ def _warn_of_modalities(name: str) -> None:
 
 
 class Predictor:
-    """Answers queries, with what does not depend on the query held ready.
+    """Answers queries with candidate tables that are computed once and kept.
 
-    The candidate tables are made at the first query and kept: for a model that is asked often and
-    trained no more. With ``candidates="relation"`` those of the last few relations are kept. Tables
-    of more than a gigabyte are not kept unless ``held`` allows it, but made anew, in portions, for
-    each batch of queries: a single one then takes seconds.
+    The tables are computed at the first query. The model must not be trained afterwards. With
+    ``candidates="relation"``, the tables of the last few relations are kept. Tables larger than
+    ``held`` are computed again, in portions, for each batch of queries, which takes seconds.
 
     Parameters
     ----------
@@ -130,15 +130,15 @@ class Predictor:
     kg : MultiViewKG
         The graph that it was trained on.
     held : int, optional
-        Bytes that the tables kept may take on the model's device. Default: 2^30. They take
-        `table_bytes`.
+        Largest size in bytes of the tables kept on the model's device; their size is
+        `table_bytes`. Default: 2^30.
 
     Raises
     ------
     DataError
-        The model is another graph's.
+        The model was made for another graph.
     IMVIAError
-        The model is one of several processes', each of which has a part of the entities.
+        The model was trained in several processes, and this one has a part of the entities.
 
     Examples
     --------
@@ -172,9 +172,9 @@ class Predictor:
         include_known: bool = False,
         include_self: bool | None = None,
     ) -> list[Prediction]:
-        """The best answers to (head, relation, ?) or (?, relation, tail); see `predict`."""
+        """Return the best answers to (head, relation, ?) or (?, relation, tail); see `predict`."""
         if (head is None) == (tail is None):
-            raise DataError("predict: give either head or tail, the end that is known.")
+            raise DataError("predict: pass either head or tail, the end that is known.")
         entity, relation_id = query_ids(self.kg, Query(head, relation, tail))
         found = self.answers(
             torch.tensor([entity]),
@@ -196,33 +196,32 @@ class Predictor:
         batch_size: int = 1024,
         on_batch: Callable[[int, int], None] | None = None,
     ) -> Answers:
-        """The best answers to many queries.
+        """Return the best answers to many queries.
 
         Parameters
         ----------
         entity, relation : Tensor
-            (Q,) int64 ids; relations from ``num_relations`` on ask for heads.
+            (Q,) int64 ids; relation ids from ``num_relations`` on are inverses and ask for heads.
         k, include_known, include_self
-            As for `predict`.
+            See `predict`.
         batch_size : int
-            Queries scored at a time, at most: fewer where there are so many entities that their
-            scores would take more than 256 MiB.
+            Most queries scored at a time; fewer if their scores would take more than 256 MiB.
         on_batch : callable, optional
-            Called with the numbers of queries answered and in all.
+            Called with the number of queries answered and the number of all queries.
 
         Returns
         -------
         Answers
-            Query by query in their order, best first, on the CPU; equal scores go by id.
+            In the order of the queries, best first, ties by id; on the CPU.
 
         Raises
         ------
         DataError
-            Ids out of range, or not one relation for each entity.
+            ``k`` is below 1, ids are out of range, or the numbers of entities and relations differ.
         """
         if k < 1:
             raise DataError(f"predict: expected k of at least 1, received {k}.")
-        k = min(k, self.kg.num_entities)  # as a tensor's number at most
+        k = min(k, self.kg.num_entities)  # k may exceed int64
         self._check_queries(entity, relation)
         if not len(entity):
             none, scores = torch.empty(0, dtype=torch.int64), torch.empty(0)
@@ -246,14 +245,14 @@ class Predictor:
                 if on_batch is not None:
                     on_batch(done, len(entity))
         columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
-        # Relation by relation came other queries first.
+        # Batches may group queries by relation: restore the order of the queries.
         order = torch.argsort(columns[0], stable=True)
         query, answer, rank, score, known, *every = (column[order] for column in columns)
         heads = dict(zip(self.model.heads, every, strict=True))
         return Answers(query, answer, rank, score, heads, known)
 
     def _check_queries(self, entity: Tensor, relation: Tensor) -> None:
-        """Refuse ids that the graph does not have, with the first row that names one."""
+        """Refuse ids that are out of range; the message names the first such row."""
         if entity.dim() != 1 or entity.shape != relation.shape:
             raise DataError(
                 "Queries: expected as many relations as entities, in two tensors of one dimension;"
@@ -275,11 +274,11 @@ class Predictor:
     def _best(
         self, entity: Tensor, relation: Tensor, k: int, include_known: bool, not_self: Tensor
     ) -> list[Tensor]:
-        """Columns of the k best answers to (B,) queries, portion by portion of the candidates.
+        """Return the k best answers to (B,) queries as columns, candidates scored in portions.
 
-        They are the query's row, the answer, its rank and score, whether it is known, and its
-        scores by each head; ``not_self`` (B,) bool says whose entity itself is no answer, unless
-        that is known.
+        The columns are the query's row, the answer, its rank and score, whether it is known, and
+        its score by each head. Where ``not_self``, (B,) bool, is set, the query's entity is
+        excluded from the answers, unless the graph has that triple.
         """
         queries = self.model.queries(entity, relation)
         # Sorted by row, and by entity within a row.
@@ -293,7 +292,7 @@ class Predictor:
             here = (known_col >= first) & (known_col < first + decision.shape[1])
             known[known_row[here], known_col[here] - first] = True
             excluded = torch.zeros_like(known) if include_known else known.clone()
-            # That an entity is related to itself is no news, unless the relation does that.
+            # Exclude the query's own entity where `not_self` says so.
             own = entity - first
             row = (not_self & (own >= 0) & (own < decision.shape[1])).nonzero().flatten()
             excluded[row, own[row]] |= ~known[row, own[row]]
@@ -303,7 +302,7 @@ class Predictor:
         if len(found) == 1:
             return found[0]
         columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
-        # Within a row and a score, in the order of the portions and so of the ids.
+        # The sorts are stable: equal scores of a row stay in the order of the ids.
         order = torch.argsort(columns[3], descending=True, stable=True)
         order = order[torch.argsort(columns[0][order], stable=True)]
         columns = [column[order] for column in columns]
@@ -311,12 +310,12 @@ class Predictor:
         return [column[columns[2] <= k] for column in columns]
 
     def _batches(self, relation: Tensor, batch_size: int) -> Iterator[Tensor]:
-        """Positions of queries that are scored together: where need be, of one relation."""
+        """Yield positions of queries to score together, of one relation if tables depend on it."""
         groups = [torch.arange(len(relation), device=relation.device)]
         if self.model.settings.candidates != "shared":
             groups = [rows for _, rows in by_relation(relation)]
         scored = self.model.num_entities if self.holds else PORTION
-        # Beside the scores of each head and of the decision some matrices of the same shape.
+        # (B, N) matrices: a score matrix per head, that of the decision, and three more.
         room = SCORES // (4 * scored * (len(self.model.heads) + 4))
         for group in groups:
             yield from group.split(max(min(batch_size, room), 1))
@@ -327,7 +326,7 @@ class Predictor:
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield (positions, scores by head and ``decision``) of queries against all entities.
 
-        There are ``batch_size`` positions at a time, or fewer, as in `answers`.
+        Each item has at most ``batch_size`` positions, as in `answers`.
         """
         with evaluating(self.model) as model:
             for positions in self._batches(relation, batch_size):
@@ -335,7 +334,7 @@ class Predictor:
                 yield positions, self._scores(model.queries(entity[positions], under), under)
 
     def _scores(self, queries: Mapping[str, Tensor], relation: Tensor) -> dict[str, Tensor]:
-        """(B, N) scores by head and ``decision``."""
+        """Return (B, N) scores by head and ``decision``."""
         parts = [scores for _, scores in self._portions(queries, relation)]
         if len(parts) == 1:
             return parts[0]
@@ -344,14 +343,14 @@ class Predictor:
     def _portions(
         self, queries: Mapping[str, Tensor], relation: Tensor
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yield (first id, scores by head and ``decision``), of all candidates or of a portion."""
+        """Yield (first id, scores by head and ``decision``) for each portion of the candidates."""
         model = self.model
         if self.holds:
             yield 0, model.scores(queries, self.tables(relation), relation)
             return
         under = None if model.settings.candidates == "shared" else relation[0]
         for first in range(0, model.num_entities, PORTION):
-            # The last portion is filled up: of one shape, products of equal rows are equal.
+            # The last portion is padded: in products of one shape, equal rows give equal scores.
             ids = torch.arange(first, first + PORTION, device=model.device)
             tables = model.candidates(under, ids.clamp_(max=model.num_entities - 1))
             scores = model.scores(queries, tables, relation)
@@ -360,37 +359,40 @@ class Predictor:
 
     @property
     def table_bytes(self) -> int:
-        """What the candidate tables take, with ``candidates="relation"`` all that are kept."""
+        """Size in bytes of the candidate tables; with ``candidates="relation"``, of all kept."""
         model = self.model
         number = 1 if model.settings.candidates == "shared" else TABLES_HELD
         return number * model.num_entities * sum(model.widths.values()) * 4
 
     @property
     def holds(self) -> bool:
-        """Whether candidate tables are held."""
+        """Whether candidate tables are kept."""
         return self.table_bytes <= self.held
 
     @torch.no_grad()
     def tables(self, relation: Tensor) -> dict[str, Tensor]:
-        """Candidate tables (N, width) of queries under (B,) relations, which `scores` groups."""
+        """Return the (N, width) candidate tables of queries under (B,) relations.
+
+        With ``candidates="relation"``, all B relations must be the same.
+        """
         shared = self.model.settings.candidates == "shared"
         key = None if shared else int(relation[0])
         if key not in self._tables:
             with evaluating(self.model) as model:
                 tables = model.candidates(None if shared else relation[0])
-            # Column by column in memory: a single query's product reads them twice as fast.
+            # Column-major: the product of a single query reads the table twice as fast.
             self._tables[key] = {head: table.T.contiguous().T for head, table in tables.items()}
             while len(self._tables) > TABLES_HELD:
                 self._tables.popitem(last=False)
         return self._tables[key]
 
     def prepare(self) -> None:
-        """Make what is held of the candidates, so that the first query need not wait for it."""
+        """Compute the tables that are kept, so that the first query does not wait for them."""
         if self.holds:
             self.tables(torch.zeros(1, dtype=torch.int64, device=self.model.device))
 
     def known_pairs(self, entity: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
-        """Which entities are known to answer (B,) queries: rows and columns of (B, N)."""
+        """Return the known answers of (B,) queries as rows and columns of a (B, N) matrix."""
         return self._known.pairs(entity, relation)
 
     def _predictions(self, found: Answers) -> list[Prediction]:
@@ -418,33 +420,33 @@ class Predictor:
         ask: Side = "tail",
         k: int = 10,
     ) -> list[Prediction]:
-        """The best answers for an entity that the model was not trained on, by its views alone.
+        """Return the best answers for an entity that the model was not trained on, by its views.
 
-        The heads of the modalities that the entity has views of judge; the structural, the joint
-        and the complex head, which have learned nothing of it, do not. Where the model wants an
-        entity's structural vector or its residual, the mean of all entities' stands in.
+        Only the heads of the modalities that the entity has views of take part; the structural, the
+        joint and the complex head have learned nothing about it. The mean over all entities
+        replaces its structural vector, which the gates use, and its residuals.
 
         Parameters
         ----------
         views : mapping of str to Tensor
-            (views, d_m) features by modality, made by the encoder that made the graph's.
+            (views, d_m) features by modality, from the encoder that made the graph's features.
         relation : str
             Label or display name.
         ask : {"tail", "head"}
-            Which end is asked for; the new entity is the other one.
+            The missing end; the new entity is the other one.
         k : int
-            How many answers.
+            Number of answers.
 
         Returns
         -------
         list of Prediction
-            Best first; ``heads`` holds those that judged, ``score`` their decision with
-            the weights of the relation, scaled to sum to 1 among them.
+            Best first; ``heads`` has the heads that took part, ``score`` is their decision with the
+            weights of the relation, rescaled to sum to 1.
 
         Raises
         ------
         DataError
-            No views, a modality that the model does not have, features of another width.
+            There are no views, the model does not have a modality, or features have another width.
 
         Examples
         --------
@@ -475,8 +477,8 @@ class Predictor:
         assert isinstance(decision, Tensor)
         if decision.isnan().any():
             raise IMVIAError(
-                "predict_new: the model's scores of these views are not numbers. Are they the"
-                " features of the encoder that made the graph's?"
+                "predict_new: the model's scores of these views are not numbers. Are the features"
+                " from the encoder that made the graph's features?"
             )
         row, answer, rank = best(decision, torch.zeros_like(decision, dtype=torch.bool), k)
         by_head = {head: scores[head][row, answer].cpu() for head in heads}
@@ -487,7 +489,7 @@ class Predictor:
         )
 
     def _checked(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The features of the modalities that have any, on the model's device."""
+        """Return the features by modality, checked, scaled, and on the model's device."""
         known = {modality: feat for modality, (feat, _) in self.model.views.items()}
         given = {}
         for modality, feat in views.items():
@@ -512,6 +514,7 @@ class Predictor:
         return given
 
     def _embed_new(self, given: Mapping[str, Tensor], relation: Tensor) -> Embedding:
+        """Embed an entity by its features; see `predict_new`."""
         model = self.model
         structure = model.entity.weight.mean(0, keepdim=True)
         csr = {}
@@ -542,7 +545,7 @@ def predict(
     include_known: bool = False,
     include_self: bool | None = None,
 ) -> list[Prediction]:
-    """The best answers to (head, relation, ?) or (?, relation, tail).
+    """Return the best answers to (head, relation, ?) or (?, relation, tail).
 
     Parameters
     ----------
@@ -553,26 +556,26 @@ def predict(
     relation : str
         Label or display name.
     head, tail : str, optional
-        One of the two, by label or display name: the end that is given.
+        The known end, by label or display name: exactly one of the two.
     k : int
-        How many answers. Default: 10.
+        Number of answers. Default: 10.
     include_known : bool
-        Whether triples of the graph are among the answers. Default: False.
+        Whether answers that make a triple of the graph are returned. Default: False.
     include_self : bool, optional
-        Whether the given entity itself may be an answer. Default: where a training triple of the
-        relation relates an entity to itself.
+        Whether the query's own entity may be an answer. Default: only if some training triple of
+        the relation has the same head and tail.
 
     Returns
     -------
     list of Prediction
-        Best first; equal scores in the order of the ids.
+        Best first, ties by id.
 
     Raises
     ------
     UnknownLabelError
-        A name that the graph does not know, with the nearest known ones.
+        The graph does not know a name; the message has the nearest known ones.
     DataError
-        Not just one of head and tail, or k below 1.
+        Both or neither of head and tail were passed, or k is below 1.
 
     Examples
     --------
@@ -594,7 +597,7 @@ def predict(
 
 
 def query_ids(kg: MultiViewKG, query: Query) -> tuple[int, int]:
-    """(entity, relation) ids of a query; inverse relations ask for heads."""
+    """Return the (entity, relation) ids of a query; inverse relations ask for heads."""
     head, relation, tail = query
     relation_id = kg.id_of(relation, "relation")
     if head is not None and tail is None:
@@ -605,7 +608,9 @@ def query_ids(kg: MultiViewKG, query: Query) -> tuple[int, int]:
 
 
 def best(scores: Tensor, excluded: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and ranks (from 1) of the k best of each row of (B, N), ties by column.
+    """Return rows, columns and ranks (from 1) of the k best scores of each row of (B, N).
+
+    Ties are ordered by column; scores that are ``excluded`` or -inf are left out.
 
     >>> import torch
     >>> from imvia_graph.inference import best
@@ -617,7 +622,7 @@ def best(scores: Tensor, excluded: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
     scores = scores.masked_fill(excluded, lowest)
     k = min(k, scores.shape[1])
     worst = scores.topk(k, dim=1).values[:, -1:]
-    # Those that tie with the last one included, so that which of them stay is told by their ids.
+    # Includes all ties with the k-th score, so that ids decide which of them stay.
     row, column = ((scores >= worst) & (scores > lowest)).nonzero(as_tuple=True)
     order = torch.argsort(scores[row, column], descending=True, stable=True)
     order = order[torch.argsort(row[order], stable=True)]
@@ -628,7 +633,7 @@ def best(scores: Tensor, excluded: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
 
 
 def places(row: Tensor, num_rows: int) -> Tensor:
-    """The place, from 1, of each of (n,) ascending row numbers within its row."""
+    """Return the position, from 1, of each of (n,) ascending row numbers within its row."""
     count = torch.bincount(row, minlength=num_rows)
     return torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row] + 1
 
@@ -637,18 +642,18 @@ def places(row: Tensor, num_rows: int) -> Tensor:
 
 
 class ViewWeight(NamedTuple):
-    """What a view counts for (Eq. 2).
+    """The weight of a view in its modality's embedding of an entity (Eq. 2).
 
     Attributes
     ----------
     view : int
-        Its row among the modality's views, see `MultiViewKG.views`.
+        Its row among the modality's views; see `MultiViewKG.views`.
     source : str
-        The text itself, or the picture's path; empty where the graph does not know it.
+        The text itself, or the picture's path; empty if the graph does not know it.
     weight : float
-        Its share under the relation; those of an entity's views of a modality sum to 1.
+        Its weight under the relation; the weights of an entity's views of a modality sum to 1.
     plain_weight : float
-        Its share by the gate without a relation.
+        Its weight by the gate without a relation.
     """
 
     view: int
@@ -658,7 +663,7 @@ class ViewWeight(NamedTuple):
 
 
 class End(NamedTuple):
-    """An end of a triple: label, display name, and its views by modality, in their order."""
+    """An end of a triple: label, display name, and its views by modality, in the graph's order."""
 
     entity: str
     name: str
@@ -666,17 +671,17 @@ class End(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """What a head of the model, or the decision, makes of a triple.
+    """The rank and score of a triple by a head of the model, or by the decision.
 
     Attributes
     ----------
     rank : float
-        Filtered, ties at their mean, as `evaluate` ranks.
+        The filtered rank, the mean rank for ties, as in `evaluate`.
     score : float
-        As `predict` gives it.
+        The score, as in `predict`.
     weight : float
-        The head's weight in the decision under the relation; they sum to 1. That of ``decision``
-        is 1.
+        The head's weight in the decision under the relation; the weights of the heads sum to 1.
+        1 for ``decision``.
     """
 
     rank: float
@@ -685,19 +690,19 @@ class Judgement(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What the model makes of a triple.
+    """The view weights, ranks and scores behind a triple.
 
     Attributes
     ----------
     head, tail : End
-        The head's views are weighted under the relation, the tail's under its inverse: as each is
-        looked at when the other end is asked for.
+        The head's views are weighted under the relation, the tail's under its inverse, as in the
+        queries for the other end.
     relation, relation_name : str
         Label and display name.
     known : str or None
-        Which part of the graph holds the triple: train, valid, test, known; None for none.
+        The part of the graph that holds the triple: train, valid, test or known; None if none does.
     judgements : dict
-        For ``"tail"``, the tail being asked for, and ``"head"``: a `Judgement` for each head of the
+        For ``"tail"`` (the query for the tail) and ``"head"``: a `Judgement` for each head of the
         model and, last, ``decision``.
     """
 
@@ -709,7 +714,7 @@ class Explanation(NamedTuple):
     judgements: dict[Side, dict[str, Judgement]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Nested dicts and lists, as JSON has them."""
+        """Convert to nested dicts and lists, for JSON."""
 
         def end(of: End) -> dict[str, Any]:
             views = {m: [view._asdict() for view in rows] for m, rows in of.views.items()}
@@ -730,14 +735,14 @@ class Explanation(NamedTuple):
 def explain(
     model: IMVIA | Predictor, kg: MultiViewKG, *, head: str, relation: str, tail: str
 ) -> Explanation:
-    """What the model makes of (head, relation, tail), head by head and view by view.
+    """Explain (head, relation, tail): ranks and scores by each head, and the weight of each view.
 
     Parameters
     ----------
     model : IMVIA or Predictor
-        A predictor has its candidate tables ready.
+        A predictor reuses its candidate tables.
     kg : MultiViewKG
-        The graph that the model was trained on: its names, views and known triples.
+        The graph that the model was trained on.
     head, relation, tail : str
         Labels or display names. The triple need not be true.
 
@@ -748,7 +753,7 @@ def explain(
     Raises
     ------
     UnknownLabelError
-        A name that the graph does not know, with the nearest known ones.
+        The graph does not know a name; the message has the nearest known ones.
 
     Examples
     --------
@@ -781,7 +786,7 @@ def explain(
 
 
 def end_of(predictor: Predictor, entity: int, relation: int) -> End:
-    """An entity with its views, weighted under a relation (from num_relations on: an inverse)."""
+    """Return an entity with its views, weighted under a relation or inverse relation."""
     model, kg = predictor.model, predictor.kg
     conditioned = view_weights(model, entity, relation)
     plain = view_weights(model, entity)
@@ -798,17 +803,17 @@ def end_of(predictor: Predictor, entity: int, relation: int) -> End:
 
 @torch.no_grad()
 def view_weights(model: IMVIA, entity: int, relation: int | None = None) -> dict[str, Tensor]:
-    """The (k,) weights of an entity's k views by modality: those that `GatedViewConv` gives.
+    """Return the (k,) weights of an entity's k views by modality, as in `GatedViewConv`.
 
     Parameters
     ----------
     model : IMVIA
-        Whose gate weighs them.
+        The model whose gates weight the views.
     entity : int
-        Its id.
+        Id of the entity.
     relation : int, optional
-        The id of the relation, from ``num_relations`` on of an inverse. Default: none, as where
-        candidates are embedded relation-free.
+        Id of the relation; inverses from ``num_relations`` on. Default: none, as for relation-free
+        candidates.
     """
     device = model.device
     entities = torch.tensor([entity], device=device)
@@ -817,7 +822,7 @@ def view_weights(model: IMVIA, entity: int, relation: int | None = None) -> dict
         rel_feat = model.gate_relation(torch.tensor([relation], device=device))
     weights = {}
     for modality, (feat, ptr) in model.views.items():
-        # The entity's own views only: nothing of the others is looked at.
+        # Reads the entity's own views only.
         own = feat[ptr[entity] : ptr[entity + 1]]
         _, found = model.encoder.conv(modality).aggregate(
             own,
@@ -834,13 +839,13 @@ def view_weights(model: IMVIA, entity: int, relation: int | None = None) -> dict
 
 @torch.no_grad()
 def decision_weights(model: IMVIA, relation: int) -> dict[str, float]:
-    """The weight of each head in the decision under a relation; they sum to 1."""
+    """Return the weight of each head in the decision under a relation; the weights sum to 1."""
     weights = model.decision_weights(torch.tensor([relation], device=model.device))[0].tolist()
     return dict(zip(model.heads, weights, strict=True))
 
 
 def part_of(kg: MultiViewKG, head: int, relation: int, tail: int) -> str | None:
-    """The first of train, valid, test and known that holds a triple; None where none does."""
+    """Return the first of train, valid, test and known that holds a triple, or None."""
     triple = torch.tensor([head, relation, tail])
     for part in PARTS:
         if (getattr(kg, part) == triple).all(1).any():
@@ -851,6 +856,7 @@ def part_of(kg: MultiViewKG, head: int, relation: int, tail: int) -> str | None:
 def _judgements(
     predictor: Predictor, entity: int, relation: int, answer: int
 ) -> dict[str, Judgement]:
+    """Return the judgements of an answer to the query (entity, relation), by head."""
     device = predictor.model.device
     entities, relations, answers = (
         torch.tensor([value], device=device) for value in (entity, relation, answer)

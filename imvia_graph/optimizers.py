@@ -1,4 +1,4 @@
-"""Optimizers: torch's own, and one for the rows of tables that a step touches."""
+"""Optimizers: torch's, and one that updates only the table rows that a step looks up."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from imvia_graph.errors import SettingsError
 from imvia_graph.nn.entity_table import EntityTable
 from imvia_graph.settings import Settings
 
-#: Adagrad's epsilon: of tables all of whose rows change, and of rows that are followed one by one.
-#: With torch's, 1e-10, an element whose gradient is nothing but what rounding leaves of terms that
-#: cancel moves by the learning rate, too, in a direction that the order of a sum decides. On MKG-Y,
-#: regime sampled, the losses of two processes then part from those of one by 0.0009 within 50
-#: steps; with 1e-6 for all by 2e-5, with these by 5e-7.
+#: Adagrad's epsilon for dense tables, and for tables that are updated row by row. With torch's
+#: default, 1e-10, an element whose gradient is only the rounding error of terms that cancel also
+#: moves by the learning rate, in a direction that depends on the order of a sum. On MKG-Y, regime
+#: sampled, the losses of two processes then deviate from those of one by 0.0009 within 50 steps;
+#: with 1e-6 for all tables by 2e-5, with these values by 5e-7.
 ADAGRAD_EPS, ADAGRAD_EPS_OF_ROWS = 1e-6, 1e-5
-#: That of tables which start so small that others' would hide their gradients: the head of ComplEx.
+#: Adagrad's epsilon for the tables of the head of ComplEx, which are initialized so small that a
+#: larger one would hide their gradients.
 ADAGRAD_EPS_OF_SMALL = 1e-10
 
-#: Elements of a parameter from which on an update of Adam on a GPU has a pass of its own: torch's,
-#: of several parameters, moved 67 million elements at two thirds of what an H200 copies.
+#: Elements from which on Adam updates a parameter on a GPU in a kernel of its own: torch's, for
+#: several parameters, moved 67 million elements at two thirds of the copy bandwidth of an H200.
 _LARGE = 2**20
 
 
 def table_optimizer(settings: Settings) -> tuple[str, float]:
-    """The optimizer of the tables and its learning rate."""
+    """Return the optimizer of the tables and its learning rate."""
     if settings.table_optimizer == "same":
         return settings.optimizer, settings.learning_rate
     return settings.table_optimizer, settings.table_learning_rate
@@ -42,16 +43,16 @@ def make_optimizer(
     weight_decay: float,
     small: Sequence[Tensor] = (),
 ) -> torch.optim.Optimizer:
-    """An optimizer of torch's, fused where every torch has that.
+    """Create an optimizer, fused if all supported versions of torch have it fused.
 
-    For those of the parameters that are ``small``, too, Adagrad has `ADAGRAD_EPS_OF_SMALL`.
+    Adagrad takes `ADAGRAD_EPS_OF_SMALL` for the parameters that are in ``small``.
     """
     groups: list[dict[str, Any]] = [{"params": list(parameters)}]
-    apart = {id(parameter) for parameter in small}
-    if kind == "adagrad" and any(id(parameter) in apart for parameter in parameters):
-        others = [parameter for parameter in parameters if id(parameter) not in apart]
-        mine = [parameter for parameter in parameters if id(parameter) in apart]
-        groups = [{"params": others}, {"params": mine, "eps": ADAGRAD_EPS_OF_SMALL}]
+    small_ids = {id(parameter) for parameter in small}
+    if kind == "adagrad" and any(id(parameter) in small_ids for parameter in parameters):
+        others = [parameter for parameter in parameters if id(parameter) not in small_ids]
+        of_small = [parameter for parameter in parameters if id(parameter) in small_ids]
+        groups = [{"params": others}, {"params": of_small, "eps": ADAGRAD_EPS_OF_SMALL}]
     if kind == "adagrad" and any(parameter.is_cuda for parameter in parameters):
         return Adagrad(groups, lr=lr, weight_decay=weight_decay, eps=ADAGRAD_EPS)
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -63,12 +64,12 @@ def make_optimizer(
 
 
 class _LargeApart(torch.optim.Optimizer):
-    """Has Adam or AdamW do large parameters on a GPU in a pass of their own.
+    """Mixin that lets Adam and AdamW update large parameters on a GPU in a kernel of their own.
 
     Attributes
     ----------
     found_inf : Tensor or None
-        As `Adagrad`'s.
+        See `Adagrad`.
     """
 
     found_inf: Tensor | None = None
@@ -81,7 +82,7 @@ class _LargeApart(torch.optim.Optimizer):
         for parameter, _, _ in large:
             parameter.grad = None
         try:
-            # As it is within the hooks of steps, which are this one's already.
+            # Unwrapped: torch calls the step hooks around this method already.
             step = super().step
             inner = getattr(step, "__wrapped__", None)
             step(closure) if inner is None else inner(self, closure)
@@ -93,8 +94,8 @@ class _LargeApart(torch.optim.Optimizer):
                 self._update(parameter, grad, group, bad)
 
     def _large(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """Parameters that are done apart, with their gradients and groups."""
-        if getattr(self, "grad_scale", None) is not None:  # torch's own step takes it off
+        """Return the large parameters with their gradients and groups."""
+        if getattr(self, "grad_scale", None) is not None:  # only torch's own step unscales
             return []
         return [
             (parameter, parameter.grad, group)
@@ -132,21 +133,21 @@ class _LargeApart(torch.optim.Optimizer):
 
 
 class Adam(_LargeApart, torch.optim.Adam):
-    """That of torch; large parameters on a GPU are done in a pass of their own."""
+    """torch's Adam, with a kernel of its own for each large parameter on a GPU."""
 
 
 class AdamW(_LargeApart, torch.optim.AdamW):
-    """That of torch; large parameters on a GPU are done in a pass of their own."""
+    """torch's AdamW, with a kernel of its own for each large parameter on a GPU."""
 
 
 class Adagrad(torch.optim.Adagrad):
-    """That of torch, whose fused form older versions have on the CPU only.
+    """torch's Adagrad for a GPU, where older versions of torch have no fused one.
 
     Attributes
     ----------
     found_inf : Tensor or None
-        Where it is above 0, a step changes nothing, and the host need not know: as for the fused
-        optimizers of torch.
+        If it is above 0, a step changes nothing, and the host does not wait for it, as in torch's
+        fused optimizers.
     """
 
     found_inf: Tensor | None = None
@@ -165,7 +166,7 @@ class Adagrad(torch.optim.Adagrad):
             rate = group["lr"]
             if not isinstance(rate, Tensor):
                 rate = torch.full((), rate, device=parameter.device)
-            state["step"] += 1  # not where it is replayed; without a decay of rates nobody asks
+            state["step"] += 1  # not counted in replayed steps; unused without lr_decay
             updates.adagrad(
                 parameter,
                 grad,
@@ -182,35 +183,36 @@ class Adagrad(torch.optim.Adagrad):
             grad = torch.where(self.found_inf > 0, 0.0, grad)
         state["step"] += 1
         state["sum"].addcmul_(grad, grad)
-        # The rate may be a tensor on the device, which a recorded step finds changed.
+        # The rate may be a tensor on the device, whose value changes between recorded steps.
         parameter.sub_(grad / state["sum"].sqrt().add_(group["eps"]) * group["lr"])
 
 
 class RowOptimizer(torch.optim.Optimizer):
-    r"""Adam or Adagrad on the rows of tables that a step touches; the others stay as they are.
+    r"""Adam or Adagrad on the table rows that a step looks up; other rows do not change.
 
-    Adam counts a row's own steps k, so that a row that comes late is corrected as the first one
-    was:
+    Adam counts the steps k of each row, so that the bias correction of a row does not depend on
+    when it is first looked up:
 
     .. math::
         m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
         v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
         p \leftarrow p - \gamma \frac{m / (1 - \beta_1^k)}{\sqrt{v / (1 - \beta_2^k)} + \epsilon}
 
-    With ``rowwise`` v is the mean of the squares of a row, one number, and Adam's m is g: beside a
-    row there are two numbers more instead of two rows. For Adagrad v is the sum of the squares, and
-    :math:`\epsilon` is `ADAGRAD_EPS_OF_ROWS` or, of those that are ``small``,
-    `ADAGRAD_EPS_OF_SMALL`.
+    With ``rowwise``, v is the mean of the squares of a row, one number, and Adam's m is g: the
+    state of a row is two numbers instead of two rows. For Adagrad, v is the sum of the squares, and
+    :math:`\epsilon` is `ADAGRAD_EPS_OF_ROWS` or, for ``small`` tables, `ADAGRAD_EPS_OF_SMALL`.
 
     Parameters
     ----------
     tables : sequence of EntityTable
-        With ``lazy`` on.
+        Tables with ``lazy`` on.
     kind : {"adam", "adamw", "adagrad"}
-    lr, weight_decay : float
-        The decay, too, is of rows that are touched.
+    lr : float
+    weight_decay : float
+        Applied to the rows that are looked up.
     rowwise : bool
     small : sequence of EntityTable
+        Those of the tables with small initial values.
     """
 
     def __init__(
@@ -244,7 +246,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_by(self, scale: Tensor | None = None) -> None:
-        """`step` with gradients times ``scale``."""
+        """Do `step` with gradients times ``scale``."""
         group = self.param_groups[0]
         for table in self.tables:
             row, grad = table.gradients()
@@ -281,18 +283,18 @@ class RowOptimizer(torch.optim.Optimizer):
 
 
 def to_record(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Have an optimizer's step in a form that a CUDA graph can hold."""
+    """Prepare an optimizer for recording its steps in a CUDA graph."""
     for group in optimizer.param_groups:
         if not isinstance(group["lr"], Tensor):
             group["lr"] = torch.full((), group["lr"], device=device)
         if "capturable" in group:
             group["capturable"] = True
-    # Steps before the one that is recorded are not, and torch would warn of that.
+    # torch would warn of the warm-up steps, which are not recorded.
     optimizer._warned_capturable_if_run_uncaptured = True
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameters."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -301,7 +303,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The groups of parameters of its state, as they are where nothing is recorded."""
+    """Return an optimizer's parameter groups as they are without `to_record`, for checkpoints."""
     groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
     for group in groups:
         group["lr"] = float(group["lr"])
@@ -311,12 +313,12 @@ def plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def follows_rows(settings: Settings) -> bool:
-    """Whether entity tables are updated row by row.
+    """Return whether entity tables are updated row by row.
 
     Raises
     ------
     SettingsError
-        It was asked for in a regime in which every step touches all rows.
+        The settings require it in a regime in which every step changes all rows.
     """
     if settings.entity_optimizer == "auto":
         return settings.regime == "sampled"
@@ -325,7 +327,7 @@ def follows_rows(settings: Settings) -> bool:
     if settings.regime != "sampled":
         raise SettingsError(
             f"Setting entity_optimizer: {settings.entity_optimizer!r} is for regime=sampled; in the"
-            f" regime {settings.regime!r} every step touches every row. Take 'auto' or 'dense'."
+            f" regime {settings.regime!r} every step changes all rows. Use 'auto' or 'dense'."
         )
     return True
 

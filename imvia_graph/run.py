@@ -1,4 +1,4 @@
-"""`fit`, `load` and `Run`: a trained model with its graph, its settings and its folder."""
+"""`fit`, `load` and `Run`: a trained model with its graph, settings and run folder."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """A trained model with all that belongs to it.
+    """A trained model with its graph, settings, progress and history.
 
     Attributes
     ----------
     model : IMVIA
-        At its best epoch; of a training that was stopped, the best until then.
+        At its best epoch; if training was stopped, the best one until then.
     kg : MultiViewKG
         The graph that it was trained on, splits included.
     settings : Settings
@@ -79,28 +79,29 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """A record an epoch: ``epoch``, ``loss``, its parts, ``seconds``, ``valid`` metrics."""
+        """A record per epoch: ``epoch``, ``loss``, its terms, ``seconds``, ``valid`` metrics."""
         return self._history if self.folder is None else checkpoint.history_of(self.folder)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write a run folder, which `load` reads: the model, its graph, settings and history.
+        """Write the model, graph, settings and history to a run folder, which `load` reads.
 
-        What was trained with ``out`` has one already. What is saved afterwards can do all but be
-        resumed. Of several processes all call this.
+        A run that was trained with ``out`` has a folder already. A folder written here cannot be
+        resumed. With several processes, all call this.
 
         Parameters
         ----------
         folder : path
-            Not there yet, or empty.
+            A folder that does not exist or is empty.
 
         Returns
         -------
         Path
+            The folder.
 
         Raises
         ------
         CheckpointError
-            The folder holds something already; nothing in it is touched.
+            The folder is not empty; nothing in it is changed.
 
         Examples
         --------
@@ -116,9 +117,9 @@ class Run:
         return path
 
     def evaluate(self, split: Split = "test", **options: Any) -> dict[str, Any]:
-        """Filtered ranking metrics of a split; see `imvia_graph.evaluate`.
+        """Return the filtered ranking metrics of a split; see `imvia_graph.evaluate`.
 
-        The batch size and the seed are those of the settings, unless others are given.
+        ``batch_size`` and ``seed`` default to those of the run's settings.
         """
         options.setdefault("batch_size", self.settings.ranking_batch_size)
         options.setdefault("seed", self.settings.seed)
@@ -134,11 +135,11 @@ class Run:
         include_known: bool = False,
         include_self: bool | None = None,
     ) -> list[inference.Prediction]:
-        """The best answers to a query; see `imvia_graph.inference.predict`.
+        """Return the best answers to a query; see `imvia_graph.inference.predict`.
 
-        The model may have changed since the last call, so each makes all that it needs anew. Where
-        many are asked, ``ig.Predictor(run.model, run.kg)`` keeps it, and `Predictor.answers` takes
-        many queries at once.
+        The model may have changed since the last call, so each call computes the candidate tables
+        again. For many queries, ``ig.Predictor(run.model, run.kg)`` keeps the tables, and
+        `Predictor.answers` takes a batch of queries.
         """
         return inference.predict(
             self.model,
@@ -153,26 +154,27 @@ class Run:
 
     @torch.no_grad()
     def score(self, triples: Sequence[Sequence[str]], batch_size: int = 1024) -> Tensor:
-        """Scores of triples as answers to (head, relation, ?).
+        """Return the scores of triples as answers to (head, relation, ?).
 
         Parameters
         ----------
         triples : sequence of (head, relation, tail)
-            Labels, or display names that one entity bears.
+            Labels, or display names that only one entity has.
         batch_size : int, optional
-            Triples at a time, 1 or more. Default: ``1024``.
+            Triples scored at a time, 1 or more. Default: ``1024``.
 
         Returns
         -------
         Tensor
-            (n,) on the CPU. They rank the answers to one query; those of different queries do not
-            compare.
+            (n,) on the CPU. Scores of the same query rank its answers; those of different queries
+            are not comparable.
 
         Raises
         ------
         UnknownLabelError
+            The graph has no entity or relation of that label or name.
         DataError
-            A row that is no triple; no batch size.
+            A row is not a triple, or ``batch_size`` is below 1.
 
         Examples
         --------
@@ -199,24 +201,25 @@ class Run:
         return torch.cat(parts)
 
     def explain(self, head: str, relation: str, tail: str) -> inference.Explanation:
-        """What the model makes of a triple; see `imvia_graph.inference.explain`."""
+        """Explain the scores of a triple; see `imvia_graph.inference.explain`."""
         return inference.explain(self.model, self.kg, head=head, relation=relation, tail=tail)
 
     @property
     def encoder(self) -> EntityEncoder:
-        """The embedding half of the model, a source of features for other models."""
+        """The model's entity encoder, which computes features for other models."""
         return EntityEncoder(self.model)
 
     @torch.no_grad()
     def entity_embeddings(self) -> dict[str, Tensor]:
-        """(num_entities, dim) on the CPU for each head, relation-free; rows as `kg.entities`.
+        """Return each head's (num_entities, dim) embeddings, relation-free, on the CPU.
 
-        Those of the head ``complex`` are (num_entities, 2 complex_rank).
+        Rows are in the order of ``kg.entities``. The head ``complex`` has shape (num_entities,
+        2 complex_rank).
 
         Raises
         ------
         IMVIAError
-            Of several processes, each of which has a part of the entities.
+            The model was trained in several processes, and each has a part of the entities.
         """
         self.model.check_whole("embeddings of all entities are made")
         with evaluating(self.model) as model:
@@ -224,11 +227,11 @@ class Run:
         return {head: table.detach().cpu().clone() for head, table in tables.items()}
 
     def relation_embeddings(self) -> dict[str, Tensor]:
-        """(2 num_relations, relation_dim) on the CPU for each head.
+        """Return each head's (2 num_relations, relation_dim) embeddings on the CPU.
 
-        Rows are those of ``kg.relations``, then their inverses. With ``relation_residual`` they are
-        dim wider: the numbers of the relation's own blocks come last. Those of the head
-        ``complex`` are (2 num_relations, 2 complex_rank).
+        Rows are in the order of ``kg.relations``, then their inverses. With ``relation_residual``,
+        dim more columns hold the entries of the relation's block-diagonal matrix. The head
+        ``complex`` has shape (2 num_relations, 2 complex_rank).
         """
         model = self.model
         found = {}
@@ -246,12 +249,12 @@ class Run:
 
 
 class EntityEncoder(nn.Module):
-    """What a trained IMVIA knows of its entities, as a layer: ids in, embeddings out.
+    """The entity encoder of a trained IMVIA as a layer: ids in, embeddings out.
 
-    It shares parameters and views with the model, so that training the one trains the other, and
-    moving or converting the one moves the other; ``copy.deepcopy`` makes one that stands alone,
-    ``requires_grad_(False)`` a frozen one. What only scores triples, the decoders and the decision,
-    is no part of it.
+    It shares parameters and views with the model: training, moving or converting one also trains,
+    moves or converts the other. ``copy.deepcopy`` makes an independent copy,
+    ``requires_grad_(False)`` freezes it. The decoders and the decision, which only score triples,
+    are not part of it.
 
     Parameters
     ----------
@@ -262,7 +265,9 @@ class EntityEncoder(nn.Module):
     heads : list of str
         ``structure``, each modality and, where the model has them, ``joint`` and ``complex``.
     num_entities, out_feats : int
-        Sizes of the result for all entities; the head ``complex`` has a width of its own.
+        Size of each head's embeddings of all entities; the width of ``complex`` is in ``widths``.
+    widths : dict of str to int
+        The width of each head's embeddings.
 
     Examples
     --------
@@ -283,21 +288,20 @@ class EntityEncoder(nn.Module):
         model.check_whole("entities are embedded for other models")
         self.heads = list(model.heads)
         self.num_entities, self.out_feats = model.num_entities, model.settings.dim
-        #: The width of each head's embeddings.
         self.widths = dict(model.widths)
-        # The same model with fewer parts: an unused parameter would be an error to
-        # DistributedDataParallel, and dead weight in a state_dict.
-        half = copy.copy(model)
+        # Only the submodules that embed entities: unused parameters are an error in
+        # DistributedDataParallel and would enlarge the state_dict.
+        embedding_part = copy.copy(model)
         names = ("entity", "residual", "encoder", "joint", "complex_entity")
-        parts = {name: getattr(model, name) for name in names}
-        half._modules = {**parts, "relation": nn.ModuleList(model.relation[:1])}
-        self.model = half
-        #: The model that this is a part of. In a list, which keeps it out of the modules; a copy,
-        #: which shares nothing with it, has an empty one.
+        modules = {name: getattr(model, name) for name in names}
+        embedding_part._modules = {**modules, "relation": nn.ModuleList(model.relation[:1])}
+        self.model = embedding_part
+        #: The whole model, in a list so that it is not registered as a submodule; empty in a copy,
+        #: which shares nothing with the model.
         self._whole = [model]
 
     def _apply(self, fn: Any, recurse: bool = True) -> EntityEncoder:
-        """Move or convert the model that this is a part of, so that its parts stay alike."""
+        """Move or convert the whole model, so that all its submodules stay on one device."""
         for model in self._whole:
             model._apply(fn, recurse)
             return self
@@ -310,25 +314,25 @@ class EntityEncoder(nn.Module):
     def forward(
         self, entity: Tensor | None = None, relation: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Embed entities, the views of which are the only ones that are read.
+        """Embed entities, reading only their own views.
 
         Parameters
         ----------
         entity : Tensor, optional
             (B,) int64 ids of ``run.kg``. Default: all entities.
         relation : Tensor, optional
-            (B,) int64 ids, or a scalar for all; those of inverse relations are ``relation +
-            num_relations``. Default: ``None``, the relation-free gate.
+            (B,) int64 ids, or a scalar for all entities; the inverse of relation r has the id r +
+            num_relations. Default: ``None``, the relation-free gate.
 
         Returns
         -------
         dict of str to Tensor
-            (B, ``widths[head]``) a head: out_feats, and of ``complex`` 2 complex_rank.
+            (B, ``widths[head]``) for each head: out_feats or, for ``complex``, 2 complex_rank.
 
         Raises
         ------
         IMVIAError
-            What is no tensor of ids; on a CPU also ids that the model does not have.
+            An argument is not a tensor of ids or, on a CPU, ids are out of range.
         """
         if entity is not None:
             self.model.check_ids(entity=entity)
@@ -338,7 +342,7 @@ class EntityEncoder(nn.Module):
         return self.model.embed(entity, relation).heads
 
     def extra_repr(self) -> str:
-        """What ``print`` shows of the module."""
+        """Return what ``print`` shows of the module."""
         return f"heads={self.heads}, out_feats={self.out_feats}"
 
 
@@ -356,21 +360,22 @@ def fit(
     Parameters
     ----------
     kg : MultiViewKG, name or folder
-        Anything that `load_kg` takes; left out with ``resume``. A validation set that `load_kg` was
-        told to take as it is, or held out, stays; else the setting ``validation`` says which it is.
+        Anything that `load_kg` accepts; left out with ``resume``. With ``validation="auto"``, a
+        validation set that `load_kg` took as published, or held out, stays; else the setting
+        ``validation`` chooses it.
     out : path, optional
         The run folder to write. Default: none is written.
     settings : Settings, mapping, file or name, optional
         A YAML or TOML file, or the name of settings that come with the package: ``"paper"`` for
         those of the paper. Default: the default settings.
     resume : bool
-        Whether to go on with the run in ``out``, with its graph and its settings; of the
-        settings given, only `RESUMABLE` may differ: ``epochs``, ``patience``, ``device``,
-        ``validate_every``, ``checkpoint_every``, ``non_finite``, ``disk_full``, ``views_on``,
-        ``cuda_graph``, ``backend``. What is left open in them and the run has chosen (``epochs``,
-        ``lambda_regularization``, ``complex_head``, ``precision``) stays as the run has it.
-        A run that ended is taken as it is, unless there are more epochs to go. Fewer epochs than
-        it has been trained for count as these.
+        Whether to resume the run in ``out`` with its graph and its settings. Of these, only
+        `RESUMABLE` may be changed: ``epochs``, ``patience``, ``device``, ``validate_every``,
+        ``checkpoint_every``, ``non_finite``, ``disk_full``, ``views_on``, ``cuda_graph``,
+        ``backend``. ``epochs``, ``lambda_regularization``, ``complex_head`` and ``precision`` keep
+        the run's values if they are left open. A run that has ended is returned as it is, unless
+        ``epochs`` or ``patience`` lets it go on. ``epochs`` below the number already trained is
+        raised to that number.
     callbacks : Callback or sequence of Callback
         See `imvia_graph.training.Callback`.
     **overrides
@@ -379,31 +384,31 @@ def fit(
     Returns
     -------
     Run
-        With the model of the best epoch by validation MRR; of the last one where there are no
-        validation triples. Where `Trainer.stop` ended training: of the best until then, or as it
-        was left where nothing was validated yet.
+        With the model of the best epoch by validation MRR, or of the last epoch if there are no
+        validation triples. If `Trainer.stop` ended training: the best model until then, or the
+        current one if nothing was validated yet.
 
     Raises
     ------
     DataError, SettingsError, CheckpointError
-        A graph, settings or a run folder that cannot be taken as they are; features that something
-        writes into while they are trained on.
+        The graph, the settings or the run folder cannot be used; a file of features was written
+        into during training.
     TrainingError
-        A loss or a gradient that is not finite (see the setting ``non_finite``).
+        A loss or a gradient is not finite (see the setting ``non_finite``).
     OutOfMemoryError
-        What does not fit into memory, however few queries are taken at a time.
+        The model, or a single query, does not fit into memory.
     StorageError
         A checkpoint does not fit on the disk (see the setting ``disk_full``), or the run folder was
-        moved or deleted meanwhile.
+        moved or deleted during training.
     KeyboardInterrupt
-        Ctrl-C. With ``out``, the step in hand is finished and its place kept first, for SIGTERM,
-        too, so that ``resume`` goes on there; a second signal does not wait.
+        Ctrl-C. With ``out``, SIGINT and SIGTERM let the current step finish and save a checkpoint
+        first, from which ``resume`` continues; a second signal does not wait.
 
     Notes
     -----
-    Where torchrun started several processes, all of them call this, and train one model together:
-    see `imvia_graph.distributed`. The `Run` of each has its own entities' rows, and what ranks
-    (`Run.evaluate`) is to be called by all; `load` has everything in one process.
+    In processes started by torchrun, all call this function and train one model together; see
+    `imvia_graph.distributed`. The `Run` of each process holds the rows of its own entities, and all
+    must call `Run.evaluate`; `load` reads the whole model into one process.
 
     Examples
     --------
@@ -416,15 +421,13 @@ def fit(
     folder = None if out is None else Path(out)
     if resume:
         if folder is None:
-            raise CheckpointError("resume: give the run folder as out.")
+            raise CheckpointError("resume: pass the run folder as out.")
         if kg is not None:
-            raise CheckpointError(
-                f"resume goes on with the graph in {folder}; leave the graph out."
-            )
-        given = Settings.of(settings).model_dump(exclude_unset=True)
-        return _resume(folder, callbacks, {**given, **overrides})
+            raise CheckpointError(f"resume uses the graph in {folder}; pass no other graph.")
+        changes = Settings.of(settings).model_dump(exclude_unset=True)
+        return _resume(folder, callbacks, {**changes, **overrides})
     if kg is None:
-        raise DataError("fit: give a graph: a MultiViewKG, a data set's name or a folder.")
+        raise DataError("fit: pass a graph: a MultiViewKG, a data set's name or a folder.")
     chosen = Settings.of(settings).replace(**overrides)
     device = _device(chosen)
     graph = with_validation(
@@ -449,7 +452,7 @@ def fit(
 
 
 def _best_of(trainer: Trainer) -> IMVIA:
-    """The trained model as `load` would read it, where training was stopped, too."""
+    """Return the trained model as `load` would read it, also after training was stopped."""
     if not trainer.progress.ended:
         if trainer.best_state is not None:
             trainer.model.load_state_dict(trainer.best_state)
@@ -459,7 +462,13 @@ def _best_of(trainer: Trainer) -> IMVIA:
 
 
 def _made(kg: MultiViewKG, settings: Settings, shards: Shards, device: torch.device) -> IMVIA:
-    """A new model, in memory that there is."""
+    """Create a model on a device.
+
+    Raises
+    ------
+    OutOfMemoryError
+        The model does not fit into memory.
+    """
     try:
         return IMVIA.from_kg(kg, settings, shards).to(device)
     except MEMORY_ERRORS as error:
@@ -467,12 +476,12 @@ def _made(kg: MultiViewKG, settings: Settings, shards: Shards, device: torch.dev
             raise
         raise OutOfMemoryError(
             f"Out of memory while making the model of {kg.num_entities:,} entities with"
-            f" dim={settings.dim}. Take a smaller dim, or fewer heads."
+            f" dim={settings.dim}. Use a smaller dim, or fewer heads."
         ) from error
 
 
 class _Records(Callback):
-    """Keeps what is known of each epoch."""
+    """Keeps the record of each epoch."""
 
     def __init__(self) -> None:
         self.found: list[dict[str, Any]] = []
@@ -482,11 +491,11 @@ class _Records(Callback):
 
 
 def _device(settings: Settings) -> torch.device:
-    """The device of this process, which joins the others where torchrun started several."""
+    """Return this process's device; under torchrun, join the process group."""
     if torch.get_default_dtype() != torch.float32:
         raise SettingsError(
-            f"torch's default dtype is {torch.get_default_dtype()}, in which the model would be"
-            " made; it is trained in float32 and less (the setting precision). Call"
+            f"torch's default dtype is {torch.get_default_dtype()}, which the model would get; its"
+            " parameters are trained in float32 (the setting precision is of products). Call"
             " torch.set_default_dtype(torch.float32) first."
         )
     device = resolve_device(distributed.local_device(settings.device))
@@ -498,7 +507,7 @@ def _device(settings: Settings) -> torch.device:
 
 @contextmanager
 def _owned(folder: Path, shards: Shards, new: bool = False) -> Iterator[None]:
-    """Have a run folder to oneself: the first process has it for all."""
+    """Lock a run folder, which the first process does for all."""
     with ExitStack() as stack:
 
         def take() -> None:
@@ -511,21 +520,22 @@ def _owned(folder: Path, shards: Shards, new: bool = False) -> Iterator[None]:
 
 
 def _fit_in(folder: Path, trainer: Trainer) -> Progress:
-    """Train with a run folder; a signal ends it after the step in hand."""
+    """Train with a run folder; a signal ends training after the current step."""
     trainer.callbacks.insert(0, checkpoint.RunFolder(folder, trainer.shards))
     with _stopping_on_signals(trainer):
         progress = trainer.fit()
-    if not progress.ended and not trainer.is_asked_to_stop:  # another process was, and so all did
+    if not progress.ended and not trainer.is_asked_to_stop:  # another process was
         raise KeyboardInterrupt
     return progress
 
 
 @contextmanager
 def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
-    """Have SIGINT and SIGTERM stop a trainer; they do what they would have done when it has.
+    """Make SIGINT and SIGTERM stop a trainer first, and then have their usual effect.
 
-    A second one does so at once; not one that torchrun passes on of what Ctrl-C sent to all. In
-    another thread than the main one signals are left alone.
+    A second signal has its effect at once, unless it is the first one again: torchrun forwards to
+    each process the SIGINT that Ctrl-C sent to all of them. Outside the main thread signals are not
+    handled.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -541,8 +551,8 @@ def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         nonlocal first
         if received:
-            again = number == received[0] and time.monotonic() - first < _SAME_SIGNAL
-            if again and distributed.is_launched():
+            forwarded = number == received[0] and time.monotonic() - first < _SAME_SIGNAL
+            if forwarded and distributed.is_launched():
                 return
             put_back()
             signal.raise_signal(number)
@@ -552,7 +562,7 @@ def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         handler = signal.getsignal(number)
-        if handler is not None and handler is not signal.SIG_IGN:  # None: not Python's own
+        if handler is not None and handler is not signal.SIG_IGN:  # None: not set from Python
             before[number] = handler
             signal.signal(number, stop)
     try:
@@ -563,11 +573,11 @@ def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
             signal.raise_signal(received[0])
 
 
-#: Seconds in which a signal that comes again to one of several processes is still the same one.
+#: Seconds within which one of several processes takes a repeated signal as the first one again.
 _SAME_SIGNAL = 1.0
 
 
-#: Settings that a resumed run may change without becoming another run.
+#: Settings that may be changed when a run is resumed.
 RESUMABLE = (
     "epochs",
     "patience",
@@ -582,7 +592,7 @@ RESUMABLE = (
 )
 
 
-#: Settings that may be left open: training chooses, and the run has what it chose.
+#: Settings that training chooses if they are left open, by the values that leave them open.
 _LEFT_OPEN = {
     "epochs": None,
     "lambda_regularization": None,
@@ -592,6 +602,7 @@ _LEFT_OPEN = {
 
 
 def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, Any]) -> Run:
+    """Resume the run in a folder, with some of its settings changed; see `fit`."""
     graph, settings = checkpoint.open_run(folder)
     overrides = {
         key: value
@@ -603,26 +614,26 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
         if key not in RESUMABLE and getattr(changed, key) != getattr(settings, key):
             raise SettingsError(
                 f"Setting {key}: the run in {folder} has {getattr(settings, key)!r}; a resumed run"
-                f" keeps its settings but for {', '.join(RESUMABLE)}. Start another run instead."
+                f" keeps its settings except {', '.join(RESUMABLE)}. Start another run instead."
             )
     device = _device(changed)
     torch.manual_seed(changed.seed)
     shards = Shards.of_world(graph.num_entities)
     model = checkpoint.fitting_model(folder, graph, changed, shards=shards).to(device)
     trainer = Trainer(model, graph, changed, callbacks)
-    # Runs of before left it to each machine.
+    # Older versions did not record the precision that "auto" chose.
     changed = changed.replace(precision=trainer.settings.precision)
     if shards.is_first:
         _warn_of_slow_precision(trainer)
     with _owned(folder, shards):
-        # A run that was stopped before its first checkpoint starts again, from the same seed.
+        # A run that was stopped before its first checkpoint starts again with the same seed.
         checkpoint.load_last(folder, trainer)
         trained = trainer.progress.epoch
         if trainer.epochs < trained:
             if shards.is_first:
                 logger.warning(
-                    "Setting epochs: the run in %s has %d epochs already, more than the %d that"
-                    " are asked for; it keeps them, and is trained no further.",
+                    "Setting epochs: the run in %s is trained for %d epochs already, more than"
+                    " epochs=%d; it is not trained further.",
                     folder,
                     trained,
                     trainer.epochs,
@@ -641,12 +652,12 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
 
 
 def _warn_of_slow_precision(trainer: Trainer) -> None:
-    """A run goes on in the precision that it has, on a machine that would not choose it, too."""
+    """Warn if a run goes on in bfloat16 on a device that has it only in software."""
     here = training_dtype(trainer.settings.replace(precision="auto"), trainer.model.device)
     if trainer.precision == torch.bfloat16 != here:
         logger.warning(
-            "Setting precision: the run is trained in bfloat16, in which this device (%s) does not"
-            " compute in hardware. It goes on as it began, but its steps may be slow.",
+            "Setting precision: the run is trained in bfloat16, which this device (%s) does not"
+            " support in hardware. It continues in bfloat16, but its steps may be slow.",
             trainer.model.device,
         )
 
@@ -657,17 +668,21 @@ def load(folder: str | os.PathLike[str], device: str = "auto") -> Run:
     Parameters
     ----------
     folder : path
-        What `fit` wrote.
+        A run folder that `fit` or `Run.save` wrote.
     device : str
-        Where to put the model: ``cpu``, ``cuda``, ``cuda:1``, …; ``auto`` is the GPU where torch
-        sees one, else the CPU. Default: ``auto``.
+        Device of the model: ``cpu``, ``cuda``, ``cuda:1``, …; ``auto`` for a GPU if torch finds
+        one, else the CPU. Default: ``auto``.
+
+    Returns
+    -------
+    Run
 
     Raises
     ------
     CheckpointError
-        No run, a run without a checkpoint, or one that cannot be read.
+        The folder is not a run folder, has no checkpoint yet, or cannot be read.
     SettingsError
-        A device that cannot be used here.
+        The device cannot be used here.
     """
     path = Path(folder)
     graph, settings = checkpoint.open_run(path)
@@ -679,7 +694,7 @@ def load(folder: str | os.PathLike[str], device: str = "auto") -> Run:
 
 
 def _check_modalities(kg: MultiViewKG, settings: Settings) -> None:
-    """A modality that is asked for and not there is a mistake, not an empty one."""
+    """Refuse modalities in the settings that the graph does not have."""
     missing = [name for name in settings.modalities or [] if name not in kg.modalities]
     if missing:
         raise DataError(

@@ -1,8 +1,8 @@
-"""Every setting of a run, in one documented list.
+"""All settings of a run, with their defaults and descriptions.
 
-A YAML or TOML file, ``--set key=value`` and keyword arguments of `imvia_graph.fit` all reach all of
-it. ``imvia-graph settings`` prints the list with the defaults. Some settings come with the package
-and stand for a file by their name (`presets`).
+Each can be set in a YAML or TOML file, by ``--set key=value`` and as a keyword argument of
+`imvia_graph.fit`. ``imvia-graph settings`` prints all of them with the defaults. Settings files
+that come with the package are named without a path (`presets`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-#: How many seeds torch's generators tell apart.
+#: Number of distinct seeds of torch's generators.
 SEEDS = 2**64
 
 
@@ -45,8 +45,8 @@ class Settings(BaseModel):
     Raises
     ------
     SettingsError
-        From `Settings.create` and `Settings.read`: an unknown key (with the nearest known one) or a
-        value that the key cannot take. The constructor raises pydantic's ``ValidationError``.
+        From `Settings.create` and `Settings.read`: an unknown key (the message names the nearest
+        known one) or an invalid value. The constructor raises pydantic's ``ValidationError``.
 
     Examples
     --------
@@ -60,84 +60,88 @@ class Settings(BaseModel):
     # -- data
     validation: Literal["auto", "published", "held-out"] = Field(
         "auto",
-        description="Validation set: the published one, 5 % held out of train, or held-out only"
-        " where the published one shares triples with train or test (auto).",
+        description="Validation set: the published one (published), 5 % of train (held-out), or"
+        " held-out only if the published one shares triples with train or test (auto).",
     )
     hold_out_by: Literal["auto", "pair", "triple"] = Field(
         "auto",
-        description="Held-out validation: triples between the same two entities stay together"
-        " (pair), or are held out each by itself (triple), or as the test set was drawn (auto).",
+        description="What is held out for validation: all triples between the same two entities"
+        " together (pair), each triple by itself (triple), or as the test set was drawn (auto).",
     )
     split_seed: int = Field(
         0,
         ge=0,
         lt=SEEDS,
-        description="Seed of held-out validation and of splitting what has no splits.",
+        description="Seed of held-out validation and of splitting a graph that has no splits.",
     )
     modalities: list[str] | None = Field(
-        None, description="Modalities to use, of those that the graph has; null for all."
+        None, description="Modalities of the graph to use; null for all."
     )
 
     # -- model
     scale_views: bool = Field(
         True,
-        description="Whether views of a modality whose median length is above 32 or below 1/32 are"
-        " multiplied by one number, so that it is about 1: others are hardly learned from.",
+        description="Whether to rescale the views of a modality to a median length of about 1 if"
+        " that is above 32 or below 1/32: the model learns little from views of other lengths.",
     )
-    dim: int = Field(256, ge=1, description="Width of entity embeddings and of every head.")
+    dim: int = Field(
+        256, ge=1, description="Width of entity embeddings in every head but that of ComplEx."
+    )
     relation_dim: int = Field(64, ge=1, description="Width of relation embeddings.")
     structure: bool = Field(
         True,
         description="Whether the structural embedding is a head and takes part in the joint one;"
-        " the gates see it in any case.",
+        " the gates use it in either case.",
     )
-    joint: bool = Field(True, description="Whether there is a joint head beside the modalities'.")
+    joint: bool = Field(
+        True, description="Whether to add a joint head to the heads of the modalities."
+    )
     gate: Literal["relation", "entity", "none"] = Field(
         "relation",
         description="What the weights of a query's views depend on: entity and relation (Eq. 1),"
-        " the entity alone, or nothing, for the plain mean of the views.",
+        " the entity only, or nothing, which gives the plain mean of the views (none).",
     )
     residual: bool = Field(
         True,
-        description="Add a free vector an entity to each projected modality embedding (not in the"
-        " paper).",
+        description="Whether to add a free vector per entity to each projected modality embedding"
+        " (not in the paper).",
     )
     relation_residual: bool = Field(
         True,
-        description="Add a free block-diagonal matrix a relation, that of ComplEx, to those that"
-        " Tucker's core makes (not in the paper).",
+        description="Whether to add a free block-diagonal matrix per relation, as in ComplEx, to"
+        " the matrices from Tucker's core (not in the paper).",
     )
     complex_head: bool | None = Field(
         None,
-        description="Whether there is a head of ComplEx, with tables of its own that N3 keeps"
-        " small, beside the others (not in the paper); null for graphs of fewer than 50,000"
-        " entities, whose tables take little memory.",
+        description="Whether to add a head of ComplEx with its own tables, regularised by N3 (not"
+        " in the paper); null for true with fewer than 50,000 entities, where the tables take"
+        " little memory.",
     )
     complex_rank: int = Field(
-        256, ge=1, description="Rank of the head of ComplEx: complex numbers an entity."
+        256, ge=1, description="Rank of the head of ComplEx: complex numbers per entity."
     )
     complex_weight: float = Field(
         0.5,
         gt=0,
         lt=1,
-        description="Weight of that head in the decision; the others share the rest. It is not"
-        " learned: on the training triples, which that head soon knows by heart, the decision would"
-        " trust it too much.",
+        description="Weight of the head of ComplEx in the decision; the other heads share the rest."
+        " It is not learned: the head soon fits the training triples, on which the decision would"
+        " give it too much weight.",
     )
     candidates: Literal["shared", "relation"] = Field(
         "shared",
-        description="Candidate tables: relation-free and shared by a batch, or the exact form of"
-        " Eq. 1, made anew for each relation.",
+        description="Candidate tables: without the relation and shared by all queries (shared), or"
+        " computed for each relation, the exact form of Eq. 1 (relation).",
     )
     decision: Literal["trained", "detached", "mean"] = Field(
         "detached",
-        description="Relation-aware decision over the heads: trained with them, trained on their"
-        " scores as given (detached), or their plain mean.",
+        description="Relation-aware decision over the heads: trained jointly with them (trained),"
+        " trained on their detached scores (detached), or their plain mean (mean).",
     )
     backend: Literal["auto", "reference", "torch_scatter", "numba", "triton"] = Field(
         "auto",
-        description="What aggregates views: plain torch, torch-scatter, one pass on the CPU (numba)"
-        " or the GPU (triton), or the fastest there is.",
+        description="Implementation that aggregates views: plain torch (reference), torch-scatter,"
+        " one fused pass on the CPU (numba) or the GPU (triton), or the fastest available (auto).",
     )
     batch_norm: bool = Field(False, description="Batch normalisation in the Tucker decoder.")
     input_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the query's entity.")
@@ -147,41 +151,45 @@ class Settings(BaseModel):
     # -- losses
     regime: Literal["1vsall", "kvsall", "sampled"] = Field(
         "1vsall",
-        description="Positives and negatives of a query: one answer against all entities, all known"
-        " answers against all entities, or one answer against sampled entities.",
+        description="Positives and negatives of a query: one answer against all entities (1vsall),"
+        " all known answers against all entities (kvsall), or one answer against sampled entities"
+        " (sampled).",
     )
     loss: Literal["softmax", "binary"] = Field(
         "softmax", description="Completion loss: softmax or binary cross-entropy (Eq. 7)."
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of that loss.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Label smoothing of the completion loss."
+    )
     negative_sampling: Literal["uniform", "degree", "in-batch", "query"] = Field(
         "uniform",
-        description="Negatives in the regime 'sampled': drawn uniformly or by degree, shared by the"
-        " batch, beside the other queries' answers; those alone (in-batch); or uniformly for each"
-        " query. What is shared is corrected by how likely it was to be there.",
+        description="Negatives in the regime sampled: the answers of the batch's other queries,"
+        " alone (in-batch) or with entities drawn for the batch uniformly (uniform) or by degree"
+        " (degree), all corrected by their probability of being in the batch; or entities drawn"
+        " uniformly for each query (query).",
     )
     negatives: int = Field(
         1024,
         ge=1,
-        description="Negatives that are drawn in the regime 'sampled': a batch or, with"
-        " negative_sampling=query, a query.",
+        description="Negatives drawn in the regime sampled: per batch or, with"
+        " negative_sampling=query, per query.",
     )
     lambda_information: float = Field(
-        1e-4, ge=0, description="Weight of L1, mutual information (Eq. 8; the paper has 1)."
+        1e-4, ge=0, description="Weight of L1, mutual information (Eq. 8; 1 in the paper)."
     )
     lambda_alignment: float = Field(
         0.0,
         ge=0,
-        description="Weight of L2, alignment (lambda 1); 0 ranks best on validation (docs:"
+        description="Weight of L2, alignment (lambda 1); 0 gives the best validation MRR (docs:"
         " accuracy).",
     )
     lambda_completion: float = Field(1.0, gt=0, description="Weight of L3, completion (lambda 2).")
     lambda_regularization: float | None = Field(
         None,
         ge=0,
-        description="Weight of DURA, the regularisation of what a score multiplies; null for 0.1"
-        " or, with 50,000 entities or more, 0.01: 0.1 pulls their scores to zero before they have"
-        " learned.",
+        description="Weight of DURA, the regularisation of the embeddings and query vectors that a"
+        " score multiplies; null for 0.1 or, with 50,000 entities or more, 0.01: on such graphs"
+        " 0.1 pulls the scores to zero before anything is learned.",
     )
     lambda_n3: float = Field(
         0.05, ge=0, description="Weight of N3, the regularisation of the head of ComplEx."
@@ -190,12 +198,12 @@ class Settings(BaseModel):
         0.0,
         ge=0,
         description="Weight of relation prediction: which relation joins the two entities of a"
-        " training triple (not in the paper). It needs relation_residual.",
+        " training triple (not in the paper). Needs relation_residual.",
     )
     alignment: Literal["contrastive", "printed"] = Field(
         "contrastive", description="Form of L2: contrastive, or Eq. 5 as printed."
     )
-    temperature: float = Field(0.1, gt=0, description="Temperature of L2 to start from.")
+    temperature: float = Field(0.1, gt=0, description="Initial temperature of L2.")
     information_dim: int = Field(128, ge=1, description="Hidden width of L1's estimator.")
     information_learning_rate: float = Field(
         1e-3, gt=0, description="Learning rate of L1's estimator."
@@ -205,116 +213,118 @@ class Settings(BaseModel):
     epochs: int | None = Field(
         None,
         ge=0,
-        description="Epochs at most; null for as many as take 500 steps, and 32 at least.",
+        description="Maximum number of epochs; null for as many as take 500 steps, at least 32.",
     )
-    batch_size: int = Field(1024, ge=1, description="Queries a batch.")
+    batch_size: int = Field(1024, ge=1, description="Queries per batch.")
     optimizer: Literal["adam", "adamw", "adagrad"] = Field(
         "adam", description="Optimizer of the layers."
     )
     table_optimizer: Literal["adam", "adamw", "adagrad", "same"] = Field(
         "adagrad",
-        description="Optimizer of the tables of entities and relations; same for that of the"
-        " layers, learning rate included.",
+        description="Optimizer of the embedding tables of entities and relations; same for that of"
+        " the layers and its learning rate.",
     )
     entity_optimizer: Literal["auto", "dense", "lazy", "rowwise"] = Field(
         "auto",
-        description="Rows of the entities' tables that a step changes: all (dense), those that the"
-        " batch touches (lazy), or those with one second moment a row and no first (rowwise), which"
-        " needs the least memory; auto for lazy in the regime 'sampled', else dense.",
+        description="Rows of the entity tables that a step updates: all (dense), those that the"
+        " batch looks up (lazy), or those with one second moment per row and no first moment"
+        " (rowwise), which needs the least memory; auto for lazy in the regime sampled, else"
+        " dense.",
     )
     learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the layers.")
     table_learning_rate: float = Field(
-        0.1, gt=0, description="Learning rate of the tables, with an optimizer of their own."
+        0.1, gt=0, description="Learning rate of the tables; unused with table_optimizer=same."
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear",
-        description="Learning rates over the epochs: as they are, or falling to 0 at the last one.",
+        description="Learning rates over the epochs: constant, or falling to 0 at the last epoch.",
     )
     ema_decay: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Decay a step of the exponential moving average of the weights, which is what"
-        " is validated and kept; 0 for the weights as they are.",
+        description="Decay per step of the exponential moving average of the weights, which is then"
+        " validated and saved in place of the weights; 0 for no average.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
     gradient_clip: float | None = Field(
-        None, gt=0, description="Largest norm of the gradient; null for none."
+        None, gt=0, description="Largest norm of the gradient; null for no clipping."
     )
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
     ranking_candidates: int | None = Field(
         None,
         ge=1,
-        description="Entities that validation ranks against, drawn once with the seed; null for"
-        " all.",
+        description="Number of entities that validation ranks against, drawn once with the seed;"
+        " null for all.",
     )
     patience: int | None = Field(
-        10, ge=1, description="Validations without a better MRR before stopping; null for never."
+        10,
+        ge=1,
+        description="Validations without a better MRR after which training stops; null for never.",
     )
     checkpoint_every: int = Field(1, ge=1, description="Epochs between checkpoints to resume from.")
     seed: int = Field(0, ge=0, lt=SEEDS, description="Seed of everything random in training.")
     non_finite: Literal["stop", "skip"] = Field(
         "stop",
-        description="What becomes of training at a step whose loss or gradient is NaN or infinite:"
-        " it stops with the weights from before it, or goes on without it and counts it.",
+        description="What to do at a step whose loss or gradient is NaN or infinite: stop with the"
+        " weights from before the step, or skip and count it.",
     )
     disk_full: Literal["stop", "continue"] = Field(
         "stop",
-        description="What becomes of training where a checkpoint does not fit on the disk: it"
-        " stops, or goes on and tries again with the next one.",
+        description="What to do if a checkpoint does not fit on the disk: stop, or continue and"
+        " try to write the next one.",
     )
 
     # -- machine
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto for a GPU if there is one.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Precision of matrix products in training; auto for bfloat16 where the device"
-        " has it, and with several processes where all do; a run keeps what was chosen. Ranking is"
-        " always in float32.",
+        description="Precision of matrix products in training; auto for bfloat16 if the devices of"
+        " all processes multiply it in hardware, else float32. A resumed run keeps its precision."
+        " Ranking is always in float32.",
     )
     views_on: Literal["auto", "device", "host"] = Field(
         "auto",
-        description="Where the views are: on the device, on the host, mapped from their file, so"
-        " that only those of a batch go to the device, or on the device if they take no more than"
-        " half of its free memory (auto).",
+        description="Where the views are held: on the device; on the host, memory-mapped from their"
+        " file, so that only those of a batch are copied to the device; or on the device if they"
+        " take at most half of its free memory (auto).",
     )
     cuda_graph: bool = Field(
         True,
-        description="Whether a GPU records the steps of training and repeats them, which is faster."
-        " That is done where all entities are candidates (not regime: sampled, candidates: shared)"
-        " and scores of a batch take no more than 1 GiB, in one process, with the views on the"
-        " device, backend auto or triton, without ema_decay, not in float16; it needs Triton.",
+        description="Whether a GPU records training steps as CUDA graphs and replays them, which is"
+        " faster. Needs Triton, one process, a regime other than sampled, candidates=shared,"
+        " scores of a batch of at most 1 GiB, the views on the device, backend auto or triton, no"
+        " ema_decay, and a precision other than float16; else steps are not recorded.",
     )
     ranking_batch_size: int = Field(4096, ge=1, description="Queries ranked at a time.")
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads ``on`` and ``yes`` as true, which Python takes for 1."""
+    def _no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse booleans elsewhere: YAML reads ``on`` and ``yes`` as true, which equals 1."""
         field = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (field, *get_args(field)):
             raise ValueError(
-                "expected no truth value, which on, off, yes and no are, too, unless in quotes"
+                "expected no boolean; YAML reads on, off, yes and no as booleans unless in quotes"
             )
         return value
 
     @field_validator("modalities")
     @classmethod
     def _each_once(cls, value: list[str] | None) -> list[str] | None:
-        twice = [name for name, count in Counter(value or ()).items() if count > 1]
-        if twice:
-            raise ValueError(f"expected each modality once, found {twice[0]!r} more often")
+        repeated = [name for name, count in Counter(value or ()).items() if count > 1]
+        if repeated:
+            raise ValueError(f"expected each modality once, found {repeated[0]!r} more often")
         return value
 
     @classmethod
     def create(cls, *layers: Mapping[str, Any]) -> Settings:
-        """Settings from mappings, later ones over earlier ones, over the defaults.
+        """Create settings from mappings; later ones override earlier ones and the defaults.
 
         Raises
         ------
         SettingsError
-            A setting that there is not, with the nearest that there is, or a value that it does
-            not take.
+            An unknown key (the message names the nearest known one) or an invalid value.
 
         Examples
         --------
@@ -333,14 +343,14 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:
-        """A mapping from a YAML or TOML file, checked by `create` together with the rest.
+        """Read a mapping of settings, checked by `create`, from a YAML or TOML file.
 
-        In place of a file one of `presets`, where no file is called so.
+        ``path`` may also be one of `presets`, unless a file has that name.
 
         Raises
         ------
         SettingsError
-            No such file, one that cannot be read, or what `create` refuses.
+            The file does not exist or cannot be read, or `create` refuses its content.
         """
         if not Path(path).suffix and not Path(path).exists():
             if str(path) not in presets():
@@ -355,7 +365,7 @@ class Settings(BaseModel):
 
     @classmethod
     def read_all(cls, paths: Iterable[str | Path]) -> dict[str, Any]:
-        """A mapping from several files, later ones over earlier ones; see `read`."""
+        """Merge the mappings of several files, later ones over earlier ones; see `read`."""
         merged: dict[str, Any] = {}
         for path in paths:
             merged.update(cls.read(path))
@@ -363,7 +373,7 @@ class Settings(BaseModel):
 
     @classmethod
     def of(cls, given: Settings | Mapping[str, Any] | str | os.PathLike[str] | None) -> Settings:
-        """Settings from what a caller has: some, a mapping, a file, a name of `presets`, or none.
+        """Convert a mapping, a file, or a name of `presets` to settings; None to the defaults.
 
         >>> from imvia_graph import Settings
         >>> Settings.of({"dim": 64}).dim, Settings.of("paper").loss
@@ -384,8 +394,8 @@ class Settings(BaseModel):
 
     @staticmethod
     def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
-        """The mapping in a YAML or TOML file, unchecked; ``what`` it is of, for messages."""
-        from imvia_graph import _files  # it needs torch, and what the settings are is said without
+        """Read a YAML or TOML file as a mapping, unchecked; ``what`` names its keys in messages."""
+        from imvia_graph import _files  # imports torch, which printing the settings does not need
 
         path = Path(path)
         with _files.open_input(path) as file:
@@ -412,12 +422,12 @@ class Settings(BaseModel):
 
     @classmethod
     def parse(cls, assignments: Sequence[str]) -> dict[str, Any]:
-        """A mapping from ``key=value`` texts; values are read as YAML.
+        """Parse ``key=value`` strings into a mapping; values are read as YAML.
 
         Raises
         ------
         SettingsError
-            A text without ``=``, or a value that is no YAML.
+            A string without ``=``, or a value that is not YAML.
 
         Examples
         --------
@@ -438,11 +448,11 @@ class Settings(BaseModel):
         return values
 
     def replace(self, **changes: Any) -> Settings:
-        """The same settings with some changed."""
+        """Return a copy with some settings changed."""
         return Settings.create(self.model_dump(), changes)
 
     def to_yaml(self, comments: bool = False) -> str:
-        """The settings as YAML, on request with what each is for."""
+        """Return the settings as YAML, with ``comments`` that describe each."""
         lines = []
         for key, field in type(self).model_fields.items():
             text = yaml.safe_dump({key: getattr(self, key)}, allow_unicode=True).strip()
@@ -454,28 +464,28 @@ class Settings(BaseModel):
         return "\n".join(lines).rstrip() + "\n"
 
 
-#: Where the settings are that come with the package.
+#: Folder of the settings files that come with the package.
 PRESETS = Path(__file__).parent / "presets"
 
 
-def checked_settings(given: Any) -> Settings:
-    """What is given, if it is `Settings`.
+def checked_settings(settings: Any) -> Settings:
+    """Return the argument if it is a `Settings`.
 
     Raises
     ------
     SettingsError
         It is a mapping, or anything else.
     """
-    if isinstance(given, Settings):
-        return given
+    if isinstance(settings, Settings):
+        return settings
     raise SettingsError(
-        f"settings: expected Settings, received {type(given).__name__}. Of a mapping,"
-        " imvia_graph.Settings.create(mapping) makes them."
+        f"settings: expected Settings, received {type(settings).__name__}. Convert a mapping with"
+        " imvia_graph.Settings.create(mapping)."
     )
 
 
 def presets() -> list[str]:
-    """Names of the settings that come with the package: ``paper``, those of the paper.
+    """Return the names of the settings that come with the package: ``paper``, as in the paper.
 
     >>> from imvia_graph.settings import presets
     >>> presets()
@@ -484,17 +494,16 @@ def presets() -> list[str]:
     return sorted(file.stem for file in PRESETS.glob("*.yaml"))
 
 
-#: Bytes that a file of settings has at most: PyYAML reads some 100 KiB a second.
+#: Largest size of a settings file in bytes: PyYAML reads about 100 KiB a second.
 MOST_BYTES = 2**18
-#: What PyYAML and tomllib raise at what is no YAML or TOML, or is a date that is none, or is nested
-#: too deeply.
+#: Errors of PyYAML and tomllib for invalid YAML or TOML, invalid dates, and too deep nesting.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError)
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, without aliases, of which a few can stand for billions of values.
+    """PyYAML's safe loader without aliases, a few of which can expand to billions of values.
 
-    A key that stands twice is an error: YAML has it so, and PyYAML takes the last one.
+    Duplicate keys are an error, as in the YAML specification; PyYAML itself keeps the last one.
     """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -506,7 +515,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, Hashable):
                 if key in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} stands twice", key_node.start_mark
+                        None, None, f"duplicate key {key!r}", key_node.start_mark
                     )
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)
@@ -525,15 +534,15 @@ def _yaml(text: str) -> Any:
 
 
 def as_number(value: Any) -> Any:
-    """A number in a text as a number: YAML 1.1 takes 1e-3 for a text; people do not."""
+    """Convert a string that is a number: YAML 1.1 reads 1e-3 as a string."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return float(value)
     return value
 
 
-#: What settings are called elsewhere.
-_ELSEWHERE = {
+#: Names of settings in other libraries.
+_SYNONYMS = {
     "lr": "learning_rate",
     "bs": "batch_size",
     "wd": "weight_decay",
@@ -548,9 +557,9 @@ _ELSEWHERE = {
 
 
 def _nearest(key: str) -> str | None:
-    """The setting that a name may be meant for: letters left out, added, changed or swapped."""
-    if key.lower() in _ELSEWHERE:
-        return _ELSEWHERE[key.lower()]
+    """Return the setting whose name is most similar to an unknown key; None if none is similar."""
+    if key.lower() in _SYNONYMS:
+        return _SYNONYMS[key.lower()]
     similarity = DamerauLevenshtein.normalized_similarity
     found = process.extractOne(
         key.lower(), list(Settings.model_fields), scorer=similarity, score_cutoff=0.5

@@ -1,4 +1,4 @@
-"""Splitting triples into train, validation and test sets without leaks."""
+"""Splits of triples into train, validation and test sets without leaks."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ def hold_out(
 ) -> tuple[Tensor, Tensor]:
     """Split training triples into a smaller train set and a held-out set.
 
-    All triples between the same two entities, in either direction and under any relation, stay
-    together, so that no held-out triple has its inverse, its symmetric twin or its copy in train.
-    Every entity and every relation of ``triples`` keeps at least one triple in train.
+    With ``by="pair"``, all triples between the same two entities, in either direction and under any
+    relation, stay together, so that train has no inverse, symmetric twin or copy of a held-out
+    triple. Every entity and every relation of ``triples`` keeps at least one triple in train.
 
     Parameters
     ----------
     triples : Tensor
         (n, 3) int64.
     fraction : float
-        Share of the triples to hold out, in (0, 1). Fewer are held out where the rules above leave
-        fewer. Default: 0.05.
+        Fraction of the triples to hold out, in (0, 1). Fewer are held out if these rules do not
+        allow as many. Default: 0.05.
     seed : int
         The same seed gives the same split. Default: 0.
     keep : Tensor, optional
-        (m, 3) int64: whatever is between the ends of one of these stays in train; of ``triple``,
-        these themselves. Default: none.
+        (m, 3) int64: triples between the two entities of one of these stay in train; with
+        ``by="triple"``, only copies of these triples. Default: none.
     by : {"pair", "triple"}
-        What stays together: triples between the same two entities, or copies of a triple alone, as
-        where a test set was drawn so, too (`drawn_by`). Default: ``pair``.
+        Which triples stay together: those between the same two entities, or only copies of a
+        triple, which suits a test set drawn in this way (`drawn_by`). Default: ``pair``.
 
     Returns
     -------
     tuple of Tensor
-        Train and held-out triples, each in the order in which they came.
+        Train and held-out triples, each in the original order.
 
     Raises
     ------
     DataError
-        A fraction that is not between 0 and 1, or another ``by``.
+        ``fraction`` is not between 0 and 1, or ``by`` is neither pair nor triple.
 
     Examples
     --------
@@ -72,12 +72,13 @@ def hold_out(
 
 
 def drawn_by(train: Tensor, test: Tensor) -> By:
-    """Whether a test set was drawn pair by pair or triple by triple, by what it shares with train.
+    """Return whether a test set was drawn by pairs of entities or by single triples.
 
-    Drawn triple by triple, about as many of its triples join two entities that another training
-    triple joins, in either direction, as training triples do; drawn pair by pair, none. The nearer
-    of the two counts; where no training triple does so, or there is no test set, it is ``pair``.
-    Nothing else of the test set is looked at: neither its relations nor how anything ranks it.
+    Compare the fraction of test triples whose two entities a training triple joins, in either
+    direction, with the fraction of training triples whose two entities another training triple
+    joins. The fractions are about equal if the test set was drawn triple by triple; the first is 0
+    if it was drawn pair by pair. The nearer case is returned, and ``pair`` if the second fraction
+    is 0 or there is no test set. Nothing else of the test set is used, neither relations nor ranks.
 
     Parameters
     ----------
@@ -99,10 +100,10 @@ def drawn_by(train: Tensor, test: Tensor) -> By:
         return "pair"
     both = torch.cat([train, test])
     pair = _numbered_pairs(*both[:, [0, 2]].sort(dim=1).values.unbind(dim=1))
-    mine, theirs = pair.split([len(train), len(test)])
-    count = torch.bincount(mine, minlength=int(pair.max()) + 1)
-    expected = (count[mine] > 1).double().mean()
-    found = (count[theirs] > 0).double().mean()
+    of_train, of_test = pair.split([len(train), len(test)])
+    count = torch.bincount(of_train, minlength=int(pair.max()) + 1)
+    expected = (count[of_train] > 1).double().mean()
+    found = (count[of_test] > 0).double().mean()
     return "triple" if 2 * found > expected > 0 else "pair"
 
 
@@ -111,23 +112,28 @@ def split_triples(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split triples into train, validation and test sets, by the rules of `hold_out`.
 
-    Triples between the same two entities never stand in two of the sets, and every entity and
-    every relation keeps at least one triple in train.
+    All triples between the same two entities are in the same set, and every entity and every
+    relation keeps at least one triple in train.
 
     Parameters
     ----------
     triples : Tensor
         (n, 3) int64.
     fractions : sequence of float
-        Shares of train, validation and test; their sum is 1. Validation and test sets are smaller
-        where the rules leave fewer triples for them. Default: 0.8, 0.1, 0.1.
+        Fractions of train, validation and test; their sum is 1. Validation and test sets are
+        smaller if the rules do not allow as many triples. Default: 0.8, 0.1, 0.1.
     seed : int
         The same seed gives the same split. Default: 0.
 
     Returns
     -------
     tuple of Tensor
-        Train, validation and test triples, each in the order in which they came.
+        Train, validation and test triples, each in the original order.
+
+    Raises
+    ------
+    DataError
+        ``fractions`` are not three numbers from 0 to 1 whose sum is 1, that of train above 0.
 
     Examples
     --------
@@ -143,20 +149,20 @@ def split_triples(
 
 
 def checked_shares(name: str, value: object) -> tuple[float, float, float]:
-    """Shares of train, validation and test; ``name`` is what a DataError calls them."""
+    """Parse fractions of train, validation and test; ``name`` names them in a DataError."""
     expected = (
         f"{name}: expected three numbers from 0 to 1, of train (not 0), validation and test, as"
         " 0.8, 0.1, 0.1"
     )
-    given: Any = value.split(",") if isinstance(value, str) else value
+    numbers: Any = value.split(",") if isinstance(value, str) else value
     try:
-        shares = [float(share) for share in given]
+        shares = [float(share) for share in numbers]
     except (TypeError, ValueError):
         shares = []
     if len(shares) != 3 or not all(0 <= share <= 1 for share in shares) or not shares[0]:
         raise DataError(f"{expected}; received {value!r}.")
     if abs(sum(shares) - 1) > 1e-6:
-        raise DataError(f"{expected}; their sum is to be 1, that of {shares} is {sum(shares):g}.")
+        raise DataError(f"{expected}, with a sum of 1; the sum of {shares} is {sum(shares):g}.")
     return shares[0], shares[1], shares[2]
 
 
@@ -167,7 +173,7 @@ def _hold_out_parts(
     keep: Tensor | None = None,
     by: By = "pair",
 ) -> list[Tensor]:
-    """What is left for train, then a part for each fraction."""
+    """Return the train triples, then the held-out triples of each fraction."""
     n = len(triples)
     if not n:
         return [triples] + [triples[:0]] * len(fractions)
@@ -175,7 +181,7 @@ def _hold_out_parts(
     order = torch.randperm(n, generator=generator)
     head, relation, tail = (column[order] for column in triples.unbind(dim=1))
 
-    # Groups that may not be torn: triples between the same two entities, or copies of one.
+    # Groups that stay together: triples between the same two entities, or copies of a triple.
     kept = triples[:0] if keep is None else keep
     heads, tails = torch.cat([head, kept[:, 0]]), torch.cat([tail, kept[:, 2]])
     if by == "pair":
@@ -207,7 +213,7 @@ def _hold_out_parts(
 
 
 def _fill(size: Tensor, room: int) -> Tensor:
-    """Which of the groups are taken if each in turn is taken where it still fits."""
+    """Return which groups are taken if each in turn is taken when it still fits into ``room``."""
     taken = torch.zeros(len(size), dtype=torch.bool)
     waiting = (size <= room).nonzero().flatten()
     while len(waiting):
@@ -220,7 +226,7 @@ def _fill(size: Tensor, room: int) -> Tensor:
 
 
 def _numbered_pairs(one: Tensor, other: Tensor) -> Tensor:
-    """A number for each pair, the same for equal pairs, from 0."""
+    """Number pairs from 0; equal pairs have equal numbers."""
     base = int(other.max()) + 1
     if (int(one.max()) + 1) * base < 2**63 and int(one.min()) >= 0 and int(other.min()) >= 0:
         _, number = torch.unique(one * base + other, return_inverse=True)
@@ -230,7 +236,7 @@ def _numbered_pairs(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _first(values: Tensor) -> Tensor:
-    """`first_occurrence`, without sorting where the values are ids that are not too spread out."""
+    """Do `first_occurrence`, without sorting if the values are ids of a small enough range."""
     if not len(values) or int(values.min()) < 0 or int(values.max()) > 4 * len(values) + 1024:
         return first_occurrence(values)
     position = torch.arange(len(values))
@@ -240,7 +246,7 @@ def _first(values: Tensor) -> Tensor:
 
 
 def first_occurrence(values: Tensor) -> Tensor:
-    """Positions at which each distinct value of a 1-dim tensor stands first."""
+    """Return the position of the first occurrence of each distinct value of a 1-dim tensor."""
     _, inverse = torch.unique(values, return_inverse=True)
     num = int(inverse.max()) + 1 if len(values) else 0
     position = torch.arange(len(values))
@@ -249,20 +255,20 @@ def first_occurrence(values: Tensor) -> Tensor:
 
 
 def count_shared(part: Tensor, other: Tensor) -> int:
-    """How many distinct triples of ``part`` stand in ``other`` too."""
+    """Count the distinct triples of ``part`` that are in ``other``, too."""
     if not len(part) or not len(other):
         return 0
-    # Few triples of a large graph have both ends in common with a small part of it.
+    # Most triples of a large graph have a head or a tail that a small part of it does not have.
     for column in (0, 2):
-        named = torch.zeros(int(torch.maximum(part.max(), other.max())) + 1, dtype=torch.bool)
-        named[part[:, column]] = True
-        other = other[named[other[:, column]]]
+        in_part = torch.zeros(int(torch.maximum(part.max(), other.max())) + 1, dtype=torch.bool)
+        in_part[part[:, column]] = True
+        other = other[in_part[other[:, column]]]
         if not len(other):
             return 0
     both = torch.cat([part, other])
     pair = _numbered_pairs(both[:, 0], both[:, 2])
     number = _numbered_pairs(both[:, 1], pair)
-    mine, theirs = number.split([len(part), len(other)])
-    there = torch.zeros(int(number.max()) + 1, dtype=torch.bool)
-    there[theirs] = True
-    return int(there[mine.unique()].sum())
+    of_part, of_other = number.split([len(part), len(other)])
+    in_other = torch.zeros(int(number.max()) + 1, dtype=torch.bool)
+    in_other[of_other] = True
+    return int(in_other[of_part.unique()].sum())

@@ -1,7 +1,7 @@
-"""What a training tells others: a progress bar, and losses and metrics in TensorBoard.
+"""Callbacks that show training: a progress bar, and losses and metrics in TensorBoard.
 
-`Callback` is all that another tracker needs: `on_epoch` gets the record that ``metrics.jsonl``
-holds of each epoch.
+Other trackers need no more than a `Callback` whose `on_epoch` receives the record of each epoch, as
+in ``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from imvia_graph.training import Callback, Trainer
 
 
 class ProgressBar(Callback):
-    """A progress bar with loss and the last validation MRR; plain lines without a terminal.
+    """A progress bar with the loss and the last validation MRR; plain lines without a terminal.
 
     Parameters
     ----------
     console : rich.console.Console, optional
-        Where to show it. Default: standard error.
+        The console to write to. Default: standard error.
 
     Examples
     --------
@@ -34,7 +34,7 @@ class ProgressBar(Callback):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = Console(stderr=True, highlight=False) if console is None else console
-        # A notebook is no terminal, and shows a bar.
+        # Notebooks are no terminals, but can show a bar.
         self.live = self.console.is_terminal or self.console.is_jupyter
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -46,7 +46,7 @@ class ProgressBar(Callback):
         )
 
     def on_start(self, trainer: Trainer) -> None:
-        """Show the bar: a unit a step."""
+        """Show the bar, with a unit per step."""
         steps = len(trainer.batches)
         self.task = self.progress.add_task(
             "Training",
@@ -58,11 +58,11 @@ class ProgressBar(Callback):
             self.progress.start()
 
     def on_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
-        """Advance; the loss is that of the epoch's record, for which no GPU is waited."""
+        """Advance the bar, without reading the loss, for which the host would wait for the GPU."""
         self.progress.advance(self.task)
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """Show loss and validation MRR; without a terminal a line for every tenth of the way."""
+        """Show loss and validation MRR; without a terminal, print a line per tenth of training."""
         valid = record.get("valid")
         status = f"epoch {record['epoch']}/{trainer.epochs}  loss {record['loss']:.4g}"
         if valid:
@@ -74,16 +74,16 @@ class ProgressBar(Callback):
             )
         self.progress.update(self.task, status=status)
         every = max(1, trainer.epochs // 10)
-        tells = not self.live and trainer.shards.is_first
-        if tells and (record["epoch"] % every == 0 or trainer.progress.ended):
+        prints = not self.live and trainer.shards.is_first
+        if prints and (record["epoch"] % every == 0 or trainer.progress.ended):
             self.console.print(f"{status}  {record['seconds']:.1f} s", soft_wrap=True)
 
     def on_close(self, trainer: Trainer) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.progress.stop()
 
     def on_end(self, trainer: Trainer) -> None:
-        """Say why training ended."""
+        """Print why training ended."""
         if not trainer.shards.is_first:
             return
         self.progress.stop()
@@ -97,10 +97,10 @@ class ProgressBar(Callback):
             if progress.best_mrr is not None
             else "nothing was validated, the last epoch is kept"
         )
-        left = f" {progress.skipped} steps were left out." if progress.skipped else ""
+        skipped = f" {progress.skipped} steps were skipped." if progress.skipped else ""
         self.console.print(
             f"Trained {progress.epoch} epochs in {progress.seconds:.0f} s: {reason}; {chosen}."
-            f"{left}"
+            f"{skipped}"
         )
 
 
@@ -110,8 +110,8 @@ class TensorBoard(Callback):
     Parameters
     ----------
     folder : path
-        Where to write; ``tensorboard --logdir FOLDER`` shows it. A training that is resumed with
-        the same folder goes on with the same curves.
+        The folder to write to; ``tensorboard --logdir FOLDER`` shows it. Training resumed with the
+        same folder continues the curves.
 
     Raises
     ------
@@ -139,12 +139,12 @@ class TensorBoard(Callback):
         self.writer: Any = None
 
     def on_start(self, trainer: Trainer) -> None:
-        """Go on after the last epoch there is, hiding what was written of later ones."""
+        """Continue after the last epoch done, hiding points of later epochs."""
         step = trainer.progress.epoch + 1
         self.writer = self._make(os.fspath(self.folder), purge_step=step)
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """Write each number under its name: ``loss``, ``valid/mrr`` and so on."""
+        """Write each number of the record under its name: ``loss``, ``valid/mrr`` and so on."""
         for name, value in scalars(record):
             if name != "epoch":
                 self.writer.add_scalar(name, value, record["epoch"])
@@ -152,12 +152,12 @@ class TensorBoard(Callback):
 
     def on_close(self, trainer: Trainer) -> None:
         """Close the file."""
-        if self.writer is not None:  # training may end before it starts
+        if self.writer is not None:  # None if training failed before `on_start`
             self.writer.close()
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a nested record with their paths.
+    """Yield the path and value of each number of a nested record.
 
     >>> from imvia_graph.tracking import scalars
     >>> list(scalars({"loss": 2.0, "valid": {"mrr": 0.5}}))

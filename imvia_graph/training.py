@@ -1,6 +1,6 @@
-"""The fit loop: batches of queries, one step, epochs with validation and early stopping.
+"""The training loop: batches of queries, steps, epochs with validation, and early stopping.
 
-It knows nothing of files or the terminal but through callbacks.
+Files and the terminal are left to callbacks.
 """
 
 from __future__ import annotations
@@ -49,49 +49,49 @@ logger = logging.getLogger(__name__)
 
 
 class Callback:
-    """What training tells whoever wants to know; override what is of interest."""
+    """Base class of training callbacks; override the hooks of interest."""
 
-    def __init_subclass__(cls, **given: Any) -> None:
-        super().__init_subclass__(**given)
-        told = {name for name in vars(Callback) if name.startswith("on_")}
-        for name in vars(cls).keys() - told:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        hooks = {name for name in vars(Callback) if name.startswith("on_")}
+        for name in vars(cls).keys() - hooks:
             if name.startswith("on_"):
                 logger.warning(
-                    "%s.%s: training tells a callback nothing of that name; it calls %s.",
+                    "%s.%s: training calls no hook of that name; it calls %s.",
                     cls.__name__,
                     name,
-                    ", ".join(sorted(told)),
+                    ", ".join(sorted(hooks)),
                 )
 
     def on_start(self, trainer: Trainer) -> None:
-        """Before the first epoch of this call."""
+        """Called before the first epoch of a call of `Trainer.fit`."""
 
     def on_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
-        """After a step; ``losses`` are detached scalars on the model's device."""
+        """Called after each step; ``losses`` are detached scalars on the model's device."""
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """After an epoch and its validation, with what ``metrics.jsonl`` holds of it."""
+        """Called after each epoch and its validation, with its record in ``metrics.jsonl``."""
 
     def on_stop(self, trainer: Trainer) -> None:
-        """Where training ends before its time, on request or for a `TrainingError`: after a step.
+        """Called after a step where training ends early: on request or for a `TrainingError`.
 
-        What is kept of the trainer now is gone on with at the next step, to the bit.
+        A checkpoint of the trainer saved here resumes with the next step, bit for bit.
         """
 
     def on_end(self, trainer: Trainer) -> None:
-        """After the last epoch."""
+        """Called after the last epoch."""
 
     def on_close(self, trainer: Trainer) -> None:
-        """Last of all, however training ended: by an error, too."""
+        """Called last, however training ended, also after an error."""
 
 
-class _Stopped(Exception):  # noqa: N818 - it was asked for
+class _Stopped(Exception):  # noqa: N818 - a request, not an error
     """Training was asked to stop."""
 
 
 @dataclass
 class Progress:
-    """How far training has come; with the tensors of a `Trainer`, all that resuming needs."""
+    """The progress of training; with the tensors of a `Trainer`, all that resuming needs."""
 
     epoch: int = 0
     step: int = 0
@@ -100,30 +100,36 @@ class Progress:
     #: Validations since the best one.
     waited: int = 0
     seconds: float = 0.0
-    #: Why training ended; empty while it has not.
+    #: Why training ended: ``epochs`` or ``patience``; empty until then.
     ended: str = ""
-    #: Of the epoch that is not over: batches done, and seconds.
+    #: Batches done and seconds spent in the current epoch.
     batch: int = 0
     elapsed: float = 0.0
-    #: Steps that were left out because their loss or gradient was not finite.
+    #: Steps skipped because their loss or gradient was not finite.
     skipped: int = 0
 
 
 class _Step(NamedTuple):
-    """A step whose health is not known yet, and what taking it back needs."""
+    """A step whose `Health` is not known yet, and what undoing it needs."""
 
     health: Health
     before: Before
-    #: Or the rows that it is made of.
+    #: The batch or, of a recorded step, its rows (see `Batches.rows_of_epoch`).
     batch: Batch | Tensor
-    #: Its place in the epoch and in all, and the state that its batch was drawn in.
+    #: Its index in the epoch and in training, and the generator state that its batch was drawn in.
     place: int
     number: int
     drawn: Tensor
 
 
 def checked_callbacks(callbacks: Callback | Sequence[Callback]) -> list[Callback]:
-    """A list of callbacks, of one too."""
+    """Return one callback or several as a list.
+
+    Raises
+    ------
+    SettingsError
+        One of them is no `Callback`.
+    """
     if isinstance(callbacks, Callback):
         return [callbacks]
     found: list[Any] = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
@@ -131,8 +137,8 @@ def checked_callbacks(callbacks: Callback | Sequence[Callback]) -> list[Callback
         if not isinstance(callback, Callback):
             what = f"the class {callback.__name__}" if isinstance(callback, type) else callback
             raise SettingsError(
-                f"callbacks: expected objects of imvia_graph.Callback, received {what}."
-                + (" Call it, to make one." if isinstance(callback, type) else "")
+                f"callbacks: expected instances of imvia_graph.Callback, received {what}."
+                + (" Call it to make one." if isinstance(callback, type) else "")
             )
     return found
 
@@ -143,43 +149,43 @@ class Trainer:
     Parameters
     ----------
     model : IMVIA
-        Trained in place, on the device where it is; parameters that require no gradient stay as
-        they are.
+        Trained in place, on its device; parameters that require no gradient do not change.
     kg : MultiViewKG
-        Its ``train`` is trained on, its ``valid`` chooses the epoch; ``test`` only filters.
+        ``train`` is trained on, ``valid`` selects the best epoch; ``test`` only filters ranks.
     settings : Settings
         See the groups *losses* and *training*.
     callbacks : sequence of Callback, optional
-        What is told of training, in this order. Default: none.
+        Called in this order. Default: none.
 
     Attributes
     ----------
     settings : Settings
-        Those given, with ``epochs``, ``lambda_regularization``, ``complex_head`` and ``precision``
-        where they leave these open.
+        The settings passed in, with the values that training chose for ``epochs``,
+        ``lambda_regularization``, ``complex_head`` and ``precision`` if these were left open.
     progress : Progress
-        How far it has come.
+        Epochs and steps done, and the best epoch so far.
     best_state : dict of str to Tensor or None
-        The model's state at the best validation MRR. Until training goes on, and once it has ended,
-        these are the model's own tensors; else a copy, mapped from its file where there is one.
+        The model's state_dict at the best validation MRR. From that validation to the next epoch,
+        and once training has ended, these are the model's own tensors; otherwise a copy,
+        memory-mapped from its file if there is one.
     average : Average or None
-        The moving average of the weights, with ``ema_decay``.
+        The moving average of the weights; None without ``ema_decay``.
     sums : dict of str to Tensor
-        The losses of the epoch so far, added up, and the number of ``steps``.
+        The sum of each loss over the steps of the current epoch, and the number of ``steps``.
 
     Raises
     ------
     DataError
-        The graph is not that of the model.
+        The model was made for another graph.
     SettingsError
-        Settings or callbacks that are none; float16 with several processes; a model in half
-        precision, which is not trained: where ``precision`` says so, products are in it, and
-        parameters in float32.
+        ``settings`` is no `Settings`, or a callback no `Callback`; float16 with several processes;
+        a model in half precision: parameters stay in float32, and the setting ``precision`` puts
+        products in half precision.
 
     Notes
     -----
-    The test triples take part in one thing only: the filter of validation ranks, as is customary.
-    Without validation triples nothing is chosen, and the last epoch is kept.
+    Test triples are used for one thing only, as is customary: to filter validation ranks. Without
+    validation triples no epoch is selected, and the last one is kept.
 
     Examples
     --------
@@ -205,8 +211,8 @@ class Trainer:
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise SettingsError(
                     f"Training: expected a model in float32 or float64; {name} is in"
-                    f" {parameter.dtype}. Train model.float(), whose products the setting precision"
-                    " has in half precision."
+                    f" {parameter.dtype}. Train model.float(); the setting precision puts its"
+                    " products in half precision."
                 )
         self.model, self.kg, self.shards = model, kg, model.shards
         self.callbacks = checked_callbacks(callbacks)
@@ -219,12 +225,12 @@ class Trainer:
         self._unsettled: _Step | None = None
         self._best: dict[str, Tensor] | None = None
         self._best_is_model = False
-        #: Whether the average is in the model, and what is trained in the average.
+        #: Whether the averaged weights are in the model, and the trained ones in `average`.
         self._averaged = False
         self.batches = Batches(kg, settings, model.device)
         if settings.epochs is None:
-            enough = math.ceil(_STEPS / max(len(self.batches), 1))
-            settings = settings.replace(epochs=max(_EPOCHS, enough))
+            needed = math.ceil(_STEPS / max(len(self.batches), 1))
+            settings = settings.replace(epochs=max(_EPOCHS, needed))
         if settings.lambda_regularization is None:
             weight = _WEIGHTS[kg.num_entities >= MANY]
             settings = settings.replace(lambda_regularization=weight)
@@ -232,49 +238,49 @@ class Trainer:
             settings = settings.replace(complex_head=model.settings.complex_head)
         self.precision = training_dtype(settings, model.device)
         if settings.precision == "auto":
-            lacks = float(self.precision == torch.float32)
-            if self.shards.max_(torch.tensor([lacks], device=model.device)).item():
-                self.precision = torch.float32  # what all processes have
+            lacks_bfloat16 = float(self.precision == torch.float32)
+            if self.shards.max_(torch.tensor([lacks_bfloat16], device=model.device)).item():
+                self.precision = torch.float32  # which all processes support
             chosen = str(self.precision).removeprefix("torch.")
             settings = settings.replace(precision=chosen)
         self.settings = settings
         self.objective = Objective(model, settings, self.parts)
         self.known = kg.answers()
-        several = settings.ranking_candidates
+        number = settings.ranking_candidates
         self._ranked_against = (
-            None if several is None else draw_candidates(kg.num_entities, several, settings.seed)
+            None if number is None else draw_candidates(kg.num_entities, number, settings.seed)
         )
         estimators = [] if model.information is None else list(model.information.parameters())
         self.estimators = estimators
         tables = {id(table.weight): table for table in model.entity_tables}
         by_rows = follows_rows(settings)
-        theirs = {id(parameter) for parameter in estimators}
-        ours = [p for p in model.parameters() if id(p) not in theirs]
-        #: What every process holds, and what autograd makes gradients of.
-        self.replicated = [p for p in ours if id(p) not in tables]
-        self.parameters = self.replicated if by_rows else ours
-        #: Tables whose rows are followed one by one, by the names of their weights.
+        of_estimators = {id(parameter) for parameter in estimators}
+        of_model = [p for p in model.parameters() if id(p) not in of_estimators]
+        #: Parameters that every process holds in full, and those whose ``grad`` autograd fills.
+        self.replicated = [p for p in of_model if id(p) not in tables]
+        self.parameters = self.replicated if by_rows else of_model
+        #: Entity tables that are updated row by row, by the names of their weights.
         self.tables = {
             name: tables[id(p)] for name, p in model.named_parameters() if id(p) in tables
         }
         if not by_rows:
             self.tables = {}
         self.named = {name: p for name, p in model.named_parameters() if name not in self.tables}
-        # Persistent ones: the views are buffers, too, but nothing changes them.
+        # Persistent buffers only: the views are buffers, too, but never change.
         learned = {name for name, _ in model.named_parameters()}
         self.buffers = [model.get_buffer(name) for name in model.state_dict().keys() - learned]
         kind, rate = table_optimizer(settings)
         decay = settings.weight_decay
-        apart = {id(table.weight) for table in (*model.relation_tables, *model.entity_tables)}
+        of_tables = {id(table.weight) for table in (*model.relation_tables, *model.entity_tables)}
         if settings.table_optimizer == "same":
-            apart = set()
-        layers = [p for p in self.parameters if id(p) not in apart]
-        looked_up = [p for p in self.parameters if id(p) in apart]
+            of_tables = set()
+        layers = [p for p in self.parameters if id(p) not in of_tables]
+        looked_up = [p for p in self.parameters if id(p) in of_tables]
         small = [table.weight for table in model.complex_tables]
         self.optimizer = make_optimizer(
             settings.optimizer, layers, settings.learning_rate, decay, small
         )
-        #: That of the tables, where they have one of their own: all rows of each.
+        #: Dense optimizer of the tables; None where `optimizer` updates them.
         self.table_optimizer = (
             make_optimizer(kind, looked_up, rate, decay, small) if looked_up else None
         )
@@ -301,21 +307,21 @@ class Trainer:
         )
         if self.precision == torch.float16 and not self.shards.alone:
             raise SettingsError(
-                "Setting precision: float16 is for one process; with several take bfloat16 or"
+                "Setting precision: float16 is for one process; with several, use bfloat16 or"
                 " float32."
             )
         self.scaler = torch.amp.GradScaler(
             model.device.type, enabled=self.precision == torch.float16
         )
         self.average = Average(model, settings.ema_decay) if settings.ema_decay else None
-        #: Sums of the last epoch that was trained whole.
+        #: `sums` of the last epoch that ended.
         self._summed: dict[str, Tensor] = {}
-        #: On a GPU: steps that were recorded, and what their parts run in.
+        #: On a GPU: the recorded steps, and the streams that their parts run in.
         self.recorded: RecordedSteps | None = None
         self.streams = Streams()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """All of them."""
+        """Return all optimizers."""
         every = (
             self.optimizer,
             self.table_optimizer,
@@ -326,13 +332,13 @@ class Trainer:
 
     @property
     def epochs(self) -> int:
-        """How many there are to be at most."""
+        """The maximum number of epochs."""
         assert self.settings.epochs is not None
         return self.settings.epochs
 
     @property
     def best_state(self) -> dict[str, Tensor] | None:
-        """The model's state at the best validation MRR; see above."""
+        """The model's state_dict at the best validation MRR; see `Trainer`."""
         return self.model.state_dict() if self._best_is_model else self._best
 
     @best_state.setter
@@ -340,15 +346,15 @@ class Trainer:
         self._best, self._best_is_model = state, False
 
     def _keep_best(self) -> None:
-        """Copy the best state where it is the model's own: that is about to change."""
+        """Copy the best state if it is the model's own tensors, which are about to change."""
         if self._best_is_model:
             self.best_state = _copy(self.model.state_dict())
-        if self._averaged and self.average is not None:  # training goes on with its own weights
+        if self._averaged and self.average is not None:  # training continues without averaging
             self.average.exchange()
             self._averaged = False
 
     def keep_average(self) -> None:
-        """Put the average, if there is one, into the model, until training goes on."""
+        """Put the averaged weights, if there are any, into the model until training continues."""
         if self.average is not None and not self._averaged:
             self.average.exchange()
             self._averaged = True
@@ -356,15 +362,15 @@ class Trainer:
     # -- the loop -------------------------------------------------------------------------------
 
     def fit(self) -> Progress:
-        """Train until the epochs are done or validation has not improved for ``patience`` times.
+        """Train for ``epochs``, or until ``patience`` validations in a row did not improve.
 
         Raises
         ------
         TrainingError
-            A loss or a gradient that is not finite, unless ``non_finite`` has such steps skipped;
-            the model is as it was before that step.
+            A loss or a gradient is not finite, and ``non_finite`` is not ``skip``; the model is as
+            it was before that step.
         OutOfMemoryError
-            A single query that does not fit into memory.
+            A single query does not fit into memory.
         """
         settings, progress = self.settings, self.progress
         epochs = self.epochs
@@ -376,7 +382,7 @@ class Trainer:
         finally:
             for table in self.tables.values():
                 table.forget()
-            with ExitStack() as closing:  # each is closed, whatever another one raises
+            with ExitStack() as closing:  # closes every callback, even if another one raises
                 for callback in reversed(self.callbacks):
                     closing.callback(callback.on_close, self)
 
@@ -408,7 +414,7 @@ class Trainer:
         return progress
 
     def stop(self) -> None:
-        """Have `fit` return once the step in hand is done, with ``progress.ended`` empty.
+        """Make `fit` return after the current step, with ``progress.ended`` empty.
 
         May be called from a callback, another thread or a signal handler.
         """
@@ -416,11 +422,11 @@ class Trainer:
 
     @property
     def is_asked_to_stop(self) -> bool:
-        """Whether `stop` was called, in this process."""
+        """Whether `stop` was called in this process."""
         return self._stopping
 
     def _is_stopping(self) -> bool:
-        """Whether any process was asked to stop: all do, after the same step."""
+        """Return whether any process was asked to stop; all stop after the same step."""
         if self.shards.alone:
             return self._stopping
         return bool(self.shards.max_(torch.tensor(float(self._stopping), device=self.model.device)))
@@ -434,13 +440,13 @@ class Trainer:
             self._stop()
 
     def _epoch(self) -> None:
-        """An epoch, or what is left of it, and its validation."""
+        """Train an epoch, or the rest of one, and validate."""
         settings, progress = self.settings, self.progress
         self._started = time.perf_counter() - progress.elapsed
         losses = self.train_epoch()
         progress.epoch += 1
         record: dict[str, Any] = {"epoch": progress.epoch, **losses}
-        # Of the whole epoch, also where a part of it was trained before a stop.
+        # Counts the whole epoch, even if a part was trained before a stop.
         skipped = len(self.batches) - round(self._summed["steps"].item())
         if skipped:
             record["skipped"] = skipped
@@ -449,11 +455,11 @@ class Trainer:
         if len(self.kg.valid) and (progress.epoch % settings.validate_every == 0 or last):
             try:
                 record["valid"] = self.validate()
-            except _Stopped:  # without its validation it is not over
+            except _Stopped:  # the epoch ends with its validation
                 progress.epoch -= 1
                 progress.batch, self.sums = len(self.batches), self._summed
                 raise
-        give_back_freed_memory()  # saving is next
+        give_back_freed_memory()  # before checkpoints are written
         progress.seconds += time.perf_counter() - self._started
         progress.elapsed = 0.0
         if settings.patience is not None and progress.waited >= settings.patience:
@@ -464,7 +470,7 @@ class Trainer:
             callback.on_epoch(self, record)
 
     def train_epoch(self) -> dict[str, float]:
-        """One pass over the queries, or what is left of it: the mean of each loss."""
+        """Train on all queries, or on the rest of an epoch's; return the mean of each loss."""
         self._keep_best()
         self.model.train()
         progress = self.progress
@@ -484,7 +490,7 @@ class Trainer:
         sums = self.sums
         if not sums["steps"]:
             raise TrainingError(
-                f"Epoch {progress.epoch + 1}: not one of its steps was finite. {_ADVICE}"
+                f"Epoch {progress.epoch + 1}: no step had a finite loss and gradient. {_ADVICE}"
             )
         progress.batch, self.sums, self._summed = 0, {}, sums
         return {
@@ -492,7 +498,7 @@ class Trainer:
         }
 
     def _steps(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
-        """Yield the steps of an epoch, or what is left of it."""
+        """Yield the steps of an epoch, or of the rest of one, as callables."""
         done = self.progress.batch
         if not can_record(self):
             for batch in self.batches.epoch(done):
@@ -505,17 +511,17 @@ class Trainer:
             yield functools.partial(self.recorded.step, rows)
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """One step: losses of Eq. 8, backward, optimizers. Returns detached losses."""
+        """Do one step: losses (Eq. 8), backward pass, optimizers. Return the detached losses."""
         before = Before(self.buffers, self.model.device)
         losses, estimation, gradients = self.gradients_of(batch, before)
         health = Health(
             losses if estimation is None else {**losses, "estimation": estimation},
-            # In float16 the scaler sees to the gradients: some overflow until it has found a scale.
+            # In float16 the scaler checks the gradients: some overflow until it has found a scale.
             {} if self.scaler.is_enabled() else gradients,
             self.shards,
         )
-        # A GPU is not waited for: it leaves a bad step out itself, and the host learns of it while
-        # the next one is under way, before that changes anything.
+        # The host does not wait for a GPU, which skips a bad step itself. The host learns of the
+        # bad step during the next one, before that one changes anything.
         self.follow(health, before, batch)
         if self.model.device.type == "cuda":
             before.restore_buffers(where=health.bad)
@@ -531,7 +537,7 @@ class Trainer:
         return losses
 
     def follow(self, health: Health, before: Before, batch: Batch | Tensor) -> None:
-        """Take note of a step that is under way, and settle the one before it."""
+        """Settle the last step, and register the one that is now running."""
         self._settle()
         progress = self.progress
         self._unsettled = _Step(
@@ -541,9 +547,9 @@ class Trainer:
     def gradients_of(
         self, batch: Batch, before: Before | None = None
     ) -> tuple[dict[str, Tensor], Tensor | None, dict[str, Tensor]]:
-        """Detached losses of a batch, that of L1's estimators, and the gradients, by name.
+        """Return detached losses, the loss of L1's estimators, and the gradients by name.
 
-        With what was ``before``, the batch is done in parts where memory runs out.
+        If ``before`` is passed, the batch is split into parts where memory runs out.
         """
         losses, estimation = self._gradients(batch, before)
         gradients = {name: p.grad for name, p in self.named.items() if p.grad is not None}
@@ -553,20 +559,20 @@ class Trainer:
     def _gradients(
         self, batch: Batch, before: Before | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Detached losses of a batch, whose gradients are in the parameters; fit into memory."""
+        """Do `_backward`, with smaller parts of the batch each time that memory runs out."""
         while True:
             try:
                 return self._backward(batch)
             except MEMORY_ERRORS as error:
-                # With several processes the others wait for this one's part of the step.
+                # Several processes cannot retry: the others wait for this one in a collective.
                 if before is None or not self.shards.alone:
                     raise
                 self.parts.halve(error, len(batch.entity))
-            # Only here are the tensors of the step that failed let go of.
+            # Only after the handler do tracebacks no longer hold the failed step's tensors.
             self.take_back(before)
 
     def take_back(self, before: Before) -> None:
-        """Let go of a step whose memory ran out, as if it had not been begun."""
+        """Undo a step that ran out of memory, as if it had not begun."""
         self.forget_gradients()
         before.restore_random_states()
         before.restore_buffers()
@@ -575,18 +581,19 @@ class Trainer:
             torch.cuda.empty_cache()
 
     def forget_gradients(self) -> None:
-        """Let go of the last step's gradients."""
+        """Free the last step's gradients."""
         for parameter in self.named.values():
             parameter.grad = None
         for table in self.tables.values():
             table.forget()
 
     def _backward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
-        # Before the forward pass: the last step's gradients need not be held beside it.
+        """Compute the gradients of a batch; return its losses and that of L1's estimators."""
+        # Before the forward pass, whose memory need not hold the last step's gradients.
         self.forget_gradients()
-        # What is computed again in the backward pass is looked up again, too.
+        # Around the backward pass, too: what it recomputes looks rows up again.
         with self._following_rows():
-            # What autocast has converted in one stream it would use in another without waiting.
+            # With several streams, one could read from the cache what another is still casting.
             with torch.autocast(
                 self.model.device.type,
                 self.precision,
@@ -594,8 +601,8 @@ class Trainer:
                 cache_enabled=not self.streams.are_several,
             ):
                 losses, estimation = self.losses(batch)
-            # The estimators of L1 learn from their own loss alone, and the model not from that. It
-            # comes first: the graph is kept for the model's, which lets go of it as it passes.
+            # L1's estimators learn from their own loss only, and the model does not learn from it.
+            # Its backward pass comes first and retains the graph, which the model's then frees.
             estimating = [p for p in self.estimators if p.requires_grad]
             if (
                 self.estimator_optimizer is None
@@ -605,7 +612,7 @@ class Trainer:
             ):
                 estimation = None
             else:
-                # Where L1 was computed, and nothing else waits for it.
+                # In the stream that computed L1; nothing else waits for it.
                 with self.streams.beside("modalities", self.streams.begun, join=False):
                     estimation.backward(inputs=estimating, retain_graph=True)
                 estimation = estimation.detach()
@@ -614,15 +621,15 @@ class Trainer:
                 self.scaler.scale(losses["loss"]).backward(inputs=wanted)
             elif estimation is None:
                 raise IMVIAError(
-                    "Training: the loss depends on no parameter that requires gradients, and"
-                    " nothing would change. Call requires_grad_() on what is to be trained."
+                    "Training: the loss depends on no parameter that requires gradients, so"
+                    " nothing would change. Call requires_grad_() on the parameters to train."
                 )
         self.shards.sum_gradients(self.replicated)
         return {name: value.detach() for name, value in losses.items()}, estimation
 
     @contextmanager
     def _following_rows(self) -> Iterator[None]:
-        """Have rows of `tables` that are looked up meanwhile be leaves of their own."""
+        """Make rows of `tables` that are looked up in this context leaves of their own."""
         for table in self.tables.values():
             table.lazy = True
         try:
@@ -632,12 +639,12 @@ class Trainer:
                 table.lazy = False
 
     def update(self, bad: Tensor | None = None) -> None:
-        """Step the optimizers; on a GPU they leave it out where ``bad`` is 1."""
+        """Step the optimizers, which skip the step where ``bad`` is 1, and update `average`."""
         if self.estimator_optimizer is not None:
             self.estimator_optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.estimator_optimizer.step()
         scale = None
-        # The scaler takes none all of whose parameters are left as they are.
+        # The scaler refuses an optimizer without any gradient.
         optimizers: list[Any] = [
             optimizer
             for optimizer in (self.optimizer, self.table_optimizer)
@@ -649,13 +656,13 @@ class Trainer:
             leaves = [part for part in self._looked_up() if part.grad is not None]
             if leaves:
                 optimizers.append(_Scaled(leaves, lambda: step_by(scale)))
-            rows = None  # the scaler sees to them
+            rows = None  # stepped by the scaler
         overflows = False
         if self.settings.gradient_clip is not None:
             for optimizer in optimizers:
                 self.scaler.unscale_(optimizer)
             scale = self._clip(self.settings.gradient_clip)
-            # The norm is that of all: what overflowed of one optimizer's is in every gradient now.
+            # The norm is over all gradients: an overflow in one optimizer's is now in all of them.
             overflows = self.scaler.is_enabled() and not scale > 0
         for optimizer in optimizers:
             if not self.scaler.is_enabled():
@@ -669,8 +676,8 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.progress.step)
 
-    def _clip(self, most: float) -> Tensor:
-        """Shorten the gradient, of all processes' rows, to a norm; returns the factor."""
+    def _clip(self, max_norm: float) -> Tensor:
+        """Clip the gradient, over all processes' rows, to a norm; return the factor."""
 
         def square(grads: list[Tensor]) -> Tensor:
             norms = torch._foreach_norm(grads) if grads else []
@@ -683,13 +690,13 @@ class Trainer:
         own += [table.gradients()[1] for table in self.tables.values()]
         norm = square([grad for common, grad in grads if common])
         norm = (norm + self.shards.sum_(square(own))).sqrt()
-        scale = (most / (norm + 1e-6)).clamp(max=1.0)
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if grads:
             torch._foreach_mul_([grad for _, grad in grads], scale)
         return scale
 
     def _settle(self) -> bool:
-        """Whether the last step was finite; where it was not, stop or count, as set."""
+        """Return whether the last step was finite; if not, raise or count it, by ``non_finite``."""
         step, self._unsettled = self._unsettled, None
         if step is None:
             return True
@@ -700,22 +707,21 @@ class Trainer:
         if self.settings.non_finite == "skip":
             self.progress.skipped += 1
             if self.progress.skipped == 1:
-                logger.warning("%s The step is left out, and so are others like it.", message)
+                logger.warning("%s The step is skipped, and so are further ones like it.", message)
             return False
-        # As if the step had not been begun.
         step.before.restore_buffers()
         step.before.restore_random_states()
-        # At the first batch of an epoch its order is drawn again, too.
-        again = step.drawn if step.place else self.batches.order_state
-        self.batches.generator.set_state(again)
+        # At the first batch of an epoch, the order of the epoch is drawn again, too.
+        state = step.drawn if step.place else self.batches.order_state
+        self.batches.generator.set_state(state)
         self.progress.batch, self.progress.step = step.place, step.number
         self.progress.elapsed = time.perf_counter() - self._started
-        raise TrainingError(f"{message} The weights are those from before it. {_ADVICE}")
+        raise TrainingError(f"{message} The weights are those from before this step. {_ADVICE}")
 
     def _described(self, step: _Step, losses: list[str], parameters: list[str]) -> str:
-        told = list(losses)
+        problems = list(losses)
         if parameters:
-            told.append(f"the gradient of {listed(parameters)} is not finite")
+            problems.append(f"the gradient of {listed(parameters)} is not finite")
         kg, batch = self.kg, step.batch
         if isinstance(batch, Tensor):
             batch = self.batches.filled(batch)
@@ -725,11 +731,11 @@ class Trainer:
             f"Epoch {self.progress.epoch + 1}, batch {step.place + 1} of {len(self.batches)}"
             f" ({len(batch.entity)} queries, the first of {kg.entities[int(batch.entity[0])]!r}"
             f" under {kg.relations[relation % kg.num_relations]!r}{inverse}):"
-            f" {', '.join(told)}."
+            f" {', '.join(problems)}."
         )
 
     def _check_scale(self) -> None:
-        """In float16: gradients that overflow although they are not scaled up any more."""
+        """Raise where float16 gradients overflow although the loss is not scaled up any more."""
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             raise TrainingError(
                 f"Epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}: gradients"
@@ -737,7 +743,7 @@ class Trainer:
             )
 
     def _set_learning_rate(self, step: int) -> None:
-        """Follow the schedule; ``step`` counts within the epoch."""
+        """Set the learning rates of the schedule; ``step`` counts within the epoch."""
         settings = self.settings
         if settings.schedule == "constant":
             return
@@ -755,14 +761,14 @@ class Trainer:
                 set_rate(optimizer, rate * factor)
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The total and its parts (Eq. 4, 5, 7, 8), and the loss of L1's estimators."""
+        """Return the total loss and its terms (Eq. 4, 5, 7, 8), and that of L1's estimators."""
         return self.objective.losses(batch, self.streams)
 
     def _looked_up(self) -> list[Tensor]:
         return [rows for table in self.tables.values() for rows in table.looked_up()]
 
     def validate(self) -> dict[str, float]:
-        """Metrics of both sides on the validation triples; keeps the state if they are the best."""
+        """Rank both sides of the validation triples; keep the state if its MRR is the best."""
         if self.average is None or self._averaged:
             return self._validate()
         self.average.exchange()
@@ -772,17 +778,17 @@ class Trainer:
             self.average.exchange()
 
     def _warn_of_chance(self, mrr: float) -> None:
-        """Say, at the first validation, that nothing was learned before it."""
-        several = self._ranked_against
-        number = self.kg.num_entities if several is None else len(several)
+        """Warn, at the first validation, if the model ranks hardly better than by chance."""
+        drawn = self._ranked_against
+        number = self.kg.num_entities if drawn is None else len(drawn)
         first = self.progress.best_mrr is None and self.progress.epoch > 0
-        if not (first and self.shards.is_first and number >= _TELLING):
+        if not (first and self.shards.is_first and number >= _WARN_FROM):
             return
         by_chance = (math.log(number) + 0.5772) / number  # the mean of 1, 1/2, …, 1/number
         if mrr < 2 * by_chance:
             logger.warning(
                 "After epoch %d the validation MRR is %.2g, and by chance it would be %.2g: nothing"
-                " was learned yet. If that stays so, try a smaller lambda_regularization (it is"
+                " was learned yet. If it does not rise, try a smaller lambda_regularization (it is"
                 " %g), or another learning rate.",
                 self.progress.epoch,
                 mrr,
@@ -806,7 +812,7 @@ class Trainer:
         if progress.best_mrr is None or metrics["mrr"] > progress.best_mrr:
             progress.best_mrr, progress.best_epoch = metrics["mrr"], progress.epoch
             progress.waited = 0
-            # The average is in the model for this validation alone.
+            # The averaged weights are in the model during this validation only.
             averaged = self.average is not None
             self._best = _copy(self.model.state_dict()) if averaged else None
             self._best_is_model = not averaged
@@ -816,9 +822,9 @@ class Trainer:
 
 
 class _Scaled:
-    """Rows of tables that were looked up, as `torch.amp.GradScaler` takes an optimizer.
+    """Looked-up rows of tables as an optimizer for `torch.amp.GradScaler`.
 
-    It unscales their gradients, and leaves the step out where one of them has overflowed.
+    The scaler unscales their gradients, and skips the step where one of them has overflowed.
     """
 
     def __init__(self, rows: Sequence[Tensor], step: Callable[[], None]) -> None:
@@ -834,18 +840,18 @@ def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-#: Where the settings name no number of epochs: as many as take so many steps, but at least …
+#: Default of ``epochs``: as many as take `_STEPS` steps, and `_EPOCHS` at least.
 _STEPS, _EPOCHS = 500, 32
 
-#: Where the settings name no weight of the regularisation: below `MANY` entities, and from there.
+#: Defaults of ``lambda_regularization``: below `MANY` entities, and from there on.
 _WEIGHTS = (0.1, 0.01)
-#: Entities from which on ranks like those of chance are told of: fewer are soon ranked better.
-_TELLING = 10_000
+#: Smallest number of candidates for `_warn_of_chance`; fewer are soon ranked better.
+_WARN_FROM = 10_000
 
-#: What to try where numbers are none.
+#: What to try where a loss or gradient is not finite.
 _ADVICE = (
-    "Try a smaller learning_rate, a gradient_clip, or precision=float32, or leave such steps out"
-    " with non_finite=skip, which a resumed run takes, too."
+    "Try a smaller learning_rate, a gradient_clip, or precision=float32, or skip such steps with"
+    " non_finite=skip, which may also be set when a run is resumed."
 )
 
 

@@ -1,6 +1,6 @@
 """`tune`: a search for the settings with the best validation MRR, by Optuna.
 
-A study is an SQLite file: it can be stopped, killed, gone on with, and shared by several workers.
+A study is an SQLite file. It can be stopped or killed, continued, and shared by several workers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from imvia_graph.run import fit
 from imvia_graph.settings import Settings, as_number
 from imvia_graph.training import Callback, Trainer
 
-#: What is searched unless told otherwise.
+#: The default space.
 SPACE: dict[str, Any] = {
     "learning_rate": {"low": 3e-4, "high": 1e-2, "log": True},
     "table_learning_rate": {"low": 0.02, "high": 0.5, "log": True},
@@ -50,18 +50,18 @@ SPACE: dict[str, Any] = {
     "lambda_alignment": [0.0, 0.01, 0.1, 1.0],
 }
 
-#: The most combinations of a space that are listed to find one that was not tried.
+#: Largest number of combinations of a space that are listed to find one that was not tried.
 _MOST_LISTED = 1_000_000
 
-#: Draws one after the other that were all tried before, after which a space counts as tried.
+#: Number of consecutive draws of settings tried before, after which a space counts as exhausted.
 _MOST_REPEATED = 100
 
-#: Settings in which the workers of a study may differ: each is on a machine of its own.
+#: Settings of the machine, which may differ between the workers of a study.
 MACHINE = ("device", "backend", "ranking_batch_size")
 
 
 class Range(BaseModel):
-    """Numbers to search: from ``low`` to ``high``, both included."""
+    """The range of numbers to search, from ``low`` to ``high``, both included."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -77,7 +77,7 @@ class Range(BaseModel):
         if self.step is not None and self.step <= 0:
             raise ValueError(f"step is {self.step}; expected more than 0")
         if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("log wants low above 0 and no step")
+            raise ValueError("log needs low above 0 and no step")
         return self
 
     @property
@@ -86,7 +86,7 @@ class Range(BaseModel):
         return all(isinstance(end, int) for end in (self.low, self.high, self.step or 1))
 
     def values(self) -> list[int | float] | None:
-        """All of them; None where they are too many to list."""
+        """Return all numbers of the range; None if they are too many to list."""
         if self.low == self.high:
             return [_plain(self.low)]
         step = (self.step or 1) if self.whole else self.step
@@ -102,20 +102,20 @@ Space = Mapping[str, Range | list[Any]]
 
 @dataclass
 class Tuned:
-    """What a search found.
+    """The result of a search.
 
     Attributes
     ----------
     settings : dict
-        The best settings, those that were fixed included: what `Settings.create` takes.
+        The best settings, including the fixed ones, for `Settings.create`.
     mrr : float or None
-        Their validation MRR; None while no trial has ended.
+        Their validation MRR; None if no trial is complete.
     trial : int or None
-        Their trial.
+        The number of their trial; None if no trial is complete.
     trials : list of dict
-        Each trial with ``number``, ``state``, ``mrr``, ``epochs`` and the ``settings`` searched.
-        The state is ``complete``; ``pruned``: ended early, or by an error; ``running``; or
-        ``fail``: given up and done again.
+        ``number``, ``state``, ``mrr``, ``epochs`` and the searched ``settings`` of each trial. The
+        state is ``complete``, ``pruned`` (ended early, or by an error), ``running``, or ``fail``
+        (abandoned and queued again).
 
     Examples
     --------
@@ -131,7 +131,7 @@ class Tuned:
     trials: list[dict[str, Any]] = field(default_factory=list)
 
 
-#: Told as things go on: the trial's number, its state, its best MRR so far, and epochs done.
+#: Called during the search with the trial's number, its state, its best MRR, and its epochs done.
 Progress = Callable[[int, str, float | None, int], None]
 
 
@@ -149,35 +149,35 @@ def tune(
 ) -> Tuned:
     """Search for the settings with the best validation MRR.
 
-    Called again with the same study it goes on; several processes that are given one study share
-    the work, each on a device of its own if need be. The trial of a worker that was killed is done
-    again by another, or by the next call. No settings are tried twice. Test triples are set aside
-    before the first trial: they filter validation ranks, as is customary, and nothing ranks them.
+    Another call with the same study continues it. Several processes may share a study, each on its
+    own device. If a worker is killed, another one, or the next call, repeats its trial. No settings
+    are tried twice. Test triples are set aside before the first trial: as is customary, they filter
+    validation ranks, but are never ranked.
 
     Parameters
     ----------
     kg : MultiViewKG, name or folder
-        Anything that `load_kg` takes.
+        Anything that `load_kg` accepts.
     study : path
-        The SQLite file, made where it is not there.
+        The SQLite file; created if it does not exist.
     trials : int
-        Trials in the study in all, those of other calls and workers included. Default: 50.
+        Total number of trials in the study, over all calls and workers. Default: 50.
     space : mapping, optional
-        For each setting to search a list of values, or a mapping with ``low``, ``high`` and
-        optionally ``step`` or ``log``. Default: `SPACE`. A study keeps its space.
+        For each setting to search, a list of values, or a mapping with ``low``, ``high`` and
+        optionally ``step`` or ``log``. All calls for a study must pass the same. Default: `SPACE`.
     settings : mapping, optional
-        Settings that all trials share, over the defaults. A study keeps them, too, but for the
-        machine's: ``device``, ``backend``, ``ranking_batch_size``. Default: none.
+        Settings that all trials share, over the defaults. All calls for a study must pass the same,
+        except ``device``, ``backend`` and ``ranking_batch_size``. Default: none.
     seed : int
-        Of the search. Each trial trains with the seed of ``settings``. Default: 0.
+        Seed of the search. Each trial trains with the seed of ``settings``. Default: 0.
     prune : bool
         Whether to end a trial that is worse than the median of the others at the same epoch.
         Default: True.
     timeout : float, optional
-        Seconds after which no further trial is begun. Default: None, no limit.
+        Seconds after which no further trial starts. Default: None, no limit.
     progress : callable, optional
-        Called with trial, state, best MRR and epochs: at each epoch and at the end of each trial.
-        Default: nothing is.
+        Called with trial number, state, best MRR and epochs, after each epoch and at the end of
+        each trial. Default: none.
 
     Returns
     -------
@@ -186,9 +186,11 @@ def tune(
     Raises
     ------
     SettingsError
-        A space or settings that cannot be, or that are not those of the study.
+        The space or the settings are invalid, or differ from those of the study; or the graph does.
     DataError
-        A graph that has no validation triples, or not the one of the study.
+        The graph has no validation triples, or the file cannot be used as a study.
+    StorageError
+        The study cannot be written because the disk is full.
 
     Examples
     --------
@@ -217,7 +219,7 @@ def tune(
 
 @contextmanager
 def _storing(optuna: Any, path: Path) -> Iterator[None]:
-    """What the study's file does not take or give, as an error of ours."""
+    """Raise errors of the study's file as `StorageError` or `DataError`."""
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
@@ -226,21 +228,21 @@ def _storing(optuna: Any, path: Path) -> Iterator[None]:
         reason = str(error.__cause__ or error).splitlines()[0]
         if "disk is full" in reason or "disk I/O error" in reason:
             raise StorageError(
-                f"{path} cannot be written ({reason}). The trials that ended are in it; free some"
-                " space and give the same command again."
+                f"{path} cannot be written ({reason}). It has the trials that ended; free some"
+                " space and run the same command again."
             ) from error
         raise DataError(
-            f"{path}: the study cannot be read or written ({reason}). Name another file."
+            f"{path}: the study cannot be read or written ({reason}). Use another file."
         ) from error
 
 
 def read_space(path: str | Path) -> dict[str, Any]:
-    """A space from a YAML or TOML file, to be checked by `tune` together with the settings."""
+    """Read a space from a YAML or TOML file; `tune` checks it together with the settings."""
     return Settings.read_mapping(path, "settings to search")
 
 
 def check_space(space: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Range | list[Any]]:
-    """The space, each end of it a value that its setting takes."""
+    """Convert a space, and check that its values and the ends of its ranges are valid settings."""
     if not space:
         raise SettingsError("tune: the space is empty; name at least one setting to search.")
     checked: dict[str, Range | list[Any]] = {}
@@ -283,7 +285,7 @@ def _optuna() -> Any:
 
 
 def _without_test(kg: Any, settings: Settings) -> MultiViewKG:
-    """The graph with the validation set that `fit` would choose, and its test triples set aside."""
+    """Return the graph with `fit`'s choice of validation set, and test triples moved to known."""
     graph = kg if isinstance(kg, MultiViewKG) else load_kg(kg, None, settings.split_seed)
     graph = with_validation(graph, settings.validation, settings.split_seed, settings.hold_out_by)
     if not len(graph.valid):
@@ -298,7 +300,7 @@ def _open(
     fixed: Mapping[str, Any],
     graph: MultiViewKG,
 ) -> Any:
-    """The study in a file, made or gone on with; refused where it is of something else."""
+    """Open or create the study in a file; refuse a study of another space, settings or graph."""
     about = {
         "space": {
             key: part.model_dump(exclude_defaults=True) if isinstance(part, Range) else part
@@ -314,7 +316,7 @@ def _open(
             "views": {name: list(graph.views(name)[0].shape) for name in graph.modalities},
         },
     }
-    about = json.loads(json.dumps(about))  # as the study gives it back
+    about = json.loads(json.dumps(about))  # in the form that the study returns
     if path.is_dir():
         raise SettingsError(f"{path} is a folder; expected the SQLite file of a study.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,7 +324,7 @@ def _open(
         with _lock(path):
             storage = optuna.storages.RDBStorage(
                 url=f"sqlite:///{path.resolve()}",
-                # Several workers write; each waits for the other.
+                # Seconds that a worker waits while another one writes.
                 engine_kwargs={"connect_args": {"timeout": 120}},
             )
             study = optuna.create_study(
@@ -336,21 +338,19 @@ def _open(
                 study.set_user_attr("about", about)
     except _storage_errors(optuna) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{path} cannot be used as a study ({reason}). Name another file."
-        ) from None
-    there = study.user_attrs["about"]
-    for what, mine in about.items():
-        if there.get(what) != mine:
+        raise DataError(f"{path} cannot be used as a study ({reason}). Use another file.") from None
+    stored = study.user_attrs["about"]
+    for what, value in about.items():
+        if stored.get(what) != value:
             raise SettingsError(
-                f"{path} is a study with {what} {there.get(what)!r}; here it is {mine!r}. Go on"
-                " with the same, or name another file."
+                f"{path} is a study with {what} {stored.get(what)!r}, not {value!r}. Use the same"
+                f" {what}, or another file."
             )
     return study
 
 
 def _storage_errors(optuna: Any) -> tuple[type[Exception], ...]:
-    """What Optuna raises of a file that is no study of its, or cannot be written."""
+    """Return the errors that Optuna raises for a file that is no study or cannot be written."""
     from alembic.util import CommandError
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -359,17 +359,17 @@ def _storage_errors(optuna: Any) -> tuple[type[Exception], ...]:
 
 
 def _lock(path: Path, what: str = "") -> FileLock:
-    """The lock of a study, or of something in it; the system lets go of it when its holder dies."""
+    """Return the lock of a study or of a part of it, which is released when its process dies."""
     return FileLock(path.with_name(f"{path.name}{what}.lock"))
 
 
-def _let_go(claim: FileLock) -> None:
-    claim.release()
-    Path(claim.lock_file).unlink(missing_ok=True)
+def _release(lock: FileLock) -> None:
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 class _Worker:
-    """One process at work on a study."""
+    """One of the processes that work on a study."""
 
     def __init__(
         self,
@@ -386,17 +386,17 @@ class _Worker:
     ) -> None:
         self.optuna, self.study, self.path, self.graph = optuna, study, path, graph
         self.space, self.fixed, self.seed, self.prune = space, fixed, seed, prune
-        #: On the monotonic clock: when no further trial is begun.
+        #: Time on the monotonic clock after which no further trial starts.
         self.progress, self.stop = progress, stop
         self.axes = _axes(space)
-        #: How many settings were tried when drawing gave none but those.
+        #: Number of settings that had been tried when drawing found no others.
         self.exhausted: int | None = None
 
     def more(self, trials: int) -> bool:
-        """Do one trial if one is wanted; False where the study has its trials, or all there are."""
+        """Do a trial if there is one to do; return False once the study is complete."""
         kinds = self.optuna.trial.TrialState
         with _lock(self.path):
-            self._bury_the_dead()
+            self._requeue_abandoned()
             states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
             ended = sum(state in (kinds.COMPLETE, kinds.PRUNED) for state in states)
             running = states.count(kinds.RUNNING)
@@ -404,56 +404,56 @@ class _Worker:
                 return False
             trial = None if ended + running >= trials else self._ask()
             if trial is not None:
-                # Held as long as this process works on it.
-                mine = self._claim(trial.number)
-                mine.acquire(timeout=0)
+                # Held while this process works on the trial.
+                lock = self._trial_lock(trial.number)
+                lock.acquire(timeout=0)
         if trial is None:
             if running:
-                time.sleep(0.5)  # the last ones are other workers', who may die
+                time.sleep(0.5)  # other workers do the last trials, and may be killed
             return running > 0
         try:
             self._try(trial)
         finally:
-            _let_go(mine)
+            _release(lock)
         return True
 
-    def _claim(self, number: int) -> FileLock:
+    def _trial_lock(self, number: int) -> FileLock:
         return _lock(self.path, f".trial-{number}")
 
-    def _bury_the_dead(self) -> None:
-        """Queue anew what a worker left that is no more."""
+    def _requeue_abandoned(self) -> None:
+        """Queue the trials of killed workers again."""
         kinds = self.optuna.trial.TrialState
         for trial in self.study.get_trials(deepcopy=False, states=(kinds.RUNNING,)):
-            claim = self._claim(trial.number)
+            lock = self._trial_lock(trial.number)
             try:
-                claim.acquire(timeout=0)
+                lock.acquire(timeout=0)
             except Timeout:
                 continue
-            # A worker ends its trial before it lets go of it, and may have done both just now.
+            # A worker ends its trial before it releases the lock, and may have done both just now.
             if self.study.get_trials(deepcopy=False)[trial.number].state == kinds.RUNNING:
-                self._leave(trial.number, trial.params)
-            _let_go(claim)
+                self._requeue(trial.number, trial.params)
+            _release(lock)
 
-    def _leave(self, number: int, params: Mapping[str, Any]) -> None:
-        """Give a trial up; another one does the same."""
+    def _requeue(self, number: int, params: Mapping[str, Any]) -> None:
+        """Mark a trial as failed and queue its settings again."""
         self.study.tell(number, state=self.optuna.trial.TrialState.FAIL)
         if len(params) == len(self.space):
             self.study.enqueue_trial(dict(params))
 
     def _ask(self) -> Any:
-        """A trial whose settings are drawn and are no other's.
+        """Draw a trial whose settings no other trial has.
 
-        None where all were tried, as far as drawing tells, or the time is up.
+        Returns None if all settings were tried, as far as drawing shows, or the time is up.
         """
         waiting = (self.optuna.trial.TrialState.WAITING,)
-        left = self.study.get_trials(deepcopy=False, states=waiting)
-        if self.exhausted == len(self._tried()) and not left:
+        queued = self.study.get_trials(deepcopy=False, states=waiting)
+        if self.exhausted == len(self._tried()) and not queued:
             return None
         for _ in range(_MOST_REPEATED):
             if self._all_tried() or time.monotonic() >= self.stop:
                 break
             trial = self.study.ask()
-            # Each trial's draws are its own, whichever worker does it.
+            # The draws of a trial depend on its number, not on the worker.
             self.study.sampler = self.optuna.samplers.TPESampler(
                 seed=(self.seed * 1_000_003 + trial.number) % 2**32, constant_liar=True
             )
@@ -478,12 +478,12 @@ class _Worker:
             return False
         return len(self._tried()) >= math.prod(len(values) for values in self.axes.values())
 
-    def _tried(self, but: int | None = None) -> set[tuple[Any, ...]]:
-        """Settings of all trials but one and those that were given up."""
+    def _tried(self, excluded: int | None = None) -> set[tuple[Any, ...]]:
+        """Return the settings of all trials except one and those that failed."""
         kinds = self.optuna.trial.TrialState
         states = (kinds.COMPLETE, kinds.PRUNED, kinds.RUNNING)
         others = self.study.get_trials(deepcopy=False, states=states)
-        return {_key(other.params) for other in others if other.number != but}
+        return {_key(other.params) for other in others if other.number != excluded}
 
     def _try(self, trial: Any) -> None:
         """Train with the trial's settings."""
@@ -504,12 +504,12 @@ class _Worker:
         except torch.cuda.OutOfMemoryError as error:
             self._end(trial, "out of memory", watcher, error)
         except IMVIAError as error:
-            # Settings that do not go together; where nothing has gone well, it is more than that.
+            # Settings that exclude each other; but if no trial has succeeded, the cause is another.
             self._end(trial, "refused", watcher, error)
             if not self.study.get_trials(deepcopy=False, states=(kinds.COMPLETE,)):
                 raise
         except BaseException:
-            self._leave(trial.number, trial.params)
+            self._requeue(trial.number, trial.params)
             raise
         else:
             trial.set_user_attr("best_epoch", run.progress.best_epoch)
@@ -519,7 +519,7 @@ class _Worker:
     def _end(
         self, trial: Any, state: str, watcher: _Watcher, error: Exception | None = None
     ) -> None:
-        """End a trial that is not worth going on with, or cannot be; it counts as tried."""
+        """End a trial that is pruned or cannot be trained; its settings count as tried."""
         if error is not None:
             trial.set_user_attr("error", str(error))
         self._tell(trial, state, watcher)
@@ -533,7 +533,7 @@ class _Worker:
 
 def _suggest(trial: Any, key: str, part: Range | list[Any]) -> None:
     if isinstance(part, list):
-        # Optuna keeps numbers, texts, truth values and null; a list, as of modalities, as YAML.
+        # Optuna stores numbers, strings, booleans and None; lists, as of modalities, go as YAML.
         trial.suggest_categorical(key, [_kept(value) for value in part])
     elif part.whole:
         trial.suggest_int(key, part.low, part.high, step=part.step or 1, log=part.log)
@@ -542,7 +542,7 @@ def _suggest(trial: Any, key: str, part: Range | list[Any]) -> None:
 
 
 def _axes(space: Mapping[str, Range | list[Any]]) -> dict[str, list[Any]] | None:
-    """The values of each setting; None where a space has too many combinations to list."""
+    """Return the values of each setting; None if a space has too many combinations to list."""
     axes = {}
     for key, part in space.items():
         values = part.values() if isinstance(part, Range) else [_kept(value) for value in part]
@@ -553,7 +553,7 @@ def _axes(space: Mapping[str, Range | list[Any]]) -> dict[str, list[Any]] | None
 
 
 def _key(params: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What two trials of the same settings have in common."""
+    """Return a key that is equal for equal settings."""
     return tuple((key, _text(value)) for key, value in sorted(params.items()))
 
 
@@ -562,12 +562,12 @@ def _text(value: Any) -> str:
 
 
 def _kept(value: Any) -> Any:
-    """A value as Optuna keeps it; see `_plain`."""
+    """Convert a value to the form that Optuna stores; see `_plain`."""
     return yaml.safe_dump(value) if isinstance(value, (list, dict)) else value
 
 
 def _plain(value: Any) -> Any:
-    """A value as the settings have it: lists again, and 0.1 for 0.1 + 1e-17."""
+    """Convert a value of Optuna's to that of the setting: lists, and 0.1 for 0.1 + 1e-17."""
     if isinstance(value, float):
         return float(f"{value:.9g}")
     loaded = yaml.safe_load(value) if isinstance(value, str) else value
@@ -575,11 +575,11 @@ def _plain(value: Any) -> Any:
 
 
 class _Pruned(Exception):  # noqa: N818 - ends a trial, is no error
-    """The trial is not worth going on with."""
+    """The trial is pruned."""
 
 
 class _Watcher(Callback):
-    """Reports each validation, and ends a trial that is not worth going on with."""
+    """Reports each validation to Optuna, and ends a trial that is to be pruned."""
 
     def __init__(self, worker: _Worker, trial: Any) -> None:
         self.worker, self.trial = worker, trial
@@ -587,7 +587,7 @@ class _Watcher(Callback):
         self.epochs = 0
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """After an epoch and its validation."""
+        """Report the validation MRR; raise `_Pruned` if the trial is to be pruned."""
         self.epochs = record["epoch"]
         self.best = trainer.progress.best_mrr
         if "valid" in record:
@@ -599,6 +599,7 @@ class _Watcher(Callback):
 
 
 def _found(optuna: Any, study: Any, fixed: Mapping[str, Any]) -> Tuned:
+    """Return the trials of a study and the best settings."""
     trials = [
         {
             "number": trial.number,
@@ -618,7 +619,7 @@ def _found(optuna: Any, study: Any, fixed: Mapping[str, Any]) -> Tuned:
 
 
 def write_best(path: Path, found: Tuned, about: str) -> None:
-    """The best settings as a YAML file that ``fit --settings`` takes, on any device."""
+    """Write the best settings, without the machine's, as a YAML file for ``fit --settings``."""
     values = {key: value for key, value in found.settings.items() if key not in MACHINE}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     _files.write_text(path, f"# {about}\n{text}", follow=True)

@@ -376,13 +376,13 @@ def agent_store(monkeypatch):
         monkeypatch.setenv(name, value)
     start_again(monkeypatch, attempt=0)
     yield store
-    distributed._meeting.cache_clear()
+    distributed._rendezvous.cache_clear()
 
 
 def start_again(monkeypatch, attempt):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
     monkeypatch.delenv(distributed.JOB)
-    distributed._meeting.cache_clear()
+    distributed._rendezvous.cache_clear()
 
 
 def test_processes_started_again_have_the_name_of_those_before_them(agent_store, monkeypatch):

@@ -155,7 +155,7 @@ def test_new_entities_views_are_scaled_as_the_graphs_are():
     ("callbacks", "message"),
     [
         ([ig.ProgressBar], "received the class ProgressBar. Call it"),
-        ([print], "expected objects of imvia_graph.Callback, received"),
+        ([print], "expected instances of imvia_graph.Callback, received"),
         (ig.ProgressBar, "received the class ProgressBar. Call it"),
         (7, "received 7"),
     ],
@@ -176,7 +176,7 @@ def test_one_callback_is_enough_and_names_that_are_never_called_are_told(caplog)
         def on_epoch_end(self, trainer, record):
             seen.append("never")
 
-    assert "Epochs.on_epoch_end: training tells a callback nothing of that name" in caplog.text
+    assert "Epochs.on_epoch_end: training calls no hook of that name" in caplog.text
     assert "on_close, on_end, on_epoch," in caplog.text
     ig.fit(ring_kg(), settings=settings(), epochs=2, callbacks=Epochs())
     assert seen == [1, 2]
@@ -409,7 +409,7 @@ def test_predict_gives_all_unknown_tails_best_first(candidates):
 
 def test_what_heads_were_called_before_is_still_answered():
     one = ig.Prediction("e3", "e3", 0.5, {"text": 0.5}, False)
-    with pytest.warns(DeprecationWarning, match="Prediction.modalities is called heads"):
+    with pytest.warns(DeprecationWarning, match="Prediction.modalities is deprecated; use heads"):
         assert one.modalities == one.heads
 
 
@@ -739,7 +739,7 @@ def test_fewer_epochs_than_a_run_has_are_said_to_be_fewer_and_not_written(tmp_pa
     run = fit(tmp_path / "run", epochs=3, patience=None)
     before = contents(run.folder)
     resumed = ig.fit(out=run.folder, resume=True, epochs=1)
-    assert "has 3 epochs already, more than the 1 that are asked for" in caplog.text
+    assert "is trained for 3 epochs already, more than epochs=1" in caplog.text
     assert contents(run.folder) == before
     assert resumed.settings.epochs == ig.load(run.folder).settings.epochs == 3
     assert same_weights(resumed.model, run.model)
@@ -787,7 +787,7 @@ def test_resume_takes_a_settings_file_that_leaves_open_what_the_run_has_chosen(t
 
 
 def test_resume_needs_a_run_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="give the run folder as out"):
+    with pytest.raises(CheckpointError, match="pass the run folder as out"):
         ig.fit(resume=True)
     with pytest.raises(CheckpointError, match="does not exist"):
         ig.fit(out=tmp_path / "none", resume=True)
@@ -812,7 +812,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path):
 def test_an_older_run_is_refused_left_alone_and_resuming_it_is_proposed(tmp_path):
     run = fit(tmp_path / "run", epochs=1)
     before = contents(run.folder)
-    with pytest.raises(CheckpointError, match=r"not empty; --resume \(resume=True\) goes on"):
+    with pytest.raises(CheckpointError, match=r"not empty; --resume \(resume=True\) continues"):
         fit(run.folder, epochs=1)
     assert contents(run.folder) == before
 
@@ -838,7 +838,7 @@ def damage(path, keep):
 
 
 DAMAGES = [0, 5, 100, 0.5, -1, "flip"]
-SAID = r"(cannot be read .*cut short|is damaged: .* checksum)"
+SAID = r"(cannot be read .*truncated|is damaged: .* checksum)"
 
 
 @pytest.mark.parametrize("keep", DAMAGES)
@@ -846,7 +846,7 @@ def test_a_damaged_model_is_named_and_taken_from_the_checkpoint(keep, copied, fi
     damage(copied / "best.safetensors", keep)
     with caplog.at_level("WARNING"):
         run = ig.load(copied)
-    assert re.search(rf"best\.safetensors {SAID}.*last\.safetensors knows is used", caplog.text)
+    assert re.search(rf"best\.safetensors {SAID}.*last\.safetensors is used instead", caplog.text)
     assert same_weights(run.model, finished.model)
     assert run.progress.best_epoch == finished.progress.best_epoch
 
@@ -858,7 +858,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_with(
     damage(copied / "last.safetensors", keep)
     with caplog.at_level("WARNING"):
         resumed = ig.fit(out=copied, resume=True, epochs=6)
-    assert re.search(rf"last\.safetensors {SAID}.*before it is gone on with", caplog.text)
+    assert re.search(rf"last\.safetensors {SAID}.*the checkpoint before it", caplog.text)
     whole = fit(tmp_path / "whole", epochs=6)
     assert_same_run(whole.folder, resumed.folder)
 

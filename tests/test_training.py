@@ -582,7 +582,7 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(there, monkeypatch, tmp
     with caplog.at_level("WARNING"):
         again = ig.fit(out=tmp_path / "run", resume=True, epochs=2, precision="auto")
     assert again.settings.precision == began
-    assert ("does not compute in hardware" in caplog.text) == there
+    assert ("does not support in hardware" in caplog.text) == there
     with pytest.raises(SettingsError, match="Setting precision: the run in"):
         ig.fit(out=tmp_path / "run", resume=True, precision="float16")
     # A folder of before, which leaves it to each machine, says it once it is gone on with.
@@ -972,7 +972,7 @@ def test_many_entities_are_regularised_less(monkeypatch, many, weight):
 @pytest.mark.parametrize(("telling", "mrr", "told"), [(12, 0.4, 1), (12, 0.6, 0), (13, 0.4, 0)])
 def test_an_epoch_that_taught_nothing_is_told_of_once(monkeypatch, caplog, telling, mrr, told):
     # By chance the MRR of 12 entities is 0.259.
-    monkeypatch.setattr(training, "_TELLING", telling)
+    monkeypatch.setattr(training, "_WARN_FROM", telling)
     monkeypatch.setattr(training, "rank_metrics", lambda ranks: {"mrr": mrr})
     trained(ring_kg(12), epochs=3)
     lines = [record.getMessage() for record in caplog.records]

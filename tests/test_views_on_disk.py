@@ -263,7 +263,7 @@ def test_features_that_change_while_training_end_it_where_the_model_sees_them(
         run = ig.fit(folder, out=out, **options)
         assert ig.load(out).evaluate() == run.evaluate()
         return
-    with pytest.raises(ig.DataError, match=r"image\.safetensors has changed while training"):
+    with pytest.raises(ig.DataError, match=r"image\.safetensors has changed during training"):
         ig.fit(folder, out=out, **options)
     assert ig.load(out).progress.epoch == 1
     assert ig.fit(out=out, resume=True).progress.epoch == 3
