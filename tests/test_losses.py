@@ -841,7 +841,7 @@ def test_create_graph_changes_no_gradient_where_one_input_is_made_of_another(nam
 def test_factored_completion_says_that_its_gradients_have_none():
     given = factored(queries=[torch.ones(3, 2, requires_grad=True), torch.ones(3, 4)])
     loss = factored_completion(**given)
-    with pytest.raises(ig.IMVIAError, match=r"first order.*losses\.completion"):
+    with pytest.raises(ig.IMVIAError, match=r"first-order.*losses\.completion"):
         torch.autograd.grad(loss, given["queries"][0], create_graph=True)
 
 
