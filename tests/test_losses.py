@@ -901,7 +901,7 @@ def test_completion_wants_a_head_and_a_column_a_candidate():
         lambda: completion({}, positives),
         lambda: losses.sampled_completion({}, positives, sampled),
     ):
-        with pytest.raises(IMVIAError, match="one head or more; received none"):
+        with pytest.raises(IMVIAError, match="at least one head; received none"):
             call()
     with pytest.raises(IMVIAError, match=r"scores \(3, 4\), a column.*\(3, 5\) of the head 'text'"):
         losses.sampled_completion(
