@@ -552,9 +552,9 @@ def test_positives_that_are_repeated_count_once(kernel, blocks, loss):
 
 
 def test_the_binary_loss_has_no_weights_of_rows():
-    with pytest.raises(SettingsError, match=r"'binary' has no weights.*softmax"):
+    with pytest.raises(SettingsError, match=r"'binary' does not support weights.*softmax"):
         completion({"structure": torch.zeros(3, 5)}, WEIGHTED, "binary")
-    with pytest.raises(SettingsError, match=r"'binary' has no weights.*softmax"):
+    with pytest.raises(SettingsError, match=r"'binary' does not support weights.*softmax"):
         factored_completion([torch.zeros(3, 4)], [torch.zeros(5, 4)], WEIGHTED, loss="binary")
 
 
