@@ -47,7 +47,7 @@ class _StandIn(ModuleType):
 
 
 class _Finder(MetaPathFinder):
-    """Finds the replacement of ``dgl.graphbolt`` if one is needed, and no other module."""
+    """Import hook for the replacement of ``dgl.graphbolt``, if one is needed."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

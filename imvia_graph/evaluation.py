@@ -242,7 +242,7 @@ def rank(
 
 
 class _Progress:
-    """Calls ``on_batch`` with the number of queries done, whenever it has increased."""
+    """Progress of a ranking, passed to ``on_batch`` whenever more queries are done."""
 
     def __init__(self, on_batch: Callable[[int, int], None] | None, total: int) -> None:
         self.on_batch, self.total = on_batch, total

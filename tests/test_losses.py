@@ -903,7 +903,9 @@ def test_completion_wants_a_head_and_a_column_a_candidate():
     ):
         with pytest.raises(IMVIAError, match="at least one head; received none"):
             call()
-    with pytest.raises(IMVIAError, match=r"scores \(3, 4\), a column.*\(3, 5\) of the head 'text'"):
+    with pytest.raises(
+        IMVIAError, match=r"scores \(3, 4\), one column.*\(3, 5\) for the head 'text'"
+    ):
         losses.sampled_completion(
             {"structure": torch.rand(3, 4), "text": torch.rand(3, 5)}, positives, sampled
         )

@@ -998,7 +998,7 @@ def test_what_is_no_tensor_is_refused_by_its_type(given):
 
 @pytest.mark.parametrize("activation", [None, "sigmoid"])
 def test_an_activation_that_cannot_be_called_is_refused_at_once(activation):
-    with pytest.raises(ig.IMVIAError, match=r"can be called.*received.*torch.nn.Identity\(\)"):
+    with pytest.raises(ig.IMVIAError, match=r"callable activation.*torch.nn.Identity\(\)"):
         GatedViewConv(3, 2, activation=activation)
 
 

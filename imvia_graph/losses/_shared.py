@@ -45,7 +45,7 @@ def present_in_both(
 
 
 def check_embeddings(
-    whose: str, embeddings: Mapping[str, Tensor], wanted: Sequence[str], feats: int | None = None
+    caller: str, embeddings: Mapping[str, Tensor], wanted: Sequence[str], feats: int | None = None
 ) -> None:
     """Raise unless each modality has embeddings (B, feats); ``None`` allows any width.
 
@@ -56,13 +56,13 @@ def check_embeddings(
     missing = [name for name in wanted if name not in embeddings]
     if missing:
         raise IMVIAError(
-            f"{whose}: expected embeddings of {list(wanted)}; received {list(embeddings)}."
+            f"{caller}: expected embeddings of {list(wanted)}; received {list(embeddings)}."
         )
     shapes = {name: tuple(embeddings[name].shape) for name in wanted}
     first = shapes[wanted[0]]
     width = first[-1] if feats is None and first else feats
     if len(first) != 2 or any(shape != (first[0], width) for shape in shapes.values()):
         raise IMVIAError(
-            f"{whose}: expected embeddings (B, {'d' if feats is None else feats}) of each modality,"
-            f" with the same shape; received {shapes}."
+            f"{caller}: expected (B, {'d' if feats is None else feats}) of each modality, with the"
+            f" same B in all; received {shapes}."
         )

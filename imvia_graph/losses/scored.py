@@ -216,7 +216,7 @@ def _check_positives(scores: Tensor, positives: Positives) -> None:
 def outside(
     positives: Positives, num_rows: int, num_columns: int
 ) -> Iterator[tuple[str, int, int]]:
-    """Yield (kind, id, limit) for rows or columns out of range, if checking waits for no device."""
+    """Yield (kind, id, limit) of ids out of range; none on a GPU, where checking would wait."""
     kinds = (("rows", positives.row, num_rows), ("columns", positives.col, num_columns))
     for what, ids, number in kinds:
         found = _gpu.beyond(ids, number)

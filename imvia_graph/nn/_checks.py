@@ -8,12 +8,12 @@ from torch import Tensor
 from imvia_graph.errors import IMVIAError
 
 
-def check_width(whose: str, name: str, feat: Tensor, rows: str | int, width: int) -> None:
+def check_width(caller: str, name: str, feat: Tensor, rows: str | int, width: int) -> None:
     """Raise unless ``feat`` has the shape (rows, width).
 
     Parameters
     ----------
-    whose, name : str
+    caller, name : str
         Name of the layer and of its argument, for the message.
     feat : Tensor
     rows : str or int
@@ -27,11 +27,11 @@ def check_width(whose: str, name: str, feat: Tensor, rows: str | int, width: int
     fits = feat.dim() == 2 and feat.shape[1] == width
     if not fits or (isinstance(rows, int) and len(feat) != rows):
         raise IMVIAError(
-            f"{whose}: expected {name} ({rows}, {width}); received {tuple(feat.shape)}."
+            f"{caller}: expected {name} ({rows}, {width}); received {tuple(feat.shape)}."
         )
 
 
-def refuse_tracing(whose: str) -> None:
+def refuse_tracing(caller: str) -> None:
     """Raise under `torch.jit.trace`, which would record the ids of its example as constants.
 
     Raises
@@ -40,6 +40,6 @@ def refuse_tracing(whose: str) -> None:
     """
     if torch.jit.is_tracing():
         raise IMVIAError(
-            f"{whose}: the computation depends on the ids, and torch.jit.trace would record those"
+            f"{caller}: the computation depends on the ids, and torch.jit.trace would record those"
             " of its example as constants. Trace the code around the layer, or use torch.compile."
         )

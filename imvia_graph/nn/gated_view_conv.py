@@ -427,7 +427,7 @@ def _edges(graph: Any) -> tuple[Tensor, Tensor]:
 
 
 def _worth_gating(count: Tensor) -> Tensor | None:
-    """Return the queries with several views, given (B,) counts; None if all should be gated.
+    """Return positions of queries with several views, from (B,) counts; None to gate all queries.
 
     Gating all is faster where most have several views, and on a GPU, where counting would wait for
     the device.

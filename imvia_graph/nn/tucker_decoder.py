@@ -122,16 +122,16 @@ def group_by_relation(
 
 
 #: Relations are padded to powers of two up to this number of queries, then to multiples of it.
-_ROOM = 64
+_PADDING = 64
 
 
-def _room(count: int) -> int:
+def _padded_size(count: int) -> int:
     """Return the number that a relation with ``count`` queries is padded to.
 
     There are only a few such numbers, since CPU products are compiled and cached for each shape.
     """
-    if count > _ROOM:
-        return -(-count // _ROOM) * _ROOM
+    if count > _PADDING:
+        return -(-count // _PADDING) * _PADDING
     return 1 << (count - 1).bit_length() if count else 0
 
 
@@ -139,7 +139,7 @@ def _by_size(relation: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """Return the distinct relations by padded size, each query's position in them, and counts."""
     distinct, place, counts = relation.unique(return_inverse=True, return_counts=True)
     sizes = counts.tolist()
-    order = sorted(range(len(sizes)), key=lambda i: _room(sizes[i]))
+    order = sorted(range(len(sizes)), key=lambda i: _padded_size(sizes[i]))
     by_size = torch.tensor(order, dtype=torch.int64, device=relation.device)
     return distinct[by_size], torch.argsort(by_size)[place], [sizes[i] for i in order]
 
@@ -147,7 +147,7 @@ def _by_size(relation: Tensor) -> tuple[Tensor, Tensor, list[int]]:
 def _runs(counts: list[int], device: torch.device) -> list[Run]:
     """Split relations with these query counts into runs of one padded size and 2^n relations."""
     runs = []
-    for room, same in itertools.groupby(counts, _room):
+    for room, same in itertools.groupby(counts, _padded_size):
         left = list(same)
         while left:
             number = 1 << (len(left).bit_length() - 1)

@@ -193,7 +193,7 @@ def refuse_backend(backend: Backend, device: torch.device) -> None:
 
 
 def check(feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor) -> None:
-    """Raise if shapes do not match or, where no device has to be waited for, on bad ids."""
+    """Raise if shapes do not match or, unless checking waits for a GPU, ids are out of range."""
     if (
         feat.dim() != 2
         or ptr.dim() != 1

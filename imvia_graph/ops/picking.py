@@ -22,12 +22,12 @@ def apart(feat: Tensor, entity: Tensor) -> bool:
     return feat.device != entity.device
 
 
-def check_ids(whose: str, name: str, ids: Tensor, number: int) -> None:
+def check_ids(caller: str, name: str, ids: Tensor, number: int) -> None:
     """Raise unless ``ids`` are (B,) ids from 0 to ``number`` - 1.
 
     Parameters
     ----------
-    whose, name : str
+    caller, name : str
         Name of the caller and of its argument, for the message.
     ids : Tensor
     number : int
@@ -46,15 +46,15 @@ def check_ids(whose: str, name: str, ids: Tensor, number: int) -> None:
     else:
         return
     raise IMVIAError(
-        f"{whose}: expected {name} (B,) in int64, from 0 to {number - 1}; received {came}."
+        f"{caller}: expected {name} (B,) in int64, from 0 to {number - 1}; received {came}."
     )
 
 
 def check_range(feat: Tensor, ptr: Tensor, entity: Tensor) -> None:
     """Raise if entities are out of range, or the pointer leads outside the views.
 
-    Compiled loops would read and write out of bounds. Nothing is checked on a device that would
-    have to be waited for.
+    Compiled loops would read and write out of bounds. On a GPU nothing is checked, since the check
+    would wait for the device.
 
     Parameters
     ----------
