@@ -1,7 +1,7 @@
 """imvia-graph: multi-modal knowledge graph completion on DGL.
 
-Everything that a user needs is reachable from here. Modules are imported when they are first used,
-so that what does not need torch and DGL does not wait for them.
+The whole public interface is reachable from here. Modules are imported on first use, so that code
+that needs neither torch nor DGL does not wait for them.
 
 >>> import imvia_graph as ig
 >>> kg = ig.load_kg("countries")
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from imvia_graph.training import Callback, Trainer
     from imvia_graph.tuning import Tuned, tune
 
-#: Public name -> module that holds it.
+#: Public name -> module that defines it.
 _HOME = {
     "CheckpointError": "errors",
     "DataError": "errors",
@@ -139,7 +139,7 @@ __all__ = [
 ]
 
 
-stand_in_where_needed()  # `import dgl` works from here on, beside a newer torch, too
+stand_in_where_needed()  # from here on, `import dgl` works with newer versions of torch
 
 
 def __getattr__(name: str) -> Any:

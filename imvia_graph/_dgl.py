@@ -1,11 +1,11 @@
 """Import DGL: ``from imvia_graph._dgl import dgl``.
 
-What keeps DGL 2.1.0 from importing beside a newer torch, and what is done about it, is told in
-`imvia_graph._graphbolt`. Here what else may go wrong becomes an error that says what to do. A DGL
-that is already imported when this module is, is used as it is.
+`imvia_graph._graphbolt` explains why DGL 2.1.0 does not import with newer versions of torch, and
+works around it. This module turns all other import failures into errors that say what to do. If DGL
+is already imported, this module uses it unchanged.
 
-Where no backend has been chosen, DGL writes its choice to ``~/.dgl/config.json`` and prints so.
-It is spared that by ``DGLBACKEND=pytorch`` in the environment of this process.
+If no backend is chosen, DGL writes its default to ``~/.dgl/config.json`` and prints a message. To
+avoid this, this module sets ``DGLBACKEND=pytorch`` in the environment of the process.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def _import_dgl() -> ModuleType:
     stand_in_where_needed()
     try:
         with warnings.catch_warnings():
-            # About DGL's own code, in which nobody here can change anything.
+            # These warnings are about DGL's own code, which cannot be changed here.
             for category in (DeprecationWarning, FutureWarning, SyntaxWarning):
                 warnings.simplefilter("ignore", category)
             module = importlib.import_module("dgl")
     except Exception as error:
-        raise DGLImportError(_what_to_do(error)) from error
+        raise DGLImportError(_advice(error)) from error
     _bind_submodules()
     return _on_torch(module)
 
@@ -58,8 +58,8 @@ def _import_dgl() -> ModuleType:
 def _bind_submodules() -> None:
     """Make every loaded submodule of DGL an attribute of its package.
 
-    The import system does so for what it has just loaded. That leaves out what is left over from an
-    ``import dgl`` that failed before this library was there to help.
+    The import system does so only for modules that it has just loaded, not for those left over from
+    an ``import dgl`` that failed before this library was imported.
     """
     for name, module in list(sys.modules.items()):
         if name.startswith("dgl."):
@@ -77,13 +77,14 @@ def _on_torch(module: ModuleType) -> ModuleType:
     return module
 
 
-def _what_to_do(error: Exception) -> str:
+def _advice(error: Exception) -> str:
+    """Return the message for an error that importing DGL raised."""
     if isinstance(error, ModuleNotFoundError):
         missing = (error.name or "").split(".")[0]
         if missing not in ("", "dgl"):
             return f"DGL does not import without {missing}: pip install {missing}"
     return (
-        f"DGL does not import beside torch {torch.__version__} ({type(error).__name__}: {error}): "
+        f"DGL does not import with torch {torch.__version__} ({type(error).__name__}: {error}): "
         "pip install --force-reinstall --no-deps dgl==2.1.0"
     )
 

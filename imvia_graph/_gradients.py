@@ -1,4 +1,4 @@
-"""Gradients of gradients, of functions whose backward pass is written by hand."""
+"""Second-order gradients of functions whose backward pass is written by hand."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from imvia_graph.errors import IMVIAError
 
 
 def first_order(what: str, instead: str) -> Callable[[Any], Any]:
-    """Refuse to be differentiated twice, where gradients would come out that are wrong or zero.
+    """Make a backward pass raise if it is to be differentiated, which would be wrong or zero.
 
-    Unlike ``once_differentiable``, whose refusal waits until a gradient depends on one that comes
-    in: those of a sum do not, and count as constants.
+    ``once_differentiable`` raises only if an incoming gradient requires a gradient itself. That of
+    a sum does not, and second-order gradients would be zero without an error.
 
     Parameters
     ----------
     what : str
-        Whose gradients they are.
+        What the gradients belong to, for the message.
     instead : str
         What to do instead, a sentence.
     """
@@ -38,18 +38,18 @@ def first_order(what: str, instead: str) -> Callable[[Any], Any]:
 
 
 def refuse_second_order(tensors: Sequence[Tensor], what: str, instead: str) -> None:
-    """The same for results of a function whose backward pass is not ours."""
+    """Raise as in `first_order`, for results of functions whose backward pass is not ours."""
     for tensor in tensors:
         if tensor.requires_grad:
             tensor.register_hook(lambda grad: _refuse(what, instead))
 
 
 def _refuse(what: str, instead: str) -> None:
-    # In a backward pass gradients are tracked where create_graph asks for it.
+    # With create_graph, gradients are enabled in the backward pass.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise IMVIAError(
-            f"{what}: gradients are of first order here, and create_graph=True asks for gradients"
-            f" of theirs. {instead}"
+            f"{what}: only first-order gradients are supported here, and create_graph=True asks for"
+            f" second-order gradients. {instead}"
         )
 
 
@@ -59,21 +59,21 @@ def with_gradients(
     inputs: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of a function that have gradients themselves; None where not needed.
+    """Return gradients of a function that can be differentiated again; None where not needed.
 
     Parameters
     ----------
     function : callable
-        The forward pass in operations of torch.
+        The forward pass in torch operations.
     grads : Tensor or sequence of Tensor
-        Gradients of what it gives.
+        Gradients of its outputs.
     inputs : sequence of Tensor
-        What it takes.
+        Its inputs.
     needed : sequence of bool
-        Of which of them.
+        Whether the gradient of each input is needed.
     """
-    # By other names: one input may be made of another, and what passes between them is not ours.
-    apart = [part.view_as(part) for part in inputs]
-    wanted = [part for part, needs in zip(apart, needed, strict=True) if needs]
-    found = iter(torch.autograd.grad(function(*apart), wanted, grads, create_graph=True))
+    # As views: if one input was computed from another, no gradient must pass between the two here.
+    views = [part.view_as(part) for part in inputs]
+    wanted = [part for part, needs in zip(views, needed, strict=True) if needs]
+    found = iter(torch.autograd.grad(function(*views), wanted, grads, create_graph=True))
     return [next(found) if needs else None for needs in needed]

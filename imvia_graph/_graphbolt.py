@@ -1,17 +1,16 @@
-"""Stand in for ``dgl.graphbolt`` where it does not load, so that ``import dgl`` does.
+"""Replace ``dgl.graphbolt`` by an empty module if it does not load, so that ``import dgl`` works.
 
-DGL 1.1.3, and any build that was made for the installed torch, import as they are, and nothing is
-touched. DGL 2.1.0, the last one on PyPI, does not import beside a torch newer than 2.2:
-``import dgl`` imports ``dgl.distributed``, that imports GraphBolt, which is DGL's pipeline for
-loading data, and GraphBolt
+DGL 1.1.3, and any build for the installed torch, import unchanged. DGL 2.1.0, the last release on
+PyPI, does not import with torch newer than 2.2: ``import dgl`` imports ``dgl.distributed``, which
+imports GraphBolt, DGL's data loading pipeline, and GraphBolt
 
-1. loads a compiled library made for one version of torch; DGL 2.1.0 has it for 2.0.0 to 2.2.1, and
-2. is built on ``torchdata.datapipes``, which torchdata no longer has since its version 0.10.
+1. loads a library compiled for one version of torch; DGL 2.1.0 includes it for 2.0.0 to 2.2.1, and
+2. needs ``torchdata.datapipes``, which torchdata removed in version 0.10.
 
-Nothing uses GraphBolt but GraphBolt itself and, if told to, distributed training: graphs, message
-passing, ``dgl.nn`` and the samplers of ``dgl.dataloading`` do without it and work beside today's
-torch. So where one of the two is missing, an empty module stands in for ``dgl.graphbolt``; whoever
-asks it for anything is told why GraphBolt is not there.
+Only GraphBolt itself and, optionally, distributed training use GraphBolt. Graphs, message passing,
+``dgl.nn`` and the samplers of ``dgl.dataloading`` work without it, and with current versions of
+torch. So if one of the two is missing, an empty module replaces ``dgl.graphbolt``; accessing one of
+its attributes raises an error that says why GraphBolt is not available.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _LIBRARY_NAMES = {
 
 
 class _StandIn(ModuleType):
-    """An empty ``dgl.graphbolt`` that says, when asked for something, why it is empty."""
+    """An empty ``dgl.graphbolt`` whose attributes raise an error that says why it is empty."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(_GRAPHBOLT, f"Stands in for GraphBolt: {reason}.")
@@ -48,7 +47,7 @@ class _StandIn(ModuleType):
 
 
 class _Finder(MetaPathFinder):
-    """Finds the stand-in for ``dgl.graphbolt`` if it needs one, and nothing else."""
+    """Import hook for the replacement of ``dgl.graphbolt``, if one is needed."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -67,30 +66,30 @@ class _Loader(Loader):
         return _StandIn(self._reason)
 
     def exec_module(self, module: ModuleType) -> None:
-        """It is empty."""
+        """Do nothing: the module is empty."""
 
 
 def stand_in_where_needed() -> None:
-    """See to it that ``import dgl``, here or in the user's own code, finds what it needs."""
-    # Other packages have finders of that name; a copy of this module's counts as one of its own.
+    """Make ``import dgl`` work, in this library and in the user's own code."""
+    # By name, so that a copy of this module's finder counts; other modules have a _Finder, too.
     names = [(type(finder).__module__, type(finder).__qualname__) for finder in sys.meta_path]
     if (_Finder.__module__, _Finder.__qualname__) not in names:
         sys.meta_path.insert(0, _Finder())
 
 
 def _why_graphbolt_cannot_load(folder: Path) -> str | None:
-    """Tell what the GraphBolt of the DGL in `folder` lacks; None if it lacks nothing."""
-    import torch  # only now: `import imvia_graph` does not wait for it
+    """Return what the GraphBolt of the DGL in `folder` lacks; None if it lacks nothing."""
+    import torch  # here, so that `import imvia_graph` does not wait for it
 
     folder = folder / "graphbolt"
     if not (folder / "__init__.py").exists():
-        return None  # DGL 1: nothing asks for it
+        return None  # DGL 1 has no GraphBolt
     version = torch.__version__.split("+", maxsplit=1)[0]
     library = _LIBRARY_NAMES.get(sys.platform, "libgraphbolt_pytorch_{}.so").format(version)
     if not (folder / library).exists():
         return f"this build of DGL has no GraphBolt for torch {version} ({library} is missing)"
     if not _has_module("torchdata.datapipes"):
-        return "GraphBolt needs torchdata.datapipes, which torchdata has had up to 0.9"
+        return "GraphBolt needs torchdata.datapipes, which torchdata includes up to version 0.9"
     return None
 
 
@@ -99,5 +98,5 @@ def _has_module(name: str) -> bool:
 
     try:
         return importlib.util.find_spec(name) is not None
-    except ImportError:  # a parent is missing, or does not import
+    except ImportError:  # a parent package is missing or does not import
         return False

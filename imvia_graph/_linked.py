@@ -1,19 +1,19 @@
-"""Features in files: mapped when they are read, cloned or linked when they go into a folder.
+"""Features in files: mapped when read, and cloned or linked when a graph is saved.
 
-The features of a graph may take more room than memory has, and be the same for a hundred runs. A
-graph that is saved takes them out of the file that they are mapped from in one of three ways, the
-first that can be had:
+The features of a graph may be larger than memory, and the same in a hundred runs. Saving a graph
+writes them from the file that they are mapped from in one of three ways, the first that is
+possible:
 
-1. A clone (on btrfs or XFS): a file of its own that shares blocks with the other one
-   until either is written to.
-2. A hard link, where the caller allows it and the features are `LARGE`. What replaces the other
-   file, as everything in this library does, leaves the link alone; what writes *into* it, as
-   ``cp new.safetensors old.safetensors`` does, changes both. So the size, the time and a checksum
-   of what was linked are kept, and who reads it later learns that it has changed.
+1. A clone (on btrfs or XFS): a separate file that shares blocks with the original until either is
+   written to.
+2. A hard link, if the caller allows it and the features are `LARGE`. Replacing the original, which
+   is how this library writes files, leaves the link unchanged; writing *into* the original, as
+   ``cp new.safetensors old.safetensors`` does, changes both. The size, time and checksum of the
+   linked file are therefore recorded, so that reading it later detects the change.
 3. A copy, portion by portion.
 
-A file is cloned or linked only after its bytes have been compared with the features in memory: of
-features that were changed since they were mapped, what they are now is what is written.
+A file is cloned or linked only after its bytes have been compared with the features in memory. If
+these were changed since they were mapped, the changed features are written.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from torch import Tensor
 from imvia_graph import _files
 from imvia_graph.errors import DataError
 
-#: Bytes of features from which a link is worth that others may write into them; less is copied in
-#: a moment.
+#: Size in bytes from which features are linked although others may write into the file; smaller
+#: features are copied quickly.
 LARGE = 2**28
 #: Linux's request to clone a file.
 _FICLONE = 0x40049409
 
 
 class Mapped(NamedTuple):
-    """A file that features are mapped from, as it was then."""
+    """A file that features are mapped from, in its state at that time."""
 
     path: Path
     #: Device, inode, size, and time of change in nanoseconds.
@@ -47,16 +47,16 @@ class Mapped(NamedTuple):
 
 
 def map_features(path: Path) -> tuple[Tensor, Mapped | None]:
-    """The features of a safetensors file, mapped, and what they are mapped from."""
+    """Return the mapped features of a safetensors file, and the file they are mapped from."""
     with contextlib.suppress(OSError):
         path = path.resolve()
         mapped = Mapped(path, _identity(path.stat()))
         return _files.read_features(path), mapped
-    return _files.read_features(path), None  # which says why it cannot be read
+    return _files.read_features(path), None  # raises an error that says why it cannot be read
 
 
 def is_at(path: Path, source: Mapped | None) -> bool:
-    """Whether what features are mapped from is a path."""
+    """Return whether features are mapped from the file at ``path``."""
     try:
         return source is not None and path.samefile(source.path)
     except OSError:
@@ -64,7 +64,7 @@ def is_at(path: Path, source: Mapped | None) -> bool:
 
 
 def is_written_into(source: Mapped) -> bool:
-    """Whether something wrote into a file since it was mapped; one that was replaced stays."""
+    """Return whether a file was written into, not replaced, since it was mapped."""
     try:
         found = _identity(source.path.stat())
     except OSError:
@@ -73,12 +73,12 @@ def is_written_into(source: Mapped) -> bool:
 
 
 def put(path: Path, feat: Tensor, source: Mapped | None, may_link: bool) -> dict[str, Any] | None:
-    """Have features at a path: a clone, a link or a copy, as told above.
+    """Write features to a path, as a clone, a link or a copy.
 
     Returns
     -------
     dict or None
-        What is to be kept for `check` where it is a link.
+        For a link, the record to keep for `check`.
     """
     if source is not None and feat.nbytes >= LARGE and _holds(source, feat):
         there = path.exists() and path.samefile(source.path)
@@ -87,27 +87,27 @@ def put(path: Path, feat: Tensor, source: Mapped | None, may_link: bool) -> dict
             return None
         if may_link and (there or _files.link_atomically(source.path, path)):
             _, _, size, changed = source.identity
-            told = {"of": str(source.path), "size": size, "changed": changed}
-            return {**told, "sha256": _files.digest({"feat": feat}, {})}
+            record = {"of": str(source.path), "size": size, "changed": changed}
+            return {**record, "sha256": _files.digest({"feat": feat}, {})}
     _files.write_tensors(path, {"feat": feat})
     return None
 
 
 def check(path: Path, feat: Tensor, record: dict[str, Any]) -> None:
-    """A DataError where features that were linked have been written into since."""
+    """Raise a DataError if linked features have been written into since."""
     found = path.stat()
     if (found.st_size, found.st_mtime_ns) == (record["size"], record["changed"]):
         return
     if _files.digest({"feat": feat}, {}) != record["sha256"]:
         raise DataError(
             f"{path} has changed since it was linked to {record['of']}: something wrote into that"
-            " file instead of replacing it. Put the former content back, or start anew with the"
-            " new one."
+            " file instead of replacing it. Restore its former content, or start again with the"
+            " new content."
         )
 
 
 def is_record(value: Any) -> bool:
-    """Whether a value is what `put` returns for a link."""
+    """Return whether a value has the form of the record that `put` returns for a link."""
     kinds = {"of": str, "size": int, "changed": int, "sha256": str}
     return isinstance(value, dict) and all(
         type(value.get(name)) is kind for name, kind in kinds.items()
@@ -119,7 +119,7 @@ def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
 
 
 def _holds(source: Mapped, feat: Tensor) -> bool:
-    """Whether a file is the one that was mapped, and holds these features and nothing else."""
+    """Return whether a file is unchanged since it was mapped, and holds these features only."""
     try:
         found = source.path.stat()
         if not stat.S_ISREG(found.st_mode) or _identity(found) != source.identity:
@@ -130,7 +130,7 @@ def _holds(source: Mapped, feat: Tensor) -> bool:
         stored = _files.read_features(source.path)
         if (stored.dtype, stored.shape) != (feat.dtype, feat.shape) or not feat.is_contiguous():
             return False
-        # Read, not mapped once more: pages that are mapped twice count twice as resident.
+        # Read instead of mapped again: pages mapped twice count twice as resident memory.
         with source.path.open("rb") as plain:
             plain.seek(found.st_size - feat.nbytes)
             parts = (part.view(torch.uint8).numpy() for part in _files.portions(feat))
@@ -140,7 +140,7 @@ def _holds(source: Mapped, feat: Tensor) -> bool:
 
 
 def _cloned(source: Path, path: Path) -> bool:
-    """Whether a clone of a file has been put at a path; False where the system has none."""
+    """Clone a file to a path; return False if the system cannot."""
     try:
         import fcntl
     except ImportError:

@@ -1,10 +1,10 @@
-"""Errors for people: what was expected, what came, where, and what to do."""
+"""Exceptions, whose messages say what was expected, what was received, where, and what to do."""
 
 from __future__ import annotations
 
 
 class IMVIAError(Exception):
-    """Base class of every error that the library raises on purpose."""
+    """Base class of every error that the library raises deliberately."""
 
     exit_code = 1
 
@@ -16,7 +16,7 @@ class DataError(IMVIAError, ValueError):
 
 
 class SettingsError(IMVIAError, ValueError):
-    """A setting that does not exist or has a value that it cannot take."""
+    """A setting that does not exist or has an invalid value."""
 
     exit_code = 2
 
@@ -32,24 +32,24 @@ class UnknownLabelError(IMVIAError, KeyError):
 
 
 class TrainingError(IMVIAError):
-    """Training that cannot go on: a loss or a gradient that is no number."""
+    """Training that cannot continue: a loss or a gradient is not finite."""
 
 
 class OutOfMemoryError(IMVIAError, MemoryError):
-    """A step that does not fit into memory, however few rows are taken at a time."""
+    """A step that does not fit into memory, even with the fewest rows at a time."""
 
 
 class StorageError(IMVIAError, OSError):
-    """What a disk did not take: it is full, a quota is reached, or the folder is gone."""
+    """A write that failed: the disk is full, a quota is reached, or the folder is gone."""
 
 
 class CheckpointError(IMVIAError):
-    """A run folder or checkpoint that cannot be read or does not fit."""
+    """A run folder or checkpoint that cannot be read or does not match."""
 
     exit_code = 2
 
 
 class EncoderError(IMVIAError):
-    """An encoder that is not known, not installed, or whose weights cannot be had."""
+    """An encoder that is unknown or not installed, or whose weights are not available."""
 
     exit_code = 2

@@ -1,7 +1,8 @@
-"""Filtered ranking of both sides, ties at their mean rank.
+"""Filtered ranking of heads and tails, with ties at their mean rank.
 
-The rank of an answer is 1 + (number of better candidates) + (number of tied others) / 2, known
-answers of the query left out: the "realistic" rank, the mean of the optimistic and the pessimistic.
+The rank of an answer is 1 + (number of better candidates) + (number of other tied candidates) / 2,
+without the other known answers of the query: the "realistic" rank, which is the mean of the
+optimistic and the pessimistic rank.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Ranking(NamedTuple):
     triples : Tensor
         (n, 3) int64.
     tail, head : dict of str to Tensor
-        (n,) float64 ranks of the true tail and of the true head, for each head of the model and
-        for ``decision``.
+        (n,) float64 ranks of the true tail and of the true head, for each ranked head of the model
+        and for ``decision``.
     """
 
     triples: Tensor
@@ -43,20 +44,21 @@ class Ranking(NamedTuple):
     head: dict[str, Tensor]
 
     def metrics(self, relations: Sequence[str] | None = None) -> dict[str, Any]:
-        """Metrics, as fractions: of both sides, each side, each head of the model, each relation.
+        """Return metrics as fractions: for both sides, each side, each model head, each relation.
 
         Parameters
         ----------
         relations : sequence of str, optional
-            Labels of the relations; with them, ``relations`` is part of the result: metrics of
-            both sides and the number of triples, of each relation that has triples in the split.
+            Labels of the relations. If given, the result has the key ``relations``: metrics of both
+            sides and the number of triples, for each relation with triples in the split.
 
         Returns
         -------
         dict
             ``{"both": {"mrr", "mr", "hits@1", …}, "head": …, "tail": …, "heads": {head: …},
-            "relations": {label: …}}``. ``both`` is over the ranks of both sides together, ``head``
-            of queries that ask for the head of a triple, ``heads`` of each head of the model.
+            "relations": {label: …}}``. ``both`` covers the ranks of heads and tails together,
+            ``head`` those of the heads of the triples, and ``heads`` those by each head of the
+            model.
         """
         tail, head = self.tail[DECISION], self.head[DECISION]
         result: dict[str, Any] = {
@@ -82,7 +84,7 @@ class Ranking(NamedTuple):
 
 
 def rank_metrics(ranks: Tensor) -> dict[str, float]:
-    """MRR, mean rank and Hits@1, 3, 10, 100 of (n,) ranks; fractions.
+    """Return MRR, mean rank and Hits@1, 3, 10, 100 of (n,) ranks, with hits as fractions.
 
     >>> import torch
     >>> from imvia_graph.evaluation import rank_metrics
@@ -96,23 +98,23 @@ def rank_metrics(ranks: Tensor) -> dict[str, float]:
 
 
 def filtered_ranks(scores: Tensor, answer: Tensor, row: Tensor, col: Tensor) -> Tensor:
-    """Realistic ranks of a batch of queries.
+    """Return the filtered realistic ranks of a batch of queries.
 
     Parameters
     ----------
     scores : Tensor
         (B, N) scores of all candidates.
     answer : Tensor
-        (B,) int64: the candidate whose rank is asked for.
+        (B,) int64: the candidate to rank for each query.
     row, col : Tensor
-        (P,) int64, distinct pairs: candidate ``col`` is a known answer of query ``row`` and does
-        not compete; the asked one may be among them.
+        (P,) int64, distinct pairs: candidate ``col`` is a known answer of query ``row`` and is
+        filtered out; the answer itself may be among these pairs.
 
     Returns
     -------
     Tensor
-        (B,) float64 ranks from 1 on. NaN is no defence: a candidate whose score is NaN counts as
-        better than any answer, and an answer whose score is NaN ranks behind all candidates.
+        (B,) float64 ranks from 1 on. A candidate whose score is NaN counts as better than any
+        answer, and an answer whose score is NaN ranks behind all candidates.
 
     Examples
     --------
@@ -126,11 +128,11 @@ def filtered_ranks(scores: Tensor, answer: Tensor, row: Tensor, col: Tensor) -> 
     tensor([2.5000], dtype=torch.float64)
     """
     true = scores.gather(1, answer[:, None])
-    # The answer itself is tied with itself, or, where it is NaN, better than itself.
+    # The answer is tied with itself, or counts as better than itself if its score is NaN.
     nan = true[:, 0].isnan().long()
     better = (~(scores <= true)).sum(1) - nan
     tied = (scores == true).sum(1) - 1 + nan
-    # Known answers are few: take them out of the counts instead of out of the scores.
+    # Known answers are few: subtract them from the counts instead of masking the scores.
     other = col != answer[row]
     row, col = row[other], col[other]
     known = scores[row, col]
@@ -150,44 +152,48 @@ def rank(
     candidates: Tensor | None = None,
     shards: Shards | None = None,
 ) -> Ranking:
-    """Rank the tails and heads of triples against all entities, or against those that are chosen.
+    """Rank the tails and heads of triples against all entities, or against chosen candidates.
 
-    Memory does not grow with the number of entities beyond 256 MiB of candidates' vectors, and as
-    much of queries'.
-    With several processes, each of which calls this with the same arguments, each counts what
-    outranks the answers among its own entities; the ranks are on all of them, and the same for any
-    number of processes.
+    Memory does not grow with the number of entities beyond 256 MiB of candidate vectors and 256 MiB
+    of query vectors. With several processes, all of which must call this with the same arguments,
+    each process counts the candidates that outrank the answers among its own entities. Every
+    process returns the ranks among all entities, which are the same for any number of processes.
 
     Parameters
     ----------
     model : IMVIA
-        Put into evaluation mode while it ranks; scores are made in float32.
+        Ranked in evaluation mode, with scores in float32.
     triples : Tensor
-        (n, 3) int64.
+        (n, 3) int64 triples.
     known : AnswerIndex
-        Answers that do not compete: all that is known (`MultiViewKG.answers`), as is customary.
-    batch_size : int
-        Queries whose vectors are made at a time, at most.
+        Answers to filter out; by convention, all known answers (`MultiViewKG.answers`).
+    batch_size : int, optional
+        Largest number of queries whose vectors are computed at a time. Default: ``4096``.
     heads : sequence of str, optional
-        Which of the model's heads to rank beside ``decision``. Default: all. With none the decision
-        is one product, and faster; where scores are as good as equal, rounding may then part it
-        from what it is beside the heads.
+        Heads of the model to rank in addition to ``decision``. Default: all. Without any head, the
+        decision is computed as one product, which is faster; rounding may then order nearly equal
+        scores differently.
     on_batch : callable, optional
-        Called with the numbers of queries done and in all.
+        Called with the number of queries done and the total.
     candidates : Tensor, optional
-        (C,) int64: the entities that compete with the answer, as `draw_candidates` gives them.
-        Default: all.
+        (C,) int64 entities that compete with the answer, for example from `draw_candidates`.
+        Default: all entities.
     shards : Shards, optional
-        Which entities are this process's. Default: the model's.
+        The entities of this process. Default: those of the model.
+
+    Returns
+    -------
+    Ranking
 
     Raises
     ------
     DataError
-        Candidates that are no entities of the model.
+        If candidates are not entities of the model.
     UnknownLabelError
-        A head that the model does not have.
+        If the model lacks a head.
     OutOfMemoryError
-        A query that does not fit into memory or, with several processes, ``batch_size`` of them.
+        If a single query does not fit into memory or, with several processes, ``batch_size``
+        queries do not.
     """
     for name in heads or ():
         if name not in model.heads:
@@ -202,15 +208,15 @@ def rank(
     wanted = [*(model.heads if heads is None else heads), DECISION]
     ranks = torch.empty(len(queries), len(wanted), dtype=torch.float64, device=device)
     parts = Parts("ranking a batch of queries")
-    told = _Told(on_batch, len(queries))
+    progress = _Progress(on_batch, len(queries))
     with evaluating(model):
         for relation, group in _by_relation(model, queries[:, 1]):
             counter = Counter(model, shards, known, wanted, chosen, relation)
             while len(group):
                 size = parts.rows(batch_size)
                 block = group[: max(1, counter.queries // parts.count // size) * size]
-                # Several processes must all call the same number of times.
-                on_part = partial(told.of_part, len(block)) if shards.alone else None
+                # With several processes, all must call on_batch equally often.
+                on_part = partial(progress.report, len(block)) if shards.alone else None
                 entity, under, answer = queries[block].unbind(1)
                 try:
                     counts = counter.count(entity, under, answer, size, on_part)
@@ -218,15 +224,15 @@ def rank(
                     if not shards.alone and is_out_of_memory(error):
                         raise OutOfMemoryError(
                             f"Out of memory while ranking, in process {shards.rank} of"
-                            f" {shards.size}. Take a smaller ranking_batch_size, or more processes."
+                            f" {shards.size}. Use a smaller ranking_batch_size, or more processes."
                         ) from error
                     parts.halve(error, batch_size)
                     continue
                 better, tied = counts.double().unbind(2)
                 ranks[block] = 1 + better + tied / 2
                 group = group[len(block) :]
-                told.of_all(len(block))
-    # Queries come as all tails, then all heads.
+                progress.finish(len(block))
+    # The queries are all tails, then all heads.
     tail, head = ranks.cpu().tensor_split([len(triples)])
     return Ranking(
         triples,
@@ -235,32 +241,32 @@ def rank(
     )
 
 
-class _Told:
-    """Tells how many queries are done, whenever it is more than before."""
+class _Progress:
+    """Progress of a ranking, passed to ``on_batch`` whenever more queries are done."""
 
     def __init__(self, on_batch: Callable[[int, int], None] | None, total: int) -> None:
         self.on_batch, self.total = on_batch, total
-        self.done = self.told = 0
+        self.done = self.reported = 0
 
-    def of_part(self, queries: int, share: float) -> None:
-        """A share of so many queries more is done."""
+    def report(self, queries: int, share: float) -> None:
+        """Report that a share of the current block of queries is done."""
         done = self.done + int(queries * share)
-        if done > self.told and self.on_batch:
-            self.told = done
+        if done > self.reported and self.on_batch:
+            self.reported = done
             self.on_batch(done, self.total)
 
-    def of_all(self, queries: int) -> None:
-        """So many queries more are done."""
-        self.of_part(queries, 1)
+    def finish(self, queries: int) -> None:
+        """Report that the current block of queries is done."""
+        self.report(queries, 1)
         self.done += queries
 
 
 def _checked(candidates: Tensor, num_entities: int) -> Tensor:
-    """Candidates in the order of their ids, each once."""
-    whole = candidates.dim() == 1 and candidates.dtype == torch.int64
-    if not whole or not len(candidates):
+    """Return the distinct candidates in the order of their ids."""
+    are_ids = candidates.dim() == 1 and candidates.dtype == torch.int64
+    if not are_ids or not len(candidates):
         raise DataError(
-            "candidates: expected (C,) int64 ids of one entity at least, received"
+            "candidates: expected (C,) int64 ids of at least one entity, received"
             f" {candidates.dtype} of shape {tuple(candidates.shape)}."
         )
     low, high = int(candidates.min()), int(candidates.max())
@@ -273,23 +279,25 @@ def _checked(candidates: Tensor, num_entities: int) -> Tensor:
 
 
 def draw_candidates(num_entities: int, count: int, seed: int = 0) -> Tensor | None:
-    """Entities to rank against where all are too many, each with the same chance.
+    """Sample entities uniformly as ranking candidates, where all entities are too many.
 
     Parameters
     ----------
     num_entities, count : int
-    seed : int
-        The same seed draws the same entities.
+        Number of entities, and number of entities to sample.
+    seed : int, optional
+        Seed of the sample. Default: ``0``.
 
     Returns
     -------
     Tensor or None
-        (count,) int64, ascending; None, for all, where there are no more than so many.
+        (count,) int64 entities, ascending; None, which stands for all entities, if there are not
+        more than ``count``.
 
     Raises
     ------
     DataError
-        A count below 1.
+        If ``count`` is below 1.
 
     Examples
     --------
@@ -305,10 +313,10 @@ def draw_candidates(num_entities: int, count: int, seed: int = 0) -> Tensor | No
 
 
 def _by_relation(model: IMVIA, relation: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """Yield (relation, positions of its queries); all at once, with None, where tables are shared.
+    """Yield (relation, positions of its queries), or (None, all positions) with shared tables.
 
-    Queries are taken relation by relation in any case, so that what depends on a relation alone is
-    made once, or nearly so.
+    Positions are sorted by relation in either case, so that results that depend only on a relation
+    are computed once, or nearly so.
     """
     if model.settings.candidates != "shared":
         yield from by_relation(relation)
@@ -318,7 +326,7 @@ def _by_relation(model: IMVIA, relation: Tensor) -> Iterator[tuple[Tensor | None
 
 @contextmanager
 def evaluating(model: IMVIA) -> Iterator[IMVIA]:
-    """The model in evaluation mode, and each of its modules in its own mode again afterwards."""
+    """Put the model into evaluation mode, and restore each module's own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -338,37 +346,38 @@ def evaluate(
     candidates: int | Sequence[int | str] | Tensor | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Filtered metrics of a split, as `Ranking.metrics` gives them.
+    """Compute the filtered ranking metrics of a split; see `Ranking.metrics`.
 
     Parameters
     ----------
     model : IMVIA
     kg : MultiViewKG
     split : {"train", "valid", "test"}, optional
-        Default: ``test``.
+        Default: ``"test"``.
     batch_size, on_batch
-        As for `rank`.
+        As in `rank`.
     candidates : int, sequence of int or str, or Tensor, optional
-        What competes with the answer: so many entities, drawn once with the seed by
-        `draw_candidates`, or (C,) int64 ids, or labels. Ranks among few are better than among all,
-        and compare with none but those among the same. Default: all entities.
-    seed : int
-        Of that draw. Default: 0.
+        The entities that compete with the answer: their number, sampled once by `draw_candidates`
+        with ``seed``, or (C,) int64 ids, or labels. Ranks among few candidates are better than
+        among all, and comparable only among the same candidates. Default: all entities.
+    seed : int, optional
+        Seed of the sample. Default: ``0``.
 
     Returns
     -------
     dict
-        That of `Ranking.metrics`, and ``candidates``: a text that says what competed.
+        The metrics of `Ranking.metrics`, and the key ``candidates``, a text that describes the
+        candidates.
 
     Raises
     ------
     DataError
-        A split without triples, candidates that are no entities of the graph, or a graph that is
-        not the model's.
+        If the split has no triples, candidates are not entities of the graph, or the graph is not
+        that of the model.
     UnknownLabelError
-        A candidate's label, or a split, that there is not.
+        If the label of a candidate or the split is unknown.
     OutOfMemoryError
-        A query that does not fit into memory.
+        If a single query does not fit into memory.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""IMVIA, top to bottom: queries, candidates and scores are separate questions."""
+"""The model IMVIA, with separate methods for query vectors, candidates and scores."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ from imvia_graph.nn.tucker_decoder import (
 from imvia_graph.ops import picking
 from imvia_graph.settings import Settings, checked_settings
 
-#: Heads beside those of the modalities.
+#: Names of the heads that are not modalities.
 STRUCTURE, JOINT, COMPLEX = "structure", "joint", "complex"
-#: What the fused score is called where scores are listed by head.
+#: Name of the fused score among the scores of the heads.
 DECISION = "decision"
 
 
 class Embedding(NamedTuple):
-    """Embeddings of entities, head by head.
+    """Embeddings of entities, by head.
 
     Attributes
     ----------
     heads : dict of str to Tensor
-        (B, dim) for ``structure``, each modality and ``joint``; for ``complex`` of its own width.
+        (B, dim) for ``structure``, each modality and ``joint``; (B, 2 complex_rank) for
+        ``complex``.
     present : dict of str to Tensor
         (B,) bool for each modality: whether the entity has a view of it.
     """
@@ -55,55 +56,54 @@ class Embedding(NamedTuple):
 class IMVIA(nn.Module):
     r"""Intra-modality multi-view fusion and inter-modality alignment, for completion.
 
-    For a query (h, r, ?) each head m - structure, every modality, joint - embeds h under r (Eq. 1
+    For a query (h, r, ?), each head m (structure, every modality, joint) embeds h under r (Eq. 1
     to 3 for a modality), decodes it with r into a query vector (Eq. 6), and scores candidates by
-    inner products; the head ``complex``, of ComplEx, has tables of its own and multiplies h and r
-    as complex numbers. The relation-aware decision adds the heads up. Queries (?, r, t) are
-    (t, r + R) with an embedding of their own for each inverse relation.
+    inner products. The head ``complex`` is a ComplEx model with its own tables, which multiplies h
+    and r as complex numbers. The relation-aware decision is a weighted sum of the heads' scores.
+    Queries (?, r, t) become (t, r + R, ?), with a separate embedding for each inverse relation.
 
-    A step of training, of ranking or of prediction asks three things in turn: `queries`,
-    `candidates`, `scores`.
+    A step of training, ranking or prediction calls `queries`, `candidates` and `scores` in turn.
 
     Parameters
     ----------
     num_entities, num_relations : int
-        Sizes of the vocabularies, inverse relations not counted.
+        Numbers of entities and relations, inverse relations not counted.
     views : mapping of str to (feat, ptr)
-        Views of each modality, as `MultiViewKG.views` gives them. They are no part of the model's
-        state: a checkpoint holds what was learned. Features stay in their dtype and, where they are
-        mapped, in their file; only double precision and what `moderate` has to scale are copied.
-        They move with the model to another device unless they are too large for it (the setting
-        ``views_on``); then those that are asked for go there.
+        Views of each modality, as returned by `MultiViewKG.views`. They are not part of the state
+        dict: a checkpoint holds learned parameters only. Features keep their dtype and, if mapped
+        from a file, stay in the file; only float64 features and those that `moderate` scales are
+        copied. They move with the model to another device unless they are too large for it (setting
+        ``views_on``); then only the views that a batch needs are copied there.
     settings : Settings, optional
-        The group *model*, and ``alignment``, ``temperature`` and ``information_dim``. Default: all
-        as they are by default.
+        The settings of the group *model*, and ``alignment``, ``temperature`` and
+        ``information_dim``. Default: the default settings.
     shards : Shards, optional
-        Which entities are this process's, where there are several (`imvia_graph.distributed`).
-        Default: all.
+        With several processes (`imvia_graph.distributed`): the entities of this process.
+        Default: all entities.
 
     Attributes
     ----------
     modalities : list of str
     sources : list of str
-        What is aligned, disentangled and joined: ``structure`` and the modalities.
+        Inputs of alignment, disentanglement and joint fusion: ``structure`` and the modalities.
     heads : list of str
-        What scores: the sources, ``joint`` where there are several of them and, with the setting
+        Heads that score: the sources, ``joint`` if there are several sources and, with the setting
         ``complex_head``, ``complex``.
     widths : dict of str to int
-        Of each head's embeddings and query vectors.
+        Width of each head's embeddings and query vectors.
     tucker_heads : list of str
-        Those with a Tucker decoder: all but ``complex``.
+        Heads with a Tucker decoder: all but ``complex``.
 
     Raises
     ------
     SettingsError
-        Settings that leave nothing to score by, or that do not go together.
+        If the settings leave no head, or do not go together.
 
     Notes
     -----
-    Of several processes each holds the rows of its own entities. All ask the same: `embed` and
-    `decode` then answer for a process's part of the queries (`Shards.part`), `queries` for all of
-    them, and `candidates` for entities that are the process's own.
+    With several processes, each process holds the table rows of its own entities, and all processes
+    make the same calls. `embed` and `decode` then return this process's part of the queries
+    (`Shards.part`), `queries` returns all of them, and `candidates` the entities of this process.
 
     Examples
     --------
@@ -166,17 +166,17 @@ class IMVIA(nn.Module):
         sources = self.sources
         if not sources:
             raise SettingsError(
-                "Setting structure: false leaves nothing to score by, since there are no views"
-                " (settings: modalities). Leave the structure in, or add a modality."
+                "Setting structure: false leaves no head to score with, since there are no views"
+                " (setting modalities). Keep the structure, or add a modality."
             )
-        # With nothing to join, the joint head would repeat the only one.
+        # With a single source, the joint head would repeat it.
         self.joint = JointFusion(s.dim, len(sources)) if s.joint and len(sources) > 1 else None
         self.tucker_heads = [*sources, JOINT] if self.joint is not None else list(sources)
         self.heads = [*self.tucker_heads, COMPLEX] if s.complex_head else self.tucker_heads
         if s.complex_head and COMPLEX in views:
             raise SettingsError(
-                f"Setting complex_head: the head is called {COMPLEX!r}, as one of the graph's"
-                " modalities is. Rename that, or set complex_head: false."
+                f"Setting complex_head: the head is called {COMPLEX!r}, like one of the graph's"
+                " modalities. Rename the modality, or set complex_head: false."
             )
         self.relation = nn.ModuleList(
             nn.Embedding(2 * num_relations, relation_dim) for _ in self.tucker_heads
@@ -200,7 +200,7 @@ class IMVIA(nn.Module):
         self.complex_relation: nn.Embedding | None = None
         if s.complex_head:
             width = self.widths[COMPLEX] = 2 * s.complex_rank
-            # As small as is usual for ComplEx: what it starts from is soon forgotten.
+            # Small initial values, as usual for ComplEx: they are soon forgotten.
             self.complex_entity = EntityTable(self.shards, width, std=1e-3)
             self.complex_relation = nn.Embedding(2 * num_relations, width)
         self.decision = (
@@ -218,15 +218,15 @@ class IMVIA(nn.Module):
     def _check_blocks(self) -> None:
         if not self.relation_residual:
             raise SettingsError(
-                "Setting lambda_relation: relations are predicted by their own blocks, which there"
-                " are with relation_residual: true alone. Set that, or lambda_relation: 0."
+                "Setting lambda_relation: relations are predicted by their own blocks, which exist"
+                " only with relation_residual: true. Set that, or lambda_relation: 0."
             )
 
     @classmethod
     def from_kg(
         cls, kg: MultiViewKG, settings: Settings | None = None, shards: Shards | None = None
     ) -> IMVIA:
-        """A model for a graph, with the modalities that the settings name (default: all)."""
+        """Create a model for a graph, with the modalities in the settings (default: all)."""
         settings = Settings() if settings is None else checked_settings(settings)
         views = _wanted_views(kg, settings)
         model = cls(kg.num_entities, kg.num_relations, views, settings, shards)
@@ -234,45 +234,45 @@ class IMVIA(nn.Module):
         return model
 
     def check_graph(self, kg: MultiViewKG) -> None:
-        """Refuse a graph whose ids are not those of the model's.
+        """Raise if the ids of a graph are not those of the model.
 
         Parameters
         ----------
         kg : MultiViewKG
-            Has to have as many entities and relations as the model and, where the model was made
+            Must have as many entities and relations as the model and, if the model was created by
             `from_kg`, the same labels in the same order.
 
         Raises
         ------
         DataError
-            It has not; the message says where they part.
+            If it does not; the message names the first difference.
         """
         kinds = ("entities", "relations")
         ours, theirs = (self.num_entities, self.num_relations), (kg.num_entities, kg.num_relations)
         for kind, mine, other in zip(kinds, ours, theirs, strict=True):
             if mine != other:
                 raise DataError(
-                    f"The model is of a graph with {mine:,} {kind}; {kg} has {other:,}. Take the"
-                    " graph that it was trained on: `imvia_graph.load` gives both."
+                    f"The model is for a graph with {mine:,} {kind}; {kg} has {other:,}. Use the"
+                    " graph that it was trained on: `imvia_graph.load` returns both."
                 )
         for kind, labels, column in zip(kinds, self._labels or (), kg.label_columns, strict=False):
             if labels is not column and not labels.equals(column):
                 place = int((labels != column).arg_max() or 0)
                 raise DataError(
-                    f"The model is of a graph whose {kind} are in another order: number {place} is"
-                    f" {labels[place]!r} there and {column[place]!r} in {kg}. Take the graph that"
-                    " it was trained on (`imvia_graph.load` gives both), or fix the order of ids: a"
-                    " KG folder does, and so do entities= and relations= of load_kg."
+                    f"The model is for a graph whose {kind} are in another order: number {place} is"
+                    f" {labels[place]!r} there and {column[place]!r} in {kg}. Use the graph that it"
+                    " was trained on (`imvia_graph.load` returns both), or fix the order of ids"
+                    " with a KG folder or with entities= and relations= of load_kg."
                 )
 
     def reset_parameters(self) -> None:
-        """Initialise the tables and the layers anew."""
-        # Parts before the layers that they are in, which may want another start for their parts.
+        """Reinitialise the tables and the layers."""
+        # Submodules before the modules that contain them, which may initialise them differently.
         for module in reversed(list(self.modules())[1:]):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
-        # What a seed gives depends on the order.
+        # The result of a seed depends on this order.
         for table in (self.entity, *self.relation, *self.residual):
             if isinstance(table, EntityTable):
                 table.reset_parameters()
@@ -282,31 +282,31 @@ class IMVIA(nn.Module):
         if self.complex_entity is not None and self.complex_relation is not None:
             self.complex_entity.reset_parameters()
             nn.init.normal_(self.complex_relation.weight, std=self.complex_entity.std)
-        # Small beside the matrices that the core makes: what relations share is learned first.
+        # Small compared to the core's matrices, so that shared structure is learned first.
         for table in self.relation_residual:
             assert isinstance(table, nn.Embedding)
             nn.init.normal_(table.weight, std=0.05)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.entity.weight.device
 
     @property
     def entity_tables(self) -> list[EntityTable]:
-        """The tables of which each process holds its own entities' rows."""
+        """The entity tables, of which each process holds the rows of its own entities."""
         tables = (self.entity, *self.residual, self.complex_entity)
         return [table for table in tables if isinstance(table, EntityTable)]
 
     @property
     def relation_tables(self) -> list[nn.Embedding]:
-        """The tables of relations, their own blocks included."""
+        """The relation tables, including those of the relations' own blocks."""
         tables = (*self.relation, *self.relation_residual, self.complex_relation)
         return [table for table in tables if isinstance(table, nn.Embedding)]
 
     @property
     def complex_tables(self) -> list[EntityTable | nn.Embedding]:
-        """The tables of the head of ComplEx, where there is one."""
+        """The tables of the head ``complex``; empty without it."""
         tables = (self.complex_entity, self.complex_relation)
         return [table for table in tables if table is not None]
 
@@ -319,7 +319,7 @@ class IMVIA(nn.Module):
         }
 
     def scaled(self, modality: str, feat: Tensor) -> Tensor:
-        """(V, d_m) features as the model sees them: see `moderate`; double precision as single."""
+        """Return (V, d_m) features as the model uses them: float64 as float32, see `moderate`."""
         scale = self.view_scale[modality]
         if scale is None:
             return feat.float() if feat.dtype == torch.float64 else feat
@@ -329,7 +329,7 @@ class IMVIA(nn.Module):
         return scaled
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IMVIA:
-        """Move or convert the model; features move where they fit, and are never converted."""
+        """Move or convert the model; features move if they fit, and are never converted."""
         names = [f"view_feat_{i}" for i in range(len(self.modalities))]
         features = [self._buffers.pop(name) for name in names]
         super()._apply(fn, recurse)
@@ -342,25 +342,26 @@ class IMVIA(nn.Module):
         return self
 
     def forward(self, head: Tensor, relation: Tensor, tail: Tensor) -> Tensor:
-        """Scores of triples, by the decision.
+        """Return the decision's scores of triples.
 
-        Scores rank the answers to one query; those of different queries do not compare.
+        Scores rank the answers to one query; scores of different queries are not comparable.
 
         Parameters
         ----------
         head, relation, tail : Tensor
-            (B,) int64 ids. ``(tail, relation + num_relations, head)`` asks for the head.
+            (B,) int64 ids. ``(tail, relation + num_relations, head)`` scores the head as the
+            answer.
 
         Returns
         -------
         Tensor
-            (B,), with gradients where they are wanted.
+            (B,) scores, which are differentiable.
 
         Raises
         ------
         IMVIAError
-            Of several processes, each of which has a part of the entities; ids of other shapes or
-            numbers than each other; on a CPU also ids that the model does not have.
+            If there are several processes, each with a part of the entities, or if the ids are not
+            1-D tensors of one length. On a CPU also if an id is out of range.
         """
         self.check_whole("triples are scored")
         self.check_ids(head=head, relation=relation, tail=tail)
@@ -374,7 +375,7 @@ class IMVIA(nn.Module):
         return self.scores(self.queries(head, relation), tables, relation)[DECISION][:, 0]
 
     def check_whole(self, what: str) -> None:
-        """Refuse what one process does for all, where each of several has a part of the entities.
+        """Raise if the entities are split between several processes.
 
         Raises
         ------
@@ -382,31 +383,31 @@ class IMVIA(nn.Module):
         """
         if not self.shards.alone:
             raise IMVIAError(
-                f"IMVIA: {what} in one process, and this model has a part of the entities, as each"
-                f" of the {self.shards.size} processes has; `imvia_graph.load` of the run folder"
-                " has all."
+                f"IMVIA: {what} in one process, but this model has only one of {self.shards.size}"
+                " parts of the entities; `imvia_graph.load` of the run folder returns a model with"
+                " all."
             )
 
-    def check_ids(self, **given: Tensor) -> None:
-        """Refuse (B,) ids that are none, or on a CPU none of the model's; by their names.
+    def check_ids(self, **ids_by_name: Tensor) -> None:
+        """Raise unless all arguments are (B,) ids and, on a CPU, in range.
 
-        Those called ``relation`` are of relations, the inverse ones with them, others of entities.
+        The argument ``relation`` holds relations, inverse ones included; all others hold entities.
 
         Raises
         ------
         IMVIAError
         """
-        for name, ids in given.items():
+        for name, ids in ids_by_name.items():
             number = 2 * self.num_relations if name == "relation" else self.num_entities
             picking.check_ids("IMVIA", name, ids, number)
 
     @property
     def gate_sees_relations(self) -> bool:
-        """Whether the weights of views depend on the relation that is asked about."""
+        """Whether the weights of views depend on the relation of the query."""
         return self.settings.gate == "relation"
 
     def gate_relation(self, relation: Tensor) -> Tensor | None:
-        """(B, relation_dim) features of (B,) relations for the gates; None if they see none."""
+        """Return the (B, relation_dim) relation features of the gates, or None without them."""
         found: Tensor = self.relation[0](relation)
         return found if self.gate_sees_relations else None
 
@@ -416,9 +417,20 @@ class IMVIA(nn.Module):
         relation: Tensor | None = None,
         streams: Streams | None = None,
     ) -> Embedding:
-        """Embeddings of (B,) entities, or all, under (B,) relations, or one relation, or none.
+        """Embed entities under relations.
 
-        With ``streams`` modalities are done beside each other.
+        Parameters
+        ----------
+        entity : Tensor, optional
+            (B,) int64 ids. Default: all entities of this process.
+        relation : Tensor, optional
+            (B,) int64 ids, or a scalar for one relation shared by all. Default: no relation.
+        streams : Streams, optional
+            CUDA streams on which the modalities run concurrently.
+
+        Returns
+        -------
+        Embedding
         """
         if entity is None:
             own = torch.arange(self.shards.start, self.shards.stop, device=self.device)
@@ -441,7 +453,7 @@ class IMVIA(nn.Module):
         halves: dict[Any, Tensor] | None = None,
         streams: Streams | None = None,
     ) -> dict[str, Tensor]:
-        """Heads of (n,) entities with the rows of theirs in each table."""
+        """Embed (n,) entities, whose rows of a table ``rows`` returns, by head."""
         structure = rows(self.entity)
         if not self.gate_sees_relations:
             relation = None
@@ -453,8 +465,8 @@ class IMVIA(nn.Module):
             if relation.dim() == 0:
                 rel_feat, relation = rel_feat[relation], None
         heads = {STRUCTURE: structure} if self.settings.structure else {}
-        given = structure, rel_feat, relation, halves, streams
-        heads.update(self.encoder.encode(self.views, entity, *given))
+        args = structure, rel_feat, relation, halves, streams
+        heads.update(self.encoder.encode(self.views, entity, *args))
         for modality, table in zip(self.modalities, self.residual, strict=False):
             assert isinstance(table, EntityTable)
             heads[modality] = heads[modality] + rows(table)
@@ -465,9 +477,9 @@ class IMVIA(nn.Module):
         return heads
 
     def grouped(self, relation: Tensor, most_relations: int | None = None) -> RelationGroups:
-        """(B,) relations as `decode` takes them, once for all that ask.
+        """Group (B,) relations once for several calls of `decode`.
 
-        ``most_relations`` is how many are distinct at most, where that is known.
+        ``most_relations`` is an upper bound of the number of distinct relations, if one is known.
         """
         most = 2 * self.num_relations if most_relations is None else most_relations
         return group_by_relation(relation, self.shards, most)
@@ -478,10 +490,10 @@ class IMVIA(nn.Module):
         relation: Tensor | RelationGroups,
         streams: Streams | None = None,
     ) -> dict[str, Tensor]:
-        """Query vectors of embedded entities and (B,) relations, head by head.
+        """Compute the query vectors of embedded entities and (B,) relations, by head.
 
-        They are (B, dim), those of the head ``complex`` (B, 2 complex_rank): see `widths`.
-        Relations may be `grouped` already. With ``streams`` the heads are done beside each other.
+        They are (B, dim), and (B, 2 complex_rank) for the head ``complex``; see `widths`. The
+        relations may be `grouped` already. With ``streams``, the heads run concurrently.
         """
         groups = self.grouped(relation) if isinstance(relation, Tensor) else relation
         return self._decode(embedding.heads, groups, Streams() if streams is None else streams)
@@ -508,15 +520,18 @@ class IMVIA(nn.Module):
         return queries
 
     def queries(self, entity: Tensor, relation: Tensor) -> dict[str, Tensor]:
-        """Query vectors (B, width) of (B,) entities and (B,) relations, head by head: `widths`."""
+        """Compute the query vectors (B, width) of (B,) entities and relations, by head.
+
+        See `widths`.
+        """
         found = self.decode(self.embed(entity, relation), relation)
         return {head: self.shards.gather(query, len(entity)) for head, query in found.items()}
 
     def queries_alike(self, entity: Tensor, relation: Tensor) -> dict[str, Tensor]:
-        """What `queries` gives, made whole by every process, for evaluation.
+        """Compute the result of `queries` in every process, for evaluation.
 
-        A product of a part of the rows may differ from that of all in its last bits; these are the
-        same for any number of processes.
+        A product of a part of the rows may differ in its last bits from the product of all rows;
+        these query vectors are the same for any number of processes.
         """
         heads = self._heads(entity, lambda table: self.shards.all_rows_of(table, entity), relation)
         groups = group_by_relation(relation, most=2 * self.num_relations)
@@ -529,21 +544,25 @@ class IMVIA(nn.Module):
         halves: dict[Any, Tensor] | None = None,
         streams: Streams | None = None,
     ) -> dict[str, Tensor]:
-        """Candidate tables (N, width), head by head; see `widths`.
+        """Compute the candidate tables (N, width), by head; see `widths`.
 
         Parameters
         ----------
         relation : Tensor, optional
-            A scalar: the relation that all queries share, for ``candidates="relation"``, the exact
-            form of Eq. 1. None for relation-free tables.
+            Scalar id of the relation that all queries share, for ``candidates="relation"``, the
+            exact form of Eq. 1. ``None`` for tables without a relation.
         entity : Tensor, optional
-            (N,) int64 candidates; None for all entities. Of several processes, each has its own:
-            the rows of other entities are of no meaning.
+            (N,) int64 candidates. With several processes, the rows of entities of other processes
+            are meaningless. Default: all entities of this process.
         halves : dict, optional
-            Empty at first: what tables of the same entities under other relations share, as long
-            as nothing is learned between them; see `GatedViewConv.aggregate`.
+            A cache, initially empty, for tables of the same entities under different relations. It
+            is valid until the parameters change; see `GatedViewConv.aggregate`.
         streams : Streams, optional
-            With which modalities are done beside each other.
+            CUDA streams on which the modalities run concurrently.
+
+        Returns
+        -------
+        dict of str to Tensor
         """
         if entity is None:
             own = torch.arange(self.shards.start, self.shards.stop, device=self.device)
@@ -554,16 +573,21 @@ class IMVIA(nn.Module):
     def scores(
         self, queries: Mapping[str, Tensor], candidates: Mapping[str, Tensor], relation: Tensor
     ) -> dict[str, Tensor]:
-        """Scores (B, N), head by head and, last, ``decision``.
+        """Compute the scores (B, N) of each head and, last, ``decision``.
 
         Parameters
         ----------
-        queries : mapping
-            (B, width) a head; see `widths`.
-        candidates : mapping
-            (N, width) a head, or (B, N, width): candidates of each query's own.
+        queries : mapping of str to Tensor
+            (B, width) query vectors for each head; see `widths`.
+        candidates : mapping of str to Tensor
+            (N, width) candidates for each head, or (B, N, width) with separate candidates for each
+            query.
         relation : Tensor
-            (B,) int64.
+            (B,) int64 relation of each query.
+
+        Returns
+        -------
+        dict of str to Tensor
         """
         scores = {head: inner(queries[head], candidates[head]) for head in self.heads}
         scores[DECISION] = self.decide(list(scores.values()), relation)
@@ -572,20 +596,24 @@ class IMVIA(nn.Module):
     def relation_scores(
         self, heads: Mapping[str, Tensor], tails: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        r"""Scores (P, 2R) of all relations, by each head but ``complex``, for pairs of entities.
+        r"""Score all relations for pairs of entities, (P, 2R), by each head but ``complex``.
 
-        By the relations' own blocks, :math:`\operatorname{Re} \langle e_h, c_r, \overline{e_t}
-        \rangle`, without the core, which each pair would have to be multiplied with.
+        The scores use only the relations' own blocks, :math:`\operatorname{Re} \langle e_h, c_r,
+        \overline{e_t} \rangle`, and not the core, which would have to be multiplied with each pair.
 
         Parameters
         ----------
-        heads, tails : mapping
-            (P, dim) a head.
+        heads, tails : mapping of str to Tensor
+            (P, dim) embeddings for each head of the model.
+
+        Returns
+        -------
+        dict of str to Tensor
 
         Raises
         ------
         SettingsError
-            Without the setting ``relation_residual`` there are no blocks.
+            If the setting ``relation_residual`` is off, since there are no blocks then.
         """
         self._check_blocks()
         found: dict[str, Tensor] = {}
@@ -596,16 +624,16 @@ class IMVIA(nn.Module):
         return found
 
     def decide(self, scores: Sequence[Tensor], relation: Tensor) -> Tensor:
-        """The relation-aware decision over the heads' scores."""
+        """Return the decision: the relation-aware weighted sum of the heads' scores."""
         if self.settings.decision == "detached":
             scores = [score.detach() for score in scores]
         return weighted_sum(scores, self.decision_weights(relation))
 
     def decision_weights(self, relation: Tensor) -> Tensor:
-        """(B, heads) weights of the heads in the decision under (B,) relations; rows sum to 1.
+        """Return the (B, heads) weights of the decision for (B,) relations; rows sum to 1.
 
-        The head ``complex`` has the weight that the settings name, whatever the relation; the
-        others share the rest.
+        The head ``complex`` has the fixed weight ``complex_weight`` of the settings; the other
+        heads share the rest.
         """
         several = len(self.tucker_heads)
         if self.decision is None or self.settings.decision == "mean":
@@ -624,12 +652,12 @@ class IMVIA(nn.Module):
 
     @property
     def learns_decision(self) -> bool:
-        """Whether the decision has weights to learn: not of one head, nor those of a mean."""
+        """Whether the decision has learned weights: not with one Tucker head or a mean."""
         return self.decision is not None and self.settings.decision != "mean"
 
 
 def state_shapes(kg: MultiViewKG, settings: Settings) -> dict[str, list[int]]:
-    """Shapes of the state of `IMVIA.from_kg`, which is not made for them; no view is read."""
+    """Return the shapes of the state of `IMVIA.from_kg` without creating it or reading views."""
     views = {name: (feat[:0], ptr) for name, (feat, ptr) in _wanted_views(kg, settings).items()}
     with torch.device("meta"), _NothingDrawn():
         model = IMVIA(kg.num_entities, kg.num_relations, views, settings)
@@ -642,9 +670,9 @@ def _wanted_views(kg: MultiViewKG, settings: Settings) -> dict[str, tuple[Tensor
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Leaves tensors as they are that normal numbers are to be drawn into.
+    """Skip drawing normal numbers.
 
-    On the device meta torch would import its compiler first, which takes seconds.
+    On the device ``meta``, torch would import its compiler for this, which takes seconds.
     """
 
     def __torch_function__(
@@ -660,35 +688,36 @@ class _NothingDrawn(TorchFunctionMode):
         return func(*args, **values)
 
 
-#: So many entities and more have other defaults: no head of ComplEx, and less regularisation.
+#: From this many entities on, the defaults are: no head ``complex``, and less regularisation.
 MANY = 50_000
 
-#: Largest magnitude of a column of features that is left as it is, and the smallest of them all.
+#: A column of features with a magnitude above LARGEST is scaled, and so are all columns if none has
+#: a magnitude of SMALLEST or more.
 LARGEST, SMALLEST = 2.0**10, 2.0**-10
-#: Longest median length of the views of a modality that is left as it is; the shortest is 1 / LONG.
+#: The views of a modality are scaled if their median length is above LONG or below 1 / LONG.
 LONG = 2.0**5
 
 
 def moderate(feat: Tensor, typical: bool = True) -> Tensor | None:
-    """Powers of two that bring features to a size that can be squared and learned from.
+    """Return powers of two that scale features to a range for squaring and learning.
 
-    Where the views' median length is above `LONG` or below 1 / `LONG`, all are multiplied by one
-    number, for a length of about 1: what is learned from a modality does not depend on the unit
-    that its features are in. A column whose magnitudes are then above `LARGEST` is brought below
-    it; where all columns are below `SMALLEST`, all are multiplied by one number. Most features are
-    left as they are, and need not be copied.
+    If the median length of the views is above `LONG` or below 1 / `LONG`, all features are
+    multiplied by one factor for a median length of about 1, so that learning does not depend on the
+    unit of the features. Then a column with magnitudes above `LARGEST` is scaled to at most
+    `LARGEST`, and if all columns are below `SMALLEST`, all are multiplied by one factor. Most
+    features need no scaling and hence no copy.
 
     Parameters
     ----------
     feat : Tensor
-        (V, d), finite.
-    typical : bool
-        Whether to look at the median length, too.
+        (V, d) finite features.
+    typical : bool, optional
+        Whether to scale by the median length as well. Default: ``True``.
 
     Returns
     -------
     Tensor or None
-        (d,) float64 to multiply columns by, or None where nothing is to be done.
+        (d,) float64 factors of the columns, or None if the features need no scaling.
 
     Examples
     --------
@@ -703,10 +732,10 @@ def moderate(feat: Tensor, typical: bool = True) -> Tensor | None:
     """
     if not feat.numel():
         return None
-    # Autocast, where it is on around this, knows no float16 on a CPU.
+    # An enclosing autocast does not support float16 on a CPU.
     with torch.autocast(feat.device.type, enabled=False):
         sizes, lengths = [], []
-        for part in _files.portions(feat):  # once: features may be mapped, and large
+        for part in _files.portions(feat):  # one pass: features may be mapped and large
             sizes.append(part.abs().amax(0))
             lengths.append(part.float().norm(dim=1))
         size = torch.stack(sizes).amax(0).double().cpu()
@@ -720,11 +749,11 @@ def moderate(feat: Tensor, typical: bool = True) -> Tensor | None:
 
 
 def _within_reach(size: Tensor) -> Tensor | None:
-    """What brings (d,) magnitudes of columns to where float32 can square them."""
+    """Return factors that bring (d,) column magnitudes into the range that float32 can square."""
     largest = float(size.max())
     if SMALLEST <= largest <= LARGEST or not largest:
         return None
-    # 2 to the exponent is above the size, by a factor of two at most.
+    # 2 to the exponent is larger than the size, at most twice as large.
     exponent = torch.frexp(size if largest > LARGEST else size.max())[1].double()
     if largest > LARGEST:
         exponent = (exponent - 10).clamp(min=0)
@@ -732,26 +761,26 @@ def _within_reach(size: Tensor) -> Tensor | None:
 
 
 def _unit_of(lengths: Sequence[Tensor]) -> float:
-    """What brings the median of the lengths of views to about 1; 1 for most."""
+    """Return the factor that brings the median length of views to about 1; mostly 1."""
     length = float(torch.cat(list(lengths)).median())
     if not length or not math.isfinite(length) or 1 / LONG <= length <= LONG:
         return 1.0
     return float(2.0 ** -round(math.log2(length)))
 
 
-#: Share of a device's free memory that features may take; the rest is for training.
+#: Share of a device's free memory that features may use; the rest is for training.
 _SHARE = 0.5
 
 
 def _belong_on(device: torch.device, size: int, views_on: str) -> bool:
-    """Whether features of so many bytes are to be on the device of a model."""
+    """Return whether features of ``size`` bytes should be on the device of the model."""
     if views_on != "auto" or device.type != "cuda":
         return views_on != "host" or device.type in ("cpu", "meta")
     return size <= _SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def inner(query: Tensor, candidate: Tensor) -> Tensor:
-    """(B, N) inner products of (B, d) with (N, d) or with (B, N, d)."""
+    """Return the (B, N) inner products of (B, d) with (N, d) or (B, N, d)."""
     if candidate.dim() == 2:
         return query @ candidate.T
     return torch.einsum("bd,bnd->bn", query, candidate)

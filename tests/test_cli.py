@@ -719,7 +719,7 @@ def test_a_process_fits_and_predicts_on_the_countries(tmp_path):
 def test_a_backend_that_the_device_has_not_is_refused_before_there_is_a_run(graph, tmp_path):
     out = tmp_path / "run"
     result = invoke("fit", graph, "--out", out, "--device", "cpu", *SET, "--set", "backend=triton")
-    assert_one_paragraph(result, "Setting backend: 'triton' is not to be had on cpu")
+    assert_one_paragraph(result, "Setting backend: 'triton' is not available on cpu")
     assert not out.exists()
 
 

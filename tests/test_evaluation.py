@@ -696,7 +696,7 @@ def test_triples_may_be_of_another_integer_dtype():
         (torch.tensor([0, 83]), "from 0 to 82, received 83"),
         (torch.tensor([-1, 3]), "received -1"),
         (torch.tensor([0.0]), r"received torch.float32 of shape \(1,\)"),
-        (torch.empty(0, dtype=torch.int64), "one entity at least"),
+        (torch.empty(0, dtype=torch.int64), "at least one entity"),
     ],
 )
 def test_candidates_that_are_no_entities_are_an_error(candidates, message):

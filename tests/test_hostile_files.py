@@ -158,7 +158,7 @@ LIARS = {
     "a name that is none": (
         {"train.tsv": TRAIN, "kg.json": '{"name": {"a": 1}}'},
         "",
-        r"kg\.json: expected a text for 'name'",
+        r"kg\.json: expected a string for 'name'",
     ),
     "a newer version": (
         {"train.tsv": TRAIN, "kg.json": '{"version": 99}'},

@@ -695,7 +695,7 @@ BAD_FOLDERS = {
             "relation2id.txt": "1\nr 0\n",
             "train2id.txt": "1\n0 1 0\n",
         },
-        r"'a' stands more than once",
+        r"'a' occurs more than once",
     ),
     "MoMoK unknown label": (
         {"entity2id.txt": "a 0\nb 1\n", "relation2id.txt": "r 0\n", "train.txt": "a r c .\n"},
@@ -720,7 +720,7 @@ BAD_FOLDERS = {
     "nothing": ({"readme.md": "hi"}, r"expected train\.tsv.*found readme\.md"),
     "duplicated entity": (
         {"train.tsv": "a\tr\tb\n", "entities.tsv": "entity\na\nb\na\n"},
-        r"'a' stands more than once",
+        r"'a' occurs more than once",
     ),
 }
 

@@ -127,7 +127,7 @@ def test_views_from_labels_that_are_no_pair_say_what_was_expected(given):
 
 @pytest.mark.parametrize("label", [3, ["a", "b"], None])
 def test_what_is_no_label_is_said_to_be_none(label):
-    with pytest.raises(UnknownLabelError, match=r"label of one entity, a text; received"):
+    with pytest.raises(UnknownLabelError, match=r"label of one entity, a string; received"):
         small_kg().id_of(label)
 
 
@@ -391,7 +391,7 @@ REFUSED = {
     ),
     "too many sources": (
         {"views": {"image": Views(ONE, ZERO, ["x", "y"])}},
-        r"views\['image'\]: expected one source a view, received 2 for 1",
+        r"views\['image'\]: expected one source per view, received 2 for 1",
     ),
     **{
         f"modality {name!r}": ({"views": {name: Views(ONE, ZERO)}}, f"called {name!r}")

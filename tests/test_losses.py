@@ -552,9 +552,9 @@ def test_positives_that_are_repeated_count_once(kernel, blocks, loss):
 
 
 def test_the_binary_loss_has_no_weights_of_rows():
-    with pytest.raises(SettingsError, match=r"'binary' has no weights.*softmax"):
+    with pytest.raises(SettingsError, match=r"'binary' does not support weights.*softmax"):
         completion({"structure": torch.zeros(3, 5)}, WEIGHTED, "binary")
-    with pytest.raises(SettingsError, match=r"'binary' has no weights.*softmax"):
+    with pytest.raises(SettingsError, match=r"'binary' does not support weights.*softmax"):
         factored_completion([torch.zeros(3, 4)], [torch.zeros(5, 4)], WEIGHTED, loss="binary")
 
 
@@ -841,7 +841,7 @@ def test_create_graph_changes_no_gradient_where_one_input_is_made_of_another(nam
 def test_factored_completion_says_that_its_gradients_have_none():
     given = factored(queries=[torch.ones(3, 2, requires_grad=True), torch.ones(3, 4)])
     loss = factored_completion(**given)
-    with pytest.raises(ig.IMVIAError, match=r"first order.*losses\.completion"):
+    with pytest.raises(ig.IMVIAError, match=r"first-order.*losses\.completion"):
         torch.autograd.grad(loss, given["queries"][0], create_graph=True)
 
 
@@ -901,9 +901,11 @@ def test_completion_wants_a_head_and_a_column_a_candidate():
         lambda: completion({}, positives),
         lambda: losses.sampled_completion({}, positives, sampled),
     ):
-        with pytest.raises(IMVIAError, match="one head or more; received none"):
+        with pytest.raises(IMVIAError, match="at least one head; received none"):
             call()
-    with pytest.raises(IMVIAError, match=r"scores \(3, 4\), a column.*\(3, 5\) of the head 'text'"):
+    with pytest.raises(
+        IMVIAError, match=r"scores \(3, 4\), one column.*\(3, 5\) for the head 'text'"
+    ):
         losses.sampled_completion(
             {"structure": torch.rand(3, 4), "text": torch.rand(3, 5)}, positives, sampled
         )

@@ -144,7 +144,7 @@ def test_without_a_gate_views_count_alike(odd_kg):
 
 
 def test_without_structure_and_views_there_is_nothing_to_score_by(odd_kg):
-    with pytest.raises(ig.SettingsError, match="structure: false leaves nothing to score by"):
+    with pytest.raises(ig.SettingsError, match="structure: false leaves no head to score with"):
         model_of(odd_kg, structure=False, modalities=[])
 
 

@@ -382,7 +382,7 @@ def test_wrong_shapes_are_named(wrong):
         ([2, 1], [0, 2], r"from 0 to 1.*received 2"),
         ([2, 1], [1, -1], r"from 0 to 1.*received -1"),
         ([2, 2], [0, 1], r"number of views, 3;.*0 to 4"),
-        ([2, -1, 2], [0, 1], r"ascends.*and fall"),
+        ([2, -1, 2], [0, 1], r"ascends.*and decrease"),
     ],
 )
 def test_entities_and_pointers_that_lead_outside_the_views_are_refused(

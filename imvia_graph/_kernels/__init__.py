@@ -1,7 +1,7 @@
-"""Loops that numba compiles for the CPU, and the threads that share them.
+"""Loops compiled by numba for the CPU, and the threads that run them.
 
-A loop takes ``(start, stop, *arrays)``, does the rows from start to stop, and holds no interpreter
-lock. It is compiled at its first call and cached on disk.
+A loop takes ``(start, stop, *arrays)``, processes the rows from start to stop, and releases the
+interpreter lock. It is compiled at its first call and cached on disk.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 
 from imvia_graph._kernels import _threads
 
-# numpy has no bfloat16: half precision goes through it as bits, whose signs tell the two kinds.
+# numpy has no bfloat16: half precision is passed as bits, unsigned for bfloat16, else signed.
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
 @cache
 def load(name: Literal["dropout", "labels", "scores", "views"]) -> Any:
-    """The loops of one kind, None where numba does not load; it takes half a second to import."""
+    """Import the loops of one kind, in half a second; return None if numba does not load."""
     try:
         return importlib.import_module(f"imvia_graph._kernels.{name}")
     except ImportError as error:
         warnings.warn(
-            f"The compiled loops {name!r} do not load ({error}); plain torch is used, which is"
-            " slower. Reinstall numba to have them.",
+            f"The compiled loops {name!r} do not load ({error}); plain torch is used instead, which"
+            " is slower. Reinstall numba to use them.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -38,7 +38,7 @@ def load(name: Literal["dropout", "labels", "scores", "views"]) -> Any:
 
 
 def share_out(kernel: Callable[..., None], cuts: Sequence[int], tensors: Sequence[Tensor]) -> None:
-    """Run a loop over ``tensors`` with a thread for each range between two cuts."""
+    """Run a loop over ``tensors`` with one thread for each range between two cuts."""
     arrays = [
         tensor.detach().view(_BITS.get(tensor.dtype, tensor.dtype)).numpy() for tensor in tensors
     ]
@@ -46,6 +46,6 @@ def share_out(kernel: Callable[..., None], cuts: Sequence[int], tensors: Sequenc
 
 
 def even_cuts(rows: int) -> list[int]:
-    """Cuts of so many rows into a part a thread."""
+    """Return the cuts that split ``rows`` rows evenly between the threads."""
     parts = max(1, min(torch.get_num_threads(), rows))
     return [rows * i // parts for i in range(parts + 1)]

@@ -9,10 +9,10 @@ import numba
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function at its first call, for threads; keep it on disk where one may write.
+    """Compile a function at its first call, without interpreter lock; cache it on disk if possible.
 
-    What is divided by zero is infinite or NaN. As in Python, an error, it would be looked for at
-    every division, and no vector register divides.
+    Division by zero gives infinity or NaN. Python's exception would need a test at every division,
+    which prevents vectorization.
     """
     options = {"error_model": "numpy", **options}
 
@@ -20,7 +20,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         try:
             return numba.njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:
-            # There is nowhere to keep what is compiled; then each process compiles anew.
+            # There is no writable folder for the cache: each process compiles the function itself.
             return numba.njit(nogil=True, **options)(function)
 
     return decorate

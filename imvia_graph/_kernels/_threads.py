@@ -1,7 +1,7 @@
-"""Threads for compiled loops: those that torch computes on, where they can be had.
+"""Threads for compiled loops: torch's own OpenMP threads where possible.
 
-After a parallel operation of torch its OpenMP threads keep their cores busy for some milliseconds,
-in wait for the next one. Other threads would have to share the cores with them.
+After a parallel operation, torch's OpenMP threads keep their cores busy for some milliseconds while
+they wait for the next one. Other threads would have to share the cores with them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 
 
 def run(tasks: Sequence[Callable[[], None]]) -> None:
-    """Run tasks that hold no interpreter lock for long, all at a time if there are threads."""
+    """Run tasks that hold the interpreter lock only briefly, in parallel if there are threads."""
     if len(tasks) == 1:
         tasks[0]()
     elif not _forked and (team := _openmp()) is not None:
-        _run_by(team, tasks)
+        _run_on(team, tasks)
     else:
         waiting = [_pool().submit(task) for task in tasks[1:]]
         tasks[0]()
@@ -29,15 +29,15 @@ def run(tasks: Sequence[Callable[[], None]]) -> None:
             task.result()
 
 
-def _run_by(team: Any, tasks: Sequence[Callable[[], None]]) -> None:
+def _run_on(team: Any, tasks: Sequence[Callable[[], None]]) -> None:
     errors: list[BaseException] = []
 
     def body(_: Any) -> None:
-        # Fewer threads may have come than were asked for.
+        # There may be fewer threads than requested.
         try:
             for i in range(team.omp_get_thread_num(), len(tasks), team.omp_get_num_threads()):
                 tasks[i]()
-        except BaseException as error:  # C has no way to pass it on
+        except BaseException as error:  # an exception cannot propagate through C
             errors.append(error)
 
     team.GOMP_parallel(_BODY(body), None, min(len(tasks), torch.get_num_threads()), 0)
@@ -50,7 +50,7 @@ _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @cache
 def _openmp() -> Any:
-    """The GNU OpenMP library, if torch has loaded it; None where torch computes on another."""
+    """Return the GNU OpenMP library if torch has loaded it; None if torch uses another one."""
     try:
         library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
         library.GOMP_parallel.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
@@ -67,7 +67,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _after_fork() -> None:
-    # No thread survives a fork. GNU OpenMP does not start anew; a pool does.
+    # No thread survives a fork. GNU OpenMP does not restart its threads; a new pool does.
     global _forked
     _forked = True
     _pool.cache_clear()

@@ -1,4 +1,4 @@
-"""Dropout whose mask is never kept: it is a function of a seed and of an element's place."""
+"""Dropout whose mask is never stored: it is computed from a seed and an element's position."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from imvia_graph._kernels.floats import compiled, narrowed, widened
 
 @compiled
 def dropout(start: int, stop: int, source: Any, numbers: Any, scale: Any, out: Any) -> None:
-    """Elements start to stop times ``scale``, or 0 with a probability of numbers[1] / 2^32.
+    """Multiply elements start to stop by ``scale``, or set them to 0 with a given probability.
 
-    ``numbers`` are a seed and that. The mask is that of Wellons' hash lowbias32 of the place.
+    ``numbers`` are a seed and the probability times 2^32. The mask is Wellons' hash lowbias32 of
+    the position XOR the seed.
     """
     seed, dropped = np.uint32(numbers[0]), np.uint32(numbers[1])
     inputs, outputs = source[start:stop], out[start:stop]
     factor = scale[0]
     for n in range(inputs.size):
         x = np.uint32(n + start) ^ seed
-        # Products of 32 bits are 64 bits to numba, unless they are told otherwise.
+        # numba widens products of 32 bits to 64 bits unless they are cast back.
         x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x21F0AAAD))
         x = np.uint32((x ^ (x >> np.uint32(15))) * np.uint32(0xD35A2D97))
         x = x ^ (x >> np.uint32(15))

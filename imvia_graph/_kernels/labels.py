@@ -1,8 +1,8 @@
-"""Numbering 64-bit hashes by first appearance, many millions of them.
+"""Numbering many millions of 64-bit hashes by first appearance.
 
-One hash table of them all would miss the caches. So the hashes are sorted out by their highest bits
-into parts, in order, each part is numbered on its own, and the numbers are put back. Cells are
-(rows, columns), uint64, counted row by row; they hold the hashes, and in the end the numbers.
+One hash table of all of them would miss the caches. So the hashes are partitioned by their highest
+bits, in their order; each part is numbered separately, and the numbers are written back. Cells are
+(rows, columns), uint64, in row-major order; they hold the hashes, and in the end the numbers.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 
 from imvia_graph._kernels._compile import compiled
 
-#: Slots of a part's table to begin with.
+#: Initial number of slots in the hash table of a part.
 _SLOTS = 1024
-#: The bit that marks a number where it appears.
+#: The bit that marks the first appearance of a number.
 _NEW = np.uint64(2**63)
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
 
@@ -25,7 +25,7 @@ _compiled = compiled()
 
 @_compiled
 def count(start: int, stop: int, cells: Any, shift: Any, counts: Any) -> None:
-    """How many hashes of the rows start to stop belong to each part."""
+    """Count the hashes of the rows start to stop in each part."""
     for row in range(start, stop):
         for column in range(cells.shape[1]):
             counts[cells[row, column] >> shift] += 1
@@ -33,7 +33,7 @@ def count(start: int, stop: int, cells: Any, shift: Any, counts: Any) -> None:
 
 @_compiled
 def sort_out(start: int, stop: int, cells: Any, shift: Any, place: Any, parts: Any) -> None:
-    """Append the hashes of the rows start to stop to their parts, which go on at `place`."""
+    """Append the hashes of the rows start to stop to their parts, from position `place` on."""
     for row in range(start, stop):
         for column in range(cells.shape[1]):
             part = cells[row, column] >> shift
@@ -43,18 +43,18 @@ def sort_out(start: int, stop: int, cells: Any, shift: Any, place: Any, parts: A
 
 @_compiled
 def number(start: int, stop: int, parts: Any, ptr: Any, distinct: Any) -> None:
-    """Replace the hashes of each of the parts start to stop by numbers from 0, as they appear.
+    """Replace the hashes of each part from start to stop by numbers from 0, by first appearance.
 
-    Where a number appears, `_NEW` is added to it.
+    `_NEW` is added to a number at its first appearance.
     """
     for part in range(start, stop):
-        # Rows of a hash and its number. The table grows with the distinct hashes, so that a label
-        # that fills most cells does not make it large.
+        # Each row is a hash and its number. The table grows with the number of distinct hashes, so
+        # that a label that fills most cells does not enlarge it.
         table = np.zeros((_SLOTS, 2), np.uint64)
         mask = np.uint64(_SLOTS - 1)
         found = 0
         for i in range(ptr[part], ptr[part + 1]):
-            # 0 marks a free slot. Were 0 and 1 both hashes, their labels would be told apart later.
+            # 0 marks a free slot. If 0 and 1 both occur, their labels are distinguished later.
             key = max(parts[i], _ONE)
             slot = key & mask
             while table[slot, 0] != key and table[slot, 0] != _ZERO:
@@ -79,7 +79,7 @@ def number(start: int, stop: int, parts: Any, ptr: Any, distinct: Any) -> None:
 
 @_compiled
 def find_first(cells: Any, shift: Any, place: Any, parts: Any, first: Any) -> None:
-    """Count the new numbers of all parts in the order of the cells; tell where each stands."""
+    """Number first appearances in the order of the cells, and store their positions."""
     found = 0
     width = cells.shape[1]
     for row in range(len(cells)):
@@ -94,7 +94,7 @@ def find_first(cells: Any, shift: Any, place: Any, parts: Any, first: Any) -> No
 
 @_compiled
 def renumber(start: int, stop: int, parts: Any, ptr: Any, distinct: Any) -> None:
-    """Give every number of the parts start to stop what `find_first` gave it where it was new."""
+    """Replace every number in the parts start to stop by the number that `find_first` gave it."""
     for part in range(start, stop):
         numbers = np.empty(distinct[part], np.uint64)
         found = 0
@@ -109,7 +109,7 @@ def renumber(start: int, stop: int, parts: Any, ptr: Any, distinct: Any) -> None
 
 @_compiled
 def put_back(start: int, stop: int, cells: Any, shift: Any, place: Any, parts: Any) -> None:
-    """Replace the hashes of the rows start to stop by the numbers in their places."""
+    """Replace the hashes of the rows start to stop by their numbers."""
     for row in range(start, stop):
         for column in range(cells.shape[1]):
             part = cells[row, column] >> shift

@@ -1,4 +1,4 @@
-"""Losses and ranks of several heads' scores and their weighted sum, a row at a time."""
+"""Losses and ranks of several heads' scores and their weighted sum, row by row."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from imvia_graph._kernels.floats import as_bits, as_float, compiled, exp, inline
 
 @inlined
 def largest(row: Any) -> Any:
-    """The largest element; NaN (unless its sign is set) where there is one."""
-    # As integers, whose maximum needs no order of comparisons: of a negative float all bits but
-    # the sign are turned, and back at the end.
+    """Return the largest element, or NaN if there is one whose sign is not set."""
+    # Compared as integers, whose maximum can be reordered: all bits of a negative float but the
+    # sign are flipped, and flipped back at the end.
     top = np.int32(-0x80000000)
     for n in range(row.size):
         bits = np.int32(as_bits(row[n]))
@@ -24,7 +24,7 @@ def largest(row: Any) -> Any:
 
 @inlined
 def softmax_head(row: Any, positives: Any, weight: Any, smoothing: Any) -> Any:
-    """`imvia_graph.losses.softmax_completion` of a row, which turns into its gradient."""
+    """Return `imvia_graph.losses.softmax_completion` of a row and overwrite it by its gradient."""
     size = np.float32(row.size)
     share = weight * (np.float32(1) - smoothing) / np.float32(max(positives.size, 1))
     uniform = weight * smoothing / size
@@ -47,9 +47,9 @@ def softmax_head(row: Any, positives: Any, weight: Any, smoothing: Any) -> Any:
 
 @inlined
 def binary_head(row: Any, positives: Any, smoothing: Any, positive: Any, negative: Any) -> Any:
-    """`imvia_graph.losses.binary_completion` of a row, which turns into its gradient.
+    """Return `imvia_graph.losses.binary_completion` of a row and overwrite it by its gradient.
 
-    ``positive`` and ``negative`` are the weights of a positive's and a negative's term.
+    ``positive`` and ``negative`` are the weights of a positive and a negative term.
     """
     smooth = smoothing / np.float32(row.size)
     slope = smoothing - smooth
@@ -57,11 +57,11 @@ def binary_head(row: Any, positives: Any, smoothing: Any, positive: Any, negativ
     kept = np.empty(positives.size, np.float32)
     for k in range(positives.size):
         kept[k] = row[positives[k]]
-    # softplus(s) = max(s, 0) + log(1 + e), e = exp(-|s|); one logarithm for 64 factors.
+    # softplus(s) = max(s, 0) + log(1 + e) with e = exp(-|s|); one logarithm for 64 factors 1 + e.
     for start in range(0, row.size, 64):
         factor = np.float32(1)
         linear = np.float32(0)
-        # From 0: of an index that may be negative, as far as the compiler knows, no vector is read.
+        # Indexed from 0: the compiler does not vectorize reads at indices that may be negative.
         part = row[start : start + 64]
         for n in range(part.size):
             s = part[n]
@@ -96,13 +96,13 @@ def losses(
     loss: Any,
     grad_weight: Any,
 ) -> None:
-    """Rows start to stop: (heads, rows, candidates) scores turn into the gradient of their loss.
+    """Compute the losses of rows start to stop, and overwrite the scores by their gradients.
 
-    That of a row is summed over the heads and, unless ``weight`` (rows, heads) is empty, their
-    weighted sum. Positives of row i are ``col[ptr[i]:ptr[i + 1]]``, its weight in the softmax loss
-    is ``of_row[i]``. ``terms`` are: 1 for softmax or 0 for binary, the label smoothing, 1 if the
-    heads learn nothing from the weighted sum, and the weights of a positive's and a negative's term
-    in the binary loss.
+    Scores are (heads, rows, candidates). The loss of a row is summed over the heads and, unless
+    ``weight`` (rows, heads) is empty, their weighted sum. The positives of row i are
+    ``col[ptr[i]:ptr[i + 1]]``, and its weight in the softmax loss is ``of_row[i]``. ``terms`` are:
+    1 for softmax or 0 for binary, the label smoothing, 1 if the weighted sum gives the heads no
+    gradient, and the weights of a positive and a negative term in the binary loss.
     """
     heads, _, size = scores.shape
     smoothing = terms[1]
@@ -142,21 +142,21 @@ def losses(
             for n in range(size):
                 head[n] = narrowed(value[n], head[n])
         loss[i] = total
-        # An exponential has no NaN to give on; what is not finite must not pass for a gradient.
+        # `exp` does not propagate NaN: where a loss is not finite, the gradient must not be either.
         if not np.isfinite(total):
             for m in range(heads):
                 for n in range(size):
                     scores[m, i, n] = narrowed(np.float32(np.nan), scores[m, i, n])
 
 
-#: Sums are taken as they are written: a number is the same wherever in a row it stands.
-_as_written = _compile.compiled()
-_as_written_inline = _compile.compiled(forceinline=True)
+#: Sums are not reordered: a score is the same at any position in a row.
+_in_order = _compile.compiled()
+_in_order_inlined = _compile.compiled(forceinline=True)
 
 
-@_as_written_inline
+@_in_order_inlined
 def decide(scores: Any, weight: Any, i: int, decision: Any) -> None:
-    """The weighted sum over the heads of row i of (heads, rows, candidates) scores."""
+    """Write the weighted sum over the heads of row i of (heads, rows, candidates) scores."""
     decision[:] = 0
     for m in range(scores.shape[0]):
         head, w = scores[m, i], weight[i, m]
@@ -164,11 +164,11 @@ def decide(scores: Any, weight: Any, i: int, decision: Any) -> None:
             decision[n] += w * head[n]
 
 
-@_as_written
+@_in_order
 def diagonals(start: int, stop: int, scores: Any, weight: Any, found: Any) -> None:
-    """Scores of rows start to stop with the candidates of the same places.
+    """Write the scores of rows start to stop for the candidates at the same positions.
 
-    ``found`` is (rows, heads + 1): each head's, and their weighted sum.
+    ``found`` is (rows, heads + 1): the score of each head, and their weighted sum.
     """
     heads, _, size = scores.shape
     decision = np.empty(size, scores.dtype)
@@ -179,7 +179,7 @@ def diagonals(start: int, stop: int, scores: Any, weight: Any, found: Any) -> No
         found[i, heads] = decision[i]
 
 
-@_as_written
+@_in_order
 def outranked(
     start: int,
     stop: int,
@@ -195,12 +195,12 @@ def outranked(
 ) -> None:
     """Count in rows start to stop the candidates that are better than the truth, and the ties.
 
-    NaN counts as better. They are added to ``counts`` (rows, heads + 1, 2): by each head that is
-    ``wanted`` (heads + 1,) and, last, by their weighted sum.
+    NaN counts as better. The counts are added to ``counts`` (rows, heads + 1, 2), for each head
+    that is ``wanted`` (heads + 1,) and, last, for their weighted sum.
 
     ``place`` holds the position of the first of the (heads, rows, candidates) scores among all
-    candidates, and the range of the columns that count. Positions that are left out of row i are
-    ``left_out[cursor[i]:end[i]]``, ascending; the cursor moves on behind this range.
+    candidates, and the range of columns to count. The candidates left out of row i are at the
+    ascending positions ``left_out[cursor[i]:end[i]]``; the cursor advances past those in the range.
     """
     heads, _, size = scores.shape
     first, low, high = place
@@ -221,7 +221,7 @@ def outranked(
             if heads == 1 and m == 1 and wanted[0]:
                 counts[i, 1] = counts[i, 0]
                 continue
-            # One head alone is the decision.
+            # A single head is the decision.
             row = scores[min(m, heads - 1), i] if m < heads or heads == 1 else decision
             t = truth[i, m]
             better = tied = np.int32(0)

@@ -1,7 +1,7 @@
-"""The gated view aggregation: Eq. 2 and 3 and their gradients, a view at a time.
+"""The gated view aggregation: Eq. 2 and 3 and their gradients, view by view.
 
-Constants are made in the type of the arrays: with an integer, float32 becomes float64, and a vector
-register holds half as many of those.
+Constants have the type of the arrays: an integer constant would turn float32 into float64, of which
+a vector register holds half as many.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import numpy as np
 
 from imvia_graph._kernels.floats import compiled, inlined, narrowed, prefetch, widened
 
-# Squares of a view within these bounds, and sums of them, neither over- nor underflow.
+# Sums of squares within these bounds have neither over- nor underflowed.
 _SMALL, _LARGE = 1e-12, 1e12
 
 
 @inlined
-def ask_for(address: Any, size: Any) -> None:
-    """Have a view on its way into the cache: entities lie apart in memory."""
+def prefetch_row(address: Any, size: Any) -> None:
+    """Prefetch a view into the cache, since the views of different entities are far apart."""
     for offset in range(0, size, 64):
         prefetch(address + offset)
 
 
 @inlined
 def unit_gate(gate: Any, scaled: Any) -> Any:
-    """A gate divided by its largest absolute value; returns that (1 for a gate of zeros)."""
+    """Divide a gate by its largest absolute value; return that value (1 for a gate of zeros)."""
     for j in range(gate.size):
         scaled[j] = widened(gate[j])
     largest = abs(scaled[0])
@@ -40,7 +40,7 @@ def unit_gate(gate: Any, scaled: Any) -> Any:
 
 @inlined
 def three_sums(row: Any, gate: Any) -> Any:
-    """Sum g x^2, sum g^2 x^2 and sum x^2 of a view x."""
+    """Return the sums of g x^2, g^2 x^2 and x^2 for a view x."""
     a = b = c = gate.dtype.type(0)
     for j in range(row.size):
         square = row[j] * row[j]
@@ -64,10 +64,10 @@ def forward(
     weight: Any,
     kept: Any,
 ) -> None:
-    """Eq. 2 and 3 of queries start to stop.
+    """Compute Eq. 2 and 3 for queries start to stop.
 
-    Of each view and query, `kept` holds the scale s that was put on the view, and with a, b and c
-    of `three_sums`: 1 / sqrt(b c), a / b and a / c; zeros where b c is 0.
+    For each view and query, `kept` holds the scale s applied to the view and, with a, b and c of
+    `three_sums`, 1 / sqrt(b c), a / b and a / c; the last three are 0 where b c is 0.
     """
     width = gate.shape[1]
     unit = np.empty(width, out.dtype)
@@ -85,7 +85,7 @@ def forward(
         total = shift = zero
         following = ptr[entity[i + 1]] if i + 1 < stop else first
         for k in range(count):
-            ask_for(data + (following + k) * stride, size)
+            prefetch_row(data + (following + k) * stride, size)
             for j in range(width):
                 row[j] = widened(feat[first + k, j])
             scale = one
@@ -109,7 +109,7 @@ def forward(
                 kept[at + k, 2] = a / b
                 kept[at + k, 3] = a / c
                 cosine = a / np.sqrt(b * c)
-            # Relative to the first view: a single one is returned to the bit.
+            # Relative to the first view, so that a single view is returned bit for bit.
             if k == 0:
                 shift = cosine
             raw = np.exp(cosine - shift)
@@ -126,7 +126,7 @@ def forward(
 
 @inlined
 def similarity_gradient(grad_out: Any, out: Any, row: Any) -> Any:
-    """How the loss changes with the weight of a view, less the mean of that over the views."""
+    """Return the derivative of the loss by the weight of a view, less its mean over the views."""
     total = row.dtype.type(0)
     for j in range(row.size):
         total += grad_out[j] * (row[j] - out[j])
@@ -151,9 +151,10 @@ def backward(
     grad_gate: Any,
     grad_feat: Any,
 ) -> None:
-    """Gradients of queries order[start] to order[stop]; of the views unless grad_feat is empty.
+    """Compute the gradients of queries order[start] to order[stop].
 
-    With cos = a / sqrt(b c) of x = s f: dcos/dg = x^2 (1 - g a / b) / sqrt(b c) and
+    The gradients of the views are skipped if ``grad_feat`` is empty. For cos = a / sqrt(b c) with
+    x = s f: dcos/dg = x^2 (1 - g a / b) / sqrt(b c) and
     dcos/df = s x (2 g - g^2 a / b - a / c) / sqrt(b c).
     """
     width = gate.shape[1]
@@ -179,7 +180,7 @@ def backward(
             mean += weight[at + k] * grad_weight[at + k]
         following = ptr[entity[order[place + 1]]] if place + 1 < stop else first
         for k in range(count):
-            ask_for(data + (following + k) * stride, size)
+            prefetch_row(data + (following + k) * stride, size)
             for j in range(width):
                 row[j] = widened(feat[first + k, j])
             slope = similarity_gradient(above, result, row)
@@ -187,7 +188,7 @@ def backward(
             scale, ab, ac = kept[at + k, 0], kept[at + k, 2], kept[at + k, 3]
             p = slope * kept[at + k, 1]
             q = p * ab
-            # In a loop of its own, or the compiler might square the scale, which may overflow.
+            # In a separate loop, since the compiler might square the scale, which may overflow.
             if scale != one:
                 for j in range(width):
                     row[j] *= scale

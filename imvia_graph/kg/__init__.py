@@ -1,4 +1,4 @@
-"""MultiViewKG: a multi-modal knowledge graph with any number of views an entity, over DGL."""
+"""MultiViewKG: a multi-modal knowledge graph with any number of views per entity, over DGL."""
 
 from imvia_graph.kg.folder import is_whole
 from imvia_graph.kg.graph import MultiViewKG

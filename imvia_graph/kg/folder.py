@@ -1,4 +1,4 @@
-"""The folder that a graph is saved in: `MultiViewKG.save` says what is in it."""
+"""Writing and reading the folder of a graph, whose layout `MultiViewKG.save` describes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What ``kg.json`` says of the folder's format.
+#: Format and version of the folder in ``kg.json``.
 FORMAT, FORMAT_VERSION = "imvia-graph/kg", 1
-#: What ``kg.json`` says of a folder while it is being written.
+#: Key in ``kg.json`` while the folder is being written.
 UNFINISHED = "unfinished"
 
 
 def write(kg: MultiViewKG, folder: str | Path, may_link: bool) -> Path:
-    """See `MultiViewKG.save`."""
+    """Write a graph; see `MultiViewKG.save`."""
     folder = Path(folder)
     tables = (
         ("entities.tsv", "entity", kg._entities, kg._entity_names),
@@ -45,7 +45,7 @@ def write(kg: MultiViewKG, folder: str | Path, may_link: bool) -> Path:
             if labels is not None:
                 _files.check_tsv_labels(folder / file, labels)
     folder.mkdir(parents=True, exist_ok=True)
-    # What takes long and room goes beside what is there, which is whole until that is done.
+    # Large files are first written beside the old ones: until then the old graph stays whole.
     links, staged = {}, {}
     try:
         for modality, held in kg._held.items():
@@ -62,7 +62,7 @@ def write(kg: MultiViewKG, folder: str | Path, may_link: bool) -> Path:
             new.unlink(missing_ok=True)
         raise
     left_over = _old_modalities(folder)
-    # From here to the end the folder is none that `load` takes.
+    # From here to the end, `load` refuses the folder.
     marked = {"format": FORMAT, "version": FORMAT_VERSION, UNFINISHED: True}
     _files.write_json(folder / "kg.json", {**_old_about(folder), **marked})
     for file, column, labels, names in tables:
@@ -73,7 +73,7 @@ def write(kg: MultiViewKG, folder: str | Path, may_link: bool) -> Path:
             frame = decode_triples(getattr(kg, part), kg._entities, kg._relations)
             _tables.write_table(path, frame)
         else:
-            path.unlink(missing_ok=True)  # of a graph that was saved here before
+            path.unlink(missing_ok=True)  # from a graph that was saved here before
     for path, new in staged.items():
         new.replace(path)
     for modality, held in kg._held.items():
@@ -103,7 +103,7 @@ def write(kg: MultiViewKG, folder: str | Path, may_link: bool) -> Path:
 
 
 def read(cls: type[MultiViewKG], folder: str | Path) -> MultiViewKG:
-    """See `MultiViewKG.load`."""
+    """Read a graph; see `MultiViewKG.load`."""
     folder = Path(folder)
     about = _read_about(folder)
     frames = [_read_split(folder, part) for part in PARTS]
@@ -150,13 +150,13 @@ def read(cls: type[MultiViewKG], folder: str | Path) -> MultiViewKG:
     )
     for name, (views, mapped) in read.items():
         held = graph._held[name]
-        if held.feat.data_ptr() == views.feat.data_ptr():  # as it was, and so in the file
+        if held.feat.data_ptr() == views.feat.data_ptr():  # not copied: still mapped from the file
             graph._held[name] = held._replace(file=mapped)
     return graph
 
 
 def _root_in(folder: Path, root: Path) -> str:
-    """How a KG folder names a folder of pictures: from itself on, where it holds it."""
+    """Return the name of an image folder in ``kg.json``: relative if inside the KG folder."""
     try:
         return str(root.resolve().relative_to(folder.resolve()))
     except (ValueError, OSError, RuntimeError):
@@ -164,23 +164,23 @@ def _root_in(folder: Path, root: Path) -> str:
 
 
 def _followed_roots(folder: Path, about: Mapping[str, Any]) -> dict[str, Path]:
-    """The folders of pictures that a KG folder names, less those outside that we did not sign."""
+    """Return the image folders named in ``kg.json``, except unsigned ones outside the KG folder."""
     named: dict[str, str] = about.get("roots", {})
     own = bool(named) and _owner.is_own(named, about.get("roots_signature"))
     followed = {}
     for modality, root in named.items():
-        path = folder / root  # absolute, or from the folder on
+        path = folder / root  # absolute, or relative to the KG folder
         try:
             within = path.resolve().is_relative_to(folder.resolve())
-        except (ValueError, OSError, RuntimeError):  # a NUL; links that lead in a circle
+        except (ValueError, OSError, RuntimeError):  # a NUL byte, or a loop of symbolic links
             continue
         if own or within:
             followed[modality] = path
         else:
             logger.warning(
                 "%s: the folder of the views %r, %s, lies outside of the KG folder and was not"
-                " written there by you on this machine; it is not looked into. --images FOLDER of"
-                " `report` and `explore` names one.",
+                " written there by you on this machine; its files are not read. To use a folder of"
+                " images, pass --images FOLDER to `report` or `explore`.",
                 shown(str(folder / "kg.json")),
                 modality,
                 shown(shorten(root)),
@@ -197,35 +197,35 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: expected the description of a KG folder ({FORMAT!r}).")
     if about.get(UNFINISHED):
         raise DataError(
-            f"{path}: the graph was not written to its end: writing it was stopped, or there was no"
-            " room left. Write it again; or, if that cannot be, remove 'unfinished' from this file:"
-            " the triples, labels and views in the folder are then of two graphs."
+            f"{path}: the graph was not written to its end: writing was interrupted, or the disk"
+            " was full. Write it again; if that is impossible, remove 'unfinished' from this file,"
+            " but the triples, labels and views in the folder may then belong to two graphs."
         )
     for key in ("modalities", "notes"):
         listed = about.get(key, [])
         if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
             raise DataError(
-                f"{path}: expected a list of texts for {key!r}, found {bounded(listed)}."
+                f"{path}: expected a list of strings for {key!r}, found {bounded(listed)}."
             )
     roots = about.get("roots", {})
     if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):
         raise DataError(
-            f"{path}: expected a folder a modality for 'roots', found {bounded(roots)}."
+            f"{path}: expected one folder per modality for 'roots', found {bounded(roots)}."
         )
     links = about.get("links", {})
     if not isinstance(links, dict) or not all(map(_linked.is_record, links.values())):
         raise DataError(
-            f"{path}: expected size, time and checksum a modality for 'links', found"
+            f"{path}: expected size, time and checksum for each modality in 'links', found"
             f" {bounded(links)}."
         )
     if not isinstance(about.get("name") or "", str):
-        raise DataError(f"{path}: expected a text for 'name', found {bounded(about['name'])}.")
+        raise DataError(f"{path}: expected a string for 'name', found {bounded(about['name'])}.")
     _files.checked_version(path, about.get("version", FORMAT_VERSION), FORMAT_VERSION)
     return about
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a graph that `MultiViewKG.save` has written to its end."""
+    """Return whether a folder holds a graph that `MultiViewKG.save` has written to its end."""
     path = folder / "kg.json"
     if not path.is_file():
         return False
@@ -234,7 +234,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def _old_about(folder: Path) -> dict[str, Any]:
-    """What kg.json says of a folder that is written over; nothing where it says nothing."""
+    """Return the kg.json of a folder that is overwritten, or {} if it cannot be read."""
     try:
         about = _files.read_json(folder / "kg.json")
     except (OSError, DataError):
@@ -243,12 +243,12 @@ def _old_about(folder: Path) -> dict[str, Any]:
 
 
 def _old_modalities(folder: Path) -> list[str]:
-    """Modalities of a graph that was saved here before; their files would be taken for ours."""
+    """Return the modalities of the graph saved here before, whose files `load` would pick up."""
     if not (folder / "kg.json").is_file():
         return []
     there = [path.stem for path in (folder / "views").glob("*.safetensors")]
     if not is_whole(folder):
-        return there  # of that graph, or of one before it
+        return there  # from that graph or an earlier one
     names = _read_about(folder).get("modalities") or []
     return [name for name in names if name in there]
 
@@ -259,7 +259,7 @@ def _read_split(folder: Path, split: Split) -> pl.DataFrame:
         return _tables.read_triples(path)
     if split == "train":
         raise DataError(
-            f"{path}: a KG folder needs this file, a line a triple: head, relation, tail,"
+            f"{path}: a KG folder needs this file, with one triple per line: head, relation, tail,"
             " separated by tabs."
         )
     return pl.DataFrame(schema=dict.fromkeys(_files.TRIPLE_COLUMNS, pl.String))
@@ -278,7 +278,7 @@ def _read_views(path: Path, entities: pl.Series) -> tuple[Views, _linked.Mapped 
     if len(labels) != len(feat):
         raise DataError(
             f"{path} holds {len(feat)} rows of features, but {table.name} names {len(labels)}"
-            " views; expected one row each. Make both again from the same source."
+            " views; expected one row each. Write both files again from the same source."
         )
     entity = encode_runs(labels, entities, str(table))
     return Views(feat, entity, source), mapped

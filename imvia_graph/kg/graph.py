@@ -1,4 +1,4 @@
-"""MultiViewKG: a multi-modal knowledge graph with any number of views an entity, over DGL."""
+"""MultiViewKG: a multi-modal knowledge graph with any number of views per entity, over DGL."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ from imvia_graph.errors import DataError, UnknownLabelError
 from imvia_graph.kg.folder import read, write
 from imvia_graph.kg.parts import SPLITS, Held, Split, Views
 
-#: Names that a modality cannot take: node types of the graph and heads of the model.
+#: Names that a modality cannot have: node types of the graph and heads of the model.
 RESERVED_MODALITIES = ("entity", "structure", "joint", "complex", "decision")
 
 
 class MultiViewKG:
     """A multi-modal knowledge graph: vocabularies, split triples, and a DGL heterograph.
 
-    The heterograph `graph` has the node type ``entity`` with the edge type
-    ``('entity', 'fact', 'entity')`` of *training* facts (edge data ``rel``, int64), and for every
-    modality a node type of its name, a node a view, with the edge type
-    ``(modality, 'of', 'entity')`` and the node data ``feat`` (V, d_m). Views are sorted by entity,
-    so the in-degrees give the CSR pointer of `views`. Validation and test triples never become
-    edges.
+    The heterograph `graph` has the node type ``entity`` and, for the *training* triples, the edge
+    type ``('entity', 'fact', 'entity')`` with the edge data ``rel`` (int64). Each modality adds a
+    node type of the same name with one node per view, the node data ``feat`` (V, d_m) and the edge
+    type ``(modality, 'of', 'entity')``. Views are sorted by entity, so the in-degrees give the CSR
+    pointer of `views`. Validation and test triples never become edges.
 
     Parameters
     ----------
@@ -42,40 +41,41 @@ class MultiViewKG:
     train : Tensor
         (n, 3) int64 rows of (head, relation, tail). Repeated rows are kept.
     valid, test : Tensor, optional
-        The same; they may be empty. Default: None, no triples.
+        Triples as in ``train``; may be empty. Default: ``None``, no triples.
     known : Tensor, optional
-        (n, 3) triples that are known to be true but are in no split: nothing is trained on or
-        ranked for them, but they do not compete in filtered ranks and are not predicted.
-        Default: None, no triples.
+        (n, 3) triples that are known to be true but are in no split: they are neither trained on
+        nor ranked, but they are filtered from the candidates in ranks and are never predicted.
+        Default: ``None``, no triples.
     views : mapping of str to Views, optional
-        Views by modality. Any name that is not one of ``entity``, ``structure``, ``joint``,
-        ``complex``, ``decision`` and can be a file's name. Default: none.
+        Views by modality. The name of a modality must be a valid file name and none of ``entity``,
+        ``structure``, ``joint``, ``complex``, ``decision``. Default: no views.
     name : str, optional
-        What the graph is called. Default: nothing.
+        Name of the graph. Default: ``""``.
     entity_names, relation_names : sequence of str, optional
-        Display names in id order; the labels where there are none.
+        Display names in id order; an empty name is replaced by the label. Default: the labels.
     notes : sequence of str, optional
-        What a reader should know about how the splits came about. Default: none.
+        Notes for readers on how the splits were made. Default: none.
 
     Attributes
     ----------
     entities, relations : list of str
         Labels in id order.
     num_entities, num_relations : int
-        Their numbers. Inverse relations are the model's affair and not counted.
+        Numbers of entities and relations. Inverse relations, which the model adds, do not count.
     train, valid, test, known : Tensor
         (n, 3) int64 triples.
     validation : {"published", "held-out"} or None
-        What `load_kg` was told of the validation set, or did to it; `fit` leaves it so.
+        How `load_kg` set the validation set, which `fit` then keeps; None if it did not set it.
     modalities : list of str
-        Names of the modalities, in the order given.
+        Names of the modalities, in the order of ``views``.
     graph : dgl.DGLGraph
-        The heterograph described above; made when it is first asked for.
+        The heterograph described above, built on first access.
 
     Raises
     ------
     DataError
-        Repeated or empty labels, ids out of range, wrong shapes or dtypes, non-finite features.
+        If labels repeat or are empty, ids are out of range, shapes or dtypes are wrong, or features
+        are not finite.
 
     Examples
     --------
@@ -112,7 +112,7 @@ class MultiViewKG:
         self.name = name
         self.notes = list(notes)
         self.validation: Literal["published", "held-out"] | None = None
-        # Columns; the lists of millions of Python strings are made when someone wants them.
+        # Columns; the lists of Python strings, possibly millions, are built on first access.
         self._entities = _checked_labels(entities, "entities")
         self._relations = _checked_labels(relations, "relations")
         self._entity_names = _checked_names(entity_names, self._entities, "entity_names")
@@ -151,16 +151,16 @@ class MultiViewKG:
         train, valid, test : iterable of (head, relation, tail)
             Labels. Default of ``valid`` and ``test``: none.
         views : mapping, optional
-            Modality to ``(feat, entity)`` or `Views`; which entity each row of ``feat`` belongs to,
-            by labels or by ids. Default: none.
+            ``(feat, entity)`` or `Views` by modality, where ``entity`` holds the label or id of the
+            entity of each row of ``feat``. Default: no views.
         **options
             Further arguments of `MultiViewKG`.
 
         Raises
         ------
         DataError
-            A triple that is not three non-empty labels, views of entities that no triple has, or
-            what `MultiViewKG` refuses.
+            If a triple is not three non-empty labels or a view belongs to an entity that is in no
+            triple; see also `MultiViewKG`.
 
         Examples
         --------
@@ -179,24 +179,24 @@ class MultiViewKG:
             for part, split in zip((train, valid, test), SPLITS, strict=True)
         ]
         entities, relations, triples = index_triples(frames)
-        known: dict[str, Views] = {}
+        by_id: dict[str, Views] = {}
         for modality, value in (views or {}).items():
             where = f"views[{modality!r}]"
             pair = isinstance(value, (tuple, list)) and len(value) == 2
             if not (pair or isinstance(value, Views)):
                 raise DataError(
-                    f"{where}: expected Views, or a pair of features (views, width) and the label"
-                    f" of the entity of each; received {type(value).__name__}."
+                    f"{where}: expected Views, or a pair of features (views, width) and the entity"
+                    f" label of each row; received {type(value).__name__}."
                 )
             feat, ids = value[0], value[1]
             if not isinstance(ids, Tensor):
-                whose = pl.Series("label", ids)
-                is_text = whose.dtype == pl.String
-                ids = encode_labels(whose, entities, where) if is_text else torch.as_tensor(ids)
-            known[modality] = (
+                column = pl.Series("label", ids)
+                is_text = column.dtype == pl.String
+                ids = encode_labels(column, entities, where) if is_text else torch.as_tensor(ids)
+            by_id[modality] = (
                 value._replace(entity=ids) if isinstance(value, Views) else Views(feat, ids)
             )
-        return cls(entities, relations, triples[0], triples[1], triples[2], views=known, **options)
+        return cls(entities, relations, triples[0], triples[1], triples[2], views=by_id, **options)
 
     def _checked_triples(self, triples: Tensor | None, split: Split) -> Tensor:
         if triples is None:
@@ -225,13 +225,13 @@ class MultiViewKG:
             r"[^\x00-\x1f\x7f/\\.][^\x00-\x1f\x7f/\\]*", modality
         ):
             raise DataError(
-                f"views: the modality {modality!r} cannot be the name of a file: no slashes, no"
-                " control characters, not empty, no dot in front."
+                f"views: the modality {modality!r} cannot be the name of a file: expected a"
+                " non-empty name without slashes, control characters or a leading dot."
             )
         if modality in RESERVED_MODALITIES:
             raise DataError(
                 f"views: a modality cannot be called {modality!r}; the names"
-                f" {', '.join(RESERVED_MODALITIES)} are taken. Rename it."
+                f" {', '.join(RESERVED_MODALITIES)} are reserved. Rename it."
             )
         where = f"views[{modality!r}]"
         if not isinstance(views, Views):
@@ -253,7 +253,7 @@ class MultiViewKG:
             raise DataError(f"{where}: expected integer entity ids, received {entity.dtype}.")
         if entity.shape != feat.shape[:1]:
             raise DataError(
-                f"{where}: expected one entity a view, received {len(feat)} rows of features and"
+                f"{where}: expected one entity per view, received {len(feat)} rows of features and"
                 f" {tuple(entity.shape)} entities."
             )
         entity = entity.to(torch.int64).cpu()
@@ -263,7 +263,7 @@ class MultiViewKG:
         source = None if views.source is None else _texts(views.source)
         if source is not None and len(source) != len(feat):
             raise DataError(
-                f"{where}: expected one source a view, received {len(source)} for {len(feat)}."
+                f"{where}: expected one source per view, received {len(source)} for {len(feat)}."
             )
         if not (entity[1:] >= entity[:-1]).all():
             order = torch.argsort(entity, stable=True)
@@ -274,7 +274,7 @@ class MultiViewKG:
         return Held(feat, ptr, None if source is None else _files.known_texts(source), root)
 
     def _check_finite(self, where: str, feat: Tensor, entity: Tensor) -> None:
-        # In portions: features may be mapped from a file, and larger than memory.
+        # In portions: features may be mapped from a file and be larger than memory.
         if all(part.abs().amax().isfinite() for part in _files.portions(feat) if len(part)):
             return
         finite = torch.cat([part.isfinite().all(dim=1) for part in _files.portions(feat)])
@@ -288,7 +288,7 @@ class MultiViewKG:
 
     @property
     def label_columns(self) -> tuple[pl.Series, pl.Series]:
-        """Labels of entities and of relations in id order, as columns and not Python strings."""
+        """Labels of entities and of relations in id order, as columns, not lists of strings."""
         return self._entities, self._relations
 
     @cached_property
@@ -303,17 +303,17 @@ class MultiViewKG:
 
     @cached_property
     def entity_names(self) -> list[str]:
-        """Display names of the entities in id order; the labels where there are none."""
+        """Display names of the entities in id order; the label of an entity without a name."""
         return self.entities if self._entity_names is None else self._entity_names.to_list()
 
     @cached_property
     def relation_names(self) -> list[str]:
-        """Display names of the relations in id order; the labels where there are none."""
+        """Display names of the relations in id order; the label of a relation without a name."""
         return self.relations if self._relation_names is None else self._relation_names.to_list()
 
     @cached_property
     def graph(self) -> Any:
-        """The heterograph that `MultiViewKG` describes."""
+        """The heterograph described in `MultiViewKG`."""
         head, relation, tail = self.train.unbind(dim=1)
         edges = {("entity", "fact", "entity"): (head, tail)}
         num_nodes = {"entity": self.num_entities}
@@ -328,7 +328,7 @@ class MultiViewKG:
 
     @property
     def modalities(self) -> list[str]:
-        """Names of the modalities, in the order given."""
+        """Names of the modalities, in the order of ``views``."""
         return list(self._held)
 
     @property
@@ -342,12 +342,12 @@ class MultiViewKG:
         return len(self._relations)
 
     def triples(self, split: Split) -> Tensor:
-        """The (n, 3) int64 triples of ``"train"``, ``"valid"`` or ``"test"``.
+        """Return the (n, 3) int64 triples of ``"train"``, ``"valid"`` or ``"test"``.
 
         Raises
         ------
         UnknownLabelError
-            A split that there is not.
+            If there is no such split.
         """
         if split not in SPLITS:
             raise UnknownLabelError(f"There is no split {split!r}; expected train, valid or test.")
@@ -355,40 +355,45 @@ class MultiViewKG:
         return part
 
     def views(self, modality: str) -> tuple[Tensor, Tensor]:
-        """Features and CSR pointer of a modality.
+        """Return the view features of a modality and their CSR pointer.
 
         Returns
         -------
         feat : Tensor
-            (V, d_m), sorted by entity.
+            (V, d_m) features, sorted by entity.
         ptr : Tensor
             (num_entities + 1,) int64: the views of entity i are ``feat[ptr[i]:ptr[i + 1]]``.
+
+        Raises
+        ------
+        UnknownLabelError
+            If there is no such modality.
         """
         self._check_modality(modality)
         return self._held[modality].feat, self._held[modality].ptr
 
     def view_sources(self, modality: str) -> list[str]:
-        """Where each view of a modality comes from, in the order of `views`; "" where not known."""
+        """Return the source of each view of a modality, in the order of `views`; "" if unknown."""
         self._check_modality(modality)
         feat, _, source, *_ = self._held[modality]
         return [""] * len(feat) if source is None else source.to_list()
 
     def view_source(self, modality: str, view: int) -> str:
-        """Where one view of a modality comes from, by its row in `views`; "" where not known."""
+        """Return the source of one view of a modality, by its row in `views`; "" if unknown."""
         self._check_modality(modality)
         source = self._held[modality].source
         return "" if source is None else source[view]
 
     def view_root(self, modality: str) -> Path | None:
-        """The folder that relative paths among the sources of a modality start from, if known."""
+        """Return the folder that relative sources of a modality start from, or None."""
         self._check_modality(modality)
         return self._held[modality].root
 
     def written_into(self, modality: str) -> Path | None:
-        """The file that features of a modality are mapped from, if something wrote into it since.
+        """Return the file that a modality is mapped from if it was written into since, or None.
 
-        The features are then other ones than they were. A file that was replaced, as everything in
-        this library does, leaves them alone.
+        The features in memory have then changed. They do not change if the file is replaced, which
+        is how this library writes files.
         """
         self._check_modality(modality)
         file = self._held[modality].file
@@ -402,21 +407,22 @@ class MultiViewKG:
             )
 
     def id_of(self, label: str, kind: str = "entity") -> int:
-        """The id of an entity (or, with ``kind="relation"``, of a relation).
+        """Return the id of an entity (or, with ``kind="relation"``, of a relation).
 
-        Labels are looked up first, then display names where just one entity bears the name.
+        Labels are looked up first, then display names that only one entity (or relation) has.
 
         Raises
         ------
         UnknownLabelError
-            Neither is known, with the nearest known ones; or several entities bear the name.
+            If neither a label nor a name matches; the message lists the nearest ones. Also if
+            several entities have the name.
         """
         if kind not in self._lookup:
             raise UnknownLabelError(f"There is no kind {kind!r}; expected entity or relation.")
         if not isinstance(label, str):
             raise UnknownLabelError(
-                f"Expected the label of one {kind}, a text; received {label!r}. Of many queries"
-                " `imvia_graph.export.predict_all` makes a table, and `Predictor.answers` of ids."
+                f"Expected the label of one {kind}, a string; received {label!r}. For a table of"
+                " many queries, use `imvia_graph.export.predict_all`; for ids, `Predictor.answers`."
             )
         labels, names = self._lookup[kind]
         if label in labels:
@@ -449,7 +455,7 @@ class MultiViewKG:
         return tables
 
     def answers(self, splits: Sequence[Split] | None = None) -> AnswerIndex:
-        """The known answers of both directions: of some splits, or of all that is known."""
+        """Return the known answers in both directions, of some splits or of all known triples."""
         if splits is None:
             parts = [self.train, self.valid, self.test, self.known]
         else:
@@ -457,14 +463,14 @@ class MultiViewKG:
         return AnswerIndex.from_triples(parts, self.num_entities, self.num_relations)
 
     def unseen_entities(self) -> Tensor:
-        """(K,) int64: entities that no training triple touches; only their views say anything."""
+        """Return the (K,) int64 ids of the entities that are in no training triple."""
         seen = torch.zeros(self.num_entities, dtype=torch.bool)
         seen[self.train[:, 0]] = True
         seen[self.train[:, 2]] = True
         return (~seen).nonzero().flatten()
 
     def per_relation(self) -> Any:
-        """The same graph with one canonical edge type a relation, for ``HeteroGraphConv`` users.
+        """Return the graph with one canonical edge type per relation, for ``HeteroGraphConv``.
 
         Edge types are ``('entity', relation label, 'entity')``; a relation without training
         triples has no edges. View nodes, their ``of`` edges and features are as in `graph`.
@@ -472,11 +478,12 @@ class MultiViewKG:
         Raises
         ------
         DataError
-            A relation is called ``of`` while there are views: DGL could not tell the two apart.
+            If a relation is called ``of`` and there are views, since DGL could not distinguish the
+            two edge types.
         """
         if self.modalities and "of" in self.relations:
             raise DataError(
-                f"{self}: per_relation() needs the edge type 'of' for views, but a relation bears"
+                f"{self}: per_relation() needs the edge type 'of' for views, but a relation has"
                 " that label. Rename the relation."
             )
         edges = {}
@@ -498,55 +505,62 @@ class MultiViewKG:
     def save(self, folder: str | Path, *, may_link: bool = False) -> Path:
         """Write the graph as a KG folder, which `load` and ``load_kg`` read.
 
-        Features that are mapped from a file go into the folder without being read into memory: as
-        a clone, where the file system has those, else portion by portion.
+        Features that are mapped from a file are written without being read into memory: they are
+        cloned where the file system supports it, else copied in portions.
 
         The layout, format version 1:
 
-        - ``kg.json``: format, version, name, notes, and the folders that relative paths among the
-          views' sources start from, signed: outside the KG folder, `load` follows only what the
-          same user wrote;
+        - ``kg.json``: format, version, name, notes, modalities, and the folders that relative
+          sources of views start from. These are signed: `load` uses a folder outside the KG folder
+          only if the same user wrote its name here;
         - ``entities.tsv``, ``relations.tsv``: labels in id order under the header ``entity`` (or
           ``relation``) and ``name``;
         - ``train.tsv``, ``valid.tsv``, ``test.tsv``: ``head<TAB>relation<TAB>tail`` labels, no
           header, no quoting, UTF-8;
-        - ``known.tsv``, in the same form, if there are triples that are in no split;
+        - ``known.tsv``, in the same form, if there are known triples that are in no split;
         - ``views/<modality>.safetensors``: the tensor ``feat`` (V, d_m);
-        - ``views/<modality>.csv``: header ``entity,source``; row i tells of row i of ``feat``.
+        - ``views/<modality>.csv``: header ``entity,source``; row i describes row i of ``feat``.
 
         Parameters
         ----------
         folder : path
-            Made where it is not there.
-        may_link : bool
-            Whether large features that are mapped from a file, and are unchanged, may be a hard
-            link to it. What replaces that file leaves the link as it is; what writes into it
-            changes both. ``kg.json`` therefore says what was linked, and `load` refuses a link
-            whose content has changed.
+            Target folder; created if it does not exist.
+        may_link : bool, optional
+            Whether large unchanged features that are mapped from a file may be hard-linked to that
+            file. Replacing the file leaves the link unchanged; writing into it changes both.
+            ``kg.json`` therefore records what was linked, and `load` refuses a link whose content
+            has changed. Default: ``False``.
+
+        Returns
+        -------
+        Path
+            The folder.
 
         Raises
         ------
         DataError
-            A label holds a tab or a line end, which a TSV file cannot carry. Nothing is written.
+            If a label contains a tab or a line break, which TSV cannot represent. Nothing is
+            written then.
         """
         return write(self, folder, may_link)
 
     @classmethod
     def load(cls, folder: str | Path) -> MultiViewKG:
-        """Read a KG folder as `save` describes it.
+        """Read a KG folder in the layout that `save` describes.
 
-        Only ``train.tsv`` is needed. Without ``entities.tsv`` and ``relations.tsv`` ids follow the
-        order of first appearance in train, valid, test.
+        Only ``train.tsv`` is required. Without ``entities.tsv`` or ``relations.tsv``, these ids
+        follow the order of first appearance in train, valid, test, known.
 
         Raises
         ------
         DataError
-            A missing or malformed file, labels or rows that do not fit; the message says where.
+            If a file is missing or malformed, or labels or rows do not match; the message says
+            where.
         """
         return read(cls, folder)
 
     def replace(self, **changes: Any) -> MultiViewKG:
-        """The same graph with some constructor arguments changed; views may be given or kept."""
+        """Return the graph with some constructor arguments changed; all others are kept."""
         arguments: dict[str, Any] = {
             "entities": self._entities,
             "relations": self._relations,
@@ -559,7 +573,7 @@ class MultiViewKG:
             "relation_names": self._relation_names,
             "notes": self.notes,
         }
-        # Views that are kept are as checked as they were: with the entities that they show.
+        # Kept views need no new check as long as the entities are kept, too.
         kept = "views" not in changes and "entities" not in changes
         if not kept:
             arguments["views"] = {modality: self._views(modality) for modality in self._held}
@@ -591,13 +605,13 @@ class MultiViewKG:
 
 
 def _as_tensor(numbers: Any, where: str) -> Tensor:
-    """A tensor of what is one already, or an array or lists of numbers."""
+    """Convert a tensor, an array or nested lists of numbers to a tensor."""
     try:
         return torch.as_tensor(numbers)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"{where}: expected a tensor of numbers; received {type(numbers).__name__}, which makes"
-            f" none ({error}). MultiViewKG.from_labels takes labels."
+            f"{where}: expected a tensor of numbers; received {type(numbers).__name__}, which does"
+            f" not convert to one ({error}). MultiViewKG.from_labels takes labels."
         ) from None
 
 
@@ -631,8 +645,8 @@ def _checked_labels(labels: Sequence[str] | pl.Series, what: str) -> pl.Series:
         bad = int(wrong[0]) if len(wrong) else None
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{what}: the label {error.object!r} holds half of a surrogate pair, which is no text"
-            " that UTF-8 could carry. Rename it."
+            f"{what}: the label {error.object!r} holds half of a surrogate pair, which UTF-8 cannot"
+            " encode. Rename it."
         ) from None
     except (TypeError, pl.exceptions.PolarsError):
         bad = next(i for i, label in enumerate(listed) if not isinstance(label, str) or not label)
@@ -642,7 +656,9 @@ def _checked_labels(labels: Sequence[str] | pl.Series, what: str) -> pl.Series:
         )
     if not are_distinct(column):
         twice = listed[int((~column.is_first_distinct()).arg_true()[0])]
-        raise DataError(f"{what}: the label {twice!r} stands more than once; labels are distinct.")
+        raise DataError(
+            f"{what}: the label {twice!r} occurs more than once; labels must be distinct."
+        )
     return column
 
 
@@ -653,12 +669,12 @@ def _checked_names(
         return None
     if len(names) != len(labels):
         raise DataError(f"{what}: expected {len(labels)} names, received {len(names)}.")
-    told = _texts(names)
-    return pl.select(pl.when(told == "").then(labels).otherwise(told)).to_series()
+    column = _texts(names)
+    return pl.select(pl.when(column == "").then(labels).otherwise(column)).to_series()
 
 
 def _texts(items: Sequence[Any] | pl.Series) -> pl.Series:
-    """Texts as a column, whatever they are of; "" for nulls of a column."""
+    """Convert items to a column of strings; nulls of a column become ""."""
     if isinstance(items, pl.Series) and items.dtype == pl.String:
         return items.fill_null("")
     return pl.Series([str(item) for item in items], dtype=pl.String)

@@ -1,4 +1,4 @@
-"""What a graph is made of: the names of its splits, and the views of one modality."""
+"""Names of the splits, and the views of one modality."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from imvia_graph import _linked
 
 Split = str  # "train", "valid" or "test"
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
-#: The splits, and triples that are in none.
+#: The splits, and the known triples that are in no split.
 PARTS = (*SPLITS, "known")
 
 
 class Views(NamedTuple):
-    """The views of one modality, as they go into a `MultiViewKG`.
+    """The views of one modality, as passed to `MultiViewKG`.
 
-    Features that are mapped from a file stay there, if they are sorted by entity: what is sorted
-    here is sorted in memory.
+    Features that are mapped from a file stay there if they are sorted by entity; otherwise a sorted
+    copy is made in memory.
 
     Attributes
     ----------
     feat : Tensor
-        (V, d_m) floating point: a row a view.
+        (V, d_m) floating point, one row per view.
     entity : Tensor
-        (V,) int64: the entity that each view shows; any order, zero or many views an entity.
+        (V,) int64 entity of each view, in any order; an entity may have any number of views.
     source : sequence of str, optional
-        Where each view comes from: a path, an address or the text itself.
+        Source of each view: a path, a URL or the text itself.
     root : path, optional
-        The folder that relative paths among the sources start from.
+        Folder that relative paths in ``source`` start from.
     """
 
     feat: Tensor
@@ -44,15 +44,15 @@ class Views(NamedTuple):
 
 
 class Held(NamedTuple):
-    """The views of one modality, as a graph holds them: checked, and sorted by entity."""
+    """The views of one modality, as stored in a graph: checked and sorted by entity."""
 
     feat: Tensor
     #: (num_entities + 1,) int64.
     ptr: Tensor
-    #: None where none is known.
+    #: None if no source is known.
     source: pl.Series | None
     root: Path | None
-    #: What the features are mapped from, if they are.
+    #: The file that the features are mapped from, if any.
     file: _linked.Mapped | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""What several losses share: checks, rows that take part, and the precision of sums."""
+"""Helpers shared by the losses: checks, masks of rows, and the precision of sums."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from imvia_graph.errors import IMVIAError
 
 
 def at_least_float32(scores: Tensor) -> Tensor:
-    """Scores in float32, or in float64 where they are."""
+    """Convert scores to float32; float64 scores stay in float64."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -23,7 +23,7 @@ def zero(embeddings: Mapping[str, Tensor]) -> Tensor:
 def without_absent(
     embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
 ) -> Mapping[str, Tensor]:
-    """Embeddings with zeros in the rows that take no part, whatever stands there."""
+    """Return the embeddings with zeros in the rows of entities that lack the modality."""
     return {
         name: embedding.masked_fill(~present[name][:, None], 0.0)
         if present is not None and name in present
@@ -37,7 +37,7 @@ def present_in_both(
     present: Mapping[str, Tensor] | None,
     pairs: Sequence[tuple[str, str]],
 ) -> Tensor:
-    """(P, B) bool: for each pair of modalities the rows that have both."""
+    """Return a (P, B) bool mask of the rows that have both modalities of each pair."""
     first = next(iter(embeddings.values()))
     everywhere = torch.ones(len(first), dtype=torch.bool, device=first.device)
     masks = {name: (present or {}).get(name, everywhere) for name in embeddings}
@@ -45,9 +45,9 @@ def present_in_both(
 
 
 def check_embeddings(
-    whose: str, embeddings: Mapping[str, Tensor], wanted: Sequence[str], feats: int | None = None
+    caller: str, embeddings: Mapping[str, Tensor], wanted: Sequence[str], feats: int | None = None
 ) -> None:
-    """Refuse embeddings that are not (B, feats) of each modality; of any width where that is None.
+    """Raise unless each modality has embeddings (B, feats); ``None`` allows any width.
 
     Raises
     ------
@@ -56,13 +56,13 @@ def check_embeddings(
     missing = [name for name in wanted if name not in embeddings]
     if missing:
         raise IMVIAError(
-            f"{whose}: expected embeddings of {list(wanted)}; received {list(embeddings)}."
+            f"{caller}: expected embeddings of {list(wanted)}; received {list(embeddings)}."
         )
     shapes = {name: tuple(embeddings[name].shape) for name in wanted}
     first = shapes[wanted[0]]
     width = first[-1] if feats is None and first else feats
     if len(first) != 2 or any(shape != (first[0], width) for shape in shapes.values()):
         raise IMVIAError(
-            f"{whose}: expected (B, {'d' if feats is None else feats}) of each modality, B the same"
-            f" in all; received {shapes}."
+            f"{caller}: expected (B, {'d' if feats is None else feats}) of each modality, with the"
+            f" same B in all; received {shapes}."
         )

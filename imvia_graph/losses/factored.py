@@ -1,4 +1,4 @@
-"""L3 of scores that are inner products, without holding them all."""
+"""L3 of scores that are inner products, without storing all of them."""
 
 from __future__ import annotations
 
@@ -26,46 +26,49 @@ def factored_completion(
     shards: Shards | None = None,
     among: tuple[int, int] | None = None,
 ) -> Tensor:
-    r"""L3 of heads whose scores are inner products, and of their decision.
+    r"""L3 for heads whose scores are inner products, and for their decision.
 
-    The value and the gradients of `completion` of the scores :math:`S_m = Q_m C_m^\top` and
-    :math:`\sum_m w_m S_m`, at a fraction of its time and memory: the gradients are made along with
-    the loss, and the scores turn into theirs in place.
+    The value and the gradients equal those of `completion` for the scores
+    :math:`S_m = Q_m C_m^\top` and :math:`\sum_m w_m S_m`, at a fraction of its time and memory: the
+    gradients are computed together with the loss and overwrite the scores.
 
     Parameters
     ----------
     queries, candidates : sequence of Tensor
-        (B, d) and (N, d) of each of the M heads.
+        (B, d) query vectors and (N, d) candidates of each of the M heads.
     positives : Positives
     weights : Tensor, optional
-        (B, M): those of the decision. Default: there is no decision.
+        (B, M) weights of the heads in the decision. Default: no decision.
     loss : {"softmax", "binary"}, optional
+        Default: ``"softmax"``.
     label_smoothing : float, optional
+        Default: ``0``.
     detached : bool, optional
-        Whether the heads learn nothing from the decision.
+        Whether the decision gives the heads no gradient. Default: ``False``.
     parts : int, optional
-        Of the queries whose scores would be held at a time, only one in so many are.
+        Divisor of the number of queries whose scores are held at a time. Default: ``1``.
     shards : Shards, optional
-        With several processes: ``candidates`` are those of this process, ``positives.col`` is
-        counted over all of them; the loss is that of all, its gradients are this process's terms of
-        sums over the processes. Default: this process has all.
+        With several processes: ``candidates`` are those of this process, and ``positives.col``
+        indexes the candidates of all. The loss is that of all processes; the gradients are this
+        process's terms of sums over the processes. Default: a single process.
     among : tuple of int, optional
-        Numbers of positives and of queries of a larger batch that these queries are a part of: the
-        binary loss is their part of the means over its terms. Default: these are all.
+        Numbers of positives and of queries in a larger batch that these queries belong to: the
+        binary loss is then their part of the means over that batch. Default: these queries are the
+        whole batch.
 
     Returns
     -------
     Tensor
-        A scalar. Where autocast is on, products are in its dtype.
+        A scalar. Under autocast, products are computed in its dtype.
 
     Raises
     ------
     SettingsError
-        An unknown loss, or rows that are weighted where the loss is a mean over terms.
+        If the loss is unknown, or if rows are weighted and the loss is a mean over terms.
     IMVIAError
-        Shapes that do not fit; on a CPU also positives outside the scores. On a GPU, which would
-        have to be waited for, these are not looked at. Also where gradients of gradients are
-        asked for, which `completion` has.
+        If shapes do not match. On a CPU also if positives are out of range; on a GPU this is not
+        checked, since the check would wait for the device. Also if second-order gradients are asked
+        for, which `completion` supports.
 
     Examples
     --------
@@ -98,7 +101,7 @@ def factored_completion(
     if among is not None:
         num_positives, in_all = among
     exact = torch.promote_types(dtype, torch.float32)
-    # Not by bincount, which a GPU has to be waited for.
+    # Not by bincount, which waits for a GPU.
     ones = torch.ones_like(row, dtype=exact) if counts is None else counts.to(exact)
     of_each = torch.zeros(num_queries, dtype=exact, device=row.device).index_add_(0, row, ones)
     share = of_each.reciprocal()[row]
@@ -119,7 +122,7 @@ def factored_completion(
         parts=parts,
         shards=shards,
     )
-    # The mean over the rows, each times its weight over the mean weight.
+    # Relative to the mean weight: the mean over the rows is then the weighted mean.
     of_rows = positives.weight
     if of_rows is not None:
         of_rows = of_rows.to(terms.exact) / of_rows.to(terms.exact).mean()
@@ -136,7 +139,7 @@ def _check_factored(
     weights: Tensor | None,
     shards: Shards | None,
 ) -> None:
-    """Refuse what does not fit: compiled loops would read, and write, what is not theirs."""
+    """Raise if shapes or ids do not match: compiled loops would read and write out of bounds."""
 
     def refuse(expected: str, received: str) -> IMVIAError:
         return IMVIAError(f"factored_completion: expected {expected}; received {received}.")
@@ -144,14 +147,14 @@ def _check_factored(
     shapes = [[tuple(part.shape) for part in parts] for parts in (queries, candidates)]
     if not len(queries) == len(candidates) > 0:
         number = f"{len(queries)} and {len(candidates)} of them"
-        raise refuse("as many queries as candidates, a pair a head", number)
+        raise refuse("as many queries as candidates, one pair per head", number)
     fits = all(len(shape) == 2 for shape in (*shapes[0], *shapes[1])) and all(
         query == (shapes[0][0][0], candidate[1]) and candidate[0] == shapes[1][0][0]
         for query, candidate in zip(*shapes, strict=True)
     )
     if not fits:
         raise refuse(
-            "queries (B, d) and candidates (N, d), d the same in a pair",
+            "queries (B, d) and candidates (N, d), with one d per head",
             f"{shapes[0][:4]} and {shapes[1][:4]}",
         )
     num_queries, num_candidates = len(queries[0]), len(candidates[0])

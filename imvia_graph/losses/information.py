@@ -17,27 +17,27 @@ from imvia_graph.losses._shared import check_embeddings, present_in_both, withou
 class MutualInformation(nn.Module):
     r"""Sampled upper bound of the mutual information between modalities (L1, Eq. 4).
 
-    The integral of Eq. 4 is bounded by `CLUB <https://arxiv.org/abs/2006.12013>`__ (the paper's
-    [21]), in its sampled form: with a Gaussian estimator :math:`q_{mn}(y|x)` and a random
-    permutation :math:`\pi` of the batch,
+    The integral of Eq. 4 is bounded by the sampled form of
+    `CLUB <https://arxiv.org/abs/2006.12013>`__ ([21] in the paper): with a Gaussian estimator
+    :math:`q_{mn}(y|x)` and a random permutation :math:`\pi` of the batch,
 
     .. math::
         L_1 = \sum_{m \neq n} \frac{1}{B} \sum_i
         \left[ \log q_{mn}(y_i | x_i) - \log q_{mn}(y_{\pi(i)} | x_i) \right],
         \qquad x = \hat e_m, \; y = \hat e_n
 
-    The estimators learn by maximum likelihood (`estimation_loss`) on detached embeddings, with an
-    optimizer of their own. `forward` bounds with the estimators as they are and gives them no
-    gradient: trained to make L1 small, they would no longer estimate, and it would bound nothing.
+    The estimators are trained by maximum likelihood (`estimation_loss`) on detached embeddings,
+    with a separate optimizer. `forward` gives the estimators no gradient: if they were trained to
+    minimise L1, they would no longer estimate the conditional density, and L1 would be no bound.
 
     Parameters
     ----------
     modalities : sequence of str
         Names of the modalities.
     feats : int
-        Width of their embeddings.
+        Width of the embeddings.
     hidden_feats : int, optional
-        Hidden width of an estimator. Default: ``128``.
+        Hidden width of the estimators. Default: ``128``.
 
     Examples
     --------
@@ -60,48 +60,52 @@ class MutualInformation(nn.Module):
             )
         self.feats = feats
         self.pairs = list(permutations(self.modalities, 2))
-        #: One a pair, in the order of ``pairs``: all of the first modality, all of the second, …
+        #: One per pair, in the order of ``pairs``: those from the first modality to each other one,
+        #: those from the second, …
         self.estimators = nn.ModuleList(GaussianEstimator(feats, hidden_feats) for _ in self.pairs)
 
     def forward(
         self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """L1 of a batch.
+        """Return L1 of a batch.
 
         Parameters
         ----------
         embeddings : mapping of str to Tensor
-            (B, feats) a modality; row i is about the same entity in each.
+            (B, feats) for each modality; row i belongs to the same entity in all of them.
         present : mapping of str to Tensor, optional
-            (B,) bool a modality: whether the entity has a view of it. A pair of modalities is
-            bounded over the rows that have both. Default: all rows.
+            (B,) bool for each modality: whether the entity has a view of it. The bound of a pair of
+            modalities is taken over the rows that have both. Default: all rows.
 
         Returns
         -------
         Tensor
-            A scalar; 0 where there is nothing to bound.
+            A scalar; 0 if there is nothing to bound.
 
         Raises
         ------
         IMVIAError
-            A modality without embeddings, or embeddings of other shapes.
+            If the embeddings of a modality are missing or have another shape.
         """
         return self._both(embeddings, present, frozen=True)[0]
 
     def estimation_loss(
         self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Negative log-likelihood of the estimators on detached embeddings; arguments as above."""
+        """Return the estimators' negative log-likelihood on detached embeddings.
+
+        The arguments are those of `forward`.
+        """
         detached = {name: embedding.detach() for name, embedding in embeddings.items()}
         return self.both(detached, present)[1]
 
     def both(
         self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """L1 and the estimation loss from one pass through the estimators; arguments as above.
+        """Return L1 and the estimation loss from one pass through the estimators.
 
-        Here the second is not detached from what the estimators see: who trains asks for the
-        gradients of the model from the first and for the estimators' from the second.
+        The arguments are those of `forward`. Neither result is detached: in training, take the
+        gradients of the model from L1 only, and those of the estimators from the estimation loss.
         """
         return self._both(embeddings, present, frozen=False)
 
@@ -128,14 +132,14 @@ class MutualInformation(nn.Module):
         return (gain * share).sum(), (surprise * share).sum()
 
     def extra_repr(self) -> str:
-        """What ``print`` shows of the module."""
+        """Return the arguments that ``print`` shows."""
         return f"modalities={self.modalities}, feats={self.feats}"
 
     def _moments(self, embeddings: Mapping[str, Tensor], frozen: bool) -> tuple[Tensor, Tensor]:
-        """(P, B, d) means and log-variances, those of one modality's estimators in two products.
+        """Return (P, B, d) means and log-variances, with two products per modality.
 
-        What calling each estimator gives, in a fraction of the kernels that a GPU has to start;
-        under autocast the second bias is added in the embeddings' dtype.
+        The result is that of calling each estimator, with far fewer kernel launches on a GPU. Under
+        autocast, the second bias is added in the dtype of the embeddings.
         """
 
         def of(parameter: Tensor) -> Tensor:
@@ -160,9 +164,9 @@ class MutualInformation(nn.Module):
 
 
 def _shuffle(rows: Tensor) -> Tensor:
-    """(P, B) int64: a random permutation of the rows that are True; others go anywhere.
+    """Return (P, B) int64 random permutations of the rows that are True; other entries are any.
 
-    Without asking how many they are, which a GPU would have to be waited for.
+    The number of such rows is not read, since this would wait for a GPU.
     """
     drawn = torch.rand(rows.shape, device=rows.device)
     order = torch.argsort(torch.where(rows, drawn, 2.0), dim=1)
@@ -179,7 +183,7 @@ class GaussianEstimator(nn.Module):
         self.log_variance = nn.Sequential(*_perceptron(feats, hidden_feats), nn.Tanh())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, feats) means and log-variances given (B, feats)."""
+        """Return (B, feats) means and log-variances for (B, feats) inputs."""
         return self.mean(x), self.log_variance(x)
 
 

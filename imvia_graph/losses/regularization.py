@@ -1,4 +1,4 @@
-"""DURA and N3: what keeps the embeddings of true triples small."""
+"""DURA and N3: regularizers of the embeddings of true triples."""
 
 from __future__ import annotations
 
@@ -24,31 +24,32 @@ def dura(
     shards: Shards | None = None,
     times: Tensor | None = None,
 ) -> Tensor:
-    r"""DURA: the squares of what is multiplied in the scores of true triples.
+    r"""DURA: squared norms of the factors in the scores of true triples.
 
     .. math:: \frac{1}{B} \sum_i \left( \|h_i\|^2 + \|q_i\|^2 + \|t_i\|^2 \right), \qquad
         q = \mathcal W \times_1 h \times_2 r
 
-    `Zhang, Cai and Wang 2020 <https://arxiv.org/abs/2011.05816>`__, whose other half, the tail
-    under the transposed relation, is here the query of the inverse relation. Not in the IMVIA
-    paper; a Tucker model learns more with it than with dropout.
+    See `Zhang, Cai and Wang 2020 <https://arxiv.org/abs/2011.05816>`__. The other half of their
+    regularizer, the tail under the transposed relation, is covered by the query of the inverse
+    relation. DURA is not in the IMVIA paper; a Tucker model learns more with it than with dropout.
 
     Parameters
     ----------
     head, query : Tensor or sequence of Tensor
-        (B, d): entities of the queries, and their query vectors; or those of several heads, which
-        are added up.
+        (B, d) entity embeddings of the queries and (B, d) query vectors; or sequences of these for
+        several heads, which are summed.
     answer : Tensor or sequence of Tensor
-        (P, d): the true answers; the mean is over those.
+        (P, d) embeddings of the true answers, averaged over P.
     weight : Tensor, optional
-        (B,) weights of the queries in their mean. Default: equal ones.
+        (B,) weights of the queries in their mean. Default: equal weights.
     num_answers : int, optional
-        P, where ``answer`` is a process's own.
+        P over all processes, if ``answer`` holds only this process's answers.
     shards : Shards, optional
-        With several processes: ``head``, ``query`` and ``answer`` are this process's, ``weight``
-        that of all queries; the value is that of all.
+        With several processes: ``head``, ``query`` and ``answer`` are those of this process, and
+        ``weight`` covers the queries of all. The value is that of all processes.
     times : Tensor, optional
-        (P,) how often each row of ``answer`` counts in the mean, of one process. Default: once.
+        (P,) multiplicity of each row of ``answer`` in the mean; for a single process.
+        Default: 1 for each row.
 
     Returns
     -------
@@ -58,9 +59,9 @@ def dura(
     Raises
     ------
     IMVIAError
-        Different numbers of heads in the three.
+        If ``head``, ``query`` and ``answer`` have different numbers of heads.
     SettingsError
-        Several processes and no ``weight``.
+        If there are several processes and no ``weight``.
 
     Examples
     --------
@@ -70,12 +71,12 @@ def dura(
     tensor(15.)
     """
     heads, queries, answers = (
-        [given] if isinstance(given, Tensor) else list(given) for given in (head, query, answer)
+        [part] if isinstance(part, Tensor) else list(part) for part in (head, query, answer)
     )
     numbers = [len(heads), len(queries), len(answers)]
     if len(set(numbers)) != 1 or not heads:
         raise IMVIAError(
-            "dura: expected head, query and answer of as many heads; received"
+            "dura: expected head, query and answer of the same number of heads; received"
             f" {numbers[0]}, {numbers[1]} and {numbers[2]}."
         )
     shares = _shares("dura", heads[0], answers[0], weight, num_answers, shards, times)
@@ -92,21 +93,26 @@ def n3(
     shards: Shards | None = None,
     times: Tensor | None = None,
 ) -> Tensor:
-    r"""N3: the cubes of the moduli of what ComplEx multiplies in the scores of true triples.
+    r"""N3: cubed moduli of the ComplEx embeddings in the scores of true triples.
 
     .. math:: \frac{1}{B} \sum_i \left( \|h_i\|_3^3 + \|r_i\|_3^3 + \|t_i\|_3^3 \right)
 
-    `Lacroix, Usunier and Obozinski 2018 <https://arxiv.org/abs/1806.07297>`__. Not in the IMVIA
-    paper.
+    See `Lacroix, Usunier and Obozinski 2018 <https://arxiv.org/abs/1806.07297>`__. N3 is not in the
+    IMVIA paper.
 
     Parameters
     ----------
     head, relation : Tensor
-        (B, d): entities and relations of the queries. Numbers are as those of
-        `complex_product <imvia_graph.nn.tucker_decoder.complex_product>`: real parts, then
-        imaginary ones, and of an odd d a last one that is real.
+        (B, d) entity and relation embeddings of the queries, in the layout of
+        `complex_product <imvia_graph.nn.tucker_decoder.complex_product>`: real parts, imaginary
+        parts and, if d is odd, one more real number.
     answer, weight, num_answers, shards, times
-        As for `dura`.
+        As in `dura`.
+
+    Returns
+    -------
+    Tensor
+        A scalar, in float32 at least.
 
     Examples
     --------
@@ -130,7 +136,7 @@ def _shares(
     shards: Shards | None,
     times: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(B,) and (P,) shares of the queries and of the answers in the means of `dura` and `n3`."""
+    """Return (B,) shares of the queries and (P,) shares of the answers in the means."""
     alone = shards is None or shards.alone
     dtype = torch.promote_types(head.dtype, torch.float32)
     if weight is None:
@@ -150,15 +156,15 @@ def _shares(
 
 
 class _Squares(torch.autograd.Function):
-    """Squares of rows, weighted and added up, in two passes over them.
+    """Weighted sum of squared rows, in two passes over them.
 
-    The rows are M (B, d), M (B, d), whose weights are (B,), and M (P, d) with weights (P,).
-    Weights have no gradient.
+    The parts are M (B, d), M (B, d), with (B,) weights, and M (P, d), with (P,) weights. The
+    weights have no gradient.
     """
 
     @staticmethod
     def plain(weights: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
-        """In torch's operations, and with their gradients."""
+        """Compute the sum in torch operations, which have second-order gradients."""
         total = torch.zeros_like(weights[0].sum())
         for part, weight in zip(parts, weights, strict=True):
             total = total + (at_least_float32(part).square().sum(1) * weight).sum()
@@ -184,8 +190,8 @@ class _Squares(torch.autograd.Function):
         share, of_answers, *parts = ctx.saved_tensors
         weights = _weights(share, of_answers, parts)
         if torch.is_grad_enabled():
-            given = grad, parts, ctx.needs_input_grad[2:]
-            return None, None, *with_gradients(lambda *x: _Squares.plain(weights, x), *given)
+            args = grad, parts, ctx.needs_input_grad[2:]
+            return None, None, *with_gradients(lambda *x: _Squares.plain(weights, x), *args)
         if powers.usable(parts, weights):
             return None, None, *powers.gradients(2, grad, parts, weights)
         count = len(parts) // 3
@@ -201,20 +207,20 @@ class _Squares(torch.autograd.Function):
 
 
 class _Cubes(torch.autograd.Function):
-    """Cubes of the moduli of the numbers of rows, weighted and added up.
+    """Weighted sum of the cubed moduli of rows of complex numbers.
 
-    The rows are (B, d) and (B, d), whose weights are (B,), and (P, d) with weights (P,). Weights
-    have no gradient. That of :math:`|z|^3` is :math:`3 |z| z`, also where the modulus, a root, has
+    The parts are (B, d), (B, d), with (B,) weights, and (P, d), with (P,) weights. The weights have
+    no gradient. The gradient of :math:`|z|^3` is :math:`3 |z| z`, also at 0, where the modulus has
     none.
     """
 
     @staticmethod
     def plain(weights: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
-        """In torch's operations, and with their gradients."""
+        """Compute the sum in torch operations, which have second-order gradients."""
         total = torch.zeros_like(weights[0].sum())
         for part, weight in zip(parts, weights, strict=True):
             squares = _squared_moduli(at_least_float32(part))
-            # The root of zero has no gradient; that of its cube is zero.
+            # The root has no gradient at zero; the gradient of its cube is zero there.
             moduli = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
             total = total + ((squares * moduli).sum(1) * weight).sum()
         return total
@@ -226,27 +232,27 @@ class _Cubes(torch.autograd.Function):
             ctx.save_for_backward(share, of_answers, *parts)
             return powers.total(3, parts, weights)
         total = share.new_zeros(())
-        every = []
+        all_moduli = []
         with torch.autocast(share.device.type, enabled=False):
             for part, weight in zip(parts, weights, strict=True):
                 squares, moduli = _moduli(at_least_float32(part))
                 total = total + torch.linalg.vecdot(squares, moduli).to(share.dtype) @ weight
-                every.append(moduli)
-        ctx.save_for_backward(share, of_answers, *parts, *every)
+                all_moduli.append(moduli)
+        ctx.save_for_backward(share, of_answers, *parts, *all_moduli)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         share, of_answers, *rest = ctx.saved_tensors
-        parts, every = rest[:3], rest[3:]
+        parts, all_moduli = rest[:3], rest[3:]
         weights = _weights(share, of_answers, parts)
         if torch.is_grad_enabled():
-            given = grad, parts, ctx.needs_input_grad[2:]
-            return None, None, *with_gradients(lambda *x: _Cubes.plain(weights, x), *given)
-        if not every:
+            args = grad, parts, ctx.needs_input_grad[2:]
+            return None, None, *with_gradients(lambda *x: _Cubes.plain(weights, x), *args)
+        if not all_moduli:
             return None, None, *powers.gradients(3, grad, parts, weights)
         gradients = []
-        for part, weight, moduli in zip(parts, weights, every, strict=True):
+        for part, weight, moduli in zip(parts, weights, all_moduli, strict=True):
             slope = moduli * (3 * grad * weight)[:, None]
             half = part.shape[1] // 2
             slopes = slope[:, :half], slope[:, :half], slope[:, half:]
@@ -258,7 +264,7 @@ class _Cubes(torch.autograd.Function):
 
 
 def _moduli(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, d - d // 2) squares of the moduli of (n, d) numbers, and the moduli."""
+    """Return (n, d - d // 2) squared moduli of rows of complex numbers (n, d), and the moduli."""
     squares = _squared_moduli(numbers)
     return squares, squares.sqrt()
 
@@ -270,12 +276,12 @@ def _squared_moduli(numbers: Tensor) -> Tensor:
 
 
 def _split(numbers: Tensor) -> tuple[Tensor, ...]:
-    """Real parts of (n, d) numbers, imaginary ones, and of an odd d the last, which is real."""
+    """Split (n, d) numbers into real parts, imaginary parts and, if d is odd, a last real one."""
     half = numbers.shape[1] // 2
     return numbers.split([half, half, numbers.shape[1] % 2], dim=1)
 
 
 def _weights(share: Tensor, of_answers: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
-    """The weights of each part: two thirds are of queries, the rest of answers."""
+    """Return the weights of each part: the first two thirds are queries, the rest answers."""
     count = len(parts) // 3
     return [share] * (2 * count) + [of_answers] * count

@@ -11,24 +11,25 @@ from imvia_graph.losses._shared import at_least_float32
 def relation_prediction(
     scores: Tensor, relation: Tensor, number: int | None = None, counts: Tensor | None = None
 ) -> Tensor:
-    r"""Softmax cross-entropy of the relations that join the entities of true triples.
+    r"""Softmax cross-entropy of the relation between the entities of true triples.
 
     .. math:: \frac{1}{P} \sum_i - \log \frac{\exp S(h_i, r_i, t_i)}{\sum_r \exp S(h_i, r, t_i)}
 
-    `Chen, Minervini, Riedel and Stenetorp 2021 <https://arxiv.org/abs/2110.02834>`__ train it
-    beside completion, whose candidates are entities. Not in the IMVIA paper.
+    `Chen, Minervini, Riedel and Stenetorp 2021 <https://arxiv.org/abs/2110.02834>`__ use it as an
+    auxiliary loss of completion. It is not in the IMVIA paper.
 
     Parameters
     ----------
     scores : Tensor
-        (P, R): of all relations, for the two entities of each triple; see
+        (P, R) scores of all relations for the two entities of each triple; see
         `IMVIA.relation_scores <imvia_graph.IMVIA.relation_scores>`.
     relation : Tensor
-        (P,) int64.
+        (P,) int64 relation of each triple.
     number : int, optional
-        The number of triples that the mean is over, where these are a process's own. Default: P.
+        Number of triples in the mean over all processes, if these triples belong to one process.
+        Default: P.
     counts : Tensor, optional
-        (P,) how often each triple counts in the mean, of one process. Default: once.
+        (P,) multiplicity of each triple in the mean; for a single process. Default: 1 for each.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""L3 over candidates that were drawn."""
+"""L3 over sampled candidates."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from imvia_graph.losses.scored import (
 
 
 class Sampled(NamedTuple):
-    """Candidates that the queries of a batch share, and how likely each was to be among them.
+    """Candidates shared by the queries of a batch, with the probability of each to be sampled.
 
     Attributes
     ----------
     entity : Tensor
-        (C,) int64, distinct, ascending.
+        (C,) int64 candidates, distinct and ascending.
     log_q : Tensor
-        (C,) float32: logarithm of the probability of being among the candidates.
+        (C,) float32 logarithm of the probability that the entity is among the candidates.
     row, col : Tensor
-        (K,) int64: query ``row`` has candidate ``col`` for a known answer that is not the one asked
-        for; the pair is left out of its loss.
+        (K,) int64: candidate ``col`` is a known answer of query ``row``, but not its answer in the
+        batch; the pair is left out of the loss.
     """
 
     entity: Tensor
@@ -41,7 +41,7 @@ class Sampled(NamedTuple):
     col: Tensor
 
     def of_process(self, shards: Shards) -> tuple[Sampled, int]:
-        """Those that are a process's own, and the place of the first of them."""
+        """Return the candidates of one process, and the position of the first among all."""
         bounds = torch.searchsorted(
             self.entity, self.entity.new_tensor([shards.start, shards.stop])
         )
@@ -64,32 +64,45 @@ def sampled_completion(
     label_smoothing: float = 0.0,
     shards: Shards | None = None,
 ) -> Tensor:
-    r"""L3 over candidates that were drawn: an estimate of `completion` over all entities.
+    r"""L3 over sampled candidates: an estimate of `completion` over all entities.
 
-    A candidate j that is among the drawn with probability :math:`q_j` stands for :math:`1 / q_j`
-    entities (Horvitz and Thompson 1952), a query's own answer, which always is, for itself. The sum
-    over all entities in the softmax becomes
+    A candidate j that is sampled with probability :math:`q_j` stands for :math:`1 / q_j` entities
+    (Horvitz and Thompson 1952); the answer of a query, which is always included, stands for itself.
+    The sum over all entities in the softmax becomes
 
     .. math::
         \sum_t \exp S_{it} \approx \exp S_{i y_i} + \sum_{j \neq y_i} \exp(S_{ij} - \log q_j)
 
     which is the logQ correction of sampled softmax (`Yi et al. 2019
-    <https://doi.org/10.1145/3298689.3346996>`__). Means over all entities, those of label smoothing
-    and of the binary loss, are means with the same weights. Known answers of a query other than the
-    asked one are left out.
+    <https://doi.org/10.1145/3298689.3346996>`__). The means over all entities, in label smoothing
+    and in the binary loss, use the same weights. Other known answers of a query are left out.
 
     Parameters
     ----------
     scores : mapping of str to Tensor
-        (B, C) a head.
+        (B, C) scores for each head.
     positives : Positives
-        One a query; ``col`` counts candidates.
+        One per query; ``col`` indexes the candidates.
     sampled : Sampled
     loss : {"softmax", "binary"}, optional
+        Default: ``"softmax"``.
     label_smoothing : float, optional
+        Default: ``0``.
     shards : Shards, optional
-        With several processes: scores, positives and candidates are this process's; the loss is
-        that of all.
+        With several processes: scores, positives and candidates are those of this process; the loss
+        is that of all. Default: a single process.
+
+    Returns
+    -------
+    Tensor
+        A scalar.
+
+    Raises
+    ------
+    SettingsError
+        If the loss is unknown, or if rows are weighted and the loss is a mean over terms.
+    IMVIAError
+        If there is no head, or the shape of scores does not match the candidates.
 
     Examples
     --------
@@ -110,8 +123,8 @@ def sampled_completion(
     for head, part in scores.items():
         if part.shape != (len(first), len(sampled.entity)):
             raise IMVIAError(
-                f"sampled_completion: expected scores {(len(first), len(sampled.entity))}, a column"
-                f" a candidate; received {tuple(part.shape)} of the head {head!r}."
+                f"sampled_completion: expected scores {(len(first), len(sampled.entity))}, one"
+                f" column per candidate; received {tuple(part.shape)} for the head {head!r}."
             )
     shards = Shards(first.shape[1]) if shards is None else shards
     correction = (-sampled.log_q).expand(len(first), -1).clone()
@@ -128,10 +141,10 @@ def sampled_completion(
 
 
 class _Drawn(NamedTuple):
-    """What candidates of a query stand for."""
+    """Numbers of entities that the candidates of each query stand for."""
 
-    correction: Tensor  # (B, C): added to scores; minus infinity where one is left out
-    weight: Tensor  # (B, C): its exponential, a number of entities
+    correction: Tensor  # (B, C): added to scores; minus infinity for candidates left out
+    weight: Tensor  # (B, C): exp(correction), the number of entities
     of_all: Tensor  # (B,): the sum of the weights over all processes
 
 
@@ -149,7 +162,7 @@ def _sampled_softmax(
 def _sampled_binary(
     scores: Tensor, positives: Positives, drawn: _Drawn, smoothing: float, shards: Shards
 ) -> Tensor:
-    # As `binary_completion`, whose N entities are those that the candidates stand for.
+    # As `binary_completion`, where N is the number of entities that the candidates stand for.
     of_all = drawn.of_all
     smooth = smoothing / float(of_all.sum() / len(of_all))
     own = scores[positives.row, positives.col]

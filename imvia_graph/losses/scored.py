@@ -1,4 +1,4 @@
-"""L3 (Eq. 7): completion, from scores of all candidates."""
+"""L3 (Eq. 7): completion losses of the scores of all candidates."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from imvia_graph.losses._shared import at_least_float32
 
 
 class Positives(NamedTuple):
-    """Which of a batch's (B, N) scores belong to true triples.
+    """Positions of the true triples in a (B, N) score matrix.
 
     Attributes
     ----------
     row, col : Tensor
-        (P,) int64: score (row, col) is a positive; pairs are distinct, every row has at least one.
+        (P,) int64: the score at (row, col) is a positive. Pairs are distinct, and every row has at
+        least one.
     weight : Tensor or None
-        (B,) weights of the rows in the mean over them; None for equal ones. With the number of a
-        row's positives the softmax loss is that of rows of one positive each, at the cost of one.
+        (B,) weights of the rows in the mean over rows; None for equal weights. Weighting each row
+        by its number of positives gives the softmax loss of one row per positive, at the cost of a
+        single row.
     counts : Tensor or None
-        (P,) float32, where rows ascend and the last pair is repeated so that P is a given number: 0
-        for a repetition, else 1. Only `factored_completion` takes it. None where all are distinct.
+        (P,) float32, for padding to a fixed P: rows ascend and the last pair is repeated, with 0
+        for each repetition and 1 for all other pairs. Only `factored_completion` accepts it. None
+        if all pairs are distinct.
     """
 
     row: Tensor
@@ -36,7 +39,7 @@ class Positives(NamedTuple):
 
 
 def binary_completion(scores: Tensor, positives: Positives, label_smoothing: float = 0.0) -> Tensor:
-    r"""Binary cross-entropy with positives and negatives in equal shares (L3 of a head, Eq. 7).
+    r"""Binary cross-entropy, with equal weight for positives and negatives (L3 of a head, Eq. 7).
 
     .. math::
         -\frac{1}{|T_+|} \sum_{T_+} \log \sigma(S) - \frac{1}{|T_-|} \sum_{T_-} \log \sigma(-S)
@@ -44,7 +47,7 @@ def binary_completion(scores: Tensor, positives: Positives, label_smoothing: flo
     Parameters
     ----------
     scores : Tensor
-        (B, N) of B queries and N candidates; whatever is not positive is negative.
+        (B, N) scores of N candidates for B queries; all that are not positive are negative.
     positives : Positives
     label_smoothing : float, optional
         :math:`\epsilon`: targets become :math:`(1 - \epsilon) y + \epsilon / N`. Default: ``0``.
@@ -57,16 +60,16 @@ def binary_completion(scores: Tensor, positives: Positives, label_smoothing: flo
     Raises
     ------
     SettingsError
-        Rows that are weighted: it is a mean over terms, not over rows.
+        If rows are weighted: the loss is a mean over terms, not over rows.
     IMVIAError
-        Shapes that do not fit; on a CPU also positives outside the scores.
+        If shapes do not match. On a CPU also if positives are out of range.
 
     Examples
     --------
     >>> import torch
     >>> from imvia_graph.losses import Positives, binary_completion
     >>> positives = Positives(row=torch.tensor([0, 1]), col=torch.tensor([3, 0]))
-    >>> binary_completion(torch.zeros(2, 4), positives)  # log 2 of positives, and of negatives
+    >>> binary_completion(torch.zeros(2, 4), positives)  # log 2 each for positives and negatives
     tensor(1.3863)
     """
     check_weights("binary", positives)
@@ -87,15 +90,15 @@ def binary_completion(scores: Tensor, positives: Positives, label_smoothing: flo
 def softmax_completion(
     scores: Tensor, positives: Positives, label_smoothing: float = 0.0
 ) -> Tensor:
-    r"""Softmax cross-entropy over the candidates, with equal shares for a query's positives.
+    r"""Softmax cross-entropy over the candidates, with equal weight for a query's positives.
 
     .. math::
         \frac{1}{B} \sum_i \left[ \log \sum_t \exp S_{it}
         - \frac{1 - \epsilon}{|T_i|} \sum_{t \in T_i} S_{it} - \frac{\epsilon}{N} \sum_t S_{it}
         \right]
 
-    Parameters are those of `binary_completion`; the mean over the queries i is weighted where
-    ``positives`` say so. Not in the paper; it learns far faster.
+    The parameters are those of `binary_completion`; ``positives.weight`` weights the mean over the
+    queries i. This loss is not in the paper; it learns far faster.
 
     Examples
     --------
@@ -125,12 +128,12 @@ def completion(
     loss: str = "softmax",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """L3: the sum over the heads of `softmax_completion` or (Eq. 7) `binary_completion`.
+    """L3: the sum over the heads of `softmax_completion` or `binary_completion` (Eq. 7).
 
     Parameters
     ----------
     scores : mapping of str to Tensor
-        (B, N) a head.
+        (B, N) scores for each head.
     positives : Positives
     loss : {"softmax", "binary"}, optional
         Default: ``"softmax"``.
@@ -145,9 +148,9 @@ def completion(
     Raises
     ------
     SettingsError
-        An unknown loss, or rows that are weighted where the loss is a mean over terms.
+        If the loss is unknown, or if rows are weighted and the loss is a mean over terms.
     IMVIAError
-        No head; shapes that do not fit; on a CPU also positives outside the scores.
+        If there is no head or shapes do not match. On a CPU also if positives are out of range.
 
     Examples
     --------
@@ -155,7 +158,7 @@ def completion(
     >>> from imvia_graph.losses import Positives, completion
     >>> scores = {"structure": torch.zeros(2, 4), "text": torch.zeros(2, 4)}
     >>> positives = Positives(row=torch.tensor([0, 1]), col=torch.tensor([3, 0]))
-    >>> completion(scores, positives) / 2  # log 4 a head
+    >>> completion(scores, positives) / 2  # log 4 per head
     tensor(1.3863)
     """
     check_loss(loss)
@@ -166,7 +169,7 @@ def completion(
 
 
 def weighted_mean(rows: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The mean over (B,) rows with (B,) weights, or equal ones."""
+    """Return the mean over (B,) rows with (B,) weights, or with equal weights."""
     if weight is None:
         return rows.sum() / max(len(rows), 1)
     weight = weight.to(rows.dtype)
@@ -174,16 +177,16 @@ def weighted_mean(rows: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def check_weights(loss: str, positives: Positives) -> None:
-    """Refuse weights of rows where the loss is a mean over terms."""
+    """Raise if rows are weighted and the loss is a mean over terms."""
     if loss != "softmax" and positives.weight is not None:
         raise SettingsError(
-            f"completion: the loss {loss!r} has no weights of queries; 'softmax' has. Leave"
-            " positives.weight out."
+            f"completion: the loss {loss!r} does not support weights of queries; 'softmax' does."
+            " Leave positives.weight out."
         )
 
 
 def check_loss(loss: str) -> None:
-    """Refuse the name of a loss that there is none of."""
+    """Raise if the loss is unknown."""
     if loss not in COMPLETIONS:
         raise SettingsError(
             f"completion: unknown loss {loss!r}; expected one of {', '.join(COMPLETIONS)}."
@@ -191,13 +194,13 @@ def check_loss(loss: str) -> None:
 
 
 def check_heads(scores: Mapping[str, Tensor]) -> None:
-    """Refuse the scores of no head."""
+    """Raise if there are no scores."""
     if not scores:
-        raise IMVIAError("completion: expected the scores of one head or more; received none.")
+        raise IMVIAError("completion: expected the scores of at least one head; received none.")
 
 
 def _check_positives(scores: Tensor, positives: Positives) -> None:
-    """Refuse positives that are not among (B, N) scores; -1 would be the last of a row."""
+    """Raise if positives are outside the (B, N) scores; -1 would index the last candidate."""
     row, col = positives.row, positives.col
     if scores.dim() != 2 or row.dim() != 1 or row.shape != col.shape:
         raise IMVIAError(
@@ -213,7 +216,7 @@ def _check_positives(scores: Tensor, positives: Positives) -> None:
 def outside(
     positives: Positives, num_rows: int, num_columns: int
 ) -> Iterator[tuple[str, int, int]]:
-    """Rows and columns that are not among so many; a device that is waited for is not asked."""
+    """Yield (kind, id, limit) of ids out of range; none on a GPU, where checking would wait."""
     kinds = (("rows", positives.row, num_rows), ("columns", positives.col, num_columns))
     for what, ids, number in kinds:
         found = _gpu.beyond(ids, number)

@@ -20,7 +20,12 @@ def total_loss(
     information, alignment, completion : Tensor
         L1, L2 and L3, scalars.
     lambda_information, lambda_alignment, lambda_completion : float, optional
-        Their weights. Default: ``1``, as in the paper; those of `Settings` differ.
+        Their weights. Default: ``1``, as in the paper; the defaults of `Settings` differ.
+
+    Returns
+    -------
+    Tensor
+        A scalar.
     """
     return (
         lambda_information * information

@@ -1,4 +1,4 @@
-"""What layers refuse before torch does: features of another width than theirs, and to be traced."""
+"""Checks shared by the layers: the width of features, and no tracing."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from torch import Tensor
 from imvia_graph.errors import IMVIAError
 
 
-def check_width(whose: str, name: str, feat: Tensor, rows: str | int, width: int) -> None:
-    """Refuse what is not (rows, width), or of any number of rows where these are a letter.
+def check_width(caller: str, name: str, feat: Tensor, rows: str | int, width: int) -> None:
+    """Raise unless ``feat`` has the shape (rows, width).
 
     Parameters
     ----------
-    whose, name : str
-        Who takes the features, and what they are called there, for messages.
+    caller, name : str
+        Name of the layer and of its argument, for the message.
     feat : Tensor
     rows : str or int
+        Number of rows, or a letter that stands for any number.
     width : int
 
     Raises
@@ -26,12 +27,12 @@ def check_width(whose: str, name: str, feat: Tensor, rows: str | int, width: int
     fits = feat.dim() == 2 and feat.shape[1] == width
     if not fits or (isinstance(rows, int) and len(feat) != rows):
         raise IMVIAError(
-            f"{whose}: expected {name} ({rows}, {width}); received {tuple(feat.shape)}."
+            f"{caller}: expected {name} ({rows}, {width}); received {tuple(feat.shape)}."
         )
 
 
-def refuse_tracing(whose: str) -> None:
-    """Refuse `torch.jit.trace`, which would keep the ids of its example for all others.
+def refuse_tracing(caller: str) -> None:
+    """Raise under `torch.jit.trace`, which would record the ids of its example as constants.
 
     Raises
     ------
@@ -39,6 +40,6 @@ def refuse_tracing(whose: str) -> None:
     """
     if torch.jit.is_tracing():
         raise IMVIAError(
-            f"{whose}: what is computed depends on the ids, and torch.jit.trace would keep those of"
-            " its example. Trace what stands around the layer, or take torch.compile."
+            f"{caller}: the computation depends on the ids, and torch.jit.trace would record those"
+            " of its example as constants. Trace the code around the layer, or use torch.compile."
         )

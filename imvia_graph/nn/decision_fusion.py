@@ -43,12 +43,12 @@ class DecisionFusion(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start from equal weights."""
+        """Reset the parameters so that all heads have equal weights."""
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def weights(self, rel_feat: Tensor) -> Tensor:
-        """(B, M) weights of (B, rel_feats); rows sum to 1."""
+        """Return the (B, M) head weights for (B, rel_feats) relations; rows sum to 1."""
         logits: Tensor = self.linear(rel_feat)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
 
@@ -60,18 +60,19 @@ class DecisionFusion(nn.Module):
         rel_feat : Tensor
             (B, rel_feats).
         scores : sequence of Tensor
-            M times (B, N), or (B,) of one candidate a query; or a tensor of these, (M, B, N).
+            M score matrices (B, N), or (B,) for one candidate per query; or one tensor (M, B, N).
 
         Returns
         -------
         Tensor
-            Of the shape and dtype of a head's; of integers in the weights' dtype.
+            Fused scores, in the shape and dtype of one head's scores. Integer scores give the
+            dtype of the weights.
 
         Raises
         ------
         IMVIAError
-            Another number of heads or of queries, heads of different shapes, or relations of
-            another width.
+            If the number of heads or queries or the width of the relation features does not match,
+            or the heads' scores differ in shape.
         """
         shapes = [tuple(score.shape) for score in scores]
         heads = self.linear.out_features
@@ -86,14 +87,14 @@ class DecisionFusion(nn.Module):
         return weighted_sum(scores, self.weights(rel_feat))
 
     def extra_repr(self) -> str:
-        """What ``print`` shows of the layer."""
+        """Return the arguments that ``print`` shows."""
         return f"rel_feats={self.linear.in_features}, num_heads={self.linear.out_features}"
 
 
 def weighted_sum(scores: Sequence[Tensor] | Tensor, weights: Tensor) -> Tensor:
-    """(B, …) sum of M times (B, …) scores, times (B, M) weights, in the scores' dtype.
+    """Return the sum (B, …) of M score tensors (B, …), weighted by (B, M), in the scores' dtype.
 
-    Of scores that are integers in the weights', which as integers would be zeros.
+    Integer scores are summed in the weights' dtype, since the weights would be truncated to zero.
     """
     parts = (
         score * _as(score, weights[:, m]).reshape(-1, *[1] * (score.dim() - 1))

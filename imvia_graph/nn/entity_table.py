@@ -1,4 +1,4 @@
-"""EntityTable: an embedding a row, whose gradient need not be as large as the table."""
+"""EntityTable: entity embeddings with optional gradients of the looked-up rows only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from imvia_graph._gpu.lookup import lookup
 from imvia_graph.distributed import Shards
 
-#: Rows that are drawn at a time.
+#: Rows drawn at a time.
 _PORTION = 2**16
 
 
@@ -18,20 +18,20 @@ class EntityTable(nn.Embedding):
     Parameters
     ----------
     shards : Shards
-        Which entities those are; row 0 is that of ``shards.start``.
+        The entities of this process; row 0 belongs to entity ``shards.start``.
     dim : int
-        Width.
+        Width of the embeddings.
     std : float, optional
-        Standard deviation of what it starts from. Default: 1 over the root of the width, for rows
-        of length 1 or so, since smaller ones take epochs to grow.
+        Standard deviation of the initial embeddings. Default: ``dim ** -0.5``, for rows of length
+        about 1, since shorter rows take epochs to grow.
 
     Attributes
     ----------
     std : float
     lazy : bool
-        Whether rows that are looked up while gradients are made are leaves of their own, kept until
-        `gradients` is asked for: nothing of the table's size is made in a step. Where the weight
-        requires no gradient, they are not.
+        Whether each lookup returns its rows as a new leaf tensor, kept until `forget`, so that a
+        step allocates no gradient of the table's size; `gradients` collects the gradients of the
+        rows. It has no effect where the weight requires no gradient or gradients are disabled.
 
     Examples
     --------
@@ -47,17 +47,17 @@ class EntityTable(nn.Embedding):
     """
 
     def __init__(self, shards: Shards, dim: int, std: float | None = None) -> None:
-        # What is drawn while the table is made goes by these.
+        # Set first: the constructor of nn.Embedding calls reset_parameters.
         self.shards, self.std = shards, dim**-0.5 if std is None else std
         super().__init__(len(shards), dim)
         self.lazy = False
         self._looked_up: list[tuple[Tensor, Tensor]] = []
 
     def reset_parameters(self) -> None:
-        """Draw the rows anew.
+        """Draw new rows.
 
-        Every process draws the rows of all, in the same portions, and keeps its own: what a seed
-        gives does not depend on their number.
+        Every process draws the rows of all processes, in the same portions, and keeps its own, so
+        that a seed gives the same rows for any number of processes.
         """
         shards = self.shards
         if self.weight.device.type == "meta":
@@ -73,7 +73,7 @@ class EntityTable(nn.Embedding):
                     self.weight[begin - shards.start : end - shards.start] = mine
 
     def forward(self, row: Tensor) -> Tensor:
-        """(n, dim) of (n,) int64 rows."""
+        """Return the (n, dim) embeddings of (n,) int64 rows."""
         learns = self.weight.requires_grad and torch.is_grad_enabled()
         if not (self.lazy and learns):
             return lookup(row, self.weight)
@@ -82,7 +82,7 @@ class EntityTable(nn.Embedding):
         return rows
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """Distinct rows (n,) that were looked up since `forget`, and their gradients (n, dim)."""
+        """Return the distinct rows (n,) looked up since `forget` and their gradients (n, dim)."""
         found = [(row, part.grad) for row, part in self._looked_up if part.grad is not None]
         if not found:
             none = torch.empty(0, dtype=torch.int64, device=self.weight.device)
@@ -92,9 +92,9 @@ class EntityTable(nn.Embedding):
         return row, grad.index_add_(0, place, torch.cat([part for _, part in found]))
 
     def looked_up(self) -> list[Tensor]:
-        """The leaves since `forget`."""
+        """Return the leaf tensors of the lookups since `forget`."""
         return [rows for _, rows in self._looked_up]
 
     def forget(self) -> None:
-        """Let go of what was looked up."""
+        """Release the leaf tensors of all lookups."""
         self._looked_up.clear()

@@ -31,16 +31,17 @@ from imvia_graph.ops import (
 class GatedViewConv(nn.Module):
     r"""Gated aggregation of views from `IMVIA <https://anonymous.4open.science/r/ICASSP2025_IMVIA_Code-14B0/>`__.
 
-    For entity :math:`i` asked under relation :math:`r`, with views :math:`f_{i,k}`:
+    For a query with entity :math:`i` and relation :math:`r`, and the views :math:`f_{i,k}` of
+    :math:`i`:
 
     .. math::
         g_i &= \sigma(W_g [e_i; e_r] + b_g) \\
         \alpha_{i,k} &= \mathrm{softmax}_k\left(\cos(g_i \odot f_{i,k}, f_{i,k})\right) \\
         \hat e_i &= \sum_k \alpha_{i,k} f_{i,k}
 
-    :math:`W_g` is held as its two halves, so that the gate is one addition a query instead of a
-    product a view; without a relation its half is left out, and the gate is
-    :math:`g_i = \sigma(W_g e_i + b_g)`.
+    :math:`W_g` is stored as two halves, one for :math:`e_i` and one for :math:`e_r`, so that the
+    gate takes one addition per query instead of one product per view. Without a relation, the gate
+    is :math:`g_i = \sigma(W_g e_i + b_g)`.
 
     Parameters
     ----------
@@ -49,27 +50,27 @@ class GatedViewConv(nn.Module):
     entity_feats : int
         Width of the entity features, :math:`e_i`.
     rel_feats : int, optional
-        Width of the relation features, :math:`e_r`; 0 for a layer that never sees a relation.
+        Width of the relation features, :math:`e_r`; 0 for a layer without relations.
         Default: ``0``.
     activation : callable, optional
-        :math:`\sigma`. Default: ``torch.sigmoid``.
+        Activation of the gate, :math:`\sigma`. Default: ``torch.sigmoid``.
     allow_zero_in_degree : bool, optional
-        Whether entities without views are welcome in `forward`. Default: ``False``.
+        Whether `forward` accepts entities without views. Default: ``False``.
     backend : str, optional
         See `imvia_graph.ops.gated_view_aggregate`. Default: ``"auto"``.
 
     Notes
     -----
     An entity without views (zero in-degree) gets the learned vector ``absent``, never NaN. As in
-    DGL's own layers `forward` raises unless ``allow_zero_in_degree`` says that this is meant.
-    ``dgl.nn.HeteroGraphConv`` sets it.
+    DGL's own layers, `forward` raises an error for such entities unless ``allow_zero_in_degree`` is
+    set. ``dgl.nn.HeteroGraphConv`` sets it.
 
-    Gradients are of first order, except with the backend ``reference``: who asks for gradients of
-    theirs (``create_graph``, for a gradient penalty or a Hessian) gets an error elsewhere.
+    Only the backend ``reference`` supports second-order gradients. With any other backend,
+    ``create_graph=True`` (for a gradient penalty or a Hessian) raises an error.
 
     Examples
     --------
-    >>> import imvia_graph  # before dgl: DGL 2.1.0 does not import beside a newer torch by itself
+    >>> import imvia_graph  # before dgl: DGL 2.1.0 alone does not import with newer torch versions
     >>> import dgl, torch
     >>> from imvia_graph.nn import GatedViewConv
 
@@ -78,10 +79,10 @@ class GatedViewConv(nn.Module):
     >>> g = dgl.graph(([0, 1, 2, 2], [1, 2, 0, 1]))
     >>> conv = GatedViewConv(view_feats=4, entity_feats=4)
     >>> out, weight = conv(g, torch.rand(3, 4), get_weight=True)
-    >>> out.shape, weight.shape  # a row a node, a weight an edge
+    >>> out.shape, weight.shape  # one row per node, one weight per edge
     (torch.Size([3, 4]), torch.Size([4]))
 
-    **Bipartite graph** from views to entities, asked under one relation:
+    **Bipartite graph** from views to entities, with one relation for all entities:
 
     >>> g = dgl.heterograph({("image", "of", "entity"): ([0, 1, 2], [0, 0, 1])})
     >>> conv = GatedViewConv(view_feats=4, entity_feats=5, rel_feats=3)
@@ -89,7 +90,7 @@ class GatedViewConv(nn.Module):
     >>> conv(g, (views, entities), relation).shape
     torch.Size([2, 4])
 
-    **Block** of a sampler, here of entity 1 alone: its views are the only ones that are fetched.
+    **Block** of a sampler, here for entity 1: only the views of this entity are fetched.
 
     >>> block = dgl.to_block(dgl.in_subgraph(g, {"entity": [1]}), {"entity": [1]})
     >>> fetched = views[block.srcnodes["image"].data[dgl.NID]]
@@ -114,8 +115,8 @@ class GatedViewConv(nn.Module):
             )
         if not callable(activation):
             raise IMVIAError(
-                "GatedViewConv: expected an activation that can be called, such as torch.sigmoid;"
-                f" received {activation!r}. For none, give torch.nn.Identity()."
+                "GatedViewConv: expected a callable activation, such as torch.sigmoid; received"
+                f" {activation!r}. For no activation, pass torch.nn.Identity()."
             )
         if view_feats < 1:
             raise IMVIAError(
@@ -133,7 +134,7 @@ class GatedViewConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Reinitialise the gate, as one layer from (entity, relation) to view, and ``absent``."""
+        """Reinitialise the gate, as one linear layer of (entity, relation), and ``absent``."""
         bound = (6 / (self.entity_feats + self.rel_feats + self.view_feats)) ** 0.5
         nn.init.uniform_(self.gate_entity.weight, -bound, bound)
         nn.init.zeros_(self.gate_entity.bias)
@@ -152,37 +153,39 @@ class GatedViewConv(nn.Module):
         rel_feat: Tensor | None = None,
         get_weight: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Aggregate along the edges of a graph.
+        """Aggregate the views along the edges of a graph.
 
         Parameters
         ----------
         graph : DGLGraph
-            Homogeneous, bipartite (one edge type) or a block; its edges point from views to the
-            entities that they show. It may stay on the CPU while the features are on a GPU.
+            A homogeneous graph, a bipartite graph (one edge type) or a block, whose edges point
+            from views to the entities that they show. It may stay on the CPU while the features are
+            on a GPU.
         feat : Tensor or pair of Tensor
             ``(view_feat, entity_feat)`` of shapes (source nodes, view_feats) and (destination
-            nodes, entity_feats). A single tensor serves as both; on a block its first rows are the
-            destinations'.
+            nodes, entity_feats). A single tensor serves as both; for a block, the features of the
+            destinations are then its first rows.
         rel_feat : Tensor, optional
-            (destination nodes, rel_feats), or (rel_feats,) or (1, rel_feats) for all; None for the
-            relation-free gate.
+            Relation features of shape (destination nodes, rel_feats), or (rel_feats,) or
+            (1, rel_feats) for one relation shared by all; ``None`` for the gate without a relation.
         get_weight : bool, optional
-            Whether to return the weight of each edge too.
+            Whether to return the weight of each edge as well. Default: ``False``.
 
         Returns
         -------
         Tensor
-            (destination nodes, view_feats), in the wider of the views' and the layer's dtypes.
+            The aggregated views, of shape (destination nodes, view_feats), in the promoted dtype of
+            the views and the layer.
         Tensor, optional
-            (edges,), the weights in the graph's order of edges. With ``get_weight``.
+            The weights (edges,), in the order of edge ids. Only with ``get_weight``.
 
         Raises
         ------
         DGLError
-            A destination without in-edges while ``allow_zero_in_degree`` is False; features of
-            another number of nodes than the graph has, or that are no tensors.
+            If a destination node has no in-edges while ``allow_zero_in_degree`` is False, or if the
+            features are not tensors with one row per node of the graph.
         IMVIAError
-            Features of other widths than the layer's.
+            If the features differ in width from the layer.
         """
         degrees = graph.in_degrees()
         if not self.allow_zero_in_degree and (degrees == 0).any():
@@ -211,7 +214,7 @@ class GatedViewConv(nn.Module):
         device = entity_feat.device
         source, destination = _edges(graph)
         order = torch.argsort(destination, stable=True)
-        # Picked where the views are, which may be too many for the device of the rest.
+        # Selected on the device of the views, which may be too large for the other device.
         view = source[order].to(view_feat.device, torch.int64)
         out = self.aggregate(
             view_feat[view].to(device),
@@ -237,52 +240,53 @@ class GatedViewConv(nn.Module):
         relation: Tensor | None = None,
         halves: dict[Any, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, ViewWeights]:
-        """Aggregate for a batch of queries, straight from the CSR of views.
+        """Aggregate the views for a batch of queries, directly from their CSR arrays.
 
-        The same entity may be asked about under many relations; nothing is done for entities that
-        are not asked about.
+        Several queries may have the same entity with different relations. Nothing is computed for
+        entities without a query.
 
         Parameters
         ----------
         view_feat : Tensor
-            (V, view_feats), the views of all entities, sorted by entity. On another device than
-            ``entity``, as where they are too many for it, those that are asked for are picked where
-            they are, and go to it.
+            (V, view_feats) views of all entities, sorted by entity. They may be on another device
+            than ``entity`` if they do not fit there; then only the views of the queried entities
+            are copied to it.
         ptr : Tensor
-            (N + 1,) int64 pointer into them.
+            (N + 1,) int64 CSR pointer into ``view_feat``.
         entity : Tensor
-            (B,) int64.
+            (B,) int64 entity of each query.
         entity_feat : Tensor
-            (B, entity_feats).
+            (B, entity_feats) features of these entities.
         rel_feat : Tensor, optional
-            (B, rel_feats), or (rel_feats,) or (1, rel_feats) for all; None for the relation-free
-            gate.
+            Relation features of shape (B, rel_feats), or (rel_feats,) or (1, rel_feats) for one
+            relation shared by all; ``None`` for the gate without a relation.
         get_weight : bool, optional
-            Whether to return the weights of the views too.
+            Whether to return the weights of the views as well. Default: ``False``.
         relation : Tensor, optional
-            (B,) int64 rows of ``rel_feat``, which is then (relations, rel_feats), or (1,) for all:
-            their half of the gate is made once for all queries of a relation.
+            Row of ``rel_feat`` for each query, (B,) int64, or (1,) for one row shared by all.
+            ``rel_feat`` is then (relations, rel_feats), and the relation half of the gate is
+            computed once per relation if there are no more relations than queries.
         halves : dict, optional
-            Empty at first: the entities' half of the gate, for calls that ask for the same
-            entities, with the same features, under other relations.
+            A cache, initially empty, of the entity half of the gate, for calls with the same
+            entities and features under different relations.
 
         Returns
         -------
         Tensor
-            (B, view_feats).
+            (B, view_feats) aggregated views.
         ViewWeights, optional
-            With ``get_weight``.
+            The weights of the views. Only with ``get_weight``.
 
         Raises
         ------
         IMVIAError
-            Features of other widths than the layer's, or of another number of rows than there are
-            queries; relations without features; ids that are no integers; on a CPU also entities
-            and a pointer that lead outside the views, and relations beyond the rows.
+            If the features differ in width from the layer or in number from the queries, if
+            ``relation`` is given without ``rel_feat``, or if ids are not integers. On a CPU also if
+            ``entity``, ``ptr`` or ``relation`` is out of range.
         """
         refuse_tracing("GatedViewConv")
         self._check_widths(view_feat, entity_feat, rel_feat, relation)
-        if rel_feat is not None and rel_feat.dim() == 2:  # one row that is meant for all
+        if rel_feat is not None and rel_feat.dim() == 2:  # one row may be shared by all queries
             if relation is None and len(rel_feat) == 1:
                 rel_feat = rel_feat[0]
             elif relation is not None and len(relation) == 1:
@@ -319,21 +323,21 @@ class GatedViewConv(nn.Module):
                 view_feat, ptr, entity[several], gate, backend=self.backend
             )
             assert isinstance(gated, Tensor)
-            # The weight of an only view is 1, whatever the gate.
+            # A single view has weight 1, whatever the gate.
             only = view_feat[ptr[entity].clamp(max=len(view_feat) - 1)]
             out = only.to(gated.dtype).index_copy(0, several, gated)
         has_view = ptr[entity + 1] > ptr[entity] if count is None else count > 0
-        # The sums are in float32 at least; a layer in half precision gives half precision.
+        # The sums are in float32 at least; a layer in half precision returns half precision.
         out = out.to(torch.promote_types(view_feat.dtype, self.absent.dtype))
-        # A GPU would have to be waited for, to know whether any is missing.
+        # On a GPU, asking whether any entity lacks views would wait for the device.
         if _gpu.is_waited_for(out.device) or not has_view.all():
             out = torch.where(has_view[:, None], out, self.absent.to(out.dtype))
         else:
-            out = _Involved.apply(out, self.absent)
+            out = _WithZeroGradient.apply(out, self.absent)
         return out if weights is None else (out, weights)
 
     def _fills(self, view_feat: Tensor, gate: Tensor) -> bool:
-        """Whether the aggregation itself gives entities without views the vector ``absent``."""
+        """Return whether the kernel itself writes ``absent`` for entities without views."""
         backend = choose(view_feat, gate) if self.backend == "auto" else self.backend
         return backend == "triton" and fused_triton.usable(view_feat, gate)
 
@@ -346,11 +350,11 @@ class GatedViewConv(nn.Module):
     ) -> None:
         if relation is not None and rel_feat is None:
             raise IMVIAError(
-                "GatedViewConv: expected a rel_feat whose rows relation tells; received None."
+                "GatedViewConv: expected a rel_feat whose rows relation indexes; received None."
             )
         check_width("GatedViewConv", "view_feat", view_feat, "V", self.view_feats)
         check_width("GatedViewConv", "entity_feat", entity_feat, "B", self.entity_feats)
-        if rel_feat is None or not self.rel_feats:  # the gate says that it was made without
+        if rel_feat is None or not self.rel_feats:  # `gate` refuses a rel_feat without rel_feats
             return
         if relation is not None:
             check_width("GatedViewConv", "rel_feat", rel_feat, "relations", self.rel_feats)
@@ -380,7 +384,7 @@ class GatedViewConv(nn.Module):
         relation: Tensor | None = None,
         halves: dict[Any, Tensor] | None = None,
     ) -> Tensor:
-        """Eq. 1: (B, view_feats) gates; arguments as those of `aggregate`."""
+        """Return the (B, view_feats) gates of Eq. 1; the arguments are those of `aggregate`."""
         gate: Tensor | None = None if halves is None else halves.get(self)
         if gate is None:
             gate = self._linear(self.gate_entity, entity_feat)
@@ -399,12 +403,12 @@ class GatedViewConv(nn.Module):
         return self.activation(gate)
 
     def _linear(self, layer: nn.Linear, feat: Tensor) -> Tensor:
-        # Gradients of gradients are promised for the reference alone.
+        # Only the reference backend supports second-order gradients.
         found: Tensor = layer(feat) if self.backend == "reference" else linear(layer, feat)
         return found
 
     def extra_repr(self) -> str:
-        """What ``print`` shows of the layer."""
+        """Return the arguments that ``print`` shows."""
         return (
             f"view_feats={self.view_feats}, entity_feats={self.entity_feats},"
             f" rel_feats={self.rel_feats}, allow_zero_in_degree={self.allow_zero_in_degree}"
@@ -412,10 +416,10 @@ class GatedViewConv(nn.Module):
 
 
 def _edges(graph: Any) -> tuple[Tensor, Tensor]:
-    """Sources and destinations of the edges, in the order of their ids."""
+    """Return the sources and destinations of the edges, in the order of edge ids."""
     if "coo" in itertools.chain(*graph.formats().values()):
         source, destination = graph.edges(order="eid")
-    else:  # without COO, DGL knows no order but its own
+    else:  # without COO, DGL cannot sort by edge id
         source, destination, edge = graph.edges(form="all", order=None)
         order = torch.argsort(edge)
         source, destination = source[order], destination[order]
@@ -423,9 +427,10 @@ def _edges(graph: Any) -> tuple[Tensor, Tensor]:
 
 
 def _worth_gating(count: Tensor) -> Tensor | None:
-    """Which queries have several views, of (B,) counts; None where all are better gated.
+    """Return positions of queries with several views, from (B,) counts; None to gate all queries.
 
-    That is so where most have several, and on a GPU, which would have to be waited for.
+    Gating all is faster where most have several views, and on a GPU, where counting would wait for
+    the device.
     """
     if torch.compiler.is_compiling() or not len(count) or _gpu.is_waited_for(count.device):
         return None
@@ -433,17 +438,17 @@ def _worth_gating(count: Tensor) -> Tensor | None:
     return several if 4 * len(several) <= 3 * len(count) else None
 
 
-class _Involved(torch.autograd.Function):
-    """The first argument as it is, and a zero gradient for the second.
+class _WithZeroGradient(torch.autograd.Function):
+    """The first argument unchanged, with a zero gradient for the second.
 
-    DistributedDataParallel waits for a gradient of every parameter, in every process, whether or
-    not the entities of its batch happen to need ``absent``.
+    DistributedDataParallel waits for a gradient of every parameter in every process, whether or not
+    the entities of the process's batch need ``absent``.
     """
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, parameter: Tensor) -> Tensor:
         ctx.save_for_backward(parameter)
-        # Not a view of it, which could not be changed in place.
+        # A copy: a view could not be modified in place.
         return out.clone()
 
     @staticmethod

@@ -15,22 +15,22 @@ from imvia_graph.errors import IMVIAError
 
 
 class JointFusion(nn.Module):
-    r"""The joint representation of IMVIA (section II-C).
+    r"""Joint representation of IMVIA, by attention over the modalities (section II-C).
 
     .. math::
         \hat e_\mathrm{joint} = \frac{\sum_m \exp(w_m^\top P_m(\hat e_m)) P_m(\hat e_m)}
         {\sum_m \exp(w_m^\top P_m(\hat e_m))}
 
-    with a learned attention vector :math:`w_m` a modality. The projections :math:`P_m` are those of
-    `MultiViewEncoder`; what comes in is projected already, and the structural embedding, which has
-    the width of the model to begin with, is taken as it is.
+    with one learned attention vector :math:`w_m` per modality. The projections :math:`P_m` are
+    those of `MultiViewEncoder`: the inputs of this layer are already projected, and the structural
+    embedding, which has the width of the model, needs no projection.
 
     Parameters
     ----------
     in_feats : int
         Width of the projected embeddings.
     num_modalities : int
-        Their number, M.
+        Number of modalities, M, the structural embedding included.
 
     Examples
     --------
@@ -50,7 +50,7 @@ class JointFusion(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start from the plain mean of the modalities."""
+        """Reset the attention, so that the result is the mean of the modalities."""
         nn.init.zeros_(self.attention)
 
     def forward(
@@ -58,34 +58,34 @@ class JointFusion(nn.Module):
         feat: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
         get_attention: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Fuse the modalities' embeddings of each row.
+        """Fuse the modality embeddings of each row.
 
         Parameters
         ----------
         feat : Tensor, sequence or mapping of Tensor
-            (B, M, in_feats), or M times (B, in_feats), as a mapping in its order.
+            One tensor (B, M, in_feats), or M tensors (B, in_feats); a mapping in its own order.
         get_attention : bool, optional
-            Whether to return the weights of the modalities too. Default: ``False``.
+            Whether to return the attention weights as well. Default: ``False``.
 
         Returns
         -------
         Tensor
-            (B, in_feats).
-        Tensor
-            (B, M) weights, with ``get_attention``.
+            (B, in_feats) joint embeddings.
+        Tensor, optional
+            (B, M) attention weights. Only with ``get_attention``.
 
         Raises
         ------
         IMVIAError
-            Another number of modalities, or rows of other widths.
+            If the number of modalities or the shape of an embedding does not match.
         """
-        if isinstance(feat, Mapping):  # as MultiViewEncoder gives them
+        if isinstance(feat, Mapping):  # as returned by MultiViewEncoder
             feat = list(feat.values())
         if isinstance(feat, Tensor):
             feat = feat.unbind(1) if feat.dim() > 1 else [feat]
         parts = feat
         shapes = [tuple(part.shape) for part in parts]
-        # Not by their hashes: torch.jit.trace has tensors for sizes.
+        # Compared one by one, not as a set: under torch.jit.trace sizes are tensors.
         fits = len(shapes) == self.num_modalities > 0 and len(shapes[0]) == 2
         if not fits or any(shape != (shapes[0][0], self.in_feats) for shape in shapes):
             raise IMVIAError(
@@ -103,12 +103,12 @@ class JointFusion(nn.Module):
         return joint, attention
 
     def extra_repr(self) -> str:
-        """What ``print`` shows of the layer."""
+        """Return the arguments that ``print`` shows."""
         return f"in_feats={self.in_feats}, num_modalities={self.num_modalities}"
 
 
 class _Fuse(torch.autograd.Function):
-    """Attention over M tensors (B, d) of one dtype, without anything of the size of all."""
+    """Attention over M tensors (B, d) of one dtype, without a temporary (B, M, d)."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,8 +126,8 @@ class _Fuse(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_attention: Tensor) -> tuple[Tensor | None, ...]:
         vectors, attention, *parts = ctx.saved_tensors
         if torch.is_grad_enabled():
-            given = (grad, grad_attention), (vectors, *parts), ctx.needs_input_grad
-            return tuple(with_gradients(fusion.plain, *given))
+            args = (grad, grad_attention), (vectors, *parts), ctx.needs_input_grad
+            return tuple(with_gradients(fusion.plain, *args))
         along = torch.stack([torch.linalg.vecdot(grad, part) for part in parts], dim=1)
         along = along + grad_attention
         slope = attention * (along - (attention * along).sum(dim=1, keepdim=True))

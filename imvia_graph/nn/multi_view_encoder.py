@@ -1,4 +1,4 @@
-"""MultiViewEncoder: the views of all modalities to one vector a modality and query."""
+"""MultiViewEncoder: one vector per modality and query, from the views of the entity."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from imvia_graph.errors import IMVIAError, UnknownLabelError
 from imvia_graph.nn.gated_view_conv import GatedViewConv
 from imvia_graph.ops import Backend, picking
 
-#: A modality, whose edge type is ``(modality, 'of', 'entity')``, or any canonical edge type.
+#: A modality, for the edge type ``(modality, 'of', 'entity')``, or any canonical edge type.
 EdgeType: TypeAlias = str | tuple[str, str, str]
 Features: TypeAlias = Tensor | Mapping[str, Tensor]
 
-#: Entities whose views are held on the device of the model at a time, where they are picked.
+#: Entities per chunk where the views have to be copied to the device of the model.
 ENTITIES_AT_A_TIME = 2**15
 
-#: What DGL can make of several tensors.
-_TOGETHER = ("sum", "max", "min", "mean", "stack")
+#: The aggregation functions of ``dgl.nn.HeteroGraphConv``.
+_AGGREGATES = ("sum", "max", "min", "mean", "stack")
 
 
 class MultiViewEncoder(nn.Module):
-    r"""One `GatedViewConv` and one projection a modality.
+    r"""One `GatedViewConv` and one projection per modality.
 
     .. math:: P_m(\hat e_{m,i}) = W_m \hat e_{m,i} + b_m
 
-    Views are aggregated as they come (d_m) and projected afterwards: a product a query, not one a
-    view.
+    Views are aggregated in their own width d_m and projected afterwards, which takes one product
+    per query instead of one per view.
 
     Parameters
     ----------
     view_feats : mapping of str or tuple to int
-        Width d_m of each modality's views. The key ``"image"`` stands for the edge type
-        ``('image', 'of', 'entity')`` of `MultiViewKG.graph`; other graphs' are given in full, as in
-        ``dgl.nn.HeteroGraphConv``.
+        Width d_m of the views of each modality. The key ``"image"`` stands for the edge type
+        ``('image', 'of', 'entity')`` of `MultiViewKG.graph`; for other graphs, the keys are
+        canonical edge types.
     entity_feats, rel_feats : int
-        Widths of the structural entity and relation features that the gates see; ``rel_feats`` of 0
-        for gates that never see a relation.
+        Widths of the structural entity and relation features that enter the gates; ``rel_feats`` is
+        0 for gates without relations.
     out_feats : int
-        Width of the result.
+        Width of the output.
     backend : str, optional
         See `imvia_graph.ops.gated_view_aggregate`. Default: ``"auto"``.
     aggregate : str or callable, optional
-        What makes one tensor of the modalities', as in ``dgl.nn.HeteroGraphConv``: ``"sum"``,
-        ``"max"``, ``"min"``, ``"mean"``, ``"stack"`` (along dimension 1, as `JointFusion` takes
-        it), or a callable of a list of tensors and the destination node type. Default: ``None``, a
-        dict.
+        How to combine the outputs of the modalities, as in ``dgl.nn.HeteroGraphConv``: ``"sum"``,
+        ``"max"``, ``"min"``, ``"mean"``, ``"stack"`` (along dimension 1, the input of
+        `JointFusion`), or a callable that takes a list of tensors and the destination node type.
+        Default: ``None``, which returns a dict.
     activation : callable, optional
-        That of the gates; see `GatedViewConv`. Default: ``torch.sigmoid``.
+        Activation of the gates; see `GatedViewConv`. Default: ``torch.sigmoid``.
 
     Examples
     --------
@@ -65,7 +65,7 @@ class MultiViewEncoder(nn.Module):
     >>> widths
     {'image': 1280, 'text': 384}
 
-    **All entities** of the heterograph, under one relation:
+    **Heterograph**, here with one relation for all entities:
 
     >>> encoder = ig.nn.MultiViewEncoder(widths, entity_feats=8, rel_feats=8, out_feats=16)
     >>> entities, relation = torch.rand(kg.num_entities, 8), torch.rand(8)
@@ -73,7 +73,7 @@ class MultiViewEncoder(nn.Module):
     >>> {modality: tuple(part.shape) for modality, part in out.items()}
     {'image': (1475, 16), 'text': (1475, 16)}
 
-    **A block** of a sampler: the views of the entities 3 and 5, and no others.
+    **Block** of a sampler, with the views of entities 3 and 5 only:
 
     >>> import dgl
     >>> seeds = {"entity": torch.tensor([3, 5])}
@@ -81,14 +81,14 @@ class MultiViewEncoder(nn.Module):
     >>> encoder(block, entities[[3, 5]], relation)["text"].shape
     torch.Size([2, 16])
 
-    **The views themselves**, as arrays; here each entity under a relation of its own:
+    **CSR arrays** of the views, here with a separate relation for each query:
 
     >>> views = {m: kg.views(m) for m in kg.modalities}
     >>> ids = torch.tensor([5, 5, 3])
     >>> encoder.encode(views, ids, entities[ids], torch.rand(3, 8))["text"].shape
     torch.Size([3, 16])
 
-    **One vector an entity**, and no relation:
+    **One vector per entity**, without relations:
 
     >>> encoder = ig.nn.MultiViewEncoder(widths, 8, 0, 16, aggregate="mean")
     >>> encoder(kg.graph, entities).shape
@@ -111,13 +111,13 @@ class MultiViewEncoder(nn.Module):
                 "MultiViewEncoder: expected view_feats to map each modality, or each edge type"
                 f" (source, name, destination), to its views' width; received {view_feats!r}."
             )
-        if not (aggregate is None or callable(aggregate) or aggregate in _TOGETHER):
+        if not (aggregate is None or callable(aggregate) or aggregate in _AGGREGATES):
             raise IMVIAError(
                 f"MultiViewEncoder: unknown aggregate {aggregate!r}; expected None, a callable, or"
-                f" one of {', '.join(_TOGETHER)}."
+                f" one of {', '.join(_AGGREGATES)}."
             )
-        #: Modalities in the order of ``convs`` and ``projections``. Lists, since a modality's name
-        #: may be anything and a module's may not.
+        #: Modalities in the order of ``convs`` and ``projections``, which are lists because not
+        #: every modality name is a valid module name.
         self.modalities: list[Any] = list(view_feats)
         self.out_feats = out_feats
         self.aggregate = aggregate
@@ -136,7 +136,7 @@ class MultiViewEncoder(nn.Module):
             projection.reset_parameters()
 
     def conv(self, modality: EdgeType) -> GatedViewConv:
-        """The aggregation layer of a modality, by its key in ``view_feats``."""
+        """Return the `GatedViewConv` of a modality, by its key in ``view_feats``."""
         if modality not in self.modalities:
             raise UnknownLabelError(
                 f"MultiViewEncoder: there is no modality {modality!r}; expected one of"
@@ -152,33 +152,34 @@ class MultiViewEncoder(nn.Module):
         feat: Features | tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         rel_feat: Tensor | None = None,
     ) -> dict[str, Tensor] | Tensor:
-        """Encode every entity of a heterograph or of a block.
+        """Encode all entities of a heterograph, or the destination entities of a block.
 
         Parameters
         ----------
         graph : DGLGraph
-            With the edge types of the constructor; other edge types are left alone.
+            A graph with the edge types of the constructor; other edge types are ignored.
         feat : Tensor, dict or pair of dict
-            The entities' features, (destination nodes, entity_feats); the views' are then the
-            sources' node data ``feat``. Or both by node type, as ``dgl.nn.HeteroGraphConv`` takes
-            them: a dict, of which a block's destinations are the first rows, or a pair of dicts.
+            Entity features of shape (destination nodes, entity_feats); the view features are then
+            the node data ``feat`` of the source nodes. Or features by node type, as in
+            ``dgl.nn.HeteroGraphConv``: a dict, in which the destinations of a block come first, or
+            a pair of dicts for source and destination nodes.
         rel_feat : Tensor, optional
-            (destination nodes, rel_feats), or (rel_feats,) for all; None for the relation-free
-            gate.
+            Relation features of shape (destination nodes, rel_feats), or (rel_feats,) for one
+            relation shared by all; ``None`` for the gate without a relation.
 
         Returns
         -------
         dict of str to Tensor
-            (destination nodes, out_feats) a modality.
+            (destination nodes, out_feats) for each modality.
         Tensor
-            With ``aggregate``.
+            The combined output, if ``aggregate`` is set.
 
         Raises
         ------
         DGLError
-            An edge type that the graph does not have.
+            If the graph lacks an edge type.
         IMVIAError
-            Features of a node type that are not there; and see `GatedViewConv.forward`.
+            If the features of a node type are missing; see also `GatedViewConv.forward`.
         """
         out, shown = {}, "entity"
         for modality, conv, projection in self._layers():
@@ -190,7 +191,7 @@ class MultiViewEncoder(nn.Module):
                 if "feat" not in data:
                     raise IMVIAError(
                         f"MultiViewEncoder: the nodes {source!r} have no data 'feat', from which"
-                        " views are taken where feat is one tensor. Set it, or give features by"
+                        " views are read if feat is a single tensor. Set it, or pass features by"
                         " node type: ({source: …}, {destination: …})."
                     )
                 pair = data["feat"], feat
@@ -203,7 +204,7 @@ class MultiViewEncoder(nn.Module):
                 )
             out[modality] = _project(projection, conv(part, pair, rel_feat), conv.backend)
             shown = destination
-        return self._together(out, shown)
+        return self._combine(out, shown)
 
     def encode(
         self,
@@ -215,37 +216,40 @@ class MultiViewEncoder(nn.Module):
         halves: dict[Any, Tensor] | None = None,
         streams: Streams | None = None,
     ) -> Any:
-        """Encode a batch of queries, straight from the CSR of each modality's views.
+        """Encode a batch of queries, directly from the CSR arrays of each modality's views.
 
         Parameters
         ----------
         views : mapping of str to (feat, ptr)
-            As `MultiViewKG.views` gives them. Features may be on another device than the rest; see
-            `GatedViewConv.aggregate`.
+            Views of each modality, as returned by `MultiViewKG.views`. The features may be on
+            another device than the other arguments; see `GatedViewConv.aggregate`.
         entity : Tensor
-            (B,) int64.
-        entity_feat, rel_feat : Tensor
-            (B, entity_feats) and (B, rel_feats) or (rel_feats,) or None.
+            (B,) int64 entity of each query.
+        entity_feat : Tensor
+            (B, entity_feats) features of these entities.
+        rel_feat : Tensor, optional
+            Relation features of shape (B, rel_feats), or (rel_feats,) for one relation shared by
+            all; ``None`` for the gate without a relation.
         relation : Tensor, optional
-            (B,) int64 rows of ``rel_feat``, which is then (relations, rel_feats); see
-            `GatedViewConv.aggregate`.
+            (B,) int64 row of ``rel_feat`` for each query; ``rel_feat`` is then
+            (relations, rel_feats). See `GatedViewConv.aggregate`.
         halves : dict, optional
-            Empty at first: what calls for the same entities under other relations share; see
-            `GatedViewConv.aggregate`.
+            A cache, initially empty, for calls with the same entities under different relations;
+            see `GatedViewConv.aggregate`.
         streams : Streams, optional
-            With which modalities are done beside each other on a GPU. Default: one after the other.
+            CUDA streams on which the modalities run concurrently. Default: one after the other.
 
         Returns
         -------
         dict of str to Tensor
-            (B, out_feats) a modality.
+            (B, out_feats) for each modality.
         Tensor
-            With ``aggregate``.
+            The combined output, if ``aggregate`` is set.
 
         Raises
         ------
         IMVIAError
-            A modality whose views are not there; and see `GatedViewConv.aggregate`.
+            If the views of a modality are missing; see also `GatedViewConv.aggregate`.
         """
         out = {}
         streams = Streams() if streams is None else streams
@@ -284,10 +288,10 @@ class MultiViewEncoder(nn.Module):
                     out[modality] = part(None)
         shared = (entity, entity_feat, rel_feat, relation)
         streams.keep([*(part for part in shared if part is not None), *out.values()])
-        return self._together(out)
+        return self._combine(out)
 
-    def _together(self, parts: dict[str, Tensor], destination: str = "entity") -> Any:
-        """The modalities' tensors as ``aggregate`` wants them."""
+    def _combine(self, parts: dict[str, Tensor], destination: str = "entity") -> Any:
+        """Combine the outputs of the modalities as set by ``aggregate``."""
         if self.aggregate is None:
             return parts
         if callable(self.aggregate):
@@ -300,7 +304,7 @@ class MultiViewEncoder(nn.Module):
         return list(zip(self.modalities, self.convs, self.projections, strict=True))
 
     def extra_repr(self) -> str:
-        """What ``print`` shows of the module."""
+        """Return the arguments that ``print`` shows."""
         return f"modalities={self.modalities}, out_feats={self.out_feats}"
 
 
@@ -309,24 +313,24 @@ def _is_edge_type(key: Any) -> bool:
 
 
 def _of_type(feat: Any, node_type: str) -> Tensor:
-    """Features of a node type."""
+    """Return the features of a node type."""
     if not isinstance(feat, Mapping) or node_type not in feat:
         received = list(feat) if isinstance(feat, Mapping) else f"the type {type(feat).__name__}"
         raise IMVIAError(
-            f"MultiViewEncoder: expected features of the nodes {node_type!r} in feat, which is one"
-            f" tensor of the entities', a dict by node type or a pair of such; received {received}."
+            "MultiViewEncoder: expected feat to be one tensor for the entities, or a dict or pair"
+            f" of dicts with features of the nodes {node_type!r}; received {received}."
         )
     found: Tensor = feat[node_type]
     return found
 
 
 def _rows(tensor: Tensor, rows: slice | None) -> Tensor:
-    """Some of the rows; None for all, whose gradient then need not be copied."""
+    """Return some rows, or with ``None`` the tensor itself, whose gradient needs no copy."""
     return tensor if rows is None else tensor[rows]
 
 
 def _in_parts(part: Callable[[slice | None], Tensor], rows: int) -> Tensor:
-    """What a function makes of so many rows, so many at a time; and again for the gradient."""
+    """Call ``part`` on chunks of the rows; the backward pass recomputes each chunk."""
     if rows <= ENTITIES_AT_A_TIME:
         return part(None)
     slices = [slice(i, i + ENTITIES_AT_A_TIME) for i in range(0, rows, ENTITIES_AT_A_TIME)]
@@ -336,14 +340,14 @@ def _in_parts(part: Callable[[slice | None], Tensor], rows: int) -> Tensor:
 
 
 def _project(projection: nn.Linear, aggregated: Tensor, backend: Backend) -> Tensor:
-    """Features come in any dtype; the result is in the layer's."""
+    """Project aggregated views of any dtype in the dtype of the layer."""
     aggregated = aggregated.to(projection.weight.dtype)
-    # Gradients of gradients are promised for the reference alone.
+    # Only the reference backend supports second-order gradients.
     plain = backend == "reference"
     found: Tensor = projection(aggregated) if plain else linear(projection, aggregated)
     return found
 
 
 def views_present(views: Mapping[str, tuple[Tensor, Tensor]], entity: Tensor) -> dict[str, Tensor]:
-    """(B,) bool a modality: whether each entity has a view of it."""
+    """Return a (B,) bool mask for each modality: whether the entities have a view of it."""
     return {modality: ptr[entity + 1] > ptr[entity] for modality, (_, ptr) in views.items()}

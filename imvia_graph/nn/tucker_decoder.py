@@ -21,17 +21,17 @@ from imvia_graph.ops import picking
 
 
 class Share(NamedTuple):
-    """What a process's queries are among those of all processes.
+    """Positions of one process's queries among the queries of all processes.
 
     Attributes
     ----------
     shards : Shards
     rows : Tensor
-        (B,) int64: places of its queries.
+        (B,) int64 positions of the process's queries.
     relations : Tensor
-        (R,) int64: places of its distinct relations among all that are distinct.
+        (R,) int64 positions of its distinct relations among those of all processes.
     num_rows, num_relations : int
-        How many there are of each in all.
+        Numbers of queries and of distinct relations over all processes.
     """
 
     shards: Shards
@@ -42,16 +42,16 @@ class Share(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Relations, one after the other in their groups, that have about as many queries each.
+    """Consecutive relations of `RelationGroups` whose queries are padded to one number.
 
     Attributes
     ----------
     relations, queries : int
-        How many there are.
+        Number of relations and of queries.
     room : int
-        For how many queries each relation has room: for as many as the largest has, or some more.
+        Number of queries that each relation is padded to; at least that of its largest relation.
     slot : Tensor or None
-        (queries,) int64: their places in these rooms; None where all are full.
+        (queries,) int64 positions of the queries in the padded array; None if nothing is padded.
     """
 
     relations: int
@@ -66,18 +66,19 @@ class RelationGroups(NamedTuple):
     Attributes
     ----------
     distinct : Tensor
-        (R,) int64: those with few queries first; with ``offsets`` ascending, filled up with zeros.
+        (R,) int64 distinct relations, those with few queries first; with ``offsets``, in ascending
+        order and padded with zeros.
     order : Tensor
-        (B,) int64: positions of the queries of the first of them, then of the second, …
+        (B,) int64 positions of the queries of the first relation, then of the second, …
     counts : list of int or None
-        How many queries each has; None with ``offsets``.
+        Number of queries of each relation; None with ``offsets``.
     share : Share or None
-        None where they are all queries that there are.
+        Positions among the queries of all processes; None for a single process.
     offsets : Tensor or None
-        (R + 1,) int64: where each relation's queries begin in ``order``. On a GPU, which would have
-        to be waited for to learn the counts.
+        (R + 1,) int64 start of each relation's queries in ``order``. Used on a GPU, where reading
+        the counts would wait for the device.
     runs : list of Run or None
-        All of them; None with ``offsets``.
+        The runs that the relations are split into; None with ``offsets``.
     """
 
     distinct: Tensor
@@ -88,20 +89,20 @@ class RelationGroups(NamedTuple):
     runs: list[Run] | None = None
 
     def of_each(self) -> Tensor:
-        """(B,) int64: the relation of each query."""
+        """Return the (B,) int64 relation of each query."""
         return torch.empty_like(self.order).index_copy(0, self.order, _of_each(self))
 
 
 def group_by_relation(
     relation: Tensor, shards: Shards | None = None, most: int | None = None
 ) -> RelationGroups:
-    """Group (B,) relations; with several processes, those of this one's part of them.
+    """Group queries by their (B,) relations; with several processes, only this process's queries.
 
-    No more than ``most`` are distinct; None for any number.
+    At most ``most`` relations are distinct; ``None`` if no bound is known.
     """
-    relation = relation.to(torch.int64)  # a graph's may be in int32
+    relation = relation.to(torch.int64)  # ids of a graph may be int32
     alone = shards is None or shards.alone
-    # Where no gradient is wanted, waiting costs less than matrices of relations that are not there.
+    # Without gradients, waiting for the counts costs less than the matrices of padding relations.
     wanted = alone and len(relation) and torch.is_grad_enabled()
     if wanted and _gpu.runs_on(relation.device) and grouped.loads():
         return _without_counts(relation, most)
@@ -120,33 +121,33 @@ def group_by_relation(
     return groups._replace(share=share._replace(relations=share.relations[first]))
 
 
-#: Rooms are powers of two up to this, and multiples of it.
-_ROOM = 64
+#: Relations are padded to powers of two up to this number of queries, then to multiples of it.
+_PADDING = 64
 
 
-def _room(count: int) -> int:
-    """Room for so many queries of a relation.
+def _padded_size(count: int) -> int:
+    """Return the number that a relation with ``count`` queries is padded to.
 
-    Of a few sizes: a CPU's products are compiled for each shape, and what is compiled is kept.
+    There are only a few such numbers, since CPU products are compiled and cached for each shape.
     """
-    if count > _ROOM:
-        return -(-count // _ROOM) * _ROOM
+    if count > _PADDING:
+        return -(-count // _PADDING) * _PADDING
     return 1 << (count - 1).bit_length() if count else 0
 
 
 def _by_size(relation: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """Distinct relations by how many queries they have, the place of each query's, and how many."""
+    """Return the distinct relations by padded size, each query's position in them, and counts."""
     distinct, place, counts = relation.unique(return_inverse=True, return_counts=True)
     sizes = counts.tolist()
-    order = sorted(range(len(sizes)), key=lambda i: _room(sizes[i]))
+    order = sorted(range(len(sizes)), key=lambda i: _padded_size(sizes[i]))
     by_size = torch.tensor(order, dtype=torch.int64, device=relation.device)
     return distinct[by_size], torch.argsort(by_size)[place], [sizes[i] for i in order]
 
 
 def _runs(counts: list[int], device: torch.device) -> list[Run]:
-    """The groups of relations that have so many queries in runs of one room, of 2^n relations."""
+    """Split relations with these query counts into runs of one padded size and 2^n relations."""
     runs = []
-    for room, same in itertools.groupby(counts, _room):
+    for room, same in itertools.groupby(counts, _padded_size):
         left = list(same)
         while left:
             number = 1 << (len(left).bit_length() - 1)
@@ -160,7 +161,7 @@ def _runs(counts: list[int], device: torch.device) -> list[Run]:
 
 
 def _without_counts(relation: Tensor, most: int | None) -> RelationGroups:
-    """`group_by_relation` in shapes that do not depend on what the relations are."""
+    """Group by relation with tensor shapes that do not depend on the values of ``relation``."""
     size = len(relation) if most is None else min(most, len(relation))
     order = torch.argsort(relation, stable=True)
     ascending = relation[order]
@@ -178,21 +179,22 @@ class TuckerDecoder(nn.Module):
 
     .. math:: S(h, r, t) = \mathcal W \times_1 e_h \times_2 e_r \times_3 e_t
 
-    A query :math:`\mathcal W \times_1 e_h \times_2 e_r` is one vector, whose products with the
-    candidates are their scores. The relation matrix :math:`\mathcal W \times_2 e_r` is made once a
-    distinct relation of the batch. Normalisation and dropout are those of
-    `TuckER <https://arxiv.org/abs/1901.09590>`__: on the entity, on the relation matrix, on the
-    query; the mask on the matrix is drawn once a distinct relation.
+    The query vector :math:`\mathcal W \times_1 e_h \times_2 e_r` scores each candidate by an inner
+    product. The relation matrix :math:`\mathcal W \times_2 e_r` is computed once per distinct
+    relation of the batch. Batch normalisation and dropout follow
+    `TuckER <https://arxiv.org/abs/1901.09590>`__: dropout applies to the entity, the relation
+    matrix and the query, normalisation to the entity and the query. The dropout mask of a relation
+    matrix is drawn once per distinct relation.
 
-    Relations share the core, which spans as many matrices as :math:`e_r` is wide. ``rel_blocks``
-    adds to each relation's a matrix of its own, of blocks of two by two that turn and stretch:
+    All relation matrices are combinations of the ``rel_feats`` matrices of the core. ``rel_blocks``
+    adds a separate matrix for each relation, made of 2 x 2 blocks that rotate and scale:
 
     .. math:: S(h, r, t) = \mathcal W \times_1 e_h \times_2 e_r \times_3 e_t
         + \operatorname{Re} \langle e_h, c_r, \overline{e_t} \rangle
 
-    with the halves of :math:`e_h`, :math:`c_r`, :math:`e_t` as real and imaginary parts: the score
-    of `ComplEx <https://arxiv.org/abs/1606.06357>`__, itself a Tucker decomposition whose core is
-    given.
+    where the halves of :math:`e_h`, :math:`c_r`, :math:`e_t` are real and imaginary parts. The
+    added term is the score of `ComplEx <https://arxiv.org/abs/1606.06357>`__, itself a Tucker
+    decomposition with a fixed core.
 
     Parameters
     ----------
@@ -260,36 +262,36 @@ class TuckerDecoder(nn.Module):
         relation: Tensor | RelationGroups,
         rel_blocks: Tensor | None = None,
     ) -> Tensor:
-        """Query vectors.
+        """Compute the query vectors.
 
         Parameters
         ----------
         head : Tensor
-            (B, entity_feats).
+            (B, entity_feats) entity embeddings of the queries.
         rel_feat : Tensor
-            (R, rel_feats), a row a relation.
+            (R, rel_feats), one row per relation.
         relation : Tensor or RelationGroups
-            (B,) int64, the relation of each query; grouped already where several decoders are
-            asked the same.
+            (B,) int64 relation of each query, or the result of `group_by_relation`, which several
+            decoders can share.
         rel_blocks : Tensor, optional
-            (R, entity_feats), c of each relation. Default: ``None``, the core alone.
+            (R, entity_feats), :math:`c_r` of each relation. Default: ``None``, the core only.
 
         Returns
         -------
         Tensor
-            (B, entity_feats).
+            (B, entity_feats) query vectors.
 
         Raises
         ------
         IMVIAError
-            Another number of relations than of rows of ``head``, features of other widths than the
-            decoder's, blocks of another number of relations than ``rel_feat``; on a CPU also
-            relations beyond its rows.
+            If ``relation`` and ``head`` differ in length, ``rel_feat`` and ``rel_blocks`` in their
+            number of rows, or the features in width from the decoder. On a CPU also if a relation
+            is out of range.
 
         Notes
         -----
-        On a GPU, except in float64, gradients are of first order; who asks for theirs gets an
-        error.
+        On a GPU only first-order gradients are supported, except in float64; second-order gradients
+        raise an error.
         """
         refuse_tracing("TuckerDecoder")
         check_width("TuckerDecoder", "head", head, "B", self.entity_feats)
@@ -307,7 +309,7 @@ class TuckerDecoder(nn.Module):
                 f" {len(groups.order)} for {tuple(head.shape)}."
             )
         head = _normalise(self.input_norm, head, share)
-        # A product of matrices, which autocast knows on every device; tensordot it does not on all.
+        # A matrix product, which autocast supports on every device, unlike tensordot.
         matrix = product(lookup(groups.distinct, rel_feat), self.core.flatten(1))
         matrix = matrix.unflatten(1, self.core.shape[1:])
         if share is None:
@@ -328,12 +330,12 @@ class TuckerDecoder(nn.Module):
         return self.hidden_dropout(query, share.rows, share.num_rows)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows of the layer."""
+        """Return the arguments that ``print`` shows."""
         return f"entity_feats={self.entity_feats}, rel_feats={self.rel_feats}"
 
 
 def _products(head: Tensor, matrix: Tensor, groups: RelationGroups) -> Tensor:
-    """(B, d) of sorted queries, each with its relation's of (R, d, d) matrices."""
+    """Return the (B, d) products of sorted queries with their relations' (R, d, d) matrices."""
     runs = groups.runs
     if groups.offsets is not None:
         if grouped.usable(head, matrix):
@@ -341,9 +343,9 @@ def _products(head: Tensor, matrix: Tensor, groups: RelationGroups) -> Tensor:
         runs = _runs(groups.offsets.diff().tolist(), head.device)
     assert runs is not None
     if not runs:
-        # All gradients are there, as DistributedDataParallel wants them.
+        # DistributedDataParallel needs a gradient for every parameter.
         return head + 0 * matrix.sum()
-    # Under autocast the matrices are in half precision: converted once, not for every product.
+    # Under autocast the matrices are in half precision: convert the queries once for all products.
     head = head.to(matrix.dtype)
     parts = head.split([run.queries for run in runs])
     matrices = matrix.split([run.relations for run in runs])
@@ -351,18 +353,18 @@ def _products(head: Tensor, matrix: Tensor, groups: RelationGroups) -> Tensor:
 
 
 def _run_product(head: Tensor, matrix: Tensor, run: Run) -> Tensor:
-    """`_products` of the queries of a run, in one batched product."""
+    """Return the products of the queries of one run, as one batched matrix product."""
     if not run.queries:
         return head
     if run.slot is None:
         return torch.bmm(head.unflatten(0, (run.relations, run.room)), matrix).flatten(0, 1)
-    rooms = head.new_zeros(run.relations * run.room, head.shape[1]).index_copy(0, run.slot, head)
-    query = torch.bmm(rooms.unflatten(0, (run.relations, run.room)), matrix)
+    padded = head.new_zeros(run.relations * run.room, head.shape[1]).index_copy(0, run.slot, head)
+    query = torch.bmm(padded.unflatten(0, (run.relations, run.room)), matrix)
     return query.flatten(0, 1).index_select(0, run.slot)
 
 
 def _of_each(groups: RelationGroups) -> Tensor:
-    """(B,) int64: the relation of each sorted query."""
+    """Return the (B,) int64 relation of each sorted query."""
     size = len(groups.order)
     if groups.counts is not None:
         counts = torch.tensor(groups.counts, dtype=torch.int64, device=groups.order.device)
@@ -374,14 +376,15 @@ def _of_each(groups: RelationGroups) -> Tensor:
 
 
 def complex_product(left: Tensor, right: Tensor) -> Tensor:
-    """Products, element by element, of numbers whose real parts are the first half of a row.
+    """Multiply rows of complex numbers element by element.
 
-    Of an odd number of columns the last one is real.
+    The first half of a row holds the real parts, the second half the imaginary parts. If the number
+    of columns is odd, the last column is real.
 
     Parameters
     ----------
     left, right : Tensor
-        (B, d), or (1, d) for the same numbers in each row.
+        (B, d), or (1, d) for the same numbers in every row.
 
     Returns
     -------
@@ -396,7 +399,7 @@ def complex_product(left: Tensor, right: Tensor) -> Tensor:
     tensor([[-5., 10.]])
     """
     dtype = torch.promote_types(left.dtype, right.dtype)
-    # Rows alone: a column is no number.
+    # Only rows are broadcast: a single column is not a complex number.
     rows = torch.broadcast_shapes(left.shape[:1], right.shape[:1])
     both = (numbers.to(dtype).expand(*rows, -1) for numbers in (left, right))
     out: Tensor = _ComplexProduct.apply(*both)
@@ -404,7 +407,7 @@ def complex_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def conjugate(numbers: Tensor) -> Tensor:
-    """The conjugates of (B, d) numbers as `complex_product` has them.
+    """Return the conjugates of (B, d) complex numbers in the layout of `complex_product`.
 
     >>> import torch
     >>> from imvia_graph.nn.tucker_decoder import conjugate
@@ -417,7 +420,7 @@ def conjugate(numbers: Tensor) -> Tensor:
 
 
 class _ComplexProduct(torch.autograd.Function):
-    """In a third of the passes over memory that products of halves take, and their gradients."""
+    """Complex product with a third of the memory passes that products of the halves take."""
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
@@ -434,7 +437,7 @@ class _ComplexProduct(torch.autograd.Function):
 
 
 def _complex_product(left: Tensor, right: Tensor, sign: int) -> Tensor:
-    """Products of numbers with others, whose imaginary parts count with a sign."""
+    """Multiply complex numbers; ``sign`` is applied to the imaginary parts of ``right``."""
     half = left.shape[1] // 2
     sizes = [half, half, left.shape[1] % 2]
     out = torch.empty_like(left)
@@ -450,9 +453,9 @@ def _complex_product(left: Tensor, right: Tensor, sign: int) -> Tensor:
 
 
 def _normalise(norm: nn.BatchNorm1d | None, feat: Tensor, share: Share | None = None) -> Tensor:
-    """Batch normalisation; fewer than two rows have no variance and use the running statistics.
+    """Batch-normalise the rows, with several processes over the rows of all.
 
-    With several processes it is over the rows of all.
+    Fewer than two rows have no variance and use the running statistics.
     """
     if norm is None:
         return feat

@@ -1,6 +1,6 @@
 """Gated view aggregation (Eq. 2 and 3) as segment operations over a CSR of views.
 
-`gated_view_aggregate` has one signature, whatever runs beneath it.
+`gated_view_aggregate` has one signature for all backends.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class ViewWeights(NamedTuple):
     Attributes
     ----------
     weight : Tensor
-        (T,): the weights of the first query's views, then the second's, …; T is the sum of view
+        (T,) weights of the first query's views, then of the second's, …; T is the sum of the view
         counts over the batch.
     ptr : Tensor
-        (B + 1,) int64: those of query i are ``weight[ptr[i]:ptr[i + 1]]``; they sum to 1 where the
-        entity has a view.
+        (B + 1,) int64 CSR pointer: the weights of query i are ``weight[ptr[i]:ptr[i + 1]]``, which
+        sum to 1 if its entity has views.
     """
 
     weight: Tensor
@@ -103,27 +103,27 @@ def gated_view_aggregate(
         (B,) int64: the entity of each query.
     gate : Tensor
         (B, d) floating point: the gate of each query.
-    backend : {"auto", "reference", "torch_scatter", "numba", "triton"}
-        ``reference`` is plain torch; ``torch_scatter`` needs that package; ``numba`` on a CPU and
-        ``triton`` on a GPU read the views once and write nothing of their size; ``auto`` is the
-        fastest that knows the tensors' device and dtypes. Gradients of gradients (``create_graph``)
-        are those of ``reference`` alone.
-    get_weight : bool
-        Whether to return the views' weights too.
+    backend : {"auto", "reference", "torch_scatter", "numba", "triton"}, optional
+        ``reference`` is plain torch; ``torch_scatter`` needs the package torch-scatter; ``numba``
+        on a CPU and ``triton`` on a GPU read the views once and write no temporary of their size;
+        ``auto`` is the fastest that supports the device and dtypes of the tensors. Only
+        ``reference`` supports second-order gradients (``create_graph``). Default: ``"auto"``.
+    get_weight : bool, optional
+        Whether to return the weights of the views as well. Default: ``False``.
 
     Returns
     -------
     Tensor
-        (B, d) in the wider of float32 and the inputs' dtypes; zeros where an entity has no view.
-    ViewWeights
-        Only with ``get_weight``.
+        (B, d) in the promoted dtype of float32 and the inputs; zeros for entities without views.
+    ViewWeights, optional
+        The weights of the views. Only with ``get_weight``.
 
     Raises
     ------
     IMVIAError
-        Shapes that do not fit, ids that are no integers, or a backend that is unknown or not
-        installed; on a CPU also entities and a pointer that lead outside the views. On a GPU,
-        which would have to be waited for, these are not looked at.
+        If shapes do not match, ids are not integers, or the backend is unknown or not installed.
+        On a CPU also if ``entity`` or ``ptr`` is out of range; on a GPU this is not checked, since
+        the check would wait for the device.
 
     Examples
     --------
@@ -161,39 +161,39 @@ _AGGREGATES: dict[str, Aggregate] = {
 
 
 def choose(feat: Tensor, gate: Tensor) -> Backend:
-    """The fastest backend for these tensors."""
+    """Return the fastest backend for these tensors."""
     if torch.compiler.is_compiling():
-        return "reference"  # plain torch is compiled with what stands around it
+        return "reference"  # plain torch is compiled together with the surrounding code
     if feat.is_cuda and fused_triton.usable(feat, gate):
         return "triton"
     if fused_cpu.usable(feat, gate):
         return "numba"
-    # On a GPU segment sums need no atomic additions, and so are the same from run to run.
+    # On a GPU, segment sums need no atomic additions and are therefore reproducible.
     return "torch_scatter" if scatter.usable(feat.device) else "reference"
 
 
 def refuse_backend(backend: Backend, device: torch.device) -> None:
-    """Refuse a backend that a device has not, before anything is made.
+    """Raise if a backend is not available on a device, before anything is built.
 
     Raises
     ------
     SettingsError
     """
-    there = {
+    available = {
         "torch_scatter": lambda: scatter.usable(device),
         "numba": lambda: device.type == "cpu" and fused_cpu.is_installed(),
         "triton": lambda: fused_triton.is_installed(device),
     }
-    if backend in there and not there[backend]():
+    if backend in available and not available[backend]():
         raise SettingsError(
-            f"Setting backend: {backend!r} is not to be had on {device}. 'torch_scatter' needs that"
-            " package, 'numba' that package and a CPU, 'triton' that package and a GPU; 'auto' is"
-            " the fastest that there is."
+            f"Setting backend: {backend!r} is not available on {device}. 'torch_scatter' needs the"
+            " package torch-scatter, 'numba' needs numba and a CPU, 'triton' needs Triton and a"
+            " GPU; 'auto' takes the fastest that is available."
         )
 
 
 def check(feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor) -> None:
-    """Refuse shapes that do not fit, and where that is known without waiting what is not there."""
+    """Raise if shapes do not match or, unless checking waits for a GPU, ids are out of range."""
     if (
         feat.dim() != 2
         or ptr.dim() != 1

@@ -1,8 +1,8 @@
 """The aggregation in one pass over the views, compiled for the CPU by numba.
 
-A view is read once forward and once backward, while it is in the core's cache; beside the result,
-five numbers a view and query are kept. Cosines lie in [-1, 1], so that their softmax needs no
-maximum.
+Each pass, forward and backward, reads a view from memory once and then works on it in the core's
+cache. Besides the result, five numbers per view and query are kept. Cosines lie in [-1, 1], so
+their softmax needs no maximum.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from imvia_graph._gradients import first_order
 from imvia_graph.answers import pointer
 from imvia_graph.errors import IMVIAError
 from imvia_graph.ops.picking import pick_views
-from imvia_graph.ops.reference import TWICE
+from imvia_graph.ops.reference import SECOND_ORDER
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_installed() -> bool:
-    """Whether there is numba to compile the loops."""
+    """Return whether numba is there to compile the loops."""
     return _kernels.load("views") is not None
 
 
 def usable(feat: Tensor, gate: Tensor) -> bool:
-    """Whether there is a kernel for these tensors, and numba to compile it."""
+    """Return whether there is a kernel for these tensors, and numba to compile it."""
     return (
         feat.device.type == gate.device.type == "cpu"
         and feat.dtype in DTYPES
@@ -41,7 +41,7 @@ def usable(feat: Tensor, gate: Tensor) -> bool:
 def aggregate(
     feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `imvia_graph.ops.gated_view_aggregate`: (B, d) sums, (T,) weights, their pointer."""
+    """Return (B, d) sums, (T,) weights and their pointer; see `gated_view_aggregate`."""
     if not usable(feat, gate):
         raise IMVIAError(
             "The backend 'numba' needs the package numba, and tensors on the CPU in one of"
@@ -50,7 +50,7 @@ def aggregate(
         )
     weight_ptr = pointer(ptr[entity + 1] - ptr[entity])
     dtype = torch.promote_types(torch.promote_types(feat.dtype, gate.dtype), torch.float32)
-    # Half precision is widened view by view; beside float64 it is widened here, where asked for.
+    # The loops widen half precision view by view. To float64 the queried views are widened here.
     if feat.dtype != dtype and (feat.element_size() != 2 or dtype == torch.float64):
         feat, ptr, entity = pick_views(feat, ptr, entity)
         feat = feat.to(dtype)
@@ -77,13 +77,13 @@ class _Aggregate(torch.autograd.Function):
         return out, weight
 
     @staticmethod
-    @first_order("The aggregation of views", TWICE)
+    @first_order("The aggregation of views", SECOND_ORDER)
     def backward(ctx: Any, grad_out: Tensor, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         feat, _, entity, gate, weight_ptr, out = tensors[:6]
         grad_gate = torch.empty_like(gate)
         if ctx.needs_input_grad[0]:
-            # Queries of one entity add to the same views: they stay on one thread.
+            # Queries of one entity add to the gradients of the same views: keep them on one thread.
             order = torch.argsort(entity, stable=True)
             grad_feat = torch.zeros_like(feat, dtype=out.dtype)
             cuts = _cuts(pointer(weight_ptr.diff()[order]), entity[order])
@@ -91,8 +91,8 @@ class _Aggregate(torch.autograd.Function):
             order = torch.arange(len(entity))
             grad_feat = out.new_empty(0, out.shape[1])
             cuts = _cuts(weight_ptr)
-        given = (grad_out.contiguous(), grad_weight.contiguous(), order, grad_gate, grad_feat)
-        _kernels.share_out(_kernels.load("views").backward, cuts, (*tensors, *given))
+        grads = (grad_out.contiguous(), grad_weight.contiguous(), order, grad_gate, grad_feat)
+        _kernels.share_out(_kernels.load("views").backward, cuts, (*tensors, *grads))
         grad = grad_feat.to(feat.dtype) if ctx.needs_input_grad[0] else None
         return grad, None, None, grad_gate, None
 
@@ -101,12 +101,12 @@ class _Aggregate(torch.autograd.Function):
 
 
 def _cuts(weight_ptr: Tensor, entity: Tensor | None = None) -> list[int]:
-    """Where the queries are cut into a part a thread, with as many views each.
+    """Return the cuts between the threads' ranges of queries, with equal numbers of views.
 
-    With ``entity``, sorted, no cut parts queries of one entity.
+    With a sorted ``entity``, no cut separates queries of one entity.
     """
     queries = len(weight_ptr) - 1
-    # A thread is worth its while from some hundred views on.
+    # A thread pays off from a few hundred views on.
     parts = max(1, min(torch.get_num_threads(), queries, int(weight_ptr[-1]) // 256))
     wanted = torch.arange(1, parts) * (weight_ptr[-1] // parts)
     inner = torch.searchsorted(weight_ptr, wanted).clamp_(max=queries)

@@ -1,7 +1,8 @@
 """The aggregation in one pass over the views on a GPU, as two Triton kernels.
 
-A view is read once forward and once backward. Beside the result one number a query is kept;
-backward the cosines are computed anew, from views that have to be read there anyway.
+The forward pass reads each view once, and so does the backward pass, or twice for gradients of the
+views. Besides the result, one number per query is kept; the backward pass computes the cosines
+again, from views that it has to read anyway.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from imvia_graph import _gpu
 from imvia_graph._gradients import first_order
 from imvia_graph.answers import pointer
 from imvia_graph.errors import IMVIAError
-from imvia_graph.ops.reference import TWICE
+from imvia_graph.ops.reference import SECOND_ORDER
 
 #: The widest row that 8 warps hold in registers.
 _WIDEST = 4096
@@ -25,17 +26,17 @@ tl: Any = None
 
 
 def _load() -> bool:
-    """Whether there are kernels; makes them the first time."""
+    """Return whether there are kernels; the first call creates them."""
     return _gpu.load(globals(), _KERNELS)
 
 
 def is_installed(device: torch.device) -> bool:
-    """Whether there is Triton, and a device that it knows."""
+    """Return whether Triton is installed and supports the device."""
     return _gpu.runs_on(device) and _load()
 
 
 def usable(feat: Tensor, gate: Tensor) -> bool:
-    """Whether there is a kernel for these tensors' device, dtypes and width, and Triton."""
+    """Return whether there is a kernel for these tensors' device, dtypes and width."""
     return (
         feat.dtype in _gpu.DTYPES
         and gate.dtype in _gpu.DTYPES
@@ -53,10 +54,10 @@ def aggregate(
     get_weight: bool = True,
     absent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `imvia_graph.ops.gated_view_aggregate`: (B, d) sums, (T,) weights, their pointer.
+    """Return (B, d) sums, (T,) weights and their pointer; see `gated_view_aggregate`.
 
     Without ``get_weight`` the last two are None, and the host need not wait to learn T. An entity
-    without views gets ``absent`` (d,), or zeros, and one that there is not NaN.
+    without views gets ``absent`` (d,), or zeros without it; an entity out of range gets NaN.
     """
     if not usable(feat, gate):
         raise IMVIAError(
@@ -68,7 +69,7 @@ def aggregate(
     weight_ptr = pointer(ptr[entity + 1] - ptr[entity]) if get_weight else None
     apply = _Aggregate.apply
     if torch.compiler.is_compiling():
-        # Compiled already. As a decorator it would import the compiler for all.
+        # The kernel is compiled already. A decorator would import torch's compiler in every case.
         apply = torch.compiler.disable(apply)
     out, weight = apply(feat, ptr, entity, gate, weight_ptr, absent)
     return out, weight, weight_ptr
@@ -85,7 +86,7 @@ class _Aggregate(torch.autograd.Function):
         weight_ptr: Tensor | None,
         absent: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        feat, ptr, entity, gate = (given.contiguous() for given in (feat, ptr, entity, gate))
+        feat, ptr, entity, gate = (part.contiguous() for part in (feat, ptr, entity, gate))
         out = torch.empty_like(gate, dtype=torch.float32)
         log_total = out.new_empty(len(out))
         if weight_ptr is None:
@@ -100,7 +101,7 @@ class _Aggregate(torch.autograd.Function):
         return out, weight
 
     @staticmethod
-    @first_order("The aggregation of views", TWICE)
+    @first_order("The aggregation of views", SECOND_ORDER)
     def backward(
         ctx: Any, grad_out: Tensor, grad_weight: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -108,8 +109,8 @@ class _Aggregate(torch.autograd.Function):
         grad_out = grad_out.contiguous()
         grad_weight = None if grad_weight is None else grad_weight.contiguous()
         grad_gate = torch.empty_like(gate)
-        # Queries of one entity add to the same rows: atomically, in float32, and in an order that
-        # differs from run to run.
+        # Queries of one entity add to the same rows: atomically, in float32, in an order that
+        # varies from run to run.
         grad_feat = torch.zeros_like(feat, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         gradients = grad_out, grad_weight, grad_gate, grad_feat
         _launch(_backward, feat, ptr, entity, gate, weight_ptr, log_total, *gradients)
@@ -122,13 +123,13 @@ class _Aggregate(torch.autograd.Function):
 
 
 def _launch(kernel: Any, feat: Tensor, ptr: Tensor, entity: Tensor, *others: Any) -> None:
-    """Run a kernel, one program a query.
+    """Launch a kernel with one program per query.
 
-    What limits the kernels is memory, as long as enough bytes are on their way and there is little
-    to compute for each. So a warp has 512 columns, 16 a lane: loads are 16 bytes wide, and up to
-    that width a row's sums need no shared memory and no barrier. A tile of rows is loaded at a
-    time, and programs are so small that a multiprocessor holds about ten: while some wait, others
-    compute, and one with a long list of views holds up no other.
+    The kernels are limited by memory bandwidth if enough loads are in flight and little is computed
+    per byte. Each warp therefore handles 512 columns, 16 per lane: loads are 16 bytes wide, and
+    rows up to that width are summed without shared memory or barriers. A tile of rows is loaded at
+    a time, and programs are small enough for about ten per multiprocessor: while some wait, others
+    compute, and a program with many views does not delay the others.
     """
     d = feat.shape[1]
     block_d = 1 << (d - 1).bit_length()
@@ -167,7 +168,7 @@ def _forward(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write a query's sum, the logarithm of its softmax's denominator, and cosines if wanted."""
+    """Write a query's sum, the logarithm of its softmax denominator and, if wanted, the cosines."""
     query = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     start, stop = _span(ptr, tl.load(entity + query), num_entities)
@@ -182,7 +183,7 @@ def _forward(
         cos, _, _, _, _, _ = _compare(view, g)
         if cosine is not None:
             tl.store(cosine + tl.load(cosine_ptr + query) + row - start, cos, mask=there)
-        # Softmax and sum of the views so far. The sum stays a mean: none outgrows its views.
+        # Running softmax. The sum is kept as a weighted mean, so it does not outgrow the views.
         cos = tl.where(there, cos, -float("inf"))
         new_top = tl.maximum(top, tl.max(cos))
         share = tl.exp(cos - new_top)
@@ -216,12 +217,12 @@ def _backward(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write the gradient of a query's gate, and add to those of its views where they are wanted.
+    """Write the gradient of a query's gate and, if wanted, add to the gradients of its views.
 
-    With weights w_k, their gradients s_k = grad_out . f_k + grad_weight_k and s the mean of these
-    under w, a cosine's gradient is w_k (s_k - s). Of cos = a / sqrt(b c), a = sum g f^2,
-    b = sum g^2 f^2, c = sum f^2, the gradient is f^2 (1 / sqrt(b c) - cos g / b) in g and
-    f (2 g / sqrt(b c) - cos g^2 / b - cos / c) in f.
+    With weights w_k, their gradients s_k = grad_out . f_k + grad_weight_k and the mean s of s_k
+    under w, the gradient of a cosine is w_k (s_k - s). For cos = a / sqrt(b c) with a = sum g f^2,
+    b = sum g^2 f^2 and c = sum f^2, the derivative is f^2 (1 / sqrt(b c) - cos g / b) by g and
+    f (2 g / sqrt(b c) - cos g^2 / b - cos / c) by f.
     """
     query = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
@@ -231,7 +232,7 @@ def _backward(
     g *= g_inverse
     grad = tl.load(grad_out + query * d + column, mask=column < d, other=0)
     shift = tl.load(log_total + query)
-    # The views are read once: s is known after the last, and what it is multiplied by summed apart.
+    # Views are read once: s is known after the last, so the factor of s is summed separately.
     s = 0.0
     grad_g = tl.zeros([BLOCK_D], tl.float32)
     times_s = tl.zeros([BLOCK_D], tl.float32)
@@ -273,7 +274,7 @@ def _backward(
 
 @no_type_check
 def _span(ptr, entity, num_entities):
-    """First row of an entity's views and the one after its last; 0 and -1 for no entity."""
+    """Return the first row of an entity's views and the row after the last; 0, -1 if invalid."""
     known = (entity >= 0) & (entity < num_entities)
     start = tl.load(ptr + entity, mask=known, other=0)
     return start, tl.load(ptr + entity + 1, mask=known, other=-1)
@@ -281,7 +282,7 @@ def _span(ptr, entity, num_entities):
 
 @no_type_check
 def _tile(first, stop, column, d: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows from the first on, which of them are before the stop, their elements' places, a mask."""
+    """Return rows from ``first``, whether each is before ``stop``, element offsets, and a mask."""
     row = first + tl.arange(0, BLOCK_N).to(tl.int64)
     there = row < stop
     return row, there, row[:, None] * d + column[None, :], there[:, None] & (column < d)[None, :]
@@ -289,9 +290,10 @@ def _tile(first, stop, column, d: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @no_type_check
 def _compare(view, gate):
-    """Cosines of gate * view and view (Eq. 2), all at unit scale, and what they are made of.
+    """Return the cosines of gate * view and view (Eq. 2) at unit scale, and their factors.
 
-    That is 1 / |gate * view|, 1 / |view|, what brings a view to unit scale, it there, and squared.
+    These are 1 / |gate * view|, 1 / |view|, the scale that brings a view to unit scale, the scaled
+    view, and its square.
     """
     inverse = _inverse_scale(view, 1)
     unit = view * inverse[:, None]
@@ -304,13 +306,13 @@ def _compare(view, gate):
 
 @no_type_check
 def _inverse_scale(x, AXIS: tl.constexpr):
-    """1 / largest absolute value, at which no square over- or underflows; finite for zeros."""
+    """Return 1 / max |x|, a scale at which no square over- or underflows; finite for zeros."""
     return 1 / tl.maximum(tl.max(tl.abs(x), axis=AXIS), 1.1754944e-38)  # smallest normal float32
 
 
 @no_type_check
 def _inverse_root(x):
-    """1 / sqrt(x), but 0 where x is 0, or as good as: there the cosine is 0 and has no gradient."""
+    """Return 1 / sqrt(x), or 0 for x near 0, where the cosine is 0 and has no gradient."""
     return tl.where(x < 1.1754944e-38, 0.0, tl.rsqrt(x))
 
 

@@ -1,7 +1,7 @@
-"""Views of the entities that are asked for, out of features that stay where they are.
+"""Selecting the views of the queried entities from features on another device.
 
-Features may be mapped from a file, on a host whose GPU could not hold them: what goes to the device
-of the model is what a batch asks for, each view once.
+Features may be mapped from a file, on a host whose GPU could not hold them: only the views that a
+batch needs are copied to the device of the model, each once.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from imvia_graph import _gpu
 from imvia_graph.answers import expand, pointer
 from imvia_graph.errors import IMVIAError
 
-#: What ids and pointers may be in.
+#: Dtypes that ids and pointers may have.
 _IDS = (torch.int64, torch.int32)
 
 
 def apart(feat: Tensor, entity: Tensor) -> bool:
-    """Whether features are on another device than the queries, so that they have to be picked."""
+    """Return whether features and queries are on different devices, so that views are picked."""
     return feat.device != entity.device
 
 
-def check_ids(whose: str, name: str, ids: Tensor, number: int) -> None:
-    """Refuse what is not (B,) ids from 0 to ``number`` - 1.
+def check_ids(caller: str, name: str, ids: Tensor, number: int) -> None:
+    """Raise unless ``ids`` are (B,) ids from 0 to ``number`` - 1.
 
     Parameters
     ----------
-    whose, name : str
-        Who takes the ids, and what they are called there, for messages.
+    caller, name : str
+        Name of the caller and of its argument, for the message.
     ids : Tensor
     number : int
 
     Raises
     ------
     IMVIAError
-        Another shape or dtype, and on a CPU, ids that are not there.
+        If the shape or dtype is wrong or, on a CPU, if an id is out of range.
     """
     if not isinstance(ids, Tensor):
         came = f"the type {type(ids).__name__}"
@@ -46,40 +46,40 @@ def check_ids(whose: str, name: str, ids: Tensor, number: int) -> None:
     else:
         return
     raise IMVIAError(
-        f"{whose}: expected {name} (B,) in int64, from 0 to {number - 1}; received {came}."
+        f"{caller}: expected {name} (B,) in int64, from 0 to {number - 1}; received {came}."
     )
 
 
 def check_range(feat: Tensor, ptr: Tensor, entity: Tensor) -> None:
-    """Refuse entities that are not there, and views of theirs that are not.
+    """Raise if entities are out of range, or the pointer leads outside the views.
 
-    Compiled loops would read, and write, what is not theirs. A device that would have to be waited
-    for is not asked.
+    Compiled loops would read and write out of bounds. On a GPU nothing is checked, since the check
+    would wait for the device.
 
     Parameters
     ----------
     feat : Tensor
-        (V, d).
+        (V, d) views.
     ptr : Tensor
-        (N + 1,) int64 pointer into them.
+        (N + 1,) int64 CSR pointer into ``feat``.
     entity : Tensor
-        (B,) int64.
+        (B,) int64 entities.
 
     Raises
     ------
     IMVIAError
-        Entities beyond 0 … N - 1, or a pointer beyond 0 … V or that falls; on any device a pointer
-        or entities in another dtype than int64 and int32.
+        If an entity is outside 0 … N - 1, or the pointer is outside 0 … V or decreases; on any
+        device, if the pointer or the entities are neither int64 nor int32.
     """
     for name, part in (("ptr", ptr), ("entity", entity)):
-        if part.dtype not in _IDS:  # of bytes, torch would make a mask
+        if part.dtype not in _IDS:  # torch would take uint8 for a mask
             raise IMVIAError(
-                f"Expected {name} in int64, with which views are looked up; received {part.dtype}."
+                f"Expected {name} in int64, since it indexes views; received {part.dtype}."
             )
     if (outside := _gpu.beyond(entity, len(ptr) - 1)) is not None:
         raise IMVIAError(
-            f"Expected entities from 0 to {len(ptr) - 2}, of which ptr (N + 1,) tells the views;"
-            f" received {outside}."
+            f"Expected entities from 0 to {len(ptr) - 2}, the range of ptr (N + 1,); received"
+            f" {outside}."
         )
     if _gpu.may_not_ask(entity):
         return
@@ -88,31 +88,31 @@ def check_range(feat: Tensor, ptr: Tensor, entity: Tensor) -> None:
         raise IMVIAError(
             f"Expected a pointer that ascends from 0 to the number of views, {len(feat)}; received"
             f" one whose entries for these entities go from {int(start.min())} to"
-            f" {int(stop.max())}{', and fall' * bool((stop < start).any())}. Is it that of other"
-            " views?"
+            f" {int(stop.max())}{', and decrease' * bool((stop < start).any())}. Does it belong to"
+            " other views?"
         )
 
 
 def pick_views(feat: Tensor, ptr: Tensor, entity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The views of some entities, on the entities' device.
+    """Select the views of some entities and copy them to the device of ``entity``.
 
     Parameters
     ----------
     feat : Tensor
         (V, d), on any device; the rows of other entities are not read.
     ptr : Tensor
-        (N + 1,) int64 pointer into them, on the device of ``entity``.
+        (N + 1,) int64 CSR pointer into ``feat``, on the device of ``entity``.
     entity : Tensor
-        (B,) int64, with or without repetitions.
+        (B,) int64 entities, which may repeat.
 
     Returns
     -------
     feat : Tensor
-        (T, d): the views of the D distinct entities, in the order of their ids.
+        (T, d) views of the D distinct entities, in the order of their ids.
     ptr : Tensor
-        (D + 1,) int64 pointer into them.
+        (D + 1,) int64 CSR pointer into these views.
     entity : Tensor
-        (B,) int64: which of the D each query asks for.
+        (B,) int64 position of each query's entity among the D distinct ones.
 
     Examples
     --------
@@ -129,7 +129,7 @@ def pick_views(feat: Tensor, ptr: Tensor, entity: Tensor) -> tuple[Tensor, Tenso
     count = ptr[distinct + 1] - start
     row = expand(start.to(feat.device), count.to(feat.device))[1]
     if feat.device.type == "cpu" and entity.device.type == "cuda" and not feat.requires_grad:
-        # Page-locked, so that the copy need not be waited for.
+        # Page-locked, so that the copy is asynchronous.
         picked = torch.empty(len(row), feat.shape[1], dtype=feat.dtype, pin_memory=True)
         torch.index_select(feat, 0, row, out=picked)
     else:

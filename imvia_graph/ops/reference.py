@@ -1,4 +1,4 @@
-"""The aggregation in plain torch: the yardstick of every other backend."""
+"""The aggregation in plain torch, which every other backend is tested against."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from imvia_graph.answers import expand, pointer
 
-#: What to do where other backends have gradients of first order only.
-TWICE = "The backend 'reference' has them: GatedViewConv(..., backend='reference')."
+#: Advice in the errors of the backends that support first-order gradients only.
+SECOND_ORDER = "The backend 'reference' supports both: GatedViewConv(..., backend='reference')."
 
 
 def aggregate(
     feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `imvia_graph.ops.gated_view_aggregate`: (B, d) sums, (T,) weights, their pointer."""
+    """Return (B, d) sums, (T,) weights and their pointer; see `gated_view_aggregate`."""
     view, query, query_ptr = gather_views(feat, ptr, entity)
     view = view.to(torch.promote_types(view.dtype, gate.dtype))
     similarity = gated_cosine(view, at_unit_scale(gate)[query])
@@ -29,7 +29,7 @@ def aggregate(
 
 
 def gather_views(feat: Tensor, ptr: Tensor, entity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of each query's entity: (T, d) rows in at least float32, (T,) queries, (B + 1,) ptr."""
+    """Return each query's views: (T, d) rows in float32 or wider, (T,) queries, (B + 1,) ptr."""
     start = ptr[entity]
     count = ptr[entity + 1] - start
     query, position = expand(start, count)
@@ -38,9 +38,9 @@ def gather_views(feat: Tensor, ptr: Tensor, entity: Tensor) -> tuple[Tensor, Ten
 
 
 def at_unit_scale(vectors: Tensor) -> Tensor:
-    """Rows divided by their largest absolute value, in at least float32.
+    """Divide rows by their largest absolute value, in at least float32.
 
-    The cosine does not change with the scale of a view or a gate; at scale 1 no square of theirs
+    The cosine does not depend on the scale of a view or a gate; at scale 1 none of their squares
     over- or underflows.
     """
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
@@ -49,12 +49,12 @@ def at_unit_scale(vectors: Tensor) -> Tensor:
 
 
 def gated_cosine(view: Tensor, gate: Tensor) -> Tensor:
-    """cos(gate * view, view) of each row, gates at unit scale; 0 where a vector is 0 (Eq. 2)."""
+    """Return cos(gate * view, view) per row, for gates at unit scale; 0 for zero rows (Eq. 2)."""
     square = at_unit_scale(view) ** 2
     dot = (gate * square).sum(-1)
     gated_norm = (gate * gate * square).sum(-1)
     norm = square.sum(-1)
     product = gated_norm * norm
-    # Where the product is 0 the square root has no gradient: take it of 1 there instead.
+    # The square root has no gradient at 0: replace a product of 0 by 1.
     zero = product == 0
     return torch.where(zero, 0.0, dot / torch.where(zero, 1.0, product).sqrt())

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from imvia_graph._gradients import refuse_second_order
 from imvia_graph.errors import IMVIAError
-from imvia_graph.ops.reference import TWICE, at_unit_scale, gated_cosine, gather_views
+from imvia_graph.ops.reference import SECOND_ORDER, at_unit_scale, gated_cosine, gather_views
 
 
 @cache
 def _torch_scatter() -> Any:
-    """The module, or the error that kept it from loading."""
+    """Return the module, or the error that its import raised."""
     try:
         import torch_scatter
     except (ImportError, OSError) as error:
@@ -25,10 +25,10 @@ def _torch_scatter() -> Any:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether torch-scatter is installed, loads, and has its operations for a device."""
+    """Return whether torch-scatter is installed, loads, and supports a device."""
     if isinstance(_torch_scatter(), Exception):
         return False
-    # Its build for CUDA tells the CUDA version, its build for the CPU alone -1.
+    # A build for CUDA returns its CUDA version, a build for the CPU only -1.
     return device.type == "cpu" or (
         device.type == "cuda" and torch.ops.torch_scatter.cuda_version() > 0
     )
@@ -37,7 +37,7 @@ def usable(device: torch.device) -> bool:
 def aggregate(
     feat: Tensor, ptr: Tensor, entity: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `imvia_graph.ops.gated_view_aggregate`: (B, d) sums, (T,) weights, their pointer."""
+    """Return (B, d) sums, (T,) weights and their pointer; see `gated_view_aggregate`."""
     module = _torch_scatter()
     if isinstance(module, Exception):
         raise IMVIAError(
@@ -51,6 +51,6 @@ def aggregate(
     weight = (similarity - top[query]).exp()
     weight = weight / module.segment_sum_csr(weight, query_ptr)[query]
     out = module.segment_sum_csr(weight[:, None] * view, query_ptr)
-    # torch-scatter's own gradients of gradients are wrong.
-    refuse_second_order([out, weight], "The aggregation of views", TWICE)
+    # torch-scatter's own second-order gradients are wrong.
+    refuse_second_order([out, weight], "The aggregation of views", SECOND_ORDER)
     return out, weight, query_ptr
