@@ -14,13 +14,19 @@ import torch
 
 #: What kernels take; sums are in float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Options of all launches: Triton 3.9 warns that from 3.10 on, multiplications and additions are
+#: not fused by default.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether Triton's kernels run there."""
+    """Return whether Triton's kernels run on a device."""
     if device.type == "cuda":
-        # What Triton supports of NVIDIA's: Ampere and later.
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+        from imvia_graph._gpu import probe
+
+        # Of NVIDIA's GPUs, Triton supports Ampere and later.
+        is_new = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+        return is_new and probe.launches(device)
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -127,6 +127,7 @@ def _launch(kernel: Any, times: int, parts: Sequence[Tensor], *others: Any) -> N
             COLUMNS=_columns(width),
             TIMES=times,
             num_warps=4,
+            **_gpu.OPTIONS,
         )
 
 

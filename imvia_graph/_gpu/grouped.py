@@ -96,10 +96,8 @@ def _times(rows: Tensor, matrix: Tensor, offsets: Tensor, transposed: bool) -> T
 def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *others: Any) -> None:
     if min(grid) == 0:
         return
-    # float32 as torch multiplies it: not in the matrix units' rounded form of it.
-    precision = "ieee" if first.dtype == torch.float32 else "tf32"
     with torch.cuda.device_of(first):
-        kernel[grid](first, *others, ROWS=_ROWS, COLUMNS=_COLUMNS, PRECISION=precision)
+        kernel[grid](first, *others, ROWS=_ROWS, COLUMNS=_COLUMNS, **_gpu.OPTIONS)
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -117,7 +115,6 @@ def _multiply(
     along_n: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Write some columns of a group's products."""
     group = tl.program_id(0).to(tl.int64)
@@ -138,7 +135,8 @@ def _multiply(
                 mask=inside[:, None] & (column < n)[None, :],
                 other=0,
             )
-            total = tl.dot(left, right, total, input_precision=PRECISION)
+            # Of float32: products in float32, not in TF32. Half precision has no other choice.
+            total = tl.dot(left, right, total, input_precision="ieee")
         tl.store(
             out + row[:, None] * n + column[None, :],
             total.to(out.dtype.element_ty),
@@ -156,7 +154,6 @@ def _outer(
     n: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Write a tile of a group's sum of outer products of its rows and theirs."""
     group = tl.program_id(0).to(tl.int64)
@@ -173,7 +170,7 @@ def _outer(
         g = tl.load(
             grad + row[:, None] * n + right[None, :], mask=there & (right < n)[None, :], other=0
         )
-        total = tl.dot(tl.trans(x), g, total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(x), g, total, input_precision="ieee")
     tl.store(
         out + group * k * n + left[:, None] * n + right[None, :],
         total.to(out.dtype.element_ty),

@@ -73,6 +73,7 @@ class _AddUp(torch.autograd.Function):
                     ROWS=_ROWS,
                     COLUMNS=_COLUMNS,
                     num_warps=1,
+                    **_gpu.OPTIONS,
                 )
         return total
 

@@ -118,6 +118,7 @@ def _launch(
                 ROWS=rows,
                 COLUMNS=columns,
                 num_warps=8,
+                **_gpu.OPTIONS,
             )
 
 

@@ -120,7 +120,7 @@ def gradients(
 def _launch(kernel: Any, rows: int, scores: Tensor, *others: Any, **options: Any) -> None:
     if rows:
         with torch.cuda.device_of(scores):
-            kernel[(rows,)](scores, *others, rows, **options, num_warps=8)
+            kernel[(rows,)](scores, *others, rows, **options, num_warps=8, **_gpu.OPTIONS)
 
 
 # -- kernels --------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ def adam(
                 DECOUPLED=decoupled,
                 COLUMNS=_AT_A_TIME,
                 num_warps=8,
+                **_gpu.OPTIONS,
             )
 
 
@@ -120,6 +121,7 @@ def adagrad(
                 weight_decay,
                 COLUMNS=_AT_A_TIME,
                 num_warps=8,
+                **_gpu.OPTIONS,
             )
 
 
