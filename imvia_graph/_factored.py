@@ -172,7 +172,8 @@ class _Work:
         ones = first.new_ones(len(first), dtype=terms.exact)
         self.of_rows = ones if of_rows is None else of_rows.detach()
         none = first.new_empty(0, len(queries), dtype=terms.exact)
-        self.weights = none if weights is None else weights.detach().to(terms.exact)
+        # The kernels for a GPU read them row by row.
+        self.weights = none if weights is None else weights.detach().to(terms.exact).contiguous()
         self.loss = first.new_zeros((), dtype=terms.exact)
         self.grad_weights = torch.empty_like(self.weights)
         self.grad_candidates: list[Tensor] = []

@@ -161,6 +161,18 @@ def test_losses_of_large_scores_are_finite(device, on_gpu):  # noqa: F811
         assert torch.autograd.grad(found, queries)[0].isfinite().all()
 
 
+def test_losses_read_weights_however_they_lie(device, on_gpu):  # noqa: F811
+    queries, candidates, weights = factored_case(2, torch.float32)
+    parts = [part.to(device) for part in (*queries, *candidates)]
+    found = []
+    for given in (weights.detach(), weights.detach().T.contiguous().T):
+        there = given.to(device).requires_grad_()
+        loss = factored_completion(parts[:2], parts[2:], moved(POSITIVES, device), there)
+        found.append([loss, *torch.autograd.grad(loss, there)])
+    assert not given.is_contiguous()
+    torch.testing.assert_close(*found)
+
+
 # -- products in half precision --------------------------------------------------------------------
 
 
