@@ -36,6 +36,8 @@ class Told(NamedTuple):
     names: list[str]
     losses: Tensor
     watched: list[str]
+    #: How many of those watched are losses.
+    num_losses: int
     numbers: Tensor
 
 
@@ -76,8 +78,8 @@ class RecordedSteps:
         self.done: Counter[int] = Counter()
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.pool: Any = None
-        for optimizer in trainer.optimizers():
-            to_record(optimizer, device)
+        #: `_tensors` when the last graph was recorded.
+        self.known: list[tuple[int, bool]] = []
         # Kernels over more entities than that leave no room for others beside them.
         beside = on_gpu and trainer.model.num_entities <= _FEW
         self.streams = Streams(device if beside else None)
@@ -85,20 +87,48 @@ class RecordedSteps:
     def begin(self) -> None:
         """Before an epoch, or what is left of one."""
         trainer = self.trainer
+        for optimizer in trainer.optimizers():
+            to_record(optimizer, trainer.model.device)
+        if self.graphs and self._tensors() != self.known:
+            self._forget()
         # What was added up of the epoch before it was broken off.
         self.before = {name: value.clone() for name, value in trainer.sums.items()}
         trainer.sums = dict(self.before)
         self.sums.zero_()
         self.bad.zero_()
 
+    def _tensors(self) -> list[tuple[int, bool]]:
+        """Return where the tensors that graphs read and write lie, and which of them are trained.
+
+        A graph holds addresses: after ``model.cpu().cuda()`` or ``optimizer.load_state_dict`` it
+        would go on with memory that belongs to something else.
+        """
+        model, optimizers = self.trainer.model, self.trainer.optimizers()
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        values = [value for state in states for value in state.values()]
+        values += [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        tensors += [*model.parameters(), *model.buffers()]
+        return [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+
+    def _forget(self) -> None:
+        """Delete the graphs and their memory; new ones are recorded after steps without."""
+        self.graphs.clear()
+        self.done.clear()
+        self.pool = None
+
     def step(self, rows: Tensor) -> dict[str, Tensor]:
         """`Trainer.train_step` of the batch of some rows."""
+        with torch.cuda.device_of(self.bad):  # events are recorded on the current device
+            return self._step(rows)
+
+    def _step(self, rows: Tensor) -> dict[str, Tensor]:
         trainer = self.trainer
         before = Before([], trainer.model.device)
         told = self._told(rows)
         if told is None:
             return trainer.train_step(trainer.batches.filled(rows))
-        health = Health.of(told.watched, len(told.names), told.numbers)
+        health = Health.of(told.watched, told.num_losses, told.numbers)
         trainer.follow(health, before, rows)
         names = [*told.names, "steps"]
         for name, value in self.before.items():
@@ -115,8 +145,8 @@ class RecordedSteps:
             return None
         shape = trainer.batches.most_positives, trainer.batches.most_relations
         if shape != self.shape:
-            self.graphs.clear()
-            self.shape, self.pool = shape, None
+            self._forget()
+            self.shape = shape
         # Each number of rows once: kernels are compiled for what numbers are divisible by.
         warm = self.done.total() >= WARM_UP and self.done[len(rows)]
         if not self.on_gpu or not warm:
@@ -155,7 +185,7 @@ class RecordedSteps:
                 f"A step of training could not be recorded for the GPU to repeat ({reason}). Set"
                 " cuda_graph=false, which does without; `fit --resume` takes it, too."
             ) from error
-        self.pool = graph.pool()
+        self.pool, self.known = graph.pool(), self._tensors()
         return _Graph(own, graph, told)
 
     def _work(self, rows: Tensor) -> Told | None:
@@ -169,7 +199,9 @@ class RecordedSteps:
             trainer.parts.halve(error, len(rows))
         if begun is not None:
             return self._finish(*begun)
-        # Only here are the tensors of the step that failed let go of.
+        # Outside the handler, whose traceback holds the tensors of the failed step. From now on
+        # no graph is replayed.
+        self._forget()
         trainer.take_back(before)
         return None
 
@@ -203,7 +235,7 @@ class RecordedSteps:
         trainer.update(bad)
         told = torch.stack([*losses.values(), torch.ones_like(bad)])
         self.sums[: len(told)].add_(torch.where(bad > 0, 0.0, told))
-        return Told(list(losses), told[:-1], [*watched, *gradients], numbers)
+        return Told(list(losses), told[:-1], [*watched, *gradients], len(watched), numbers)
 
 
 def can_record(trainer: Any) -> bool:

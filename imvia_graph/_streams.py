@@ -41,7 +41,7 @@ class Streams:
         if self._device is None:
             return None
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     @contextmanager
