@@ -16,15 +16,19 @@ from imvia_graph._gradients import first_order
 
 #: Where a module keeps who listens to its calls.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: Which torch has such products; on a GPU alone.
-_WIDENS = "dtype" in torch.ops.aten.mm.overloads()
+#: Whether torch has such products, which it has for GPUs only, and from which compute capability on
+#: they are used: neither ROCm nor GPUs before Ampere have been tested.
+_WIDENS = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
+_NEW = (8, 0)
 _first_order = first_order("A product under autocast on a GPU", "Turn autocast off for it.")
 
 
 def wide_mm(left: Tensor, right: Tensor) -> Tensor:
     """(n, k) times (k, m) in float32, of matrices of one dtype."""
     if _WIDENS and left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
+        capability = torch.cuda.get_device_capability(left.device)
+        if capability >= _NEW:
+            return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()
 
 
