@@ -385,8 +385,8 @@ def test_a_gpu_computes_the_same_bits_beside_each_other_and_one_after_the_other(
     # Kernels long enough to be at work at the same time.
     settings = ig.Settings(dim=128, information_dim=128, device="cuda", seed=3, **changes)
     states = []
-    for most in (-1, -1, _recorded._FEW):
-        monkeypatch.setattr(_recorded, "_FEW", most)
+    for most in (-1, -1, _recorded._MOST_ENTITIES):
+        monkeypatch.setattr(_recorded, "_MOST_ENTITIES", most)
         torch.manual_seed(0)
         trainer = Trainer(ig.IMVIA.from_kg(kg, settings).to("cuda"), kg, settings)
         for _ in range(6):
