@@ -1,8 +1,8 @@
-"""The completion loss of heads whose scores are inner products, with its gradients in one go.
+"""The completion loss of heads whose scores are inner products, along with its gradients.
 
-`imvia_graph.losses.factored_completion` says what is computed. Scores of a block of queries are
-made, turned into their gradients in place, and those into the gradients of queries and candidates
-by two products more. Nothing of the size of the scores is kept, copied, or built as a target.
+`imvia_graph.losses.factored_completion` describes what is computed. For each block of queries the
+scores are computed and replaced by their gradients in place; two more products give the gradients
+of queries and candidates. No score matrix is kept or copied, and no target of its size is built.
 """
 
 from __future__ import annotations
@@ -21,50 +21,51 @@ from imvia_graph._gradients import first_order
 from imvia_graph.answers import pointer
 from imvia_graph.distributed import Shards
 
-#: Bytes of scores that are held at a time, and on a GPU, whose kernels are the faster the larger.
+#: Bytes of scores held at a time, on a CPU and on a GPU, whose kernels are faster on large blocks.
 SCORES_AT_A_TIME, SCORES_ON_GPU = 2**27, 2**30
 
 
 class Terms(NamedTuple):
-    """What loss it is, and how many terms its means are over."""
+    """The kind of the loss, and over how many terms it averages."""
 
     loss: str
     label_smoothing: float
-    #: Whether the heads learn nothing from the decision.
+    #: Whether the decision has no gradient with respect to the heads.
     detached: bool
-    #: Of the products.
+    #: Dtype of the products.
     dtype: torch.dtype
     num_queries: int
     num_candidates: int
-    #: A scalar on the device where the host does not know it.
+    #: A scalar on the device where the host does not know the number.
     num_positives: int | Tensor
-    #: Queries whose terms the means of the binary loss are over; these may be a part of them.
+    #: Number of queries over whose terms the binary loss averages, of which ``num_queries`` may be
+    #: a part.
     num_in_all: int
-    #: Of the queries that could be at work at a time, only one in so many are.
+    #: Factor by which blocks of queries are smaller than memory for scores would allow.
     parts: int = 1
-    #: Over which the candidates are split, where there are several processes.
+    #: With several processes, how the candidates are split.
     shards: Shards | None = None
 
     @property
     def exact(self) -> torch.dtype:
-        """What sums are made in."""
+        """Dtype of sums."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def scale(self) -> float | Tensor:
-        """What losses and gradients of scores are multiplied by, so that float16 holds them."""
+        """Factor of losses and of gradients of scores, which float16 can then represent."""
         if self.loss == "softmax":
             return max(self.num_queries, 1)
         return (_at_least_one(self.num_positives) * self.num_negatives) ** 0.5
 
     @property
     def num_negatives(self) -> int | Tensor:
-        """Terms that are not positive; at least 1, to divide by."""
+        """Number of terms that are not positive, at least 1."""
         return _at_least_one(self.num_in_all * self.num_candidates - self.num_positives)
 
     @property
     def of_a_term(self) -> tuple[float | Tensor, float | Tensor]:
-        """Weight of a positive's and of a negative's term in the binary loss, scaled."""
+        """Weights of the terms of positives and of negatives in the binary loss, times `scale`."""
         return self.scale / _at_least_one(self.num_positives), self.scale / self.num_negatives
 
 
@@ -75,18 +76,19 @@ def _at_least_one(number: int | Tensor) -> int | Tensor:
 def fits_at_once(
     rows: int, heads: int, num_candidates: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether so many queries are done in one block, by the kernels for a GPU."""
+    """Return whether the kernels for a GPU compute the scores of so many queries in one block."""
     size = heads * _gpu_scores.room(num_candidates) * dtype.itemsize
     return _gpu_scores.room(rows) * size <= SCORES_ON_GPU and _gpu_scores.usable(device, dtype)
 
 
 class FactoredCompletion(torch.autograd.Function):
-    """Loss of (B, d) queries and (N, d) candidates, a pair a head, and (B, M) weights or None.
+    """Loss of M pairs of (B, d) queries and (N, d) candidates, and of their decision.
 
-    ``row`` and ``col`` are the positives, sorted by row, and ``share`` what each is of its row's;
-    ``counts`` is 0 for one that repeats another to fill up, else 1; or None. ``of_rows`` are (B,)
-    weights of the queries, of mean 1, or None. With several processes candidates and positives are
-    this one's, and so are the gradients; the loss is that of all.
+    ``row`` and ``col`` are the positives, sorted by row, and ``share`` is the share of each in its
+    row. ``counts`` is None, or 0 for repetitions that only pad the positives and else 1.
+    ``of_rows`` is None or (B,) weights of the queries, of mean 1; ``weights`` is None or (B, M)
+    weights of the decision. With several processes, candidates, positives and gradients are those
+    of this process, and the loss is the sum over all.
     """
 
     @staticmethod
@@ -107,7 +109,7 @@ class FactoredCompletion(torch.autograd.Function):
             candidates = [part.detach() for part in inputs[heads:]]
             work = _Work(queries, candidates, of_rows, weights, terms)
             if counts is not None and not work.on_gpu:
-                # Elsewhere what is repeated need not be there.
+                # Only a GPU needs padded positives.
                 once = counts > 0
                 row, col, share, counts = row[once], col[once], share[once], None
             for start, stop in work.blocks():
@@ -130,7 +132,7 @@ class FactoredCompletion(torch.autograd.Function):
 
 
 def _on_device(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """Numbers that are on the device or are not, in float32."""
+    """Return numbers and scalar tensors as one float32 tensor on a device."""
     parts = [
         number.float() if isinstance(number, Tensor) else torch.full((), number, device=device)
         for number in numbers
@@ -139,7 +141,7 @@ def _on_device(numbers: Sequence[float | Tensor], device: torch.device) -> Tenso
 
 
 def _with_room(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix with rows of zeros below it: a GPU has faster products for it."""
+    """Return a matrix padded with rows of zeros, with which products on a GPU are faster."""
     size = len(part)
     if size == _gpu_scores.room(size):
         return part.to(dtype)
@@ -150,14 +152,14 @@ def _with_room(part: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _times(parts: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
-    """Tensors, each times a scalar on their device."""
+    """Multiply each tensor with a scalar on their device."""
     if factor.is_cuda and all(part.dtype == factor.dtype for part in parts):
-        return torch._foreach_mul(list(parts), factor)  # in few kernels
+        return torch._foreach_mul(list(parts), factor)  # few kernels
     return [part * factor.reshape(1) for part in parts]
 
 
 class _Work:
-    """Gradients as they add up over blocks of queries."""
+    """Loss and gradients, summed over blocks of queries."""
 
     def __init__(
         self,
@@ -172,7 +174,8 @@ class _Work:
         ones = first.new_ones(len(first), dtype=terms.exact)
         self.of_rows = ones if of_rows is None else of_rows.detach()
         none = first.new_empty(0, len(queries), dtype=terms.exact)
-        self.weights = none if weights is None else weights.detach().to(terms.exact)
+        # Contiguous, as the kernels for a GPU read them.
+        self.weights = none if weights is None else weights.detach().to(terms.exact).contiguous()
         self.loss = first.new_zeros((), dtype=terms.exact)
         self.grad_weights = torch.empty_like(self.weights)
         self.grad_candidates: list[Tensor] = []
@@ -203,13 +206,13 @@ class _Work:
         self.grad_queries = [torch.empty_like(part, dtype=kept) for part in queries]
 
     def blocks(self) -> list[tuple[int, int]]:
-        """Ranges of queries, as many at a time as memory allows."""
-        # With several processes, of the one that has the most: all take the same steps.
+        """Return ranges of queries as large as the memory for scores allows."""
+        # All processes need the same ranges, hence the largest number of candidates of any.
         shards = self.terms.shards
         size = len(self.candidates[0]) if shards is None else shards.bounds[1]
         a_row = len(self.queries) * size * self.queries[0].element_size()
         if not (self.fused or self.on_gpu):
-            a_row += 4 * size * self.terms.exact.itemsize  # what `_gradients` makes
+            a_row += 4 * size * self.terms.exact.itemsize  # temporaries of `_gradients`
         held = SCORES_ON_GPU if self.on_gpu else SCORES_AT_A_TIME
         most = min(held // max(a_row, 1), self.terms.num_queries)
         rows = max(1, -(-most // self.terms.parts))
@@ -227,12 +230,12 @@ class _Work:
         share: Tensor,
         counts: Tensor | None,
     ) -> None:
-        """Loss and gradients of the queries from start to stop."""
+        """Add the loss and compute the gradients of the queries from start to stop."""
         if stop - start < self.terms.num_queries:
             mine = (row >= start) & (row < stop)
             row, col, share = row[mine] - start, col[mine], share[mine]
             counts = None if counts is None else counts[mine]
-        # The last block has the room below it, if there is more than a little in it.
+        # The last block includes the padding, unless it is very small.
         last = stop == self.terms.num_queries and _gpu_scores.whole(stop - start)
         end = len(self.queries[0]) if last else stop
         queries = [part[start:end] for part in self.queries]
@@ -279,7 +282,7 @@ class _Work:
             if first:
                 self.grad_candidates.append(total)
             else:
-                # Sums over blocks want more digits than the products have.
+                # Sums over blocks need more digits than the products have.
                 before = self.grad_candidates[m].to(self.terms.exact)
                 self.grad_candidates[m] = before.add_(total)
 
@@ -293,7 +296,7 @@ def _compiled_gradients(
     grad_weights: Tensor,
     terms: Terms,
 ) -> Tensor:
-    """`_gradients` in compiled loops over the rows."""
+    """Compute `_gradients` in compiled loops over the rows."""
     rows = scores.shape[1]
     ptr = pointer(torch.bincount(row, minlength=rows))
     loss = scores.new_empty(rows, dtype=torch.float32)
@@ -317,10 +320,10 @@ def _gradients(
     grad_weights: Tensor,
     terms: Terms,
 ) -> Tensor:
-    """Turn (M, B, N) scores into ``terms.scale`` times their gradients; returns the loss so scaled.
+    """Replace (M, B, N) scores by their gradients and return the loss, both times ``terms.scale``.
 
-    ``of_rows`` are (B,) weights of the rows of the softmax; ``weights`` and ``grad_weights`` are
-    (B, M), or (0, M) where there is no decision.
+    ``of_rows`` are (B,) weights of the queries in the softmax loss. ``weights`` and
+    ``grad_weights`` are (B, M), or (0, M) without a decision.
     """
 
     def one_head(values: Tensor) -> Tensor:
@@ -334,7 +337,7 @@ def _gradients(
         decision = torch.zeros_like(scores[0], dtype=terms.exact)
         for m, score in enumerate(scores):
             decision.addcmul_(score.to(terms.exact), weights[:, m, None])
-        total += one_head(decision)  # and is now its gradient
+        total += one_head(decision)  # which replaces the decision by its gradient
     for m, score in enumerate(scores):
         values = score.to(terms.exact, copy=True)
         if decided:
@@ -349,13 +352,13 @@ def _gradients(
 def _softmax(
     scores: Tensor, row: Tensor, col: Tensor, share: Tensor, of_rows: Tensor, terms: Terms
 ) -> Tensor:
-    """`imvia_graph.losses.softmax_completion`, scaled; scores turn into its gradient."""
+    """Return a scaled `imvia_graph.losses.softmax_completion`; replace scores by its gradient."""
     smoothing = terms.label_smoothing
     share = (1 - smoothing) * share * of_rows[row]
     uniform = smoothing / terms.num_candidates
     if terms.shards is None:
         log_sum, counted = scores.logsumexp(dim=1), 1.0
-    else:  # the sum is all processes', and each counts a part of it
+    else:  # the sum is that of all processes, each of which adds its share to the loss
         log_sum, counted = terms.shards.logsumexp(scores), 1 / terms.shards.size
     loss = of_rows @ (counted * log_sum - uniform * scores.sum(dim=1)) - share @ scores[row, col]
     scores.sub_(log_sum[:, None]).exp_().sub_(uniform).mul_(of_rows[:, None])
@@ -364,7 +367,7 @@ def _softmax(
 
 
 def _binary(scores: Tensor, row: Tensor, col: Tensor, terms: Terms) -> Tensor:
-    """`imvia_graph.losses.binary_completion`, scaled; scores turn into its gradient."""
+    """Return a scaled `imvia_graph.losses.binary_completion`; replace scores by its gradient."""
     smooth = terms.label_smoothing / terms.num_candidates
     of_positive, of_negative = terms.of_a_term
     positive = scores[row, col]

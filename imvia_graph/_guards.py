@@ -186,8 +186,9 @@ class Health:
             # Copied asynchronously; `problems` reads the numbers when the step is over.
             self._numbers = torch.empty(numbers.shape, pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
+            # In the stream of the copy: another GPU may be the current one.
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(numbers.device))
 
     def problems(self) -> tuple[list[str], list[str]]:
         """Return the losses that are not finite, with their values, and names of parameters."""

@@ -1,9 +1,10 @@
-"""Steps of training that a GPU has recorded and repeats: CUDA graphs.
+"""Training steps that are recorded as CUDA graphs and replayed.
 
-A step of a small graph is some hundred short kernels, and the host takes longer to ask for them
-than the GPU to run them. Recorded, they are asked for all at once. What a step does is then the
-same down to the shapes: the batches are filled up (`imvia_graph.batches.Batches.filled`), and what
-differs from step to step - rows, learning rates, whether a step is bad - lies in tensors that stay.
+A step on a small knowledge graph is some hundred short kernels, which the host takes longer to
+launch than the GPU to run. A CUDA graph launches them all at once. Each replay runs the same
+kernels on the same shapes and addresses: batches are padded (`imvia_graph.batches.Batches.filled`),
+and values that change between steps (rows, learning rates, whether a step is bad) live in static
+tensors.
 """
 
 from __future__ import annotations
@@ -22,24 +23,31 @@ from imvia_graph.errors import SettingsError
 from imvia_graph.ops import fused_triton, picking
 from imvia_graph.optimizers import to_record
 
-#: Steps that are done before one is recorded: they compile kernels and make optimizers' states.
+#: Steps that run before one is recorded: they compile kernels and create the optimizers' states.
 WARM_UP = 3
-#: Losses of a step at most.
+#: Maximum number of losses of a step.
 _LOSSES = 16
-#: So many entities and fewer: parts of a step are done beside each other.
-_FEW = 2**17
+#: Maximum number of entities for which parts of a step run in streams of their own. Kernels over
+#: more entities fill the GPU.
+_MOST_ENTITIES = 2**17
+#: The first torch with which steps in several streams were measured and compared to the bit.
+_STREAMS_SINCE = (2, 11)
 
 
-class Told(NamedTuple):
-    """What a step leaves, in tensors that the next one of its shape overwrites."""
+class _Result(NamedTuple):
+    """The losses of a step and the numbers for `Health`, which the next replay overwrites."""
 
     names: list[str]
     losses: Tensor
+    #: Names of the ``numbers``: of losses, that of the estimators included, then of parameters.
     watched: list[str]
+    num_losses: int
     numbers: Tensor
 
 
-class _Begun(NamedTuple):
+class _Gradients(NamedTuple):
+    """What `RecordedSteps._begin` computes and `RecordedSteps._finish` takes."""
+
     kept: Kept
     losses: dict[str, Tensor]
     watched: dict[str, Tensor]
@@ -47,99 +55,137 @@ class _Begun(NamedTuple):
 
 
 class _Graph(NamedTuple):
+    """A CUDA graph, the tensor that it reads the rows of a batch from, and its result."""
+
     rows: Tensor
     graph: Any
-    told: Told
+    result: _Result
 
 
 class RecordedSteps:
-    """The steps of a trainer, each shape of batch recorded once and then replayed.
+    """The steps of a trainer, recorded once for each number of rows and then replayed.
 
     Parameters
     ----------
     trainer : imvia_graph.training.Trainer
-        One that `can_record`.
+        One for which `can_record` is true.
     on_gpu : bool, optional
-        Whether steps are recorded. Else they are done, one after the other, as they would be:
-        that is for tests.
+        Whether to record steps. With ``False``, for tests, every step runs the operations that
+        would be recorded. Default: ``True``.
     """
 
     def __init__(self, trainer: Any, on_gpu: bool = True) -> None:
         self.trainer, self.on_gpu = trainer, on_gpu
         device = trainer.model.device
+        #: With ``non_finite="stop"``: 1 from the first bad step on.
         self.bad = torch.zeros((), device=device)
+        #: Sums of the losses over the epoch, then the number of good steps.
         self.sums = torch.zeros(_LOSSES, device=device)
+        #: Sums of the part of the epoch that ran before training was interrupted.
         self.before: Mapping[str, Tensor] = {}
+        #: By number of rows.
         self.graphs: dict[int, _Graph] = {}
+        #: Numbers of positives and relations that batches are padded to.
         self.shape = (0, 0)
-        #: Steps of each number of rows that were done without recording.
+        #: How many steps of each number of rows ran without a graph.
         self.done: Counter[int] = Counter()
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.pool: Any = None
-        for optimizer in trainer.optimizers():
-            to_record(optimizer, device)
-        # Kernels over more entities than that leave no room for others beside them.
-        beside = on_gpu and trainer.model.num_entities <= _FEW
-        self.streams = Streams(device if beside else None)
+        #: `_tensors` when the last graph was recorded.
+        self.known: list[tuple[int, bool]] = []
+        concurrent = (
+            on_gpu
+            and trainer.model.num_entities <= _MOST_ENTITIES
+            and torch.__version__ >= _STREAMS_SINCE
+        )
+        self.streams = Streams(device if concurrent else None)
 
     def begin(self) -> None:
-        """Before an epoch, or what is left of one."""
+        """Prepare for an epoch, or for the rest of one."""
         trainer = self.trainer
-        # What was added up of the epoch before it was broken off.
+        for optimizer in trainer.optimizers():
+            to_record(optimizer, trainer.model.device)
+        if self.graphs and self._tensors() != self.known:
+            self._forget()
         self.before = {name: value.clone() for name, value in trainer.sums.items()}
         trainer.sums = dict(self.before)
         self.sums.zero_()
         self.bad.zero_()
 
+    def _tensors(self) -> list[tuple[int, bool]]:
+        """Return address and ``requires_grad`` of all tensors that graphs read or write.
+
+        A graph holds addresses. After ``model.cpu().cuda()`` or ``optimizer.load_state_dict`` a
+        replay would use memory that belongs to other tensors.
+        """
+        model, optimizers = self.trainer.model, self.trainer.optimizers()
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        values = [value for state in states for value in state.values()]
+        values += [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        tensors += [*model.parameters(), *model.buffers()]
+        return [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+
+    def _forget(self) -> None:
+        """Delete the graphs and release their memory pool; warm up again before the next."""
+        self.graphs.clear()
+        self.done.clear()
+        self.pool = None
+
     def step(self, rows: Tensor) -> dict[str, Tensor]:
-        """`Trainer.train_step` of the batch of some rows."""
+        """Do what `Trainer.train_step` does for the batch of (B, 3) rows; see `Batches.filled`."""
+        with torch.cuda.device_of(self.bad):  # events are recorded on the current device
+            return self._step(rows)
+
+    def _step(self, rows: Tensor) -> dict[str, Tensor]:
         trainer = self.trainer
         before = Before([], trainer.model.device)
-        told = self._told(rows)
-        if told is None:
+        result = self._run(rows)
+        if result is None:
             return trainer.train_step(trainer.batches.filled(rows))
-        health = Health.of(told.watched, len(told.names), told.numbers)
+        health = Health.of(result.watched, result.num_losses, result.numbers)
         trainer.follow(health, before, rows)
-        names = [*told.names, "steps"]
+        names = [*result.names, "steps"]
         for name, value in self.before.items():
             self.sums[names.index(name)] += value
         self.before = {}
         trainer.sums = dict(zip(names, self.sums.unbind(), strict=False))
-        # Of their own: the next step writes where these are.
-        return dict(zip(told.names, told.losses.clone().unbind(), strict=True))
+        # A copy: the next replay overwrites the losses.
+        return dict(zip(result.names, result.losses.clone().unbind(), strict=True))
 
-    def _told(self, rows: Tensor) -> Told | None:
-        """What a step leaves; None where memory is too short to do it so."""
+    def _run(self, rows: Tensor) -> _Result | None:
+        """Replay, record or run a step; None where its batch does not fit into memory at once."""
         trainer = self.trainer
         if trainer.parts.count > 1:  # memory ran out before
             return None
         shape = trainer.batches.most_positives, trainer.batches.most_relations
         if shape != self.shape:
-            self.graphs.clear()
-            self.shape, self.pool = shape, None
-        # Each number of rows once: kernels are compiled for what numbers are divisible by.
+            self._forget()
+            self.shape = shape
+        # Each number of rows runs once before it is recorded: Triton compiles a variant of a kernel
+        # for numbers that are divisible by 16.
         warm = self.done.total() >= WARM_UP and self.done[len(rows)]
         if not self.on_gpu or not warm:
             self.done[len(rows)] += 1
-            return self._do(rows)
+            return self._run_plainly(rows)
         graph = self.graphs.get(len(rows))
         if graph is None:
             graph = self.graphs[len(rows)] = self._record(rows)
         graph.rows.copy_(rows)
         graph.graph.replay()
-        return graph.told
+        return graph.result
 
-    def _do(self, rows: Tensor) -> Told | None:
-        """A step as it is, in the stream that others are recorded in."""
+    def _run_plainly(self, rows: Tensor) -> _Result | None:
+        """Run a step without a graph, in the stream in which graphs are recorded."""
         trainer = self.trainer
         if self.stream is None:
             return self._work(rows)
         here = torch.cuda.current_stream(trainer.model.device)
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
-            told = self._work(rows)
+            result = self._work(rows)
         here.wait_stream(self.stream)
-        return told
+        return result
 
     def _record(self, rows: Tensor) -> _Graph:
         own = rows.clone()
@@ -147,19 +193,20 @@ class RecordedSteps:
         self.trainer.forget_gradients()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                told = self._finish(*self._begin(own))
+                result = self._finish(*self._begin(own))
         except RuntimeError as error:
-            # What is random on the device may be left in a state that nothing can go on from.
+            # Not run without a graph instead: a failed capture may leave the random generator of
+            # the GPU in a state from which it cannot continue.
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise SettingsError(
-                f"A step of training could not be recorded for the GPU to repeat ({reason}). Set"
-                " cuda_graph=false, which does without; `fit --resume` takes it, too."
+                f"A training step could not be recorded as a CUDA graph ({reason}). Set"
+                " cuda_graph=false to train without graphs; `fit --resume` takes it, too."
             ) from error
-        self.pool = graph.pool()
-        return _Graph(own, graph, told)
+        self.pool, self.known = graph.pool(), self._tensors()
+        return _Graph(own, graph, result)
 
-    def _work(self, rows: Tensor) -> Told | None:
-        """A step whole; None, and nothing is changed, where memory runs out."""
+    def _work(self, rows: Tensor) -> _Result | None:
+        """Run a step; where memory runs out, undo it and return None."""
         trainer = self.trainer
         before = Before(trainer.buffers, trainer.model.device)
         begun = None
@@ -169,12 +216,17 @@ class RecordedSteps:
             trainer.parts.halve(error, len(rows))
         if begun is not None:
             return self._finish(*begun)
-        # Only here are the tensors of the step that failed let go of.
+        # Outside the handler, whose traceback holds the tensors of the failed step. From now on
+        # no graph is replayed.
+        self._forget()
         trainer.take_back(before)
         return None
 
-    def _begin(self, rows: Tensor) -> _Begun:
-        """Losses and gradients of a step. With `_finish`, what is recorded: no word to the host."""
+    def _begin(self, rows: Tensor) -> _Gradients:
+        """Compute losses and gradients.
+
+        Graphs record this and `_finish`, in which the host must not wait for the GPU.
+        """
         trainer = self.trainer
         kept = Kept(trainer.buffers)
         with self.streams.used_by(trainer):
@@ -182,7 +234,7 @@ class RecordedSteps:
             losses, estimation, gradients = trainer.gradients_of(batch)
         watched = dict(losses) if estimation is None else {**losses, "estimation": estimation}
         gradients = {name: grad for name, grad in gradients.items() if grad.numel()}
-        return _Begun(kept, losses, watched, gradients)
+        return _Gradients(kept, losses, watched, gradients)
 
     def _finish(
         self,
@@ -190,24 +242,25 @@ class RecordedSteps:
         losses: Mapping[str, Tensor],
         watched: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
-    ) -> Told:
-        """The update of a step, unless it is bad."""
+    ) -> _Result:
+        """Update the parameters, unless a loss or a gradient is not finite."""
         trainer = self.trainer
         numbers = Health.numbers_of(watched, gradients)
         bad = (~numbers.isfinite().all()).float()
         if trainer.settings.non_finite == "stop":
-            # The host learns of it while later steps are under way: those change nothing, too.
+            # The host reads the numbers when later steps are queued already: these must not change
+            # anything either.
             bad = torch.maximum(bad, self.bad)
             self.bad.copy_(bad)
         kept.restore(bad)
         trainer.update(bad)
-        told = torch.stack([*losses.values(), torch.ones_like(bad)])
-        self.sums[: len(told)].add_(torch.where(bad > 0, 0.0, told))
-        return Told(list(losses), told[:-1], [*watched, *gradients], numbers)
+        values = torch.stack([*losses.values(), torch.ones_like(bad)])
+        self.sums[: len(values)].add_(torch.where(bad > 0, 0.0, values))
+        return _Result(list(losses), values[:-1], [*watched, *gradients], len(watched), numbers)
 
 
 def can_record(trainer: Any) -> bool:
-    """Whether a trainer's steps have but the shapes and the operations that can be recorded."""
+    """Return whether the steps of a trainer can be recorded as CUDA graphs."""
     model, settings = trainer.model, trainer.settings
     device = model.device
     entity = model.entity.weight
@@ -225,7 +278,7 @@ def can_record(trainer: Any) -> bool:
 
 
 def has_one_shape(trainer: Any) -> bool:
-    """Whether steps of as many rows can be done in the same shapes, without a word to the host."""
+    """Return whether steps of one number of rows have one shape, and no wait for the GPU."""
     settings, model = trainer.settings, trainer.model
     return (
         settings.regime != "sampled"

@@ -1,4 +1,4 @@
-"""Parts of a step that a GPU does beside each other: streams that split off and join again."""
+"""CUDA streams in which a GPU runs independent parts of a training step concurrently."""
 
 from __future__ import annotations
 
@@ -11,47 +11,59 @@ from torch import Tensor
 
 
 class Streams:
-    """Streams for what does not depend on what is done meanwhile.
+    """Named streams for parts of a step that do not depend on each other.
 
-    A step of a small graph is made of kernels that each keep a part of the GPU busy. What is done
-    forward in a stream autograd does backward in the same; what comes of it is the same to the bit.
+    On a small graph a single kernel keeps only a part of the GPU busy. Autograd runs the backward
+    pass of an operation in the stream of its forward pass. Results are the same to the bit as in
+    one stream.
 
-    A tensor's memory is free, for its stream, once nobody refers to it, although another stream may
-    still have to read it: what passes between streams has to be kept until they have `joined`.
-    Gradients, which pass between them, too, autograd sees to.
+    Once nobody refers to a tensor, the stream that allocated it may reuse its memory, even if
+    another stream has yet to read it. Tensors that pass between streams must therefore be given to
+    `keep` until the streams have joined. For gradients that pass between streams autograd does this
+    itself.
 
     Parameters
     ----------
     device : torch.device, optional
-        A GPU. Default: there are no streams, and all is done in its order.
+        A GPU. Default: no streams; everything runs in the current stream.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._streams: dict[str, torch.cuda.Stream] = {}
-        #: Names of those that this step has split off: another's are none of its capture.
+        #: Names of the streams used in this step. Waiting for any other would end the capture of a
+        #: CUDA graph with an error.
         self._split: set[str] = set()
+        #: Names of the enclosing `beside` contexts.
         self._names: list[str] = []
         self._device = device
-        #: Where the step began, for `beside`; None where there are no streams.
+        #: `mark` of the begin of the step; None outside a step and without streams.
         self.begun: torch.cuda.Event | None = None
         self._kept: list[Tensor] = []
 
     def mark(self) -> torch.cuda.Event | None:
-        """A point in what is being done, for `beside`."""
+        """Return an event after the work queued so far in the current stream, for `beside`."""
         if self._device is None:
             return None
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     @contextmanager
     def beside(
         self, name: str, after: torch.cuda.Event | None, join: bool = True
     ) -> Iterator[None]:
-        """Have what is asked for within, in the stream of a name, depend on what a mark depends on.
+        """Run the operations of the context in another stream, after the event of a `mark`.
 
-        What comes after the context depends on it, too, unless it is not to ``join``. Within
-        another of these names are told apart by that one's, too.
+        Parameters
+        ----------
+        name : str
+            Name of the stream, which is created when first used. In nested contexts the names of
+            the outer ones are part of it.
+        after : torch.cuda.Event or None
+            A `mark`. None: run in the current stream.
+        join : bool, optional
+            Whether the current stream waits for the other one at the end of the context. Default:
+            ``True``.
         """
         if self._device is None or after is None:
             yield
@@ -72,13 +84,13 @@ class Streams:
             torch.cuda.current_stream(self._device).wait_stream(stream)
 
     def meet(self, name: str) -> None:
-        """Have what comes next depend on what was done beside without joining."""
+        """Have the current stream wait for the stream of a `beside` that did not join."""
         if name in self._split:
             torch.cuda.current_stream(self._device).wait_stream(self._streams[name])
 
     @contextmanager
     def used_by(self, owner: Any) -> Iterator[None]:
-        """Be the ``streams`` of a trainer, for a step."""
+        """Be the ``streams`` attribute of an object, a trainer, during a step."""
         before = owner.streams
         try:
             owner.streams, self.begun = self, self.mark()
@@ -86,8 +98,8 @@ class Streams:
                 yield
             self.join()
         except BaseException:
-            # What is taken back next, others may still be writing. Where a recording failed there
-            # is nothing to wait for, and the error that is told of is the first.
+            # The caller undoes the step, while other streams may still be writing. After a failed
+            # capture waiting is an error, which must not hide the first one.
             with suppress(RuntimeError):
                 self.join()
             raise
@@ -98,30 +110,30 @@ class Streams:
 
     @property
     def are_several(self) -> bool:
-        """Whether anything is done beside anything."""
+        """Whether there are streams besides the current one."""
         return self._device is not None
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Keep what passes between streams."""
+        """Keep references to tensors that pass between streams, until the end of the step."""
         if self._device is not None:
             self._kept += tensors
 
     def join(self) -> None:
-        """Wait, in the current stream, for all that this step has split off."""
+        """Have the current stream wait for all streams used in this step."""
         for name in sorted(self._split):
             torch.cuda.current_stream(self._device).wait_stream(self._streams[name])
 
 
 @contextmanager
 def _accumulating_in_any_stream() -> Iterator[None]:
-    """Spare the user torch's warning of parameters that are used in several streams, as meant."""
-    told = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
-    if told is None:
+    """Suppress torch's warning about parameters used in several streams, which is intended here."""
+    set_warning = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if set_warning is None:
         yield
         return
     before = getattr(torch._C, "_warn_on_accumulate_grad_stream_mismatch", lambda: True)()
-    told(False)
+    set_warning(False)
     try:
         yield
     finally:
-        told(before)
+        set_warning(before)

@@ -1,17 +1,19 @@
-"""Counting what outranks an answer, tile by tile: in bounded memory, split over processes.
+"""Counting the candidates that outrank an answer, tile by tile, in bounded memory.
 
-Scores are made in tiles of a fixed number of queries and candidates. Which queries and which
-candidates share a tile, and where in it they stand, depends on the model and the queries alone, not
-on how many processes there are: each makes those tiles that hold entities of its own, with
-something in the places of the others, which do not count. Products of one shape, and of the same
-numbers in the same places, have the same bits; so all that is counted is the same, too.
+Scores are computed in tiles of a fixed number of queries and candidates. Which queries and
+candidates share a tile, and their places in it, depend on the model and the queries alone, not on
+the number of processes. Each process computes the tiles that hold entities of its own; the places
+of other entities are filled with values that are not counted. Products of one shape, with the same
+numbers in the same places, have the same bits, and so the counts are the same for any number of
+processes.
 
-The true score comes from a tile of the same shape, whose candidates are the queries' answers. That
-it is the score which the answer has in its own place, to the last bit, is what ties with equal
-entities rest on; nothing else does.
+The true score comes from a tile of the same shape, whose candidates are the answers of the queries.
+Ties with equal entities rely on this score having the same bits as the score of the answer in its
+own tile; nothing else does.
 
-The decision is a weighted sum of the heads' scores, which are products. Where no head is asked for
-by itself, it is one product: of the heads' vectors side by side, the query's times their weights.
+The decision is a weighted sum of the scores of the heads. Where the score of no single head is
+wanted, one product computes it: that of the concatenated vectors of all heads, the query vectors
+multiplied by the weights.
 """
 
 from __future__ import annotations
@@ -29,45 +31,47 @@ from imvia_graph.distributed import Shards
 from imvia_graph.model import DECISION, IMVIA
 from imvia_graph.nn.decision_fusion import weighted_sum
 
-#: Of vectors and scores, whatever the model's is: in float64 the product of MKL gives equal columns
-#: other last bits in other places.
+#: Dtype of vectors and scores, also of a model in float64: there, the product of MKL gives equal
+#: columns different last bits in different places.
 _DTYPE = torch.float32
-#: Queries and candidates of a tile at most: scores of four heads that a CPU's last cache holds, and
-#: what keeps a GPU busy.
+#: Maximum number of queries, and of candidates, of a tile: the last-level cache of a CPU holds the
+#: scores of four heads; on a GPU, enough to keep it busy.
 _SIDE, _SIDE_ON_GPU = 768, 4096
-#: Tiles whose candidates are made at a time.
+#: Number of tiles whose candidate vectors are computed at a time.
 _MADE = 4
-#: Queries of a tile are filled up to a multiple: products of a row or two are computed otherwise.
+#: The queries of a tile are padded to a multiple of this: BLAS computes products of one or two rows
+#: by other routines.
 _ROWS = 16
-#: Bytes of candidate tables that are kept; larger ones are made, used and forgotten bit by bit.
+#: Maximum size in bytes of candidate tables that are kept; larger ones are computed in chunks for
+#: each group of queries.
 _KEPT = 2**28
-#: Bytes of query vectors that such tables are used for at a time.
+#: Bytes of query vectors in such a group.
 _QUERIES = 2**28
-#: Bytes of relation matrices, of one head, that are made at a time.
+#: Bytes of relation matrices of one head that are computed at a time.
 _MATRICES = 2**24
 
 
 class Batch(NamedTuple):
-    """Queries whose vectors were made together, and what has been counted for them.
+    """Queries whose vectors were computed together, and their counts so far.
 
     Attributes
     ----------
     vectors : list of Tensor
-        (heads, B', d) of heads of one width after the other; rows from B on are zeros. One head,
-        with a weight of 1, where the decision is made as one product.
+        (heads, B', d) for each run of heads of one width; rows from B on are zeros. One head with
+        a weight of 1 where one product computes the decision.
     weights : Tensor
-        (B, heads) of the decision.
+        (B, heads) weights of the decision.
     truth : Tensor
-        (B, heads + 1): the answers' scores.
+        (B, heads + 1) scores of the answers.
     left_out : Tensor
-        (P,) int64: positions of candidates that do not compete, in ascending lists, which queries
-        may share.
+        (P,) int64: positions of filtered candidates, in ascending lists, which queries may share.
     cursor, end : Tensor
-        (B,) int64: those of query i that are still ahead are ``left_out[cursor[i]:end[i]]``.
+        (B,) int64: ``left_out[cursor[i]:end[i]]`` are the filtered candidates of query i in tiles
+        that have not been counted yet.
     pairs : tuple or None
-        Where the kernel does not count: see `_by_tile`.
+        Result of `_by_tile`, or None where the compiled kernel counts.
     counts : Tensor
-        (B, heads + 1, 2) int64: better and tied candidates.
+        (B, heads + 1, 2) int64: numbers of better and of tied candidates.
     """
 
     vectors: list[Tensor]
@@ -81,19 +85,19 @@ class Batch(NamedTuple):
 
 
 class Counter:
-    """Counts, for the queries that it is given, what outranks their answers.
+    """Counts the candidates that outrank the answers of queries.
 
     Parameters
     ----------
     model : IMVIA
         In evaluation mode.
     shards : Shards
-        Whose entities this process counts.
+        The split of the entities over processes.
     known : AnswerIndex
-        Answers that do not compete.
+        Answers that are filtered.
     wanted : sequence of str
-        Heads, and ``decision``, to count by. By the decision alone its scores are made without
-        those of the heads, and may differ from their sum in the last bits.
+        Heads, and ``decision``, by whose scores to count. The decision alone is computed without
+        the scores of the heads, and may differ from their weighted sum in the last bits.
     chosen : Tensor, optional
         (C,) int64, ascending and distinct: the candidates. Default: all entities.
     relation : Tensor, optional
@@ -113,14 +117,14 @@ class Counter:
         self.chosen = chosen
         self.device = model.device
         self.widths = dict(model.widths)
-        #: Whether the heads' scores are not made, only their sum.
+        #: Whether only the decision is computed, by one product.
         self.in_one = list(wanted) == [DECISION] and len(self.widths) > 1
         if self.in_one:
             self.widths = {"all": sum(model.widths.values())}
         names = [*self.widths, DECISION]
         self.wanted = torch.tensor([name in wanted for name in names])
         self.columns = [names.index(name) for name in wanted]
-        # Positions are places in the list of candidates; those of this process are a range of them.
+        # Positions are indices into the candidates; those of this process are one range.
         self.size = shards.num_entities if chosen is None else len(chosen)
         self.first, self.last = shards.start, shards.stop
         if chosen is not None:
@@ -131,12 +135,12 @@ class Counter:
         self.width = _up(-(-self.size // tiles), 16)
         tiles = max(1, -(-self.size // self.width))
         chunks = -(-tiles // _MADE)
-        #: Candidates that are made at a time.
+        #: Number of candidates whose vectors are computed at a time, a chunk.
         self.made = -(-tiles // chunks) * self.width
         a_row = sum(self.widths.values()) * _DTYPE.itemsize
         self.keeps = self.size * a_row <= _KEPT
         self._kept: list[Tensor] | None = None
-        #: Queries, at least, to be given at a time, so that tables are not made too often.
+        #: Minimum number of queries of a call of `count`, for which tables are computed anew.
         self.queries = 1 if self.keeps else max(1, _QUERIES // a_row)
         self.kernels = _kernels.load("scores") if self.device.type == "cpu" else None
 
@@ -148,16 +152,17 @@ class Counter:
         batch_size: int,
         on_part: Callable[[float], None] | None = None,
     ) -> Tensor:
-        """(Q, wanted, 2) int64: how many candidates are better, and how many tied.
+        """Return (Q, wanted, 2) int64 numbers of better and of tied candidates.
 
         Parameters
         ----------
         entity, relation, answer : Tensor
-            (Q,) int64; known answers of a query and the answer itself do not compete.
+            (Q,) int64, sorted by relation. Known answers of a query and the answer are filtered.
         batch_size : int
-            Queries whose vectors are made at a time, at most: fewer where they have many relations.
+            Maximum number of queries whose vectors are computed at a time; fewer where they have
+            many relations.
         on_part : callable, optional
-            Called with the share that is done.
+            Called with the share of the work that is done.
         """
         if not len(entity):
             return torch.zeros(0, len(self.columns), 2, dtype=torch.int64, device=self.device)
@@ -176,7 +181,7 @@ class Counter:
         return self.shards.sum_(counts)
 
     def _sizes(self, relation: Tensor, batch_size: int) -> list[int]:
-        """Into what (Q,) sorted queries are split: matrices of their relations take memory, too."""
+        """Split (Q,) sorted queries into batches that bound the memory for relation matrices."""
         is_new = torch.ones_like(relation)
         is_new[1:] = relation[1:] != relation[:-1]
         a_matrix = self.model.settings.dim**2 * self.model.entity.weight.itemsize
@@ -185,7 +190,7 @@ class Counter:
         return [min(batch_size, n - i) for n in counts.tolist() for i in range(0, n, batch_size)]
 
     def batch(self, entity: Tensor, relation: Tensor, answer: Tensor) -> Batch:
-        """What is to be known of (B,) queries before their candidates are looked at."""
+        """Return the batch of (B,) queries, whose counts are zeros."""
         rows = len(entity)
         query = self.model.queries_alike(entity, relation)
         weights = self.model.decision_weights(relation)
@@ -207,17 +212,17 @@ class Counter:
     def _left_out(
         self, entity: Tensor, relation: Tensor, answer: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What is left out for (B,) queries: their known answers and their own, as positions here.
+        """List the positions of the known answers of (B,) queries and of their own answers.
 
-        It is listed once for queries that ask the same, of which a relation may have many, with
-        many known answers each. Returns ``left_out``, and where in it each query's list begins
-        and ends; see `Batch`.
+        Queries of the same entity and relation share a list, since a relation may have many of
+        them, each with many known answers. Returns ``left_out`` and where in it the list of each
+        query begins and ends; see `Batch`.
         """
         entities = self.model.num_entities
         asked, of = torch.unique(relation * entities + entity, return_inverse=True)
         row, col = self.known.pairs(asked % entities, asked // entities)
         key = torch.unique(row * entities + col)
-        # An answer that is not known makes a list of its own.
+        # A query whose answer is not known has a list of its own.
         own = of * entities + answer
         place = torch.searchsorted(key, own)
         is_known = torch.cat([key, key.new_full((1,), -1)])[place] == own
@@ -238,13 +243,13 @@ class Counter:
     # -- candidates -------------------------------------------------------------------------------
 
     def _chunks(self) -> range:
-        """Positions at which chunks of candidates begin that have some of this process's."""
+        """Return the first positions of the chunks that hold candidates of this process."""
         if self.first == self.last:
             return range(0)
         return range(self.first // self.made * self.made, self.last, self.made)
 
     def _tables(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """Yield where a chunk begins, and its candidates' vectors, as `_make` makes them."""
+        """Yield the first position of each chunk and the vectors of its candidates; see `_make`."""
         if self._kept is not None:
             for i, start in enumerate(self._chunks()):
                 yield start, _rows(self._kept, slice(i * self.made, (i + 1) * self.made))
@@ -253,22 +258,22 @@ class Counter:
                 yield start, self._make(start)
 
     def _make(self, start: int) -> list[Tensor]:
-        """Vectors (heads, made, d) of each width, of the candidates from a position on."""
+        """Return vectors (heads, made, d) of each width, of the candidates from a position on."""
         place = torch.arange(start, start + self.made, device=self.device).clamp_(max=self.size - 1)
         entity = place if self.chosen is None else self.chosen[place]
-        # Those of other processes, too: what is made of theirs does not count, but how the rest is
-        # made could depend on it.
+        # Including entities of other processes: their vectors are not used, but the number of rows
+        # could change the bits of the others.
         return self._vectors(entity)
 
     def _vectors(self, entity: Tensor) -> list[Tensor]:
-        """Vectors (heads, made, d) of each width, of as many entities."""
+        """Return vectors (heads, made, d) of each width, of as many entities."""
         parts = self.model.candidates(self.relation, entity)
         if self.in_one:
             parts = {"all": torch.cat(list(parts.values()), dim=1)}
         return _stacked(parts, self.made)
 
     def _keep(self) -> list[Tensor]:
-        """All vectors of this process, (heads, n, d) of each width, chunk after chunk."""
+        """Return all vectors of this process, (heads, n, d) of each width, chunk after chunk."""
         if self._kept is None:
             chunks = self._chunks()
             self._kept = self._empty(len(chunks) * self.made)
@@ -279,14 +284,14 @@ class Counter:
         return self._kept
 
     def _empty(self, rows: int) -> list[Tensor]:
-        """(heads, rows, d) of each width, filled with whatever."""
+        """Return uninitialised (heads, rows, d) tensors of each width."""
         return [
             torch.empty(heads, rows, width, dtype=_DTYPE, device=self.device)
             for width, heads in _by_width(self.widths)
         ]
 
     def _answers(self, answer: Tensor) -> list[Tensor]:
-        """Vectors (heads, B, d) of each width, of (B,) answers, on every process."""
+        """Return vectors (heads, B, d) of each width, of (B,) answers, on every process."""
         out = self._empty(len(answer))
         mine = self.shards.owned(answer)
         if self.keeps and self.chosen is None:
@@ -296,7 +301,7 @@ class Counter:
                     torch.index_select(kept, 1, place, out=part)
         elif len(self.shards):
             for first in range(0, len(answer), self.made):
-                # As many as are made elsewhere, so that they are made in the same way.
+                # As many as in `_make`, for the same bits.
                 part = answer[first : first + self.made]
                 filled = torch.cat([part, part[:1].expand(self.made - len(part))])
                 for whole, made in zip(out, self._vectors(filled), strict=True):
@@ -309,13 +314,13 @@ class Counter:
     # -- scores -----------------------------------------------------------------------------------
 
     def _slices(self, rows: int) -> Iterator[tuple[slice, slice]]:
-        """Yield rows of queries that make a tile, and the same filled up with zeros."""
+        """Yield the rows of each tile of queries, and the rows with its padding."""
         for start in range(0, rows, self.width):
             stop = min(start + self.width, rows)
             yield slice(start, stop), slice(start, _up(stop, _ROWS))
 
     def _truth(self, vectors: list[Tensor], weights: Tensor, answer: Tensor) -> Tensor:
-        """(B, heads + 1) scores of the answers."""
+        """Return (B, heads + 1) scores of the answers."""
         answers = self._answers(answer)
         found = weights.new_empty(len(answer), len(self.wanted))
         for rows, filled in self._slices(len(answer)):
@@ -332,7 +337,7 @@ class Counter:
         return found
 
     def _count_chunk(self, batch: Batch, start: int, tables: list[Tensor]) -> None:
-        """Count the candidates of a chunk that begins at a position."""
+        """Count the candidates of the chunk that begins at a position."""
         for begin in range(start, start + self.made, self.width):
             low, high = max(self.first - begin, 0), min(self.last - begin, self.width)
             if low >= high:
@@ -361,9 +366,10 @@ class Counter:
     # -- without the kernel -----------------------------------------------------------------------
 
     def _by_tile(self, row: Tensor, col: Tensor, rows: int) -> tuple[Tensor, Tensor, list[int]]:
-        """Pairs of a query and a position in the order of tiles, then of slices; where each begins.
+        """Sort pairs of a query and a position by tile, then by slice of queries.
 
-        The first pair of the tile i and the slice j has the number ``begin[i * slices + j]``.
+        Returns the sorted queries and positions, and the index ``begin[i * slices + j]`` of the
+        first pair of tile i and slice j.
         """
         slices = -(-rows // self.width)
         first = self._chunks().start // self.width
@@ -377,7 +383,7 @@ class Counter:
     def _count_plainly(
         self, batch: Batch, rows: slice, scores: Tensor, begin: int, low: int, high: int
     ) -> None:
-        """What the kernel `outranked` does."""
+        """Count like the kernel `outranked`."""
         assert batch.pairs is not None
         row, col, starts = batch.pairs
         tile = begin // self.width - self._chunks().start // self.width
@@ -400,7 +406,7 @@ class Counter:
 
 
 def _scores(queries: Sequence[Tensor], candidates: Sequence[Tensor]) -> Tensor:
-    """(heads, rows, width) scores of a tile."""
+    """Return the (heads, rows, width) scores of a tile."""
     heads = sum(len(part) for part in queries)
     out = queries[0].new_empty(heads, queries[0].shape[1], candidates[0].shape[1])
     first = 0
@@ -411,33 +417,33 @@ def _scores(queries: Sequence[Tensor], candidates: Sequence[Tensor]) -> Tensor:
 
 
 def _with_decision(scores: Tensor, weights: Tensor) -> list[Tensor]:
-    """(rows, width) scores by each head and, last, by the decision."""
+    """Return (rows, width) scores of each head and, last, of the decision."""
     return [*scores, weighted_sum(scores, weights)]
 
 
 def _filled(rows: Tensor, count: int) -> Tensor:
-    """(heads, n, d) rows with as many zeros behind them as make the count."""
+    """Pad (heads, n, d) with rows of zeros to a number of rows."""
     return nn.functional.pad(rows, (0, 0, 0, count - rows.shape[1]))
 
 
 def _rows(parts: Sequence[Tensor], rows: slice) -> list[Tensor]:
-    """Some of the rows of (heads, n, d), of each width."""
+    """Return a slice of the rows of (heads, n, d), of each width."""
     return [part[:, rows] for part in parts]
 
 
 def _by_width(widths: Mapping[str, int]) -> list[tuple[int, int]]:
-    """Widths, and how many heads in succession have each."""
+    """Return runs of heads of one width: the width and the number of heads."""
     return [(width, len(list(same))) for width, same in itertools.groupby(widths.values())]
 
 
 def _stacked(rows: Mapping[str, Tensor], count: int) -> list[Tensor]:
-    """(heads, count, d) of (n, d) rows a head, of each width, with zeros behind them."""
+    """Stack (n, d) rows of heads of one width into (heads, count, d), padded with zeros."""
     same = itertools.groupby(rows.values(), lambda part: part.shape[1])
     return [_filled(torch.stack(list(parts)).to(_DTYPE), count) for _, parts in same]
 
 
 def _up(number: int, multiple: int) -> int:
-    """The next multiple from a number on; at least one."""
+    """Round a number up to a multiple, at least one times it."""
     return max(1, -(-number // multiple)) * multiple
 
 

@@ -358,6 +358,17 @@ def test_kernels_are_for_what_they_were_written_for(device):
     assert not usable(torch.int64)
 
 
+def test_gradients_of_features_are_not_for_deterministic_algorithms(device):
+    feat, gate = torch.zeros(2, 2, 4, device=device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert fused_triton.usable(feat, gate.clone().requires_grad_())
+        assert not fused_triton.usable(feat.clone().requires_grad_(), gate)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert fused_triton.usable(feat.clone().requires_grad_(), gate)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on the CPU")
 def test_kernels_are_not_for_the_cpu():
     feat, ptr, entity, gate = case([2], [0], 4)

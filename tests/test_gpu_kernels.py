@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import imvia_graph as ig
 from imvia_graph import TrainingError, _factored, _gpu, optimizers, training
-from imvia_graph._gpu import fusion, grouped, powers, products
+from imvia_graph._gpu import fusion, grouped, powers, probe, products
 from imvia_graph._gpu.lookup import lookup
 from imvia_graph._recorded import RecordedSteps, has_one_shape
 from imvia_graph.checkpoint import load_trainer, save_trainer
@@ -159,6 +159,18 @@ def test_losses_of_large_scores_are_finite(device, on_gpu):  # noqa: F811
         expected = plainly([queries], [candidates], None, loss, 0.1)
         torch.testing.assert_close(found.cpu(), expected)
         assert torch.autograd.grad(found, queries)[0].isfinite().all()
+
+
+def test_losses_read_weights_however_they_lie(device, on_gpu):  # noqa: F811
+    queries, candidates, weights = factored_case(2, torch.float32)
+    parts = [part.to(device) for part in (*queries, *candidates)]
+    found = []
+    for given in (weights.detach(), weights.detach().T.contiguous().T):
+        there = given.to(device).requires_grad_()
+        loss = factored_completion(parts[:2], parts[2:], moved(POSITIVES, device), there)
+        found.append([loss, *torch.autograd.grad(loss, there)])
+    assert not given.is_contiguous()
+    torch.testing.assert_close(*found)
 
 
 # -- products in half precision --------------------------------------------------------------------
@@ -498,17 +510,10 @@ CONSTANTS = {
         for given in (None, "*fp32")
     ],
     ("grouped", "_multiply"): [
-        {
-            **{"k": 64, "n": 64, "along_k": 64, "along_n": 1},
-            **{"ROWS": 16, "COLUMNS": 64, "PRECISION": "tf32"},
-        }
+        {"k": 64, "n": 64, "along_k": 64, "along_n": 1, "ROWS": 16, "COLUMNS": 64}
     ],
-    ("grouped", "_outer"): [
-        {
-            **{"k": 64, "n": 64, "grad": "*bf16"},
-            **{"ROWS": 16, "COLUMNS": 64, "PRECISION": "tf32"},
-        }
-    ],
+    ("grouped", "_outer"): [{"k": 64, "n": 64, "grad": "*bf16", "ROWS": 16, "COLUMNS": 64}],
+    ("probe", "_store_one"): [{}],
     ("lookup", "_add_up"): [{"LOOKED": 512, "ROWS": 16, "COLUMNS": 256}],
     ("scores", "_sum_up"): [
         {"heads": 5, "DECIDED": True, "SOFTMAX": softmax, "HEADS": 8, "COLUMNS": 512, "rows": int}
@@ -556,10 +561,34 @@ def test_kernels_compile(module, name):
         known = {key: v for key, v in given.items() if key not in numbers and key not in pointers}
         kinds = {**pointers, **numbers, **dict.fromkeys(known, "constexpr")}
         signature = {argument: kinds.get(argument, "*fp32") for argument in kernel.arg_names}
-        compiled = triton.compile(
-            ASTSource(kernel, signature, known), target=GPUTarget("cuda", 90, 32)
-        )
+        source = ASTSource(kernel, signature, known)
+        target = GPUTarget("cuda", 90, 32)
+        compiled = triton.compile(source, target=target, options=_gpu.OPTIONS)
         assert "st.global" in compiled.asm["ptx"]
+        if "dot(" in kernel.src and "amd" in triton.backends.backends:
+            # Of whose GPUs some have no TF32.
+            target = GPUTarget("hip", "gfx90a", 64)
+            compiled = triton.compile(source, target=target, options=_gpu.OPTIONS)
+            assert "mfma" in compiled.asm["amdgcn"]
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter needs no compiler")
+def test_without_a_compiler_there_are_no_kernels_and_a_warning(monkeypatch, caplog):
+    class Kernel:
+        def __getitem__(self, grid):
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+
+    assert _gpu.load(vars(probe), probe._KERNELS)
+    monkeypatch.setattr(probe, "_store_one", Kernel())
+    assert not probe.launches.__wrapped__(torch.device("cpu"))
+    assert "kernels on cpu (RuntimeError: Failed to find C compiler.), and slower" in caplog.text
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    for answer in (False, True):
+        monkeypatch.setattr(probe, "launches", lambda _, answer=answer: answer)
+        assert _gpu.runs_on(torch.device("cuda", 1)) == answer
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not _gpu.runs_on(torch.device("cuda", 1)) or torch.version.hip
 
 
 def test_every_kernel_is_compiled_in_the_test_above():
@@ -569,8 +598,21 @@ def test_every_kernel_is_compiled_in_the_test_above():
         # Those that others call are compiled with them.
         called = {function.id for function in calls if isinstance(function, ast.Name)}
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            if isinstance(node, ast.FunctionDef) and "no_type_check" in map(
+                ast.unparse, node.decorator_list
+            ):
                 assert node.name in called or (path.stem, node.name) in CONSTANTS, path
+
+
+def test_every_launch_says_how_numbers_are_computed():
+    launches = 0
+    for path in sorted((ROOT / "imvia_graph" / "_gpu").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launches += 1
+                given = [ast.unparse(one.value) for one in node.keywords if one.arg is None]
+                assert "_gpu.OPTIONS" in given, path
+    assert launches == 8
 
 
 # -- Adam ------------------------------------------------------------------------------------------

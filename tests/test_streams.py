@@ -43,8 +43,8 @@ class FakeGPU:
         def __init__(self, gpu):
             self.gpu = gpu
 
-        def record(self):
-            self.seen = set(self.gpu.current[-1].seen)
+        def record(self, stream):
+            self.seen = set(stream.seen)
 
     @contextmanager
     def entered(self, stream):
@@ -214,15 +214,22 @@ class CheckedStreams(Streams):
         super().join()
 
 
-def watched_step(gpu, monkeypatch, broken=None, **changes):
-    """The streams and the watch of one step of training, of which ``broken`` is left undone."""
+def recorded_steps(monkeypatch, **changes):
+    """Steps of a trainer in plain torch, which can be watched."""
     kg = ring_kg()
     given = {"dim": 8, "relation_dim": 8, "batch_size": 16, "device": "cpu", "precision": "float32"}
     settings = ig.Settings(backend="reference", **given, **changes)
     trainer = Trainer(ig.IMVIA.from_kg(kg, settings), kg, settings)
-    # In plain torch, which can be watched.
     monkeypatch.setattr(_factored._kernels, "load", lambda name: None)
-    recorded = RecordedSteps(trainer, on_gpu=False)
+    for group in trainer.estimator_optimizer.param_groups if trainer.estimator_optimizer else ():
+        group["fused"] = True  # as it is on a GPU
+    return RecordedSteps(trainer, on_gpu=False)
+
+
+def watched_step(gpu, monkeypatch, broken=None, **changes):
+    """The streams and the watch of one step of training, of which ``broken`` is left undone."""
+    recorded = recorded_steps(monkeypatch, **changes)
+    trainer = recorded.trainer
     recorded.streams = CheckedStreams(torch.device("cuda"))
     watch = recorded.streams.watch = Watch(gpu)
     rows = next(trainer.batches.rows_of_epoch(0))
@@ -285,6 +292,90 @@ def test_what_a_part_did_not_wait_for_or_keep_is_found(gpu, monkeypatch):
     assert watched_step(gpu, monkeypatch, broken=early)[0].raced
 
 
+# -- graphs ----------------------------------------------------------------------------------------
+
+
+def other_memory(trainer):
+    """As ``model.cpu().cuda()`` does."""
+    for parameter in trainer.model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def other_rate(trainer):
+    trainer.optimizer.param_groups[0]["lr"] = 0.5
+
+
+def other_state(trainer):
+    trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
+
+
+def fewer_trained(trainer):
+    trainer.model.entity.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [other_memory, other_rate, other_state, fewer_trained])
+def test_graphs_of_tensors_that_are_others_now_are_deleted(monkeypatch, change):
+    recorded = recorded_steps(monkeypatch, complex_head=False)
+    trainer = recorded.trainer
+    recorded.begin()
+    for rows in trainer.batches.rows_of_epoch():
+        recorded.step(rows)
+    assert recorded.done
+    recorded.graphs[16], recorded.known = "a graph", recorded._tensors()
+    trainer.model.load_state_dict(trainer.model.state_dict())
+    recorded.begin()
+    assert recorded.graphs
+    change(trainer)
+    recorded.begin()
+    assert not recorded.graphs
+    assert not recorded.done  # of which kernels are compiled in the next steps
+    assert all(torch.is_tensor(group["lr"]) for group in trainer.optimizer.param_groups)
+
+
+def test_steps_in_another_shape_are_done_before_one_is_recorded(monkeypatch):
+    recorded = recorded_steps(monkeypatch)
+    recorded.begin()
+    batches = recorded.trainer.batches
+    for rows in batches.rows_of_epoch():
+        recorded.step(rows)
+    recorded.graphs[len(rows)] = "a graph"
+    assert recorded.done.total() == len(batches) > 1
+    batches.most_positives += 128
+    recorded.step(rows)
+    assert not recorded.graphs
+    assert recorded.done == {len(rows): 1}
+
+
+def test_where_memory_runs_out_the_memory_of_graphs_is_given_back(monkeypatch):
+    recorded = recorded_steps(monkeypatch)
+    recorded.begin()
+    rows = next(recorded.trainer.batches.rows_of_epoch())
+    recorded.step(rows)
+    recorded.graphs[1] = "a graph"
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded, "_begin", lambda rows: torch.empty(2**60))
+        recorded.step(rows)
+    assert recorded.trainer.parts.count == 2
+    assert not recorded.graphs
+    assert recorded.pool is None
+
+
+def test_a_loss_of_the_estimators_that_is_not_finite_is_no_gradient(monkeypatch):
+    recorded = recorded_steps(monkeypatch)
+    trainer = recorded.trainer
+    recorded.begin()
+    plain = trainer.gradients_of
+
+    def spoiled(batch):
+        losses, estimation, gradients = plain(batch)
+        return losses, estimation * torch.nan, gradients
+
+    monkeypatch.setattr(trainer, "gradients_of", spoiled)
+    recorded.step(next(trainer.batches.rows_of_epoch()))
+    with pytest.raises(ig.TrainingError, match=r": estimation is nan\."):
+        trainer._settle()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: next(iter(changes), "defaults"))
 def test_a_gpu_computes_the_same_bits_beside_each_other_and_one_after_the_other(
@@ -294,8 +385,9 @@ def test_a_gpu_computes_the_same_bits_beside_each_other_and_one_after_the_other(
     # Kernels long enough to be at work at the same time.
     settings = ig.Settings(dim=128, information_dim=128, device="cuda", seed=3, **changes)
     states = []
-    for most in (-1, -1, _recorded._FEW):
-        monkeypatch.setattr(_recorded, "_FEW", most)
+    for most in (-1, -1, _recorded._MOST_ENTITIES):
+        monkeypatch.setattr(_recorded, "_MOST_ENTITIES", most)
+        monkeypatch.setattr(_recorded, "_STREAMS_SINCE", (0,))  # any torch
         torch.manual_seed(0)
         trainer = Trainer(ig.IMVIA.from_kg(kg, settings).to("cuda"), kg, settings)
         for _ in range(6):

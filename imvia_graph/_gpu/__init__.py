@@ -1,7 +1,7 @@
-"""Kernels that Triton compiles for a GPU: made when one is first wanted.
+"""Triton kernels for GPUs, created at their first use.
 
-Importing Triton takes time and reads TRITON_INTERPRET, with which it runs kernels in Python: that
-is how they are tested where there is no GPU.
+Importing Triton takes time. It reads the environment variable TRITON_INTERPRET, with which kernels
+run in Python on the CPU: tests without a GPU use it.
 """
 
 from __future__ import annotations
@@ -12,36 +12,39 @@ from typing import Any
 
 import torch
 
-#: What kernels take; sums are in float32.
+#: Dtypes that kernels take. Sums are in float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Options of all launches: Triton 3.9 warns that from 3.10 on, multiplications and additions are
+#: not fused by default.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether Triton's kernels run there."""
+    """Return whether Triton's kernels run on a device."""
     if device.type == "cuda":
-        # What Triton supports of NVIDIA's: Ampere and later.
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+        from imvia_graph._gpu import probe
+
+        # Of NVIDIA's GPUs, Triton supports Ampere and later.
+        is_new = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+        return is_new and probe.launches(device)
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def is_waited_for(device: torch.device) -> bool:
-    """Whether the host would have to wait for a device to learn what it computed.
+    """Return whether reading a value on a device makes the host wait.
 
-    Triton's interpreter counts as one, so that there, too, nobody asks.
+    Under Triton's interpreter the CPU counts as such a device, so that tests take the same paths.
     """
     return device.type == "cuda" or runs_on(device)
 
 
 def may_not_ask(ids: torch.Tensor) -> bool:
-    """Whether ids are not to be looked at: there are none, or they would have to be waited for."""
+    """Return whether ids cannot be checked: there are none, or the host would have to wait."""
     return torch.compiler.is_compiling() or not len(ids) or is_waited_for(ids.device)
 
 
 def beyond(ids: torch.Tensor, number: int) -> int | None:
-    """One of the ids that is not from 0 to ``number`` - 1; None where there is none.
-
-    Those that `may_not_ask` tells are not looked at.
-    """
+    """Return an id outside 0 … ``number`` - 1, or None if all are within or `may_not_ask`."""
     if may_not_ask(ids):
         return None
     low, high = int(ids.min()), int(ids.max())
@@ -50,22 +53,32 @@ def beyond(ids: torch.Tensor, number: int) -> int | None:
     return high if high >= number else None
 
 
-#: Arguments that kernels have for tensors whose number differs.
+#: Number of arguments that kernels have for a variable number of tensors.
 ARGUMENTS = 8
 
 
-def filled(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """As many as kernels have arguments for: the first again and again, which none reads."""
+def padded(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return `ARGUMENTS` tensors: those given, then the first again, which kernels do not read."""
     return [*tensors, *[tensors[0]] * (ARGUMENTS - len(tensors))]
 
 
 def load(
     module: dict[str, Any], kernels: Sequence[Callable[..., Any]], unspecialized: Sequence[str] = ()
 ) -> bool:
-    """Make kernels of a module's functions, the first time; False where Triton is not installed.
+    """Turn functions of a module into kernels at the first call; return whether Triton is there.
 
-    A kernel finds ``tl``, which is None until then, and other kernels among its module's globals.
-    Of arguments that are ``unspecialized`` it does not look at what they are divisible by.
+    Parameters
+    ----------
+    module : dict
+        Globals of the module, in which kernels look up ``tl`` (None until then) and each other.
+    kernels : sequence of function
+    unspecialized : sequence of str, optional
+        Arguments for which Triton does not compile variants by value or divisibility.
+
+    Returns
+    -------
+    bool
+        False if Triton is not installed.
     """
     if module["tl"] is None:
         try:

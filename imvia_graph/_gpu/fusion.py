@@ -11,18 +11,18 @@ from torch import Tensor
 from imvia_graph import _gpu
 from imvia_graph._gradients import with_gradients
 
-#: triton.language, once `usable` has been asked.
+#: triton.language, once `usable` has been called.
 tl: Any = None
 
-#: The widest row that a kernel holds.
+#: Maximum width of a row.
 _WIDEST = 1024
-#: Numbers of a modality that a program holds at a time, and how often it does so backward, where it
-#: adds up the gradients of the attention vectors.
+#: Elements of a modality in a program's tile, and tiles of a program in the backward pass, over
+#: which it sums the gradients of the attention vectors.
 _AT_A_TIME, _TIMES = 2048, 2
 
 
 def usable(parts: Sequence[Tensor]) -> bool:
-    """Whether there are kernels for M tensors (B, d) on their device."""
+    """Return whether there are kernels for M tensors (B, d) on their device."""
     first = parts[0]
     return (
         len(parts) <= _gpu.ARGUMENTS
@@ -35,7 +35,7 @@ def usable(parts: Sequence[Tensor]) -> bool:
 
 
 def plain(vectors: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, d) and (B, M) of (M, d) and M tensors (B, d), in torch's operations."""
+    """Compute `fuse` with PyTorch operations, from (M, d) vectors and M tensors (B, d)."""
     stacked = torch.stack(parts, dim=1)
     with torch.autocast(stacked.device.type, enabled=False):
         attention = (stacked * vectors.to(stacked.dtype)).sum(-1).softmax(dim=1)
@@ -43,16 +43,30 @@ def plain(vectors: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fuse(vectors: Tensor, wanted: bool, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """(B, d) of (M, d) attention vectors and M tensors (B, d); and their (B, M) weights if wanted.
+    """Fuse M modalities by attention.
 
-    The first is in the widest of the parts' dtypes, the second in float32, or None.
+    Parameters
+    ----------
+    vectors : Tensor
+        (M, d) attention vectors.
+    wanted : bool
+        Whether to return the weights.
+    parts : sequence of Tensor
+        M times (B, d).
+
+    Returns
+    -------
+    Tensor
+        (B, d) in the widest dtype of the parts.
+    Tensor or None
+        (B, M) weights in float32.
     """
     joint, weights = _Fuse.apply(vectors, wanted, *(part.contiguous() for part in parts))
     return joint, weights
 
 
 class _Fuse(torch.autograd.Function):
-    """`fuse` of tensors whose rows lie one after the other."""
+    """`fuse` of contiguous tensors."""
 
     @staticmethod
     def forward(
@@ -89,26 +103,27 @@ class _Fuse(torch.autograd.Function):
         given = None if grad_attention is None else grad_attention.contiguous()
         grads = [torch.empty_like(part) for part in parts]
         shared = total.new_empty(-(-rows // _rows(width, _TIMES)), len(parts), width)
-        rest = grad, given, shared, rows, *_gpu.filled(grads)
+        rest = grad, given, shared, rows, *_gpu.padded(grads)
         _launch(_back, _TIMES, parts, _exact(vectors), logits, total, *rest)
         ones = shared.new_ones(len(shared))
-        # As a product: of so many rows a sum of torch takes 20 microseconds.
+        # As a product: ``shared.sum(0)`` over so many rows takes 20 microseconds.
         with torch.autocast(grad.device.type, enabled=False):
             of_vectors = (ones @ shared.flatten(1)).view_as(vectors).to(vectors.dtype)
             return of_vectors, None, *grads
 
 
 def _exact(vectors: Tensor) -> Tensor:
-    """Attention vectors as the kernels read them."""
+    """Return attention vectors in float32 and contiguous, as the kernels read them."""
     return vectors.detach().float().contiguous()
 
 
 def _rows(width: int, times: int) -> int:
-    """Rows of one program, which does some at a time."""
+    """Return the number of rows of a program that processes so many tiles."""
     return times * max(1, _AT_A_TIME // _columns(width))
 
 
 def _columns(width: int) -> int:
+    """Return the width of a tile."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -118,7 +133,7 @@ def _launch(kernel: Any, times: int, parts: Sequence[Tensor], *others: Any) -> N
         return
     with torch.cuda.device_of(parts[0]):
         kernel[(-(-rows // _rows(width, times)),)](
-            *_gpu.filled(parts),
+            *_gpu.padded(parts),
             *others,
             d=width,
             count=len(parts),
@@ -127,6 +142,7 @@ def _launch(kernel: Any, times: int, parts: Sequence[Tensor], *others: Any) -> N
             COLUMNS=_columns(width),
             TIMES=times,
             num_warps=4,
+            **_gpu.OPTIONS,
         )
 
 
@@ -135,7 +151,7 @@ def _launch(kernel: Any, times: int, parts: Sequence[Tensor], *others: Any) -> N
 
 @no_type_check
 def _of(m: tl.constexpr, p0, p1, p2, p3, p4, p5, p6, p7):
-    """The argument of a modality."""
+    """Return the pointer of modality m."""
     if m == 0:
         found = p0
     elif m == 1:
@@ -177,7 +193,7 @@ def _fuse(
     COLUMNS: tl.constexpr,
     TIMES: tl.constexpr,
 ):
-    """Write rows' sums, their logits, and the logarithms of their softmaxes' denominators."""
+    """Write weighted sums of rows, their logits, and logarithms of the softmax denominators."""
     column = tl.arange(0, COLUMNS)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
@@ -192,13 +208,13 @@ def _fuse(
         v = tl.load(vectors + m * d + column, mask=column < d, other=0)
         logit = tl.sum(x * v[None, :], axis=1)
         tl.store(logits + row * count + m, logit, mask=there)
-        # The sum stays a mean: none outgrows what it is of.
+        # A running mean instead of a sum, which could overflow.
         new_top = tl.maximum(top, logit)
         kept = summed * tl.exp(top - new_top)
         share = tl.exp(logit - new_top)
         top = new_top
         summed = kept + share
-        # A logit of minus infinity, if the first ones are, has no share; nor has 0 of 0.
+        # Where all logits so far are minus infinity, the sum is 0 and no modality has a share.
         inverse = tl.where(summed == 0, 0.0, 1 / summed)
         mean = mean * (kept * inverse)[:, None] + x * (share * inverse)[:, None]
     tl.store(out + place, mean.to(out.dtype.element_ty), mask=mask)
@@ -237,10 +253,11 @@ def _back(
     COLUMNS: tl.constexpr,
     TIMES: tl.constexpr,
 ):
-    """Write some rows' gradients, and add up what they give the attention vectors.
+    """Write the gradients of rows, and their sums for the attention vectors.
 
-    With weights w_m, whose gradients are a_m = grad . x_m + grad_attention_m, and their mean a
-    under w, a logit's gradient is s_m = w_m (a_m - a), and that of x_m is w_m grad + s_m v_m.
+    With weights w_m, their gradients a_m = grad . x_m + grad_attention_m and the mean a of these
+    under w, the gradient of a logit is s_m = w_m (a_m - a), that of x_m is w_m grad + s_m v_m, and
+    that of v_m is the sum of s_m x_m over the rows.
     """
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)

@@ -1,7 +1,7 @@
-"""Products of groups of rows with a matrix a group, as Triton kernels.
+"""Products of groups of rows with one matrix per group, as Triton kernels.
 
-The groups lie one after the other, and where each begins is known to the device alone: the host
-need not wait to learn it, and there is one launch however many groups there are.
+The offsets of the groups stay on the device: the host does not wait for them, and one launch
+computes all groups.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch import Tensor
 from imvia_graph import _gpu
 from imvia_graph._gradients import first_order
 
-#: triton.language, once `loads` has been asked.
+#: triton.language, once `loads` has been called.
 tl: Any = None
 
-#: Sides of a tile: rows, and columns of what is multiplied and of what comes of it.
+#: Sides of a tile: rows, and columns of factors and results.
 _ROWS, _COLUMNS = 16, 64
 
 
 def loads() -> bool:
-    """Whether Triton is installed; makes the kernels the first time."""
+    """Return whether Triton is installed; create the kernels at the first call."""
     return _gpu.load(globals(), _KERNELS)
 
 
 def usable(rows: Tensor, matrix: Tensor) -> bool:
-    """Whether there is a kernel for rows and matrices of these dtypes on this device."""
+    """Return whether there is a kernel for these dtypes on this device."""
     return (
         matrix.dtype in _gpu.DTYPES
-        # The interpreter is made of NumPy, which has no bfloat16 to multiply.
+        # The interpreter uses NumPy, which has no bfloat16.
         and (matrix.is_cuda or matrix.dtype != torch.bfloat16)
         and rows.device == matrix.device
         and _gpu.runs_on(rows.device)
@@ -39,12 +39,12 @@ def usable(rows: Tensor, matrix: Tensor) -> bool:
 
 
 def product(rows: Tensor, matrix: Tensor, offsets: Tensor) -> Tensor:
-    r"""Multiply each group of rows with its matrix: ``out[i] = rows[i] @ matrix[u]``.
+    r"""Multiply the rows i of each group u with its matrix: ``out[i] = rows[i] @ matrix[u]``.
 
     Parameters
     ----------
     rows : Tensor
-        (B, k), sorted by group; taken in the matrices' dtype.
+        (B, k), sorted by group; converted to the dtype of the matrices.
     matrix : Tensor
         (U, k, n).
     offsets : Tensor
@@ -54,7 +54,7 @@ def product(rows: Tensor, matrix: Tensor, offsets: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        (B, n), in the matrices' dtype.
+        (B, n) in the dtype of the matrices.
     """
     out: Tensor = _Product.apply(rows.to(matrix.dtype), matrix, offsets)
     return out
@@ -96,10 +96,8 @@ def _times(rows: Tensor, matrix: Tensor, offsets: Tensor, transposed: bool) -> T
 def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *others: Any) -> None:
     if min(grid) == 0:
         return
-    # float32 as torch multiplies it: not in the matrix units' rounded form of it.
-    precision = "ieee" if first.dtype == torch.float32 else "tf32"
     with torch.cuda.device_of(first):
-        kernel[grid](first, *others, ROWS=_ROWS, COLUMNS=_COLUMNS, PRECISION=precision)
+        kernel[grid](first, *others, ROWS=_ROWS, COLUMNS=_COLUMNS, **_gpu.OPTIONS)
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -117,9 +115,8 @@ def _multiply(
     along_n: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Write some columns of a group's products."""
+    """Write a block of columns of the products of a group."""
     group = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -138,7 +135,8 @@ def _multiply(
                 mask=inside[:, None] & (column < n)[None, :],
                 other=0,
             )
-            total = tl.dot(left, right, total, input_precision=PRECISION)
+            # float32 is not rounded to TF32; the option has no effect on half precision.
+            total = tl.dot(left, right, total, input_precision="ieee")
         tl.store(
             out + row[:, None] * n + column[None, :],
             total.to(out.dtype.element_ty),
@@ -156,9 +154,8 @@ def _outer(
     n: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Write a tile of a group's sum of outer products of its rows and theirs."""
+    """Write a tile of ``rows.T @ grad`` of a group, the gradient of its matrix."""
     group = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     left = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -173,7 +170,7 @@ def _outer(
         g = tl.load(
             grad + row[:, None] * n + right[None, :], mask=there & (right < n)[None, :], other=0
         )
-        total = tl.dot(tl.trans(x), g, total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(x), g, total, input_precision="ieee")
     tl.store(
         out + group * k * n + left[:, None] * n + right[None, :],
         total.to(out.dtype.element_ty),

@@ -1,4 +1,4 @@
-"""Rows of tables whose gradients a GPU adds up in an order that stays, as a Triton kernel."""
+"""Table lookups whose gradients a GPU sums in a fixed order, as a Triton kernel."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch.nn import functional
 
 from imvia_graph import _gpu
 
-#: triton.language, once `_usable` has been asked.
+#: triton.language, once `_usable` has been called.
 tl: Any = None
 
-#: Rows that may be asked for: each looks at all others.
+#: Maximum number of ids: each is compared with all others.
 _MOST = 4096
-#: Rows looked at, and rows and columns added up, at a time: by one warp, which waits for no other.
+#: Ids compared, and rows and columns summed, at a time by a program of one warp, which needs no
+#: barriers.
 _LOOKED, _ROWS, _COLUMNS = 512, 16, 256
 
 
@@ -32,7 +33,7 @@ def _usable(row: Tensor, table: Tensor) -> bool:
 
 
 def lookup(row: Tensor, table: Tensor) -> Tensor:
-    """``torch.nn.functional.embedding``; on a GPU its gradient is the work of one small kernel."""
+    """Compute ``torch.nn.functional.embedding``, whose gradient on a GPU is one small kernel."""
     if not (torch.is_grad_enabled() and table.requires_grad and _usable(row, table)):
         return functional.embedding(row, table)
     out: Tensor = _Lookup.apply(row, table)
@@ -53,7 +54,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class _AddUp(torch.autograd.Function):
-    """Rows added up where they were looked up: what a gradient of a gradient asks for, too."""
+    """Sums of gradients at the rows of the table, with a gradient of their own."""
 
     @staticmethod
     def forward(ctx: Any, row: Tensor, grad: Tensor, shape: torch.Size) -> Tensor:
@@ -73,6 +74,7 @@ class _AddUp(torch.autograd.Function):
                     ROWS=_ROWS,
                     COLUMNS=_COLUMNS,
                     num_warps=1,
+                    **_gpu.OPTIONS,
                 )
         return total
 
@@ -93,9 +95,9 @@ def _add_up(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write some columns of the sum of the rows that are of one row of the table.
+    """Write a block of columns of the sum of all gradients of one row of the table.
 
-    The first of them does it, and sees from the others that it is.
+    Of the programs whose ids are equal, the first computes the sum.
     """
     mine = tl.program_id(0).to(tl.int64)
     wanted = tl.load(row + mine)

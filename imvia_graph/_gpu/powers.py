@@ -1,8 +1,8 @@
-"""Sums of squares or cubes of rows and their gradients in one pass each, as Triton kernels.
+"""Sums of squares or cubes of rows and their gradients, one pass each, as Triton kernels.
 
-The parts of a sum that are alike - in shape, dtype and weights - are done together. Rows of weight
-0 are not read: of all candidates of a batch most are no answers. A NaN in such a row is not seen
-here; the scores, which are of all candidates, see it.
+Parts of one shape, dtype and weight tensor share a launch. Rows of weight 0 are not read, since
+most candidates of a batch are no answers. A NaN in such a row does not reach the sum; it reaches
+the scores, which read all candidates.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from imvia_graph import _gpu
 
-#: triton.language, once `usable` has been asked.
+#: triton.language, once `usable` has been called.
 tl: Any = None
 
-#: Numbers that a program holds at a time, and how many of a row.
+#: Elements in the tile of a program, and columns at most.
 _AT_A_TIME, _OF_A_ROW = 4096, 1024
 
 
 def usable(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
-    """Whether there are kernels for parts and weights of these dtypes on their device."""
+    """Return whether there are kernels for parts and weights of these dtypes on their device."""
     device = parts[0].device
     return (
         all(part.dtype in _gpu.DTYPES and part.device == device for part in parts)
         and all(weight.dtype == torch.float32 and weight.device == device for weight in weights)
-        # What does not fit is refused by torch.
+        # PyTorch raises the error where lengths do not match.
         and all(len(part) == len(weight) for part, weight in zip(parts, weights, strict=True))
         and not torch.compiler.is_compiling()
         and _gpu.runs_on(device)
@@ -37,7 +37,7 @@ def usable(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
 
 
 def total(power: int, parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    r"""The weighted sum of powers of all rows: of their squares, or of the cubes of moduli.
+    r"""Return the weighted sum over all rows of squares, or of cubes of moduli.
 
     .. math::
         \sum_p \sum_i w_{pi} \sum_j |x_{pij}|^2 \quad \text{or} \quad
@@ -46,17 +46,17 @@ def total(power: int, parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Ten
     Parameters
     ----------
     power : {2, 3}
-        For 3 a row is one of complex numbers: real parts, then imaginary ones, and of an odd width
-        a last one that is real.
+        With 3, rows hold complex numbers: real parts, then imaginary parts, and last, for an odd
+        width, a real number.
     parts : sequence of Tensor
         (n, d) each.
     weights : sequence of Tensor
-        (n,) float32, one a part. Parts of the same tensor are done together.
+        (n,) float32 for each part. Parts with the same weight tensor share a launch.
 
     Returns
     -------
     Tensor
-        A scalar, in float32.
+        A float32 scalar.
     """
     alike = list(_alike(parts, weights))
     tiles = [-(-len(parts[places[0]]) // _sides(power, parts[places[0]])[0]) for places in alike]
@@ -70,16 +70,16 @@ def total(power: int, parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Ten
 def gradients(
     power: int, grad: Tensor, parts: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The gradients of `total` with respect to the parts; ``grad``, a scalar, is that of it."""
+    """Return the gradients of the parts, given the gradient of `total`, a scalar."""
     out = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
     for places in _alike(parts, weights):
-        written = _gpu.filled([out[place] for place in places])
+        written = _gpu.padded([out[place] for place in places])
         _launch(_slopes, power, places, parts, weights, grad, *written)
     return out
 
 
 def _alike(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Which parts go into a launch together."""
+    """Yield the indices of parts that share a launch."""
     groups: dict[Any, list[int]] = {}
     for place, (part, weight) in enumerate(zip(parts, weights, strict=True)):
         groups.setdefault((part.shape, part.dtype, id(weight)), []).append(place)
@@ -89,7 +89,7 @@ def _alike(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Iterator[list[
 
 
 def _sides(power: int, part: Tensor) -> tuple[int, int]:
-    """Rows and columns of a program's tile of numbers."""
+    """Return the numbers of rows and columns of a program's tile."""
     numbers = part.shape[1] if power == 2 else (part.shape[1] + 1) // 2
     columns = min(1 << max(numbers - 1, 0).bit_length(), _OF_A_ROW)
     return _AT_A_TIME // columns, columns
@@ -109,7 +109,7 @@ def _launch(
     if size:
         with torch.cuda.device_of(first):
             kernel[(-(-size // rows), len(places))](
-                *_gpu.filled([parts[place].contiguous() for place in places]),
+                *_gpu.padded([parts[place].contiguous() for place in places]),
                 weights[places[0]].contiguous(),
                 *others,
                 size,
@@ -118,6 +118,7 @@ def _launch(
                 ROWS=rows,
                 COLUMNS=columns,
                 num_warps=8,
+                **_gpu.OPTIONS,
             )
 
 
@@ -142,7 +143,7 @@ def _sum_up(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write the sum over some rows of a part."""
+    """Write the sum over a block of rows of a part."""
     part = tl.program_id(1)
     x = _one_of(part, x0, x1, x2, x3, x4, x5, x6, x7)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -154,7 +155,7 @@ def _sum_up(
     for first in range(0, numbers, COLUMNS):
         col = first + tl.arange(0, COLUMNS)
         mask = counts[:, None] & (col < numbers)[None, :]
-        # The last of an odd number of columns is a real number after the imaginary parts.
+        # For an odd d, the last column is a real number, after the imaginary parts.
         real = tl.where(col < half, col, d - 1) if POWER == 3 and d % 2 else col
         place = x + row[:, None] * d + real[None, :]
         value = tl.load(place, mask=mask, other=0).to(tl.float32)
@@ -195,7 +196,7 @@ def _slopes(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write the gradient of some rows of a part: zeros where the weight is 0."""
+    """Write the gradient of a block of rows of a part: zeros where the weight is 0."""
     part = tl.program_id(1)
     x = _one_of(part, x0, x1, x2, x3, x4, x5, x6, x7)
     y = _one_of(part, y0, y1, y2, y3, y4, y5, y6, y7)
@@ -227,7 +228,7 @@ def _slopes(
 
 @no_type_check
 def _one_of(part, x0, x1, x2, x3, x4, x5, x6, x7):
-    """The pointer of a part."""
+    """Return the pointer of a part."""
     x = tl.where(part == 1, x1, x0)
     x = tl.where(part == 2, x2, x)
     x = tl.where(part == 3, x3, x)

@@ -1,7 +1,7 @@
 """Products of matrices in half precision whose results a GPU writes in float32.
 
-What is added up inside a product is in float32 anyway. To write it so costs less than to round it
-and to convert it afterwards, and loses nothing.
+The sums inside such a product are in float32 anyway. Writing them as they are is faster than
+rounding them and converting the result afterwards, and loses no digits.
 """
 
 from __future__ import annotations
@@ -14,31 +14,35 @@ from torch.nn import functional
 
 from imvia_graph._gradients import first_order
 
-#: Where a module keeps who listens to its calls.
+#: Attributes in which a module keeps its hooks.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: Which torch has such products; on a GPU alone.
-_WIDENS = "dtype" in torch.ops.aten.mm.overloads()
+#: Whether torch has such products, which it has for GPUs only, and from which compute capability on
+#: they are used: neither ROCm nor GPUs before Ampere have been tested.
+_WIDENS = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
+_NEW = (8, 0)
 _first_order = first_order("A product under autocast on a GPU", "Turn autocast off for it.")
 
 
 def wide_mm(left: Tensor, right: Tensor) -> Tensor:
-    """(n, k) times (k, m) in float32, of matrices of one dtype."""
+    """Return the float32 product of (n, k) and (k, m) matrices of one dtype."""
     if _WIDENS and left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
+        capability = torch.cuda.get_device_capability(left.device)
+        if capability >= _NEW:
+            return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()
 
 
 def half_precision(like: Tensor) -> torch.dtype | None:
-    """What autocast makes products in, where it is on for float32 tensors on a GPU."""
+    """Return the dtype of autocast if it is on and the tensor is float32 on a GPU, else None."""
     if like.dtype != torch.float32 or not like.is_cuda or torch.compiler.is_compiling():
         return None
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """(B, k) times (k, m); on a GPU under autocast in fewer passes over memory.
+    """Return (B, k) times (k, m), on a GPU under autocast in fewer passes over memory.
 
-    Gradients are of first order there: who asks for theirs gets an error.
+    There, gradients of gradients raise an error.
     """
     dtype = half_precision(right)
     if dtype is None:
@@ -48,9 +52,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def linear(layer: nn.Module, feat: Tensor) -> Tensor:
-    """``layer(feat)``; of (B, k) features on a GPU under autocast in fewer passes over memory.
+    """Return ``layer(feat)``, of (B, k) on a GPU under autocast in fewer passes over memory.
 
-    Gradients are of first order there: who asks for theirs gets an error.
+    There, gradients of gradients raise an error.
     """
     if type(layer) is nn.Linear and feat.dim() == 2:
         dtype = half_precision(layer.weight)
@@ -62,7 +66,7 @@ def linear(layer: nn.Module, feat: Tensor) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """(B, m) of (B, k) and (k, m), in a dtype of its own."""
+    """The product (B, m) of (B, k) and (k, m), computed in a given dtype."""
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,7 +89,7 @@ class Product(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """(B, m) of (B, k) features, (m, k) weights and (m,) or no biases, in a dtype of their own."""
+    """(B, m) from (B, k) features, (m, k) weights and (m,) or no biases, in a given dtype."""
 
     @staticmethod
     def forward(
@@ -109,7 +113,7 @@ class Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = wide_mm(grad.T, feat).to(of_weight)
         if of_bias is not None and ctx.needs_input_grad[2]:
-            # As a product, in half the time of a sum over rows.
+            # As a product, which takes half the time of a sum over rows.
             ones = grad.new_ones(8, len(grad))
             grad_bias = wide_mm(ones, grad)[0].to(of_bias)
         return grad_feat, grad_weight, grad_bias, None

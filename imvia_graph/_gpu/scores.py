@@ -1,8 +1,8 @@
 """Losses of scores and their gradients in two passes over the scores, as Triton kernels.
 
-`imvia_graph._factored` says what is computed. The first pass sums up each query's scores, the
-second turns them into their gradients in place; the few that belong to true triples are done apart
-and put in their places last.
+`imvia_graph._factored` describes what is computed. The first pass sums the scores of each query,
+the second replaces the scores by their gradients as if all triples were false. The few gradients of
+true triples are computed between the passes and written last.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from imvia_graph import _gpu
 
-#: triton.language, once `usable` has been asked.
+#: triton.language, once `usable` has been called.
 tl: Any = None
 
-#: Scores of a query that are held at a time, and positives of one.
+#: Scores in the tile of a program, and positives of a query at a time.
 _AT_A_TIME, _POSITIVES = 4096, 64
-#: Sides of matrices that are multiplied fast are multiples of this.
+#: Products of matrices are fast where sides are multiples of this.
 _WHOLE = 16
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there are kernels for scores of this dtype on this device."""
-    # Loads that rows all of whose beginnings are even allow, of several numbers at once, give the
-    # threads such shares of a tile that the kernels take two to six times as long.
+    """Return whether there are kernels for scores of this dtype on this device."""
+    # Where Triton knows that rows start at multiples of 16, a thread loads several scores at once;
+    # the layout of tiles that comes with such loads makes the kernels two to six times slower.
     return (
         dtype in _gpu.DTYPES
         and _gpu.runs_on(device)
@@ -35,12 +35,12 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def room(size: int) -> int:
-    """Room for so many rows or columns of a matrix, for which a GPU has fast products."""
+    """Return a number of rows or columns rounded up, so that products are fast."""
     return -(-size // _WHOLE) * _WHOLE
 
 
 def whole(rows: int) -> int:
-    """So many rows, or fewer, without room for more; 0 where they are too few for that."""
+    """Return a number of rows rounded down, so that products are fast without padding."""
     return rows // _WHOLE * _WHOLE
 
 
@@ -59,31 +59,33 @@ def gradients(
     detached: bool,
     numbers: Tensor | None,
 ) -> Tensor:
-    """Turn scores into their gradients; returns the loss, both as `_factored` scales them.
+    """Replace scores by their gradients and return the loss, both times `Terms.scale`.
 
     Parameters
     ----------
     scores : Tensor
-        (M, `room` of B, `room` of N), contiguous; what lies beyond B and N is left alone.
+        (M, `room` of B, `room` of N), contiguous, of M heads, B queries and N candidates. The
+        padding is not read or written.
     size : int
         N.
     row, col : Tensor
-        (P,) int64: the positives, rows ascending.
+        (P,) int64: the positives, sorted by row.
     share : Tensor
-        (P,): what each is of its row's.
+        (P,): the share of each positive in its row.
     counts : Tensor or None
-        (P,) float: 0 for one that is there already, and stands there again to fill up; else 1.
+        (P,) float: 0 for repetitions that only pad the positives, else 1.
     of_rows : Tensor
-        (B,) weights of the rows of the softmax.
+        (B,) weights of the queries in the softmax loss.
     weights, grad_weights : Tensor
-        (B, M), or (0, M) where there is no decision.
+        (B, M) weights of the decision and, written here, their gradients; (0, M) without decision.
+        Contiguous.
     softmax : bool
-        Else it is the binary loss.
+        Whether it is the softmax loss, not the binary one.
     label_smoothing : float
     detached : bool
-        Whether the heads learn nothing from the decision.
+        Whether the decision has no gradient with respect to the scores.
     numbers : Tensor or None
-        (2,) float32: the weights of a positive's and of a negative's term of the binary loss.
+        (2,) float32: weights of the terms of positives and of negatives in the binary loss.
     """
     heads, tall, wide = scores.shape
     rows = len(of_rows)
@@ -104,7 +106,8 @@ def gradients(
     ptr = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
     slope = sums.new_empty(heads, len(row))
     loss = sums.new_empty(rows)
-    # What the second pass takes for the slope of a positive in the decision, put right.
+    # The second pass adds slopes of positives to the gradients of the weights as if they were
+    # negatives; this is subtracted from them.
     correction = torch.empty_like(grad_weights)
     given: list[Any] = [weights, sums, plain, of_rows, numbers, ptr, col, share, counts]
     given += [slope, correction, loss, label_smoothing, smooth, len(row), wide, tall]
@@ -120,7 +123,7 @@ def gradients(
 def _launch(kernel: Any, rows: int, scores: Tensor, *others: Any, **options: Any) -> None:
     if rows:
         with torch.cuda.device_of(scores):
-            kernel[(rows,)](scores, *others, rows, **options, num_warps=8)
+            kernel[(rows,)](scores, *others, rows, **options, num_warps=8, **_gpu.OPTIONS)
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ def _sum_up(
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write a query's sums of scores, plain and of exponentials (their logarithm) or softplus."""
+    """Write a query's sums of scores, and of softplus or, as a logarithm, of exponentials."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     mine = head < heads
@@ -213,7 +216,7 @@ def _into_gradients(
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Turn a query's scores into their gradients, as if none of them were of a true triple."""
+    """Replace a query's scores by their gradients, as if all its triples were false."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     mine = head < heads
@@ -282,7 +285,7 @@ def _positives(
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write a query's loss, and the slopes of its positives, some of them at a time."""
+    """Write a query's loss and the gradients of the scores of its positives."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     mine = head < heads
@@ -360,7 +363,7 @@ def _put(
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write the slopes of a query's positives where their scores were."""
+    """Replace the scores of a query's positives by their gradients."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     mine = head < heads

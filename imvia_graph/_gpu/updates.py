@@ -1,4 +1,4 @@
-"""Updates of Adam and Adagrad, a parameter in one pass, as Triton kernels."""
+"""Updates of Adam and Adagrad in one pass over a parameter, as Triton kernels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from imvia_graph import _gpu
 
-#: triton.language, once `usable` has been asked.
+#: triton.language, once `usable` has been called.
 tl: Any = None
 
+#: Elements of a program.
 _AT_A_TIME = 2048
 
 
 def usable(parameter: Tensor) -> bool:
-    """Whether there is a kernel for a parameter."""
+    """Return whether there is a kernel for a parameter."""
     return (
         parameter.dtype == torch.float32
         and parameter.is_contiguous()
@@ -51,12 +52,12 @@ def adam(
     parameter, grad, mean, square : Tensor
         p, g, m and v, float32, of one shape.
     step, rate, bad : Tensor
-        Scalars on the device: k, which is not changed here, the learning rate, and whether, above
-        0, nothing is to change.
+        Scalars on the device: k, already counted up, the learning rate, and ``bad``: where it is
+        above 0, nothing is changed.
     betas : pair of float
     eps, weight_decay : float
     decoupled : bool
-        Whether the decay shrinks p (AdamW) and is not added to g.
+        Whether the decay shrinks p (AdamW) instead of being added to g.
     """
     size = parameter.numel()
     if size:
@@ -80,6 +81,7 @@ def adam(
                 DECOUPLED=decoupled,
                 COLUMNS=_AT_A_TIME,
                 num_warps=8,
+                **_gpu.OPTIONS,
             )
 
 
@@ -92,7 +94,7 @@ def adagrad(
     eps: float,
     weight_decay: float,
 ) -> None:
-    r"""Add to the sum of squares, and update the parameter, in place.
+    r"""Update the sum of squares and the parameter, in place.
 
     .. math::
         g \leftarrow g + \lambda p, \quad s \leftarrow s + g^2, \quad
@@ -103,7 +105,8 @@ def adagrad(
     parameter, grad, total : Tensor
         p, g and s, float32, of one shape.
     rate, bad : Tensor
-        Scalars on the device: the learning rate, and whether, above 0, nothing is to change.
+        Scalars on the device: the learning rate, and ``bad``: where it is above 0, nothing is
+        changed.
     eps, weight_decay : float
     """
     size = parameter.numel()
@@ -120,6 +123,7 @@ def adagrad(
                 weight_decay,
                 COLUMNS=_AT_A_TIME,
                 num_warps=8,
+                **_gpu.OPTIONS,
             )
 
 
@@ -145,7 +149,7 @@ def _adam(
     DECOUPLED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Update some elements."""
+    """Update a block of elements."""
     place = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = place < tl.where(tl.load(bad) > 0, 0, size)
     p = tl.load(parameter + place, mask=mask, other=0)
@@ -153,7 +157,7 @@ def _adam(
     m = tl.load(mean + place, mask=mask, other=0)
     v = tl.load(square + place, mask=mask, other=0)
     lr = tl.load(rate)
-    # 1 less a number that is nearly 1: in double precision.
+    # The difference of 1 and a number close to 1, hence in float64.
     steps = tl.load(step).to(tl.float64)
     first = (1 - tl.exp(steps * log_first)).to(tl.float32)
     second = (1 - tl.exp(steps * log_second)).to(tl.float32)
@@ -171,7 +175,7 @@ def _adam(
 
 @no_type_check
 def _adagrad(parameter, grad, total, rate, bad, size, eps, weight_decay, COLUMNS: tl.constexpr):
-    """Update some elements."""
+    """Update a block of elements."""
     place = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = place < tl.where(tl.load(bad) > 0, 0, size)
     p = tl.load(parameter + place, mask=mask, other=0)

@@ -36,12 +36,16 @@ def is_installed(device: torch.device) -> bool:
 
 
 def usable(feat: Tensor, gate: Tensor) -> bool:
-    """Return whether there is a kernel for these tensors' device, dtypes and width."""
+    """Return whether there is a kernel for these tensors' device, dtypes and width, and Triton.
+
+    Gradients of features are added atomically, which deterministic algorithms rule out.
+    """
     return (
         feat.dtype in _gpu.DTYPES
         and gate.dtype in _gpu.DTYPES
         and 1 <= feat.shape[1] <= _WIDEST
         and feat.device == gate.device
+        and not (feat.requires_grad and torch.are_deterministic_algorithms_enabled())
         and is_installed(feat.device)
     )
 
@@ -62,9 +66,10 @@ def aggregate(
     if not usable(feat, gate):
         raise IMVIAError(
             "The backend 'triton' needs Triton and, on one GPU that Triton supports, features and"
-            f" gates in float32, bfloat16 or float16 with at most {_WIDEST} columns; received"
+            f" gates in float32, bfloat16 or float16 with at most {_WIDEST} columns, and features"
+            " without gradients under torch.use_deterministic_algorithms; received"
             f" {feat.dtype} on {feat.device} and {gate.dtype} on {gate.device} with"
-            f" {feat.shape[1]} columns."
+            f" {feat.shape[1]} columns and requires_grad={feat.requires_grad}."
         )
     weight_ptr = pointer(ptr[entity + 1] - ptr[entity]) if get_weight else None
     apply = _Aggregate.apply
