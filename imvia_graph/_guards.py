@@ -211,7 +211,7 @@ def _indicators(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return a scalar per gradient that is finite if and only if all of its elements are."""
     if not gradients:
         return []
-    if not _gpu.is_waited_for(gradients[0].device):
+    if not _gpu.reading_synchronizes(gradients[0].device):
         # On a CPU sums are much faster than norms. A sum is finite only if all elements are; but it
         # may overflow if they are finite and huge, which the norm does not.
         sums = [gradient.sum().float() for gradient in gradients]

@@ -30,7 +30,7 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def is_waited_for(device: torch.device) -> bool:
+def reading_synchronizes(device: torch.device) -> bool:
     """Return whether reading a value on a device makes the host wait.
 
     Under Triton's interpreter the CPU counts as such a device, so that tests take the same paths.
@@ -38,14 +38,14 @@ def is_waited_for(device: torch.device) -> bool:
     return device.type == "cuda" or runs_on(device)
 
 
-def may_not_ask(ids: torch.Tensor) -> bool:
+def cannot_check(ids: torch.Tensor) -> bool:
     """Return whether ids cannot be checked: there are none, or the host would have to wait."""
-    return torch.compiler.is_compiling() or not len(ids) or is_waited_for(ids.device)
+    return torch.compiler.is_compiling() or not len(ids) or reading_synchronizes(ids.device)
 
 
-def beyond(ids: torch.Tensor, number: int) -> int | None:
-    """Return an id outside 0 … ``number`` - 1, or None if all are within or `may_not_ask`."""
-    if may_not_ask(ids):
+def id_out_of_range(ids: torch.Tensor, number: int) -> int | None:
+    """Return an id outside 0 … ``number`` - 1, or None if all are within or `cannot_check`."""
+    if cannot_check(ids):
         return None
     low, high = int(ids.min()), int(ids.max())
     if low < 0:

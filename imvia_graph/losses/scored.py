@@ -219,6 +219,6 @@ def outside(
     """Yield (kind, id, limit) of ids out of range; none on a GPU, where checking would wait."""
     kinds = (("rows", positives.row, num_rows), ("columns", positives.col, num_columns))
     for what, ids, number in kinds:
-        found = _gpu.beyond(ids, number)
+        found = _gpu.id_out_of_range(ids, number)
         if found is not None:
             yield what, found, number

@@ -298,7 +298,7 @@ class GatedViewConv(nn.Module):
         if picking.apart(view_feat, entity):
             view_feat, ptr, entity = picking.pick_views(view_feat, ptr, entity)
         count = several = weights = None
-        if not _gpu.is_waited_for(entity.device):
+        if not _gpu.reading_synchronizes(entity.device):
             count = ptr[entity + 1] - ptr[entity]
             several = None if get_weight or not len(view_feat) else _worth_gating(count)
         if several is None:
@@ -330,7 +330,7 @@ class GatedViewConv(nn.Module):
         # The sums are in float32 at least; a layer in half precision returns half precision.
         out = out.to(torch.promote_types(view_feat.dtype, self.absent.dtype))
         # On a GPU, asking whether any entity lacks views would wait for the device.
-        if _gpu.is_waited_for(out.device) or not has_view.all():
+        if _gpu.reading_synchronizes(out.device) or not has_view.all():
             out = torch.where(has_view[:, None], out, self.absent.to(out.dtype))
         else:
             out = _WithZeroGradient.apply(out, self.absent)
@@ -432,7 +432,7 @@ def _worth_gating(count: Tensor) -> Tensor | None:
     Gating all is faster where most have several views, and on a GPU, where counting would wait for
     the device.
     """
-    if torch.compiler.is_compiling() or not len(count) or _gpu.is_waited_for(count.device):
+    if torch.compiler.is_compiling() or not len(count) or _gpu.reading_synchronizes(count.device):
         return None
     several = (count > 1).nonzero().flatten()
     return several if 4 * len(several) <= 3 * len(count) else None

@@ -41,7 +41,7 @@ def check_ids(caller: str, name: str, ids: Tensor, number: int) -> None:
         came = f"the type {type(ids).__name__}"
     elif ids.dim() != 1 or ids.dtype not in _IDS:
         came = f"{tuple(ids.shape)} in {ids.dtype}"
-    elif (outside := _gpu.beyond(ids, number)) is not None:
+    elif (outside := _gpu.id_out_of_range(ids, number)) is not None:
         came = str(outside)
     else:
         return
@@ -76,12 +76,12 @@ def check_range(feat: Tensor, ptr: Tensor, entity: Tensor) -> None:
             raise IMVIAError(
                 f"Expected {name} in int64, since it indexes views; received {part.dtype}."
             )
-    if (outside := _gpu.beyond(entity, len(ptr) - 1)) is not None:
+    if (outside := _gpu.id_out_of_range(entity, len(ptr) - 1)) is not None:
         raise IMVIAError(
             f"Expected entities from 0 to {len(ptr) - 2}, the range of ptr (N + 1,); received"
             f" {outside}."
         )
-    if _gpu.may_not_ask(entity):
+    if _gpu.cannot_check(entity):
         return
     start, stop = ptr[entity], ptr[entity + 1]
     if (stop < start).any() or int(start.min()) < 0 or int(stop.max()) > len(feat):
