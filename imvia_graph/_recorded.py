@@ -31,7 +31,7 @@ _LOSSES = 16
 #: more entities fill the GPU.
 _MOST_ENTITIES = 2**17
 #: The first torch with which steps in several streams were measured and compared to the bit.
-_STREAMS_SINCE = (2, 11)
+_STREAMS_SINCE = "2.11"
 
 
 class _Result(NamedTuple):

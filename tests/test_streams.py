@@ -387,7 +387,7 @@ def test_a_gpu_computes_the_same_bits_beside_each_other_and_one_after_the_other(
     states = []
     for most in (-1, -1, _recorded._MOST_ENTITIES):
         monkeypatch.setattr(_recorded, "_MOST_ENTITIES", most)
-        monkeypatch.setattr(_recorded, "_STREAMS_SINCE", (0,))  # any torch
+        monkeypatch.setattr(_recorded, "_STREAMS_SINCE", "0")  # any torch
         torch.manual_seed(0)
         trainer = Trainer(ig.IMVIA.from_kg(kg, settings).to("cuda"), kg, settings)
         for _ in range(6):
