@@ -22,11 +22,14 @@ OPTIONS = {"enable_fp_fusion": True}
 def runs_on(device: torch.device) -> bool:
     """Return whether Triton's kernels run on a device."""
     if device.type == "cuda":
+        # Of NVIDIA's GPUs, Triton supports Ampere and later.
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return False
+        if torch.compiler.is_compiling():  # a launch cannot be traced
+            return True
         from imvia_graph._gpu import probe
 
-        # Of NVIDIA's GPUs, Triton supports Ampere and later.
-        is_new = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-        return is_new and probe.launches(device)
+        return probe.launches(device)
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
