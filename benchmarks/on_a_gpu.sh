@@ -1,13 +1,13 @@
 #!/bin/sh
-# All that is to be measured and tested on a GPU, what matters most first:
+# Run all tests and benchmarks that need a GPU, the most important first:
 #     IMVIA_DATA=… benchmarks/on_a_gpu.sh FOLDER
-# writes what was found to FOLDER. A part that fails is told of and does not end the others.
+# Results and output are written to FOLDER. If a part fails, its status is printed and the next part runs.
 set -u
-out=${1:?a folder to write to}
+out=${1:?give a folder for the results}
 here=$(dirname "$0")
 mkdir -p "$out"
 
-measure() { # a name, and what to run
+measure() { # NAME COMMAND...
     name=$1
     shift
     echo "== $name"

@@ -1,12 +1,14 @@
-"""Write a KG folder of any size, with regularities to learn: python benchmarks/scale/generate.py
+"""Write a synthetic KG folder of any size with learnable structure.
 
-Entities have a type and, within it, a cluster that nothing in the graph names. A relation joins
-one type to another and maps the clusters of the one to clusters of the other: most of its tails
-are of the cluster that the head's is mapped to. Degrees follow a power law. The views of an entity
-are its cluster's centre with noise, some of them noise alone. So structure tells an entity's
-cluster, and so do its views, and an answer is one of a cluster, the popular ones first.
+    python benchmarks/scale/generate.py FOLDER --entities 100000
 
-Features are made and written in portions, and never held.
+Each entity has a type and, within the type, a latent cluster. Each relation links a head type to a
+tail type and maps head clusters to tail clusters; most tails of a triple come from the cluster that
+its head's cluster is mapped to. Degrees follow a power law. A view is the centre of its entity's
+cluster plus noise, or noise alone. Both structure and views thus reveal an entity's cluster, and
+the answers of a query are mostly the popular entities of one cluster.
+
+Features are drawn and written in blocks, so that memory never holds all of them.
 """
 
 from __future__ import annotations
@@ -27,26 +29,26 @@ Ints = npt.NDArray[np.int64]
 
 #: Exponent of the power law of degrees: the share of entities of degree k is about k^-2.5.
 EXPONENT = 2.5
-#: Most views of an entity in a modality.
+#: Maximum number of views per entity and modality.
 MOST_VIEWS = 12
-#: Share of tails of any cluster, and of views that show nothing.
+#: Share of tails drawn from any cluster of the tail type, and of views that are noise alone.
 STRAY, BLANK = 0.15, 0.25
-#: Standard deviation of the noise on a view, where its cluster's centre has 1.
+#: Standard deviation of the noise of a view; the cluster centres have 1.
 NOISE = 1.0
-#: Triples, and rows of features, that are made at a time.
+#: Triples, and rows of features, per block.
 TRIPLES, ROWS = 2**21, 2**16
-#: What safetensors calls the dtypes.
+#: Names of the dtypes in safetensors.
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 class Size(NamedTuple):
-    """What a graph has."""
+    """Sizes of the graph."""
 
     entities: int
     relations: int = 100
     types: int = 10
     triples_each: float = 4.0
-    #: Validation and test triples, of each so many, but no more than a twentieth of all.
+    #: Number of validation triples and of test triples, each at most 5 % of all triples.
     held_out: int = 2000
     modalities: Sequence[str] = ("image",)
     views_each: float = 4.0
@@ -55,16 +57,16 @@ class Size(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What is true of the entities and relations, in the order of clusters."""
+    """Clusters and popularities of the entities, and types and cluster maps of the relations."""
 
-    #: (N,) ids, cluster by cluster; (N,) cluster of each id; (N,) running sum of popularity.
+    #: (N,) ids sorted by cluster; (N,) cluster of each id; (N,) cumulative sum of popularity.
     entity: Ints
     cluster: Ints
     popularity: npt.NDArray[np.float64]
-    #: (clusters + 1,) where each begins in `entity`; clusters of a type stand together.
+    #: (clusters + 1,) pointer into `entity`; the clusters of a type are consecutive.
     start: Ints
     clusters_each: int
-    #: (R,) types of a relation's ends; (R, clusters_each) clusters that heads' are mapped to.
+    #: (R,) head and tail types of the relations; (R, clusters_each) tail cluster by head cluster.
     head_type: Ints
     tail_type: Ints
     maps: Ints
@@ -76,7 +78,7 @@ def generate(folder: Path, size: Size, seed: int = 0) -> dict[str, Any]:
     Parameters
     ----------
     folder : path
-        Made where it is not there.
+        Created if it does not exist.
     size : Size
     seed : int
         The same seed and size give the same files.
@@ -84,7 +86,8 @@ def generate(folder: Path, size: Size, seed: int = 0) -> dict[str, Any]:
     Returns
     -------
     dict
-        Numbers of ``entities``, ``triples``, ``views``, ``bytes`` of features, and ``seconds``.
+        Numbers of ``entities``, ``relations``, training ``triples`` and ``views``, ``bytes`` of
+        features, and ``seconds``.
     """
     started = time.perf_counter()
     random = np.random.default_rng(seed)
@@ -92,7 +95,7 @@ def generate(folder: Path, size: Size, seed: int = 0) -> dict[str, Any]:
     plan = _planned(size, random)
     labels = pl.select(pl.format("e{}", pl.int_range(size.entities))).to_series()
     relations = pl.select(pl.format("r{}", pl.int_range(size.relations))).to_series()
-    # Columns that the library leaves alone; the types and clusters are there to be looked at.
+    # The library ignores the columns "type" and "cluster"; they are for inspection.
     pl.DataFrame(
         {
             "entity": labels,
@@ -130,14 +133,14 @@ def generate(folder: Path, size: Size, seed: int = 0) -> dict[str, Any]:
 
 
 def _planned(size: Size, random: np.random.Generator) -> _Plan:
-    # Some 25 entities a cluster in a small graph, and no more than 64 clusters a type.
+    # About 25 entities per cluster in a small graph, and at most 64 clusters per type.
     each = int(np.clip(size.entities // (25 * size.types), 2, 64))
     cluster = random.integers(size.types * each, size=size.entities)
     entity = np.argsort(cluster, kind="stable")
     start = np.searchsorted(cluster[entity], np.arange(size.types * each + 1))
-    # Of a Pareto distribution of this kind of popularity come degrees of the power law above.
+    # Popularities from this Pareto distribution lead to degrees with the power law above.
     popularity = (1 - random.random(size.entities)) ** (-1 / (EXPONENT - 1))
-    # Every type is some relation's head, as far as there are relations.
+    # Every type is the head type of a relation if there are enough relations.
     head_type = np.arange(size.relations) % size.types
     return _Plan(
         entity,
@@ -155,11 +158,14 @@ def _planned(size: Size, random: np.random.Generator) -> _Plan:
 
 
 def _triples(size: Size, plan: _Plan, random: np.random.Generator) -> Ints:
-    """(n, 3) distinct triples, in no order; each entity is a head, then heads are drawn."""
+    """Return (n, 3) distinct triples in random order.
+
+    Each entity is the head of one triple; the heads of all further triples are drawn.
+    """
     wanted = round(size.entities * size.triples_each)
     key = np.empty(0, dtype=np.int64)
     drawn = 0
-    # Popular pairs come again and again: what they leave is drawn anew, a few times.
+    # Popular pairs are drawn repeatedly; draw again, up to seven times, to replace duplicates.
     for _ in range(8):
         missing = wanted - len(key)
         if missing <= wanted // 200:
@@ -172,7 +178,7 @@ def _triples(size: Size, plan: _Plan, random: np.random.Generator) -> Ints:
 
 
 def _keys(size: Size, plan: _Plan, random: np.random.Generator, start: int, stop: int) -> Ints:
-    """Triples number start to stop, as one number each; some may be the same."""
+    """Draw triples number start to stop, each encoded as one integer; there may be duplicates."""
     keys = []
     for at in range(start, stop, TRIPLES):
         number = np.arange(at, min(at + TRIPLES, stop))
@@ -192,7 +198,7 @@ def _keys(size: Size, plan: _Plan, random: np.random.Generator, start: int, stop
 
 
 def _relations(size: Size, plan: _Plan, head: Ints, random: np.random.Generator) -> Ints:
-    """A relation for each head, of those that its type has; the first ones are the common ones."""
+    """Draw a relation of each head's type; the k-th relation of a type has weight 1 / k."""
     kind = plan.cluster[head] // plan.clusters_each
     relation = np.empty(len(head), dtype=np.int64)
     for number in range(size.types):
@@ -205,14 +211,14 @@ def _relations(size: Size, plan: _Plan, head: Ints, random: np.random.Generator)
 
 
 def _drawn(plan: _Plan, begin: Ints, end: Ints, random: np.random.Generator) -> Ints:
-    """An entity of each range of clusters, by popularity."""
+    """Draw an entity from each range of clusters, with probability proportional to popularity."""
     sums = np.concatenate([[0.0], plan.popularity])
     low, high = plan.start[begin], plan.start[end]
-    # An empty cluster has none: any entity then.
+    # For an empty cluster, draw from all entities.
     empty = low == high
     low, high = np.where(empty, 0, low), np.where(empty, len(plan.entity), high)
     where = sums[low] + random.random(len(low)) * (sums[high] - sums[low])
-    # Sorted, the search goes through memory in one direction.
+    # With sorted values, the search moves through memory in one direction.
     order = np.argsort(where)
     place = np.empty(len(low), dtype=np.int64)
     place[order] = np.searchsorted(plan.popularity, where[order], side="right")
@@ -227,7 +233,7 @@ def _write_triples(
     relations: pl.Series,
     random: np.random.Generator,
 ) -> dict[str, int]:
-    """Write the splits; ends of what is held out have other triples in train."""
+    """Write the splits; held out are only triples whose head and tail have a degree above 4."""
     degree = np.bincount(triples[:, ::2].reshape(-1), minlength=size.entities)
     wanted = min(size.held_out, len(triples) // 20)
     fit = np.flatnonzero((degree[triples[:, ::2]] > 4).all(axis=1))
@@ -255,8 +261,10 @@ def _write_triples(
 
 
 def _view_counts(size: Size, random: np.random.Generator) -> Ints:
-    """(N,) numbers of views: a binomial whose chance is of a beta distribution, so that a few
-    entities have many and a few have none."""
+    """Draw the (N,) numbers of views from a beta-binomial distribution.
+
+    Few entities have many views and some have none.
+    """
     chance = random.beta(1, MOST_VIEWS / size.views_each - 1, size=size.entities)
     return random.binomial(MOST_VIEWS, chance)
 
@@ -271,7 +279,7 @@ def _write_table(path: Path, labels: pl.Series, owner: Ints) -> None:
 
 
 def _write_features(path: Path, size: Size, cluster: Ints, generator: torch.Generator) -> int:
-    """Write one view a row, of the clusters given; returns the bytes of the features."""
+    """Write one view for each row of ``cluster``, and return the bytes of the features."""
     num_clusters = int(cluster.max(initial=0)) + 1
     centres = torch.randn(num_clusters, size.width, generator=generator)
     dtype = getattr(torch, size.dtype)
@@ -299,16 +307,18 @@ def _portions(rows: Ints, length: int) -> Iterator[Ints]:
 
 @click.command(context_settings={"show_default": True})
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--entities", default=10_000, help="Entities, some thousands to millions.")
-@click.option("--relations", default=100, help="Relations.")
-@click.option("--types", default=10, help="Types of entities.")
-@click.option("--triples", default=4.0, help="Triples an entity, about.")
-@click.option("--held-out", default=2000, help="Validation triples, and as many test triples.")
-@click.option("--modality", multiple=True, default=["image"], help="A modality; may be repeated.")
-@click.option("--views", default=4.0, help="Views an entity and modality, on average of 0 to 12.")
-@click.option("--width", default=256, help="Width of a view.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float16", help="Of the views.")
-@click.option("--seed", default=0, help="Seed of everything.")
+@click.option("--entities", default=10_000, help="Number of entities, thousands to millions.")
+@click.option("--relations", default=100, help="Number of relations.")
+@click.option("--types", default=10, help="Number of entity types.")
+@click.option("--triples", default=4.0, help="Approximate number of triples per entity.")
+@click.option("--held-out", default=2000, help="Number of validation triples, and of test triples.")
+@click.option("--modality", multiple=True, default=["image"], help="Modality; repeatable.")
+@click.option("--views", default=4.0, help="Mean views per entity and modality, of 0 to 12.")
+@click.option("--width", default=256, help="Width of the features.")
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="float16", help="Of the features."
+)
+@click.option("--seed", default=0, help="Random seed.")
 def main(
     folder: Path,
     entities: int,
@@ -322,7 +332,7 @@ def main(
     dtype: str,
     seed: int,
 ) -> None:
-    """Write a KG folder of a size, and tell what is in it."""
+    """Write a KG folder to FOLDER and print its sizes as JSON."""
     size = Size(entities, relations, types, triples, held_out, modality, views, width, dtype)
     click.echo(json.dumps(generate(folder, size, seed)))
 

@@ -1,13 +1,13 @@
 """Train on graphs of growing size: python benchmarks/scale/ladder.py
 
-Each size is generated (`generate.py`) into a temporary folder, trained on in a process of its own,
-as `imvia_graph.fit` trains with a run folder, for one epoch or a number of seconds, and removed.
-The process tells the time of loading, triples a second, the time of ranking 1,000 queries against
-all entities beside that of the matrix products which ranking cannot do without, and its memory:
-anonymous, which is what the program holds itself, and in all, mapped features included.
+For each size, a graph is generated (`generate.py`) in a temporary folder, and a new process calls
+`imvia_graph.fit` on it with a run folder, for one epoch or for ``--seconds``. The process reports
+the loading time, triples per second, the time of ranking 1,000 queries against all entities, the
+time of the matrix products of this ranking alone (the floor), and two peaks of memory: anonymous
+memory, and resident memory, which includes mapped features.
 
-Results go to benchmarks/results/scale-cpu.json, time, memory and throughput against size to
-docs/images/scale.svg. ``--plot-only`` draws the results that are there.
+The results are written to benchmarks/results/scale-cpu.json, and a plot of time, memory and
+throughput against size to docs/images/scale.svg. ``--plot-only`` plots existing results.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ import measure
 HERE = Path(__file__).resolve().parent
 PICTURE = HERE.parents[1] / "docs" / "images" / "scale.svg"
 SIZES = ("10k", "30k", "100k", "300k", "1m")
-#: Steps that are not timed: kernels are compiled, and memory is taken from the system.
+#: First steps, which are not timed: they compile kernels and allocate memory.
 WARM_UP = 10
-#: Queries that are ranked.
+#: Number of ranked queries.
 QUERIES = 1000
-#: What the issue of this benchmark asks for, at a million entities.
+#: Goals at a million entities: anonymous bytes, and throughput relative to 10,000 entities.
 MOST_ANONYMOUS, LEAST_RATE = 6e9, 0.7
 
 
 @measure.options
 @click.option("--sizes", default=",".join(SIZES), help="Numbers of entities: 10k, 1m, …")
-@click.option("--seconds", default=300.0, help="Seconds of training; an epoch at most.")
+@click.option("--seconds", default=300.0, help="Seconds of training, at most one epoch.")
 @click.option(
     "--settings",
     type=click.Path(exists=True, path_type=Path),
@@ -51,12 +51,10 @@ MOST_ANONYMOUS, LEAST_RATE = 6e9, 0.7
     help="Settings file.",
 )
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change one setting.")
-@click.option(
-    "--folder", type=click.Path(path_type=Path), help="Where graphs are made for a while."
-)
-@click.option("--keep", is_flag=True, help="Add to the results that are there: other sizes stay.")
-@click.option("--picture", type=click.Path(path_type=Path), default=PICTURE, help="The drawing.")
-@click.option("--plot-only", is_flag=True, help="Draw the results that are there.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder for the temporary graphs.")
+@click.option("--keep", is_flag=True, help="Keep existing results of other sizes.")
+@click.option("--picture", type=click.Path(path_type=Path), default=PICTURE, help="Plot file.")
+@click.option("--plot-only", is_flag=True, help="Only plot existing results.")
 def main(
     row: measure.Row | None,
     out: Path | None,
@@ -71,7 +69,7 @@ def main(
     picture: Path,
     plot_only: bool,
 ) -> None:
-    """Measure a ladder of sizes."""
+    """Measure training and ranking on graphs of growing size."""
     if row is not None:
         click.echo(json.dumps(run_row(row)))
         return
@@ -100,23 +98,23 @@ def main(
         found = {**about, **found, "load": round(os.getloadavg()[0], 2)}
         report["rows"] = sorted([*kept, found], key=lambda one: one["entities"])
         report["goals"] = goals(report["rows"])
-        # After each size, so that a ladder that is broken off has told what it knows.
+        # Written after each size, so that an interrupted ladder keeps its results.
         measure.finish(report, out, [table(report["rows"])])
     plot(report, picture)
 
 
 def size_of(text: str) -> int:
-    """10k or 5m as a number."""
+    """Convert a size such as 10k or 5m to a number."""
     factor = {"k": 1_000, "m": 1_000_000}.get(text.strip()[-1:].lower(), 1)
     return int(float(text.strip().rstrip("kKmM")) * factor)
 
 
 @contextlib.contextmanager
 def graph_of(entities: int, folder: Path | None) -> Iterator[tuple[Path, measure.Row]]:
-    """A graph of a size, while it is wanted, and what is in it."""
+    """Generate a temporary graph, and yield its folder and its sizes."""
     made = Path(tempfile.mkdtemp(prefix="imvia-scale-", dir=folder))
     try:
-        # In a process of its own, whose memory goes with it.
+        # In a new process, so that its memory is freed.
         row = {"generate": str(made / "kg"), "entities": entities}
         about = measure.in_process(__file__, row, threads=1)
         del about["generate"]
@@ -130,7 +128,7 @@ def graph_of(entities: int, folder: Path | None) -> Iterator[tuple[Path, measure
 
 
 class Memory:
-    """Peaks of this process's memory, phase by phase, looked up in a thread of its own."""
+    """Peaks of this process's anonymous memory by phase, sampled in a thread."""
 
     def __init__(self) -> None:
         self.peaks: dict[str, int] = {}
@@ -143,18 +141,18 @@ class Memory:
             time.sleep(0.02)
 
     def look(self) -> None:
-        """Take down what is there now, if it is the most."""
+        """Update the peak of the current phase."""
         now = anonymous()
         self.peaks[self.phase] = max(now, self.peaks.get(self.phase, 0))
 
     def begin(self, phase: str) -> None:
-        """What comes is of another phase."""
+        """Start a new phase."""
         self.look()
         self.phase = phase
 
 
 def anonymous() -> int:
-    """Bytes that this process holds and that are in no file."""
+    """Return the bytes of memory of this process that no file backs."""
     with open("/proc/self/status", encoding="ascii") as file:
         for line in file:
             if line.startswith("RssAnon:"):
@@ -163,7 +161,7 @@ def anonymous() -> int:
 
 
 def run_row(row: measure.Row) -> measure.Row:
-    """Generate, or load, train and rank."""
+    """Generate a graph, or load it, train on it and rank."""
     if "generate" in row:
         from generate import Size, generate
 
@@ -182,18 +180,14 @@ def run_row(row: measure.Row) -> measure.Row:
     memory.begin("prepare")
     clock = clock_of(row["seconds"], memory)
     out = Path(row["folder"]).parent / "run"
-    try:
-        ig.fit(kg, out=out, settings=chosen, callbacks=[clock])
-    except KeyboardInterrupt:  # as a run that is stopped before its end is for whoever called it
-        if not clock.stopped:
-            raise
+    ig.fit(kg, out=out, settings=chosen, callbacks=[clock])
     trained = time.perf_counter()
     memory.begin("rank")
     model = clock.trainer.model.eval()
     ranked = rank(model, kg, chosen, device)
     memory.begin("end")
     steps = clock.steps[WARM_UP:] if len(clock.steps) > 2 * WARM_UP else clock.steps
-    # Each triple is a query of either direction.
+    # Each triple makes two queries, one per direction.
     rate = chosen.batch_size / 2 / (sum(steps) / len(steps))
     return {
         "views_loaded": {m: list(kg.views(m)[0].shape) for m in kg.modalities},
@@ -219,12 +213,11 @@ def run_row(row: measure.Row) -> measure.Row:
 
 
 def clock_of(seconds: float, memory: Memory) -> Any:
-    """A callback that times steps and ends training after so many seconds."""
+    """Return a callback that times steps and stops training after the given seconds."""
     from imvia_graph import Callback
 
     class Clock(Callback):
         trainer: Any = None
-        stopped = False
         steps_an_epoch = 0
         began = last = 0.0
 
@@ -247,27 +240,26 @@ def clock_of(seconds: float, memory: Memory) -> Any:
                 memory.begin("validate and save")
             elif now - self.began > seconds:
                 memory.begin("validate and save")
-                self.stopped = True
                 trainer.stop()
 
     return Clock()
 
 
 def rank(model: Any, kg: Any, settings: Any, device: Any) -> measure.Row:
-    """Rank queries against all entities, and time the products alone."""
+    """Rank queries against all entities, and time the matrix products alone."""
     import torch
 
     import imvia_graph as ig
 
     some = kg.test[: QUERIES // 2]
     known = kg.answers()
-    ig.rank(model, some[:1], known, heads=())  # compiles what is compiled
+    ig.rank(model, some[:1], known, heads=())  # compiles kernels
     started = time.perf_counter()
     ranking = ig.rank(model, some, known, settings.ranking_batch_size, heads=())
     found = time.perf_counter() - started
     ranks = torch.cat([ranking.head["decision"], ranking.tail["decision"]]).double()
     expected_by_chance = torch.arange(1, kg.num_entities + 1).double().reciprocal().mean()
-    # The floor: each head's scores are a product of queries and candidates.
+    # The floor: for each head, the product of queries and candidates.
     query = torch.randn(len(ranks), settings.dim, device=device)
     block = min(kg.num_entities, 2**15)
     candidate = torch.randn(block, settings.dim, device=device)
@@ -287,11 +279,11 @@ def rank(model: Any, kg: Any, settings: Any, device: Any) -> measure.Row:
     }
 
 
-# -- what is shown --------------------------------------------------------------------------------
+# -- tables and plot ------------------------------------------------------------------------------
 
 
 def goals(rows: list[measure.Row]) -> list[measure.Row]:
-    """What is asked of a million entities, where they were measured."""
+    """Return the goals at a million entities, if this size was measured."""
     by_size = {row["entities"]: row for row in rows}
     found = []
     if large := by_size.get(1_000_000):
@@ -326,13 +318,13 @@ def table(rows: list[measure.Row]) -> Any:
 
 
 def plot(report: dict[str, Any], picture: Path) -> None:
-    """Draw time, memory and throughput against size."""
+    """Plot time, memory and throughput against size."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    # The same picture of the same figures, byte for byte; letters in the reader's own font.
+    # Equal results give equal bytes; text is rendered in the reader's font.
     matplotlib.rcParams.update({"svg.hashsalt": "imvia-graph", "svg.fonttype": "none"})
     matplotlib.rcParams.update({"font.family": "sans-serif", "font.size": 10})
     rows = report["rows"]
@@ -351,9 +343,9 @@ def plot(report: dict[str, Any], picture: Path) -> None:
         time_axes.plot(sizes, values, "o-", color=colour, label=name, markersize=4)
     time_axes.set_ylabel("seconds")
     gigabytes = {
-        "anonymous, at most": [row["anonymous_peak"] / 1e9 for row in rows],
-        "resident, mapped features included": [row["resident_peak"] / 1e9 for row in rows],
-        "features in their file": [row["feature_bytes"] / 1e9 for row in rows],
+        "anonymous memory, peak": [row["anonymous_peak"] / 1e9 for row in rows],
+        "resident memory with mapped features": [row["resident_peak"] / 1e9 for row in rows],
+        "features on disk": [row["feature_bytes"] / 1e9 for row in rows],
     }
     for (name, values), colour in zip(gigabytes.items(), colours, strict=False):
         memory_axes.plot(sizes, values, "o-", color=colour, label=name, markersize=4)
@@ -361,7 +353,7 @@ def plot(report: dict[str, Any], picture: Path) -> None:
     rates = [row["triples_a_second"] for row in rows]
     rate_axes.plot(sizes, rates, "o-", color=colours[0], markersize=4, label="training")
     rate_axes.set_ylim(bottom=0, top=1.25 * max(rates))
-    rate_axes.set_ylabel("triples a second")
+    rate_axes.set_ylabel("triples per second")
     for axes in (time_axes, memory_axes, rate_axes):
         axes.set_xscale("log")
         if axes is not rate_axes:
@@ -371,7 +363,7 @@ def plot(report: dict[str, Any], picture: Path) -> None:
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        # Below, where no line runs through it.
+        # Below the axes, where it covers no line.
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
         axes.legend(frameon=False, fontsize=8, **below)
     about = report["machine"]

@@ -1,9 +1,10 @@
-"""Several processes against one: losses of the first steps, metrics at the end, memory held.
+"""Compare two training processes with one: losses of the first steps, final metrics and memory.
 
     IMVIA_DATA=... python benchmarks/scale/processes.py --data countries --data MKG-Y
 
-Each training is run in one process and, under torchrun and gloo, in two, in float32 on the CPU,
-with the same seed and global batches. Written to ``benchmarks/results/scale-processes.json``.
+Each training runs in one process and, with torchrun and gloo, in two, in float32 on the CPU, with
+the same seed and the same global batches. The results are written to
+``benchmarks/results/scale-processes.json``.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ STEPS = 50
 
 
 def work(source: str, regime: str, path: str, epochs: int | None) -> None:
-    """Train as one of the processes; the first one writes what came of it."""
+    """Train as one of the processes; the first process writes the results to ``path``."""
     import imvia_graph as ig
     from imvia_graph.distributed import Shards
     from imvia_graph.training import Callback
 
-    class First(Callback):
+    class FirstLosses(Callback):
         def __init__(self) -> None:
             self.losses: list[dict[str, float]] = []
 
@@ -42,7 +43,7 @@ def work(source: str, regime: str, path: str, epochs: int | None) -> None:
                 self.losses.append({name: float(value) for name, value in losses.items()})
 
     torch.set_num_threads(1)
-    first = First()
+    first = FirstLosses()
     options = {} if epochs is None else {"epochs": epochs}
     run = ig.fit(
         source,
@@ -61,23 +62,23 @@ def work(source: str, regime: str, path: str, epochs: int | None) -> None:
         for weight, state in () if optimizer is None else optimizer.state.items():
             if id(weight) in tables:
                 states += sum(value.nbytes for value in state.values() if value.dim())
-    told = {
+    result = {
         "losses": first.losses,
         "seconds": run.progress.seconds,
         "table_bytes": sum(table.weight.nbytes for table in model.entity_tables),
         "state_bytes": states,
     }
-    told |= {split: run.evaluate(split)["both"] for split in ("valid", "test")}
+    result |= {split: run.evaluate(split)["both"] for split in ("valid", "test")}
     if Shards.of_world(run.kg.num_entities).is_first:
-        Path(path).write_text(json.dumps(told), encoding="utf-8")
+        Path(path).write_text(json.dumps(result), encoding="utf-8")
 
 
 def compared(source: str, regime: str, epochs: int | None) -> dict[str, Any]:
-    """One training in one process and in two."""
+    """Run one training in one process and in two, and return their differences."""
     found = []
     for processes in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "told.json"
+            path = Path(folder) / "result.json"
             start = [sys.executable]
             if processes > 1:
                 start += ["-m", "torch.distributed.run", "--standalone"]
@@ -114,7 +115,7 @@ def compared(source: str, regime: str, epochs: int | None) -> dict[str, Any]:
 @click.command()
 @click.option("--data", "sources", multiple=True, default=("countries",))
 @click.option("--regime", "regimes", multiple=True, default=REGIMES)
-@click.option("--epochs", type=int, help="Default: the setting's.")
+@click.option("--epochs", type=int, help="Default: the setting `epochs`.")
 @click.option("--work", hidden=True)
 def main(
     sources: tuple[str, ...], regimes: tuple[str, ...], epochs: int | None, work: str | None

@@ -1,16 +1,16 @@
-"""Filtered ranking of 1,000 queries against a million entities: time, memory, and the floor.
+"""Measure filtered ranking of 1,000 queries against a million entities: time, memory and floor.
 
     python benchmarks/scale/ranking.py
     python benchmarks/scale/ranking.py --entities 5000000 --heads structure
 
-Models of width 256 that are not trained, each in a process of its own: of structure alone, and with
-a view of 256 in half precision an entity, which makes three heads. Both sides of 500 triples are
-ranked by the decision, against all entities and against 10,000 that are drawn. The floor is the
-time of the products of queries and candidates alone, at the rate that torch.mm reaches in the same
-process, before and after the ranking. On a CPU both are told by the clock and by the processor's
-time, which other programs do not lengthen as much. Peak memory is the largest resident set of
-ranking less what the process held before it: the model and its views. Writes
-benchmarks/results/scale-ranking.json.
+Two untrained models of width 256, each in a new process: one with the structure head alone, and one
+with a view of width 256 in half precision per entity, which has three heads. Head and tail queries
+of 500 triples are ranked by the decision scores, against all entities and against 10,000 sampled
+candidates. The floor is the time of the products of queries and candidates alone, at the better of
+the rates that torch.mm reaches in the same process before and after ranking. Both times are given
+as wall-clock and as processor time; other programs affect the latter less. Peak memory is the peak
+resident set size during ranking, minus the memory in use before it (the model and its views).
+The results are written to benchmarks/results/scale-ranking.json.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ def main(
     out: Path | None,
     row: measure.Row | None,
 ) -> None:
-    """Measure ranking at size."""
+    """Measure ranking against many entities."""
     if row:
         click.echo(json.dumps(run(row)))
         return
     report: dict[str, Any] = {"machine": measure.machine(device, threads), "rows": [], "goals": []}
     for kind in kinds:
-        asked = {"device": device, "entities": entities, "kind": kind, "repeats": repeats}
-        report["rows"].append(measure.in_process(__file__, asked, threads))
+        request = {"device": device, "entities": entities, "kind": kind, "repeats": repeats}
+        report["rows"].append(measure.in_process(__file__, request, threads))
         measure.told(report["rows"][-1], kind)
     name = "scale-ranking" if device == "cpu" else measure.result_file("scale-ranking", device).stem
     measure.finish(report, out or measure.RESULTS / f"{name}.json", [table_of(report)])
 
 
 def table_of(report: measure.Row) -> Any:
-    """A row a model."""
+    """Return a table with a row per model."""
     rows = report["rows"]
     table = measure.table_of(
-        f"{rows[0]['queries']:,} queries against {rows[0]['entities']:,} entities, by the decision",
+        f"{rows[0]['queries']:,} queries against {rows[0]['entities']:,} entities, decision scores",
         "model", "heads", "best s", "median s", "floor s", "× floor", "by processor time",
         "peak MB", f"of {DRAWN:,} drawn, s",
     )  # fmt: skip
@@ -81,7 +81,7 @@ def table_of(report: measure.Row) -> Any:
 
 
 def run(row: measure.Row) -> measure.Row:
-    """One model, in this process."""
+    """Measure one model in this process."""
     import torch
 
     import imvia_graph as ig
@@ -101,21 +101,21 @@ def run(row: measure.Row) -> measure.Row:
     )
     triples = torch.stack([torch.randint(most, (20_000,)) for most in (size, RELATIONS, size)], 1)
     known = AnswerIndex.from_triples([triples], size, RELATIONS)
-    asked = triples[:TRIPLES]
-    queries, heads = 2 * len(asked), len(model.heads)
-    rank(model, asked[:8], known, heads=(), candidates=torch.arange(5000))  # compiles
+    ranked = triples[:TRIPLES]
+    queries, heads = 2 * len(ranked), len(model.heads)
+    rank(model, ranked[:8], known, heads=(), candidates=torch.arange(5000))  # compiles kernels
     rates = [rate(queries, device)]
     peak = measure.Peak(device)
     begun = time.process_time()
     times = measure.seconds(
-        lambda: rank(model, asked, known, heads=()), row["repeats"], device, warm_up=0
+        lambda: rank(model, ranked, known, heads=()), row["repeats"], device, warm_up=0
     )
     processor = (time.process_time() - begun) / row["repeats"]
     peak_bytes = peak.bytes()
     rates.append(rate(queries, device))
     drawn = draw_candidates(size, DRAWN)
     among = measure.seconds(
-        lambda: rank(model, asked, known, heads=(), candidates=drawn), 3, device
+        lambda: rank(model, ranked, known, heads=(), candidates=drawn), 3, device
     )
     operations = 2.0 * heads * queries * size * DIM
     floor, processor_floor = (operations / max(one) for one in zip(*rates, strict=True))
@@ -136,7 +136,7 @@ def run(row: measure.Row) -> measure.Row:
 
 
 def rate(queries: int, device: Any) -> tuple[float, float]:
-    """Operations a second, and a second of the processor, of products of queries and candidates."""
+    """Return operations per second of wall-clock and of processor time of queries x candidates."""
     import torch
 
     query = torch.randn(queries, DIM, device=device)

@@ -1,9 +1,9 @@
-"""Reckon memory and hours for graphs of millions: python benchmarks/scale/reckon.py
+"""Estimate memory and training hours for very large graphs: python benchmarks/scale/reckon.py
 
-What a step computes, moves and sends is counted from the model's sizes; so is what is held. How
-fast a device does it is measured for the CPU (benchmarks/results/scale-cpu.json), and assumed for
-GPUs, on which nothing here has been measured: the options say what is assumed. The table is
-Markdown, as in docs/scale.md.
+The operations, memory traffic and communication of a step, and the memory in use, are computed from
+the sizes of graph and model. Throughput is measured for the CPU (benchmarks/results/scale-cpu.json)
+and assumed for GPUs, on which none of this was measured; the options set the assumed values. The
+tables are Markdown, as in docs/scale.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RESULT = Path(__file__).resolve().parents[1] / "results" / "scale-cpu.json"
 
 
 class Graph(NamedTuple):
-    """The sizes of a graph; views of one modality."""
+    """Sizes of a graph with one modality."""
 
     name: str
     entities: int
@@ -28,9 +28,9 @@ class Graph(NamedTuple):
     width: int
 
 
-#: Entities, relations and training triples as published by the makers of the data sets
+#: Entities, relations and training triples as published by the authors of the data sets
 #: (deepgraphlearning.github.io/project/wikidata5m, transductive; ogb.stanford.edu/docs/lsc). Views
-#: are assumed: a text of a title and a description each, encoded by a model of width 768.
+#: are assumed: per entity one text of title and description, encoded by a model of width 768.
 GRAPHS = (
     Graph("Wikidata5M", 4_594_485, 822, 20_614_279, 1, 768),
     Graph("WikiKG90Mv2", 91_230_610, 1_387, 601_062_811, 1, 768),
@@ -38,47 +38,48 @@ GRAPHS = (
 
 
 class Model(NamedTuple):
-    """Sizes of the model and of a step; heads: structure, the modality, joint."""
+    """Sizes of the model and of a step; the heads are structure, the modality and joint."""
 
     dim: int = 256
     relation_dim: int = 64
     heads: int = 3
-    #: Queries of a process in a step, and negatives that all queries of all processes share.
+    #: Queries per process and step, and negatives shared by all queries of all processes.
     batch: int = 1024
     negatives: int = 1024
 
 
 class Device(NamedTuple):
-    """What a device does in a second. For GPUs these are assumptions, not measurements."""
+    """Speeds and memory of a device. For GPUs these are assumptions, not measurements."""
 
-    #: Operations a second in the products of a step, all losses of small products included.
+    #: Operations per second in the products of a step, with the inefficiency of small products.
     operations: float
-    #: Bytes a second from and to the device's memory, for rows of tables that lie apart.
+    #: Bytes per second from and to device memory, when scattered table rows are accessed.
     memory: float
-    #: Bytes a second that a process sends to others, and seconds before the first arrives.
+    #: Bytes per second that a process sends to others, and latency in seconds.
     network: float
     latency: float
-    #: Seconds of a step that go by however small it is: launching kernels.
+    #: Fixed seconds per step, for kernel launches.
     overhead: float
     #: Bytes of memory.
     size: float
 
 
-# -- what a step takes ----------------------------------------------------------------------------
+# -- cost of a step -------------------------------------------------------------------------------
 
 
 def step(graph: Graph, model: Model, processes: int) -> dict[str, float]:
-    """Operations, bytes moved and bytes sent by each process in a step of sampled training."""
+    """Return operations, bytes moved and bytes sent per process in a step of sampled training."""
     d, r, b = model.dim, model.relation_dim, model.batch
     queries = b * processes
-    candidates = queries + model.negatives  # the queries' answers are each other's negatives
-    # A process scores all queries against the candidates that it owns.
+    candidates = queries + model.negatives  # the answer of each query is a negative of the others
+    # Each process scores all queries against its own candidates.
     owned = candidates / processes
     relations = min(b, 2 * graph.relations)
     embedded = b + owned
     products = model.heads * (queries * owned * d + relations * r * d * d + b * d * d)
     products += embedded * 2 * graph.width * d  # gate and projection
-    # Views, in half precision; rows of two tables: read, and read and written by the optimizer.
+    # Views in half precision; rows of two tables, which the step reads and the optimizer reads and
+    # writes.
     moved = embedded * (graph.views_each * graph.width * 2 + 2 * d * 4 * 4)
     dense = dense_parameters(graph, model)
     moved += dense * 4 * 7
@@ -86,20 +87,20 @@ def step(graph: Graph, model: Model, processes: int) -> dict[str, float]:
     if processes > 1:
         sent += 2 * model.heads * queries * d * 4  # query vectors, and their gradients
         sent += 2 * 2 * b * d * 4  # rows of other processes' entities
-        sent += 2 * dense * 4  # gradients of what all hold
-    # Twice the products again for the gradients, and two operations a multiplication.
+        sent += 2 * dense * 4  # gradients of replicated parameters
+    # The backward pass doubles the products of the forward pass; a multiply-add is two operations.
     return {"queries": queries, "operations": 6 * products, "moved": moved, "sent": sent}
 
 
 def dense_parameters(graph: Graph, model: Model) -> float:
-    """Numbers that every process holds: relations, decoders, gate and projection."""
+    """Return the number of replicated parameters: relations, decoders, gate and projection."""
     d, r = model.dim, model.relation_dim
     decoders = model.heads * (2 * graph.relations * r + r * d * d)
     return decoders + graph.width * (2 * d + r)
 
 
 def seconds(graph: Graph, model: Model, device: Device, processes: int) -> float:
-    """Of a step: computing, moving and sending one after the other."""
+    """Return the seconds of a step; computation, memory traffic and sending do not overlap."""
     taken = step(graph, model, processes)
     time = device.overhead + taken["operations"] / device.operations
     time += taken["moved"] / device.memory
@@ -109,20 +110,20 @@ def seconds(graph: Graph, model: Model, device: Device, processes: int) -> float
 
 
 def epoch_hours(graph: Graph, model: Model, device: Device, processes: int) -> float:
-    """Of a pass over the triples, both of whose ends are asked for."""
+    """Return the hours of an epoch, in which each triple makes a head and a tail query."""
     steps = 2 * graph.triples / step(graph, model, processes)["queries"]
     return steps * seconds(graph, model, device, processes) / 3600
 
 
-# -- what is held ---------------------------------------------------------------------------------
+# -- memory ---------------------------------------------------------------------------------------
 
 
 def held(graph: Graph, model: Model, processes: int, optimizer: str) -> dict[str, float]:
-    """Bytes: those that are split over processes, as each has them, and those that each has."""
-    rows = 2 * graph.entities / processes  # structure, and what is added to the modality
+    """Return the bytes in use: tables, optimizer, dense and host per process, views of all."""
+    rows = 2 * graph.entities / processes  # the tables of structure and of the modality's residual
     state = {"rowwise": rows * 4, "lazy": 2 * rows * model.dim * 4}[optimizer]
-    # The training triples, and the index of the answers of both directions twice: those of the
-    # training triples, and all known. A query's key and pointer are counted for every answer.
+    # The training triples, and two answer indices of both directions: of the training triples and
+    # of all known triples. This counts a query's key and pointer once per answer.
     index = 2 * (2 * graph.triples) * (8 + 8 + 8)
     return {
         "tables": rows * model.dim * 4,
@@ -137,7 +138,7 @@ def held(graph: Graph, model: Model, processes: int, optimizer: str) -> dict[str
 
 
 def lines(graph: Graph, model: Model, device: Device, optimizer: str) -> list[str]:
-    """Rows of the table for a graph."""
+    """Return the rows of the GPU table for a graph."""
     found = []
     for processes in (1, 8, 64):
         bytes_of = held(graph, model, processes, optimizer)
@@ -153,15 +154,15 @@ def lines(graph: Graph, model: Model, device: Device, optimizer: str) -> list[st
 
 
 def cpu_lines(model: Model, optimizer: str, rows: list[dict[str, Any]]) -> list[str]:
-    """What the measured rate of the largest graph makes of the same, one process on a CPU."""
+    """Return the CPU table: one process at the throughput measured on the largest graph."""
     if not rows:
-        return ["Not measured on a CPU yet: run benchmarks/scale/ladder.py."]
+        return ["There are no CPU measurements yet. Run benchmarks/scale/ladder.py."]
     row = max(rows, key=lambda one: one["entities"])
     rate = row["triples_a_second"]
     found = [
-        f"Measured with {row['entities']:,} entities: {rate:,.0f} triples a second.",
+        f"Measured with {row['entities']:,} entities: {rate:,.0f} triples per second.",
         "",
-        "| graph | tables and optimizer | an epoch at that rate |",
+        "| graph | tables and optimizer | epoch at this rate |",
         "|---|--:|--:|",
     ]
     for graph in GRAPHS:
@@ -174,16 +175,20 @@ def cpu_lines(model: Model, optimizer: str, rows: list[dict[str, Any]]) -> list[
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--tflops", default=40.0, help="Assumed: 10^12 operations a second of a GPU.")
-@click.option("--memory", default=1000.0, help="Assumed: GB a second of a GPU's memory, by rows.")
-@click.option("--network", default=25.0, help="Assumed: GB a second that a GPU sends.")
-@click.option("--latency", default=50.0, help="Assumed: microseconds a collective.")
-@click.option("--overhead", default=10.0, help="Assumed: milliseconds a step, besides.")
-@click.option("--size", default=80.0, help="GB of a GPU.")
+@click.option("--tflops", default=40.0, help="Assumed: 10^12 operations per second of a GPU.")
+@click.option(
+    "--memory",
+    default=1000.0,
+    help="Assumed: GB per second of GPU memory, by rows.",
+)
+@click.option("--network", default=25.0, help="Assumed: GB per second that a GPU sends.")
+@click.option("--latency", default=50.0, help="Assumed: microseconds of latency per collective.")
+@click.option("--overhead", default=10.0, help="Assumed: fixed milliseconds per step.")
+@click.option("--size", default=80.0, help="GB of GPU memory.")
 @click.option("--optimizer", type=click.Choice(["rowwise", "lazy"]), default="rowwise")
 @click.option("--dim", default=256, help="Width of embeddings.")
-@click.option("--batch", default=1024, help="Queries a process and step.")
-@click.option("--result", type=click.Path(path_type=Path), default=RESULT, help="The CPU's rates.")
+@click.option("--batch", default=1024, help="Queries per process and step.")
+@click.option("--result", type=click.Path(path_type=Path), default=RESULT, help="CPU results.")
 def main(
     tflops: float,
     memory: float,
@@ -202,7 +207,7 @@ def main(
         tflops * 1e12, memory * 1e9, network * 1e9, latency * 1e-6, overhead * 1e-3, size * 1e9
     )
     click.echo(
-        "| graph | GPUs | on each GPU | fits | host memory a process | views' file | epoch |"
+        "| graph | GPUs | memory per GPU | fits | host memory per process | file of views | epoch |"
     )
     click.echo("|---|--:|--:|---|--:|--:|--:|")
     for graph in GRAPHS:
