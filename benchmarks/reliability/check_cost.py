@@ -1,10 +1,10 @@
-"""What the check of each training step for numbers that are none costs, beside the step.
+"""Measure the cost of checking each training step for NaN and infinity.
 
     IMVIA_DATA=… OMP_NUM_THREADS=1 python benchmarks/reliability/check_cost.py countries MKG-Y
 
-The parts that a step would not need without the check - random states and buffers kept, a sum of
-each gradient, and reading them - are timed in training itself, in seconds of this thread's
-processor. MKG-Y has made-up features of pictures and texts.
+The parts of a step that only the check needs (copies of random states and buffers, a sum of each
+gradient, and reading these sums) are timed during training, in processor time of this thread. MKG-Y
+gets random features as image and text views.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from imvia_graph import _guards
 
 
 class Clock:
-    """Seconds in the functions that it stands around, step by step."""
+    """Seconds spent in wrapped functions, by step."""
 
     def __init__(self) -> None:
         self.now, self.steps = 0.0, []
@@ -76,7 +76,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     CLOCK.steps = []
     with contextlib.suppress(StopIteration):
         ig.fit(kg, epochs=1000, device="cpu", seed=0, validate_every=1000, callbacks=[watched])
-    # The first steps compile, and take memory.
+    # The first steps compile kernels and allocate memory.
     seconds, checked = watched.seconds[10:], CLOCK.steps[10:]
     return {
         "steps": len(seconds),

@@ -1,4 +1,4 @@
-"""What these scripts share: where results go, and what is told of the machine."""
+"""Helpers of these scripts: result files, machine description and the command line."""
 
 import json
 import os
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def about() -> dict[str, Any]:
-    """The machine and the versions."""
+    """Describe the machine, the versions and the command."""
     return {
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "python": platform.python_version(),
@@ -27,21 +27,21 @@ def about() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that the library is at, and whether its files differ from it."""
+    """Return the commit of the library, with " and changes" if its files differ from it."""
 
-    def asked(*words: str) -> str:
+    def git(*words: str) -> str:
         folder = Path(imvia_graph.__file__).parents[1]
-        said = subprocess.run(
+        done = subprocess.run(
             ["git", *words], capture_output=True, text=True, check=False, cwd=folder
         )
-        return said.stdout.strip()
+        return done.stdout.strip()
 
-    changed = asked("status", "--porcelain", "--", "imvia_graph", "cli", "datasets")
-    return (asked("rev-parse", "--short", "HEAD") or "unknown") + (" and changes" * bool(changed))
+    changed = git("status", "--porcelain", "--", "imvia_graph", "cli", "datasets")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" and changes" * bool(changed))
 
 
 def write_results(name: str, values: dict[str, Any]) -> None:
-    """Write ``results/reliability-NAME.json`` and say so."""
+    """Write ``results/reliability-NAME.json`` and print a summary and the path."""
     path = RESULTS / f"reliability-{name}.json"
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     shown = {key: value for key, value in values.items() if not isinstance(value, list | dict)}
@@ -50,12 +50,12 @@ def write_results(name: str, values: dict[str, Any]) -> None:
 
 
 def command(*arguments: str) -> list[str]:
-    """The command line as another process."""
+    """Return the arguments that run the command line in another process."""
     return [sys.executable, "-m", "imvia_graph", *arguments]
 
 
 def quiet_run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The command line, to its end."""
+    """Run the command line in another process and wait for its end."""
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, check=False, **options
     )

@@ -1,9 +1,9 @@
-"""A disk that fills during `fit` and `encode`: a small tmpfs (as root), the command line on it.
+"""Run `fit` and `encode` on a disk that fills up: a small tmpfs, which needs root.
 
     sudo python benchmarks/reliability/full_disk.py
 
-For disks of growing size: what each command says, its exit code, and whether what was there before
-is whole. Then the disk is made larger, and the same is gone on with to its end.
+For disks of growing size, this records the message and exit code of each command, and whether the
+run folder can still be loaded. Then the disk is enlarged and the command is resumed to its end.
 """
 
 import json
@@ -18,7 +18,7 @@ from kill import make_graph, make_raw
 import imvia_graph as ig
 
 FIT = {"dim": 64, "relation_dim": 16, "information_dim": 16, "batch_size": 128, "epochs": 4}
-#: KiB of the disk for a training, and for an encoding.
+#: Sizes of the disk in KiB, for training and for encoding.
 FIT_SIZES, ENCODE_SIZES = (64, 1024, 2048, 4096), (128, 512, 1024)
 
 
@@ -28,7 +28,7 @@ def mount(folder: Path, size: int, how: str = "") -> None:
 
 
 def unmount(folder: Path) -> None:
-    # Lazily: what was read of a run may still be mapped.
+    # Lazily, because files of a run may still be memory-mapped.
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
@@ -37,7 +37,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def whole_run(folder: Path) -> bool:
-    """Whether the run can be loaded, or is not yet one that could be."""
+    """Return whether the run can be loaded or has no checkpoint yet."""
     if not (folder / "run.json").is_file():
         return True
     try:

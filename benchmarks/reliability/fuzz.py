@@ -1,17 +1,16 @@
-"""Fuzzing of every reader: each outcome is a value or an `IMVIAError`, in time, memory and folder.
+"""Fuzz every reader: each input must give a value or an `IMVIAError`, within resource limits.
 
     python benchmarks/reliability/fuzz.py            # 237,000 inputs
     python benchmarks/reliability/fuzz.py --share 0.01 --only kg-folder turtle
-    python benchmarks/reliability/fuzz.py --only turtle --update     # the other rows are kept
+    python benchmarks/reliability/fuzz.py --only turtle --update     # keeps the other rows
 
-hypothesis draws a good file of the reader's form and up to six changes to it: bytes put in, taken
-out, overwritten or repeated, bits turned, the rest cut off; what is put in are the words of the
-form and numbers that lie about sizes. The readers work in a process of their own, whose death would
-be noticed. A failure is an outcome of another kind, an input that takes more than 5 s of the
-processor or a minute of waiting, one that makes the process grow by more than 1 GB, and one for
-which a file is opened for writing outside the folder. An input that holds up compiled code, so that
-no signal comes through, ends the process after two minutes. Each row says at which commit it was
-run.
+hypothesis draws a valid file of the reader's format and up to six changes to it: bytes inserted,
+removed, overwritten or repeated, bits flipped, the rest cut off. Inserted bytes include keywords of
+the format and wrong sizes. The readers run in another process, so that a crash is noticed. An input
+fails if reading it has any other outcome, takes more than 5 s of processor time or a minute of
+wall-clock time, makes the process grow by more than 1 GiB, or opens a file outside the folder for
+writing. If compiled code hangs and no signal gets through, the process is ended after two minutes.
+Each row of the results names the commit that was tested.
 """
 
 import argparse
@@ -54,7 +53,7 @@ from imvia_graph.tuning import check_space, read_space
 
 SECONDS, WAITING, HUNG, MEMORY = 5, 60, 120, 2**30
 ENTITIES = [f"e{i}" for i in range(6)]
-#: Put into any file: sizes that are none, ends, escapes, paths, letters of several bytes.
+#: Inserted into any file: invalid sizes, delimiters, escapes, paths, multi-byte characters.
 WORDS = [
     *(b"\0", b"\n", b"\r\n", b"\t", b" ", b",", b'"', b"\\", b"\xff", b"\xef\xbb\xbf", b"\x1b[2J"),
     *(b"1000000000000", b"-1", b"9" * 30, b"9" * 5000, b"1e999", b"nan", "²".encode(), b"0x10"),
@@ -64,7 +63,11 @@ WORDS = [
 
 
 class Reader(NamedTuple):
-    """A reader: its files, of which one is changed, good contents of that, and what reads them."""
+    """A reader under test.
+
+    ``seeds`` holds valid contents by file, of which one file is changed; ``around`` holds the
+    unchanged files of the folder, ``words`` the keywords of the format.
+    """
 
     inputs: int
     seeds: dict[str, list[bytes]]
@@ -150,7 +153,7 @@ def features(name: str) -> Callable[[Path], Any]:
 
 
 def picture(folder: Path) -> None:
-    with contextlib.suppress(BrokenPicture):  # which `encode` reports and leaves out
+    with contextlib.suppress(BrokenPicture):  # `encode` reports and skips these
         open_picture((folder / "picture").read_bytes())
 
 
@@ -362,7 +365,7 @@ def readers(top: Path) -> dict[str, Reader]:
     return found
 
 
-# -- one reader after the other, in a process of their own ----------------------------------------
+# -- the readers in another process ---------------------------------------------------------------
 
 
 class TooSlow(BaseException):
@@ -370,15 +373,15 @@ class TooSlow(BaseException):
 
 
 def high_water() -> int:
-    """The largest resident size of this process so far, in bytes."""
+    """Return the peak resident set size of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def fuzz_all(names: list[str], share: float, number: int, sender: Any) -> None:
     warnings.simplefilter("ignore")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' own words about broken files
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # messages of libraries about broken files
     with tempfile.TemporaryDirectory() as top:
-        os.environ["XDG_STATE_HOME"] = top  # where the key is kept that signs a KG's folders
+        os.environ["XDG_STATE_HOME"] = top  # holds the key that signs KG folders
         found = readers(Path(top))
         for name in names or list(found):
             sender.send(name)
@@ -388,7 +391,7 @@ def fuzz_all(names: list[str], share: float, number: int, sender: Any) -> None:
     sender.send(None)
 
 
-#: What the audit hook below has seen; a hook cannot be taken away, so there is one.
+#: State of the audit hook below. A hook cannot be removed, so all readers share one.
 WATCHED: dict[str, Any] = {"folder": None, "outside": set()}
 
 
@@ -423,7 +426,7 @@ def fuzz(reader: Reader, share: float, number: int) -> dict[str, Any]:
     signal.signal(signal.SIGPROF, too_slow)
     failures: dict[str, str] = {}
     counts = {"inputs": 0, "values": 0, "errors": 0, "slowest": 0.0}
-    for path, contents in reader.seeds.items():  # once as it is: imports take their time
+    for path, contents in reader.seeds.items():  # read a valid file first: imports are slow
         (folder / path).write_bytes(contents[0])
     with contextlib.suppress(ig.IMVIAError):
         reader.read(folder)
@@ -493,8 +496,8 @@ def fuzz(reader: Reader, share: float, number: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--share", type=float, default=1.0, help="of the inputs")
-    parser.add_argument("--only", nargs="*", help="readers")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the inputs to run")
+    parser.add_argument("--only", nargs="*", help="names of the readers to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--update", action="store_true", help="keep the other rows of the results")
     options = parser.parse_args()
@@ -509,16 +512,17 @@ def main() -> None:
         process.start()
         sender.close()
         with contextlib.suppress(EOFError):
-            while (told := receiver.recv()) is not None:
-                if isinstance(told, str):
-                    current = told
+            while (message := receiver.recv()) is not None:
+                if isinstance(message, str):
+                    current = message
                 else:
-                    results[told[0]] = {"commit": at, **told[1]}
-                    print(told[0], json.dumps(told[1]), flush=True)
+                    name, row = message
+                    results[name] = {"commit": at, **row}
+                    print(name, json.dumps(row), flush=True)
         process.join()
         if not process.exitcode:
             break
-        # It died of an input: that is a failure, and the other readers go on without it.
+        # An input crashed the process: record a failure, and continue with the other readers.
         died = {f"the process died of {process.exitcode}": ""}
         results[str(current)] = {"commit": at, "inputs": 0, "failures": died}
         print(current, results[str(current)], flush=True)
@@ -528,17 +532,17 @@ def main() -> None:
         left = [name for name in left if name not in results]
         if not left:
             break
-    told = about()
+    header = about()
     if options.update:
         before = json.loads((RESULTS / "reliability-fuzz.json").read_text(encoding="utf-8"))
         results = {**before["readers"], **results}
-        told["command"] = f"{before['command']}; {told['command']}"
+        header["command"] = f"{before['command']}; {header['command']}"
     total = sum(found["inputs"] for found in results.values())
     failed = sum(len(found["failures"]) for found in results.values())
     write_results(
         "fuzz",
         {
-            **told,
+            **header,
             "seed": options.seed,
             "inputs": total,
             "failures": failed,

@@ -1,15 +1,15 @@
-"""Runs killed with SIGKILL at random moments and gone on with: nothing is lost, nothing done twice.
+"""Kill runs with SIGKILL at random moments, resume them, and compare them with unbroken runs.
 
     OMP_NUM_THREADS=1 python benchmarks/reliability/kill.py fit --runs 50
     OMP_NUM_THREADS=1 python benchmarks/reliability/kill.py encode --runs 50
     OMP_NUM_THREADS=1 python benchmarks/reliability/kill.py tune --runs 20
 
-Each run is a process of its own that is killed up to three times: by another process at a random
-moment, or, every second time, by itself at a random place in the writing of a file - before or
-after a flush, a link, or a rename, or with half of the file written - or, where there is a
-database, after one of its statements or before what they did is committed. Then the same is asked
-for again until it ends by itself, and what it leaves is compared with what an unbroken run left.
-While a training runs, and after each kill, its folder is read as `ig.load` reads it.
+Each run is a process that is killed up to three times: with probability 1/2 by its parent at a
+random moment, else by itself at a random step of writing a file (before or after an fsync, a link
+or a rename, or with half of the file written) or, with a database, after a statement or before a
+commit. The run is resumed until it ends by itself, and its results are compared with those of an
+unbroken run: no work may be lost or done twice. While a training runs, and after each kill, its
+folder is read with `ig.load`.
 """
 
 import argparse
@@ -43,8 +43,8 @@ import imvia_graph as ig
 from imvia_graph import _files, _kernels, checkpoint
 
 MOST_KILLS = 3
-#: Children are forked from a process that has imported torch, and done nothing else: a pool of
-#: threads would not outlive a fork.
+#: Children are forked from a process that has only imported torch and other packages, because a
+#: thread pool would not survive a fork.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
     [
@@ -58,7 +58,7 @@ FORK.set_forkserver_preload(
 
 
 class Writes:
-    """Counts the steps of writing files in this process, and kills it at one of them."""
+    """Counts the steps of writing files in this process, and kills it at step ``fatal``."""
 
     def __init__(self, fatal: int | None = None) -> None:
         self.count, self.fatal = 0, fatal
@@ -99,14 +99,14 @@ class Writes:
 
 def child(work: Callable[[], None], fatal: int | None, report: Any) -> None:
     writes = Writes(fatal)
-    _kernels.load = lambda kind: None  # the plain forms: loading compiled loops takes a second
-    said = io.StringIO()
+    _kernels.load = lambda kind: None  # no compiled loops, which take a second to load
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             work()
     except SystemExit as ended:
         if ended.code:
-            report.send(said.getvalue())
+            report.send(output.getvalue())
             os._exit(3)
     except BaseException as error:
         report.send(f"{type(error).__name__}: {error}")
@@ -122,7 +122,7 @@ def once(
     fatal: int | None = None,
     watch: Callable[[], None] = lambda: None,
 ) -> tuple[bool, float, int]:
-    """One process: whether it was killed, its seconds, and the steps of writing it made."""
+    """Run a process; return whether it was killed, its seconds, and its number of write steps."""
     receiver, sender = FORK.Pipe(duplex=False)
     process = FORK.Process(target=child, args=(work, fatal, sender))
     start = time.monotonic()
@@ -138,10 +138,10 @@ def once(
     watch()
     if process.exitcode == -signal.SIGKILL:
         return True, seconds, 0
-    told = receiver.recv()
+    message = receiver.recv()
     if process.exitcode:
-        raise RuntimeError(f"A process ended with {process.exitcode}: {told}")
-    return False, seconds, told
+        raise RuntimeError(f"A process ended with {process.exitcode}: {message}")
+    return False, seconds, message
 
 
 def broken(
@@ -153,11 +153,10 @@ def broken(
     watch: Callable[[], None] = lambda: None,
     killed_now: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """A run killed once or more and gone on with to its end: how it was killed.
+    """Kill a run at least once, resume it to its end, and return how it was killed.
 
-    ``seconds`` and ``steps`` are what an unbroken run takes; ``made`` is what it leaves.
-
-    One that came to its end before it was killed is begun again.
+    ``seconds`` and ``steps`` are those of an unbroken run; ``made`` are its outputs, which are
+    deleted to start again if the run ends before it is first killed.
     """
     kills: list[str] = []
     for _ in range(draw.randint(1, MOST_KILLS)):
@@ -188,12 +187,12 @@ def broken(
 # -- fit ------------------------------------------------------------------------------------------
 
 FIT = {"dim": 16, "relation_dim": 8, "information_dim": 8, "batch_size": 256, "epochs": 4}
-#: Small, so that there is time for many runs.
+#: Name of the graph's folder.
 GRAPH = "graph"
 
 
 def make_graph(top: Path) -> None:
-    """200 entities of two relations, with pictures and texts of made-up features."""
+    """Write a graph of 200 entities and two relations, with random image and text features."""
     entity = torch.arange(200)
     after = torch.stack([entity, torch.zeros_like(entity), (entity + 1) % 200], dim=1)
     across = torch.stack([entity, torch.ones_like(entity), (entity + 100) % 200], dim=1)
@@ -231,13 +230,13 @@ def left_by_fit(folder: Path) -> dict[str, Any]:
 
 
 class FolderReader:
-    """Reads a run folder as it is now; it must be whole, or not be a run yet."""
+    """Loads a run folder during training; this must succeed once the run has a checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.reads, self.unreadable = folder, 0, []
 
     def __call__(self) -> None:
-        # Not all the time: the training wants the core, too.
+        # Only about every tenth call, which leaves the core to the training.
         if not checkpoint.is_run(self.folder) or random.random() > 0.1:
             return
         self.reads += 1
@@ -281,7 +280,7 @@ INPUTS, BATCH = 120, 8
 
 
 def make_raw(top: Path) -> None:
-    """A graph with texts and pictures to encode."""
+    """Write a graph with texts and pictures to encode."""
     from PIL import Image
 
     names = [f"e{i}" for i in range(INPUTS)]
@@ -296,7 +295,7 @@ def make_raw(top: Path) -> None:
 
 
 class Digest(ig.encode.Encoder):
-    """Takes its time, and makes features that say what they were made of."""
+    """A slow encoder whose features are digests of the inputs."""
 
     name, width, identity = "digest", 8, "digest 1"
 
@@ -333,7 +332,7 @@ def left_by_encode(out: Path) -> dict[str, bytes]:
 
 
 def inputs_in(cache: Path) -> tuple[int, int, int]:
-    """Inputs kept, distinct ones among them, and inputs that were begun."""
+    """Return the numbers of cached inputs, of distinct cached inputs, and of started inputs."""
     digests = []
     for path in cache.rglob("part-*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -393,7 +392,7 @@ def tune_work(study: Path) -> None:
 
 
 def left_by_tune(study: Path) -> tuple[dict[Any, float], int, int]:
-    """Validation MRR by settings; trials that ended; and those that were given up."""
+    """Return validation MRR by settings, and the numbers of complete and of failed trials."""
     found = tuned(study)
     ended = [trial for trial in found.trials if trial["state"] == "complete"]
     values = {tuple(sorted(trial["settings"].items())): trial["mrr"] for trial in ended}
@@ -454,7 +453,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     work = {"fit": fit, "encode": encode, "tune": tune}[options.what]
-    once(partial(time.sleep, 0))  # what is imported once is not in the seconds of a run
+    once(partial(time.sleep, 0))  # imports happen here, not in the timed run
     with tempfile.TemporaryDirectory() as top:
         found = work(options.runs, Path(top), random.Random(options.seed))
     write_results(f"kill-{options.what}", {**about(), "seed": options.seed, **found})

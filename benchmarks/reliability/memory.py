@@ -1,11 +1,11 @@
-"""`fit`, `evaluate` and `predict` in a loop: does the memory of the process grow?
+"""Measure the memory growth of a process that calls `fit`, `evaluate` and `predict` in a loop.
 
     python benchmarks/reliability/memory.py --minutes 60
 
-Each round trains on `countries` for two epochs with a run folder, loads it, ranks the test triples
-and answers queries; every tenth round does so by the command line, in this process. The resident
-size after each round is kept. Goal: at the end it is within 5 % of what it was after the first
-minute.
+Each round trains on `countries` for two epochs with a run folder, loads the run, ranks the test
+triples and answers queries; every tenth round does so through the command line, in this process.
+The resident set size is recorded after each round. Goal: at the end it is at most 5 % larger than
+after the first minute.
 """
 
 import argparse
@@ -43,13 +43,13 @@ def by_command(folder: Path, seed: int) -> None:
         ["evaluate", str(folder), "--device", "cpu", "--json"],
         ["predict", str(folder), *query, "--device", "cpu", "--json"],
     ):
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             try:
                 command_line(arguments)
             except SystemExit as ended:
                 if ended.code:
-                    raise RuntimeError(said.getvalue()) from None
+                    raise RuntimeError(output.getvalue()) from None
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
             if time.monotonic() - shown > 60:
                 shown = time.monotonic()
                 print(f"{sizes[-1][0]:6.0f} s  {rounds} rounds  {sizes[-1][1]:.0f} MiB", flush=True)
-    # Of ten rounds each: one may come just after or just before memory is given back.
+    # Medians of ten rounds, since a single round may end just before or after memory is freed.
     first = [size for seconds, size in sizes if seconds >= 60][:10]
     early, late = statistics.median(first), statistics.median(size for _, size in sizes[-10:])
     growth = late / early - 1

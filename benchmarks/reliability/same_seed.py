@@ -1,11 +1,11 @@
-"""The same seed on the same machine, twice: are metrics and weights the same to the last bit?
+"""Check that two runs with the same seed on the same machine are bitwise equal.
 
     IMVIA_DATA=… OMP_NUM_THREADS=1 python benchmarks/reliability/same_seed.py
     python benchmarks/reliability/same_seed.py --data countries --threads 2
 
-Each data set is trained on twice, in two processes; MKG-Y, MKG-W and DB15K with made-up features of
-pictures and texts, and small widths. Compared are the weights, the epochs' losses and validation
-metrics, and the test metrics.
+For each data set, two processes train a model of small width; MKG-Y, MKG-W and DB15K get random
+features as image and text views. The weights, the losses and validation metrics of the epochs, and
+the test metrics are compared.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SETTINGS = {"dim": 32, "relation_dim": 16, "information_dim": 16, "device": "cpu
 
 
 def train(name: str, epochs: int, threads: int) -> None:
-    """Train and print a digest of everything that could differ."""
+    """Train, and print the metrics and a digest of the weights."""
     import torch
 
     import imvia_graph as ig
@@ -65,13 +65,13 @@ def main() -> None:
     rows = {}
     for name in options.data:
         began = time.monotonic()
-        said = [
+        outputs = [
             subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout
             for _ in range(2)
         ]
-        test = json.loads(said[0])["test"]["both"]["mrr"]
+        test = json.loads(outputs[0])["test"]["both"]["mrr"]
         rows[name] = {
-            "the_same_to_the_bit": said[0] == said[1],
+            "the_same_to_the_bit": outputs[0] == outputs[1],
             "test_mrr": test,
             "seconds": round(time.monotonic() - began),
         }
