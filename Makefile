@@ -1,5 +1,5 @@
-# Each target first sets up what it needs in .venv, which is quick the second time.
-# PYTHON=/path/to/python names the Python to use (3.10, 3.11 or 3.12); ARGS="..." is passed on.
+# Each target first installs its requirements in .venv if they are missing or out of date.
+# PYTHON=/path/to/python selects the Python (3.10, 3.11 or 3.12); ARGS="..." is passed to the command.
 
 VENV := .venv
 # Files that .venv depends on. tools/setup.sh writes the two stamps; the full set-up includes the core one.
@@ -16,14 +16,14 @@ help: ## list the targets
 	@echo 'make TARGET [ARGS="..."] [PYTHON=/path/to/python]'
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-setup: $(FULL) ## set up everything, with every extra, in .venv
+setup: $(FULL) ## install the package with all extras in .venv
 
-fit: $(CORE) ## train on the built-in data set: imvia-graph fit countries $(ARGS)
+fit: $(CORE) ## train on the bundled data set: imvia-graph fit countries $(ARGS)
 	@$(VENV)/bin/imvia-graph fit countries $(ARGS)
 
-# GOMP_SPINCOUNT as the command sets it (docs/benchmarks.md): waiting threads release their cores soon, or the
-# tests take several times as long beside other programs.
-# One process per core, at most four; the tests of a file share trained runs and stay in one process.
+# GOMP_SPINCOUNT as imvia-graph sets it (docs/benchmarks.md): waiting threads soon release their cores. Without it,
+# the tests take several times as long while other programs run.
+# One process per core, at most four; the tests of a file run in one process, because they share trained runs.
 test: export GOMP_SPINCOUNT ?= 1000
 test: $(FULL) ## run the tests: pytest $(ARGS)
 	@$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)

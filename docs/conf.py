@@ -1,4 +1,4 @@
-"""How Sphinx makes the documentation: `make docs`, or `sphinx-build -W docs docs/_build/html`."""
+"""Sphinx configuration: `make docs`, or `sphinx-build -W docs docs/_build/html`."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
-default_role = "py:obj"  # `name` in a docstring is a name
+default_role = "py:obj"  # `name` in a docstring is a Python object
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-smartquotes_action = "qe"  # quotes and ellipses; two dashes begin an option
+smartquotes_action = "qe"  # quotes and ellipses, not dashes: "--" begins an option
 
 autosummary_generate = True
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True  # torch.sigmoid, not where it lies in memory
-autodoc_typehints = "none"  # numpydoc says them, with shapes
+autodoc_preserve_defaults = True  # show torch.sigmoid, not its memory address
+autodoc_typehints = "none"  # the docstrings state types and shapes
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 
@@ -52,10 +52,10 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 
 class SettingsTables(SphinxDirective):
-    """``settings-tables``: every setting, from `imvia_graph.Settings` itself."""
+    """Directive ``settings-tables``: tables of all settings, from `imvia_graph.Settings`."""
 
     def run(self) -> list[nodes.Node]:
-        """A section a group, with a table."""
+        """Return a section with a table for each group of settings."""
         from imvia_graph.settings import Settings
 
         source = Path(inspect.getfile(Settings))
@@ -85,7 +85,7 @@ class SettingsTables(SphinxDirective):
 
 
 def bounds_of(metadata: list[typing.Any]) -> str:
-    """What a number must not pass, behind what it may be."""
+    """Return the bounds of a number as text that follows its type."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bounds = [
         (sign, getattr(part, name, None)) for part in metadata for name, sign in signs.items()
@@ -100,7 +100,7 @@ def bounds_of(metadata: list[typing.Any]) -> str:
 
 
 def values_of(annotation: typing.Any) -> str:
-    """What a setting may be, in a table's cell."""
+    """Return the type of a setting as the text of a table cell."""
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     if typing.get_origin(annotation) is list:
@@ -112,12 +112,12 @@ def values_of(annotation: typing.Any) -> str:
 
 
 def escape_wildcards(app: Sphinx, context: click.Context, lines: list[str]) -> None:
-    """A ``*`` in the help of an option is a wildcard, not emphasis."""
+    """Escape each ``*`` in the help of an option: it is a wildcard, not emphasis."""
     lines[:] = [re.sub(r"(?<!\*)\*(?!\*)", r"\\*", line) for line in lines]
 
 
 def show_examples_as_code(app: Sphinx, context: click.Context, lines: list[str]) -> None:
-    r"""What is indented below a ``\b`` in a command's help is for a terminal."""
+    r"""Turn the indented lines below a ``\b`` in a command's help into shell code blocks."""
     shown, inside = [], False
     for line in lines:
         code = line.startswith("|   ")
@@ -131,12 +131,12 @@ def show_examples_as_code(app: Sphinx, context: click.Context, lines: list[str])
 
 
 def skip_fields(app: Sphinx, what: str, name: str, member: object, skip: bool, _: object) -> bool:
-    """A named tuple's fields are documented by the tuple."""
+    """Skip the fields of named tuples, which the docstring of the tuple documents."""
     return skip or (getattr(member, "__doc__", None) or "").startswith("Alias for field number")
 
 
 def setup(app: Sphinx) -> None:
-    """Add what is defined here."""
+    """Register the directive and the event handlers of this file."""
     app.add_directive("settings-tables", SettingsTables)
     app.connect("sphinx-click-process-options", escape_wildcards)
     app.connect("sphinx-click-process-description", show_examples_as_code)

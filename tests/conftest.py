@@ -7,7 +7,7 @@ from hypothesis import settings
 import imvia_graph as ig
 from imvia_graph.ops import scatter
 
-# Times vary on a shared machine; what is drawn does not.
+# No deadlines, since times vary on a shared machine; examples are the same in each run.
 settings.register_profile("imvia", deadline=None, derandomize=True)
 settings.load_profile("imvia")
 
@@ -17,8 +17,8 @@ needs_torch_scatter = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _state_of_its_own(tmp_path_factory):
-    """The key that signs KG folders: not the one of whoever runs the tests."""
+def _temporary_state(tmp_path_factory):
+    """Keep the key that signs KG folders in a temporary folder, not in that of the user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
@@ -33,15 +33,15 @@ def _seeded():
     params=["reference", pytest.param("torch_scatter", marks=needs_torch_scatter), "numba"]
 )
 def backend(request):
-    """Each backend of `ops.gated_view_aggregate` that is installed."""
+    """Each installed backend of `ops.gated_view_aggregate`."""
     return request.param
 
 
 @pytest.fixture
 def odd_kg():
-    """Seven entities, two relations, repeated triples, three modalities of odd names and widths.
+    """Seven entities, two relations, repeated triples, three modalities with odd names and widths.
 
-    Entity 6 has no view at all, entity 0 has some of every modality.
+    Entity 6 has no view, entity 0 has views of every modality.
     """
     entity = {"a.b": [3, 0, 3, 5, 0, 3], "keys": [0, 1], "видео": [5, 4, 0, 2, 2]}
     views = {
@@ -60,7 +60,7 @@ def odd_kg():
 
 
 def randomised(module):
-    """The module with every parameter random: nothing may hide behind an initial zero."""
+    """Randomise and return a module, so that no initial zero hides a wrong term."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=0.5)

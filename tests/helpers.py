@@ -1,4 +1,4 @@
-"""Small graphs, folders and runs that several test files make."""
+"""Helpers of several test files: small graphs, folders and comparisons."""
 
 import os
 import subprocess
@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 import imvia_graph as ig
 from imvia_graph.settings import Settings
 
-#: The repository, in which cli/ and datasets/ stand beside imvia_graph/.
+#: Root of the repository, with imvia_graph/, cli/ and datasets/.
 ROOT = Path(__file__).resolve().parents[1]
 
-#: A model with the heads of the default one that trains in no time, the same on every machine.
+#: Settings of a tiny model with the default heads, which trains fast and equally on every machine.
 TINY = {
     "dim": 8,
     "complex_head": True,
@@ -36,12 +36,12 @@ def settings(**changes) -> Settings:
 
 
 def paper_settings(**changes) -> Settings:
-    """Of a model with the paper's heads alone."""
+    """Return settings of a model with only the paper's heads."""
     return settings(**{"complex_head": False, **changes})
 
 
 def ring_triples(size: int) -> torch.Tensor:
-    """(2 size, 3): each entity is followed by the next, and is opposite to another."""
+    """Return (2 size, 3) triples: each entity has a next entity and an opposite entity."""
     entity = torch.arange(size)
     after = torch.stack([entity, torch.zeros_like(entity), (entity + 1) % size], dim=1)
     opposite = torch.stack([entity, torch.ones_like(entity), (entity + size // 2) % size], dim=1)
@@ -49,7 +49,7 @@ def ring_triples(size: int) -> torch.Tensor:
 
 
 def ring_kg(size: int = 12, *, valid: int = 3, test: int = 3, views: bool = True, **options):
-    """A graph of two relations, with an image and a text modality of uneven numbers of views."""
+    """Return a graph of two relations, with image and text views of uneven counts."""
     generator = torch.Generator().manual_seed(0)
     triples = ring_triples(size)
     triples = triples[torch.randperm(len(triples), generator=generator)]
@@ -72,7 +72,7 @@ def ring_kg(size: int = 12, *, valid: int = 3, test: int = 3, views: bool = True
 
 
 def write_folder(folder: Path, files: dict) -> Path:
-    """A folder of files by relative path: text, bytes, or a dict of tensors as safetensors."""
+    """Write files by relative path: text, bytes, or a dict of tensors as safetensors."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def write_folder(folder: Path, files: dict) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its bytes."""
+    """Return the bytes of every file below a folder by relative path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -95,7 +95,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def differing_tensors(one: Path, other: Path) -> list[str]:
-    """Names of the tensors that are not bit by bit the same in two safetensors files."""
+    """Return the names of the tensors that are not bitwise equal in two safetensors files."""
     mine, theirs = load_file(one), load_file(other)
     names = sorted(mine.keys() | theirs.keys())
     assert names, f"{one} and {other} hold no tensors"
@@ -111,13 +111,13 @@ def differing_tensors(one: Path, other: Path) -> list[str]:
 
 
 def same_weights(one, other) -> bool:
-    """Whether two modules have bitwise equal states."""
+    """Return whether two modules have equal states."""
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
 def assert_same_kg(one, other) -> None:
-    """Everything that a graph holds is the same."""
+    """Assert that two graphs are equal in all their fields."""
     for field in ("entities", "relations", "entity_names", "relation_names", "modalities"):
         assert getattr(one, field) == getattr(other, field), field
     assert one.name == other.name
@@ -146,7 +146,7 @@ def score_all(model, entity, relation, batch_size=10_000):
 
 
 def run_python(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
-    """Python in another process, with the package as this process has it."""
+    """Run Python in another process with the environment of this one."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
