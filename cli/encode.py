@@ -270,7 +270,7 @@ def _print_report(report: Report) -> int:
         reads = f" ({report.context_length} tokens)" if report.context_length else ""
         say(
             f"  longer than {report.encoder} reads{reads}: {report.cut} of"
-            f" {report.encoded + report.reused} distinct texts; the rest of each is cut off."
+            f" {report.encoded + report.reused} distinct texts; each is truncated."
         )
     for source, reason in report.broken[:LISTED]:
         say(f"  broken: {shown(source)}: {reason}")

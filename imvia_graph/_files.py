@@ -452,7 +452,7 @@ _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error means a full disk; Rust libraries give the number only in the message."""
+    """Return whether an error means a full disk; Rust libraries name the number in the message."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     number = getattr(error, "errno", None) or (int(found[1]) if found else None)
     return number in _FULL

@@ -71,7 +71,7 @@ def index_triples(
 
 
 def are_distinct(labels: pl.Series) -> bool:
-    """Whether all labels are distinct."""
+    """Return whether all labels are distinct."""
     hashes = np.sort(labels.hash().to_numpy())
     # Two labels may have the same hash; only then are the labels themselves counted.
     return not (hashes[1:] == hashes[:-1]).any() or labels.n_unique() == len(labels)
@@ -271,7 +271,7 @@ def _look_up_exactly(series: pl.Series, known: pl.Series) -> Codes:
 
 
 def _same(column: pl.Series, labels: pl.Series, codes: Codes) -> bool:
-    """Whether each row of the column is the label of its number; rows numbered -1 are ignored."""
+    """Return whether each row of the column is the label of its number; -1 is ignored."""
 
     def same(start: int) -> bool:
         part, rows = codes[start : start + _SLICE], column.slice(start, _SLICE)

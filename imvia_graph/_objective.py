@@ -231,7 +231,7 @@ class Objective:
             return share * shards.repeated(loss), tables, answers[shards.part(len(answers))]
         if batch.sampled is not None:
             # With the binary loss and `among`, an approximation: the weights of negatives are
-            # normalized for each relation, not for the whole batch.
+            # normalised for each relation, not for the whole batch.
             sampled, first = batch.sampled.of_process(shards)
             tables = model.candidates(relation, sampled.entity, halves)
             scores = self._scores(queries, batch.relation, lambda rows: tables)

@@ -133,13 +133,13 @@ class _Thrift:
 
     def byte(self) -> int:
         if self.at >= self.end:
-            raise _DamagedError("it is cut short")
+            raise _DamagedError("data is missing")
         self.at += 1
         return self.content[self.at - 1]
 
     def skip(self, count: int) -> None:
         if count > self.end - self.at:
-            raise _DamagedError("it is cut short")
+            raise _DamagedError("data is missing")
         self.at += count
 
     def unsigned(self) -> int:

@@ -27,7 +27,7 @@ from imvia_graph.optimizers import to_record
 WARM_UP = 3
 #: Maximum number of losses of a step.
 _LOSSES = 16
-#: Maximum number of entities for which parts of a step run in streams of their own. Kernels over
+#: Maximum number of entities for which parts of a step run in separate streams. Kernels over
 #: more entities fill the GPU.
 _MOST_ENTITIES = 2**17
 #: The first torch with which steps in several streams were measured and compared to the bit.

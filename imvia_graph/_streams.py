@@ -36,7 +36,7 @@ class Streams:
         #: Names of the enclosing `beside` contexts.
         self._names: list[str] = []
         self._device = device
-        #: `mark` of the begin of the step; None outside a step and without streams.
+        #: `mark` of the beginning of the step; None outside a step and without streams.
         self.begun: torch.cuda.Event | None = None
         self._kept: list[Tensor] = []
 
@@ -84,13 +84,13 @@ class Streams:
             torch.cuda.current_stream(self._device).wait_stream(stream)
 
     def meet(self, name: str) -> None:
-        """Have the current stream wait for the stream of a `beside` that did not join."""
+        """Make the current stream wait for the stream of a `beside` that did not join."""
         if name in self._split:
             torch.cuda.current_stream(self._device).wait_stream(self._streams[name])
 
     @contextmanager
     def used_by(self, owner: Any) -> Iterator[None]:
-        """Be the ``streams`` attribute of an object, a trainer, during a step."""
+        """Set the ``streams`` attribute of ``owner``, a trainer, to this object for a step."""
         before = owner.streams
         try:
             owner.streams, self.begun = self, self.mark()
@@ -119,7 +119,7 @@ class Streams:
             self._kept += tensors
 
     def join(self) -> None:
-        """Have the current stream wait for all streams used in this step."""
+        """Make the current stream wait for all streams used in this step."""
         for name in sorted(self._split):
             torch.cuda.current_stream(self._device).wait_stream(self._streams[name])
 

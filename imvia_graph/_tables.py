@@ -49,7 +49,7 @@ _NAMES = (
     {"tail", "tailid", "tailentity", "object", "objectid", "obj", "target", "targetid", "dst"}
     | {"to", "toid", "end", "endid", "entity2", "node2"},
 )
-#: Fewest triples for which a first line is suspicious whose labels occur nowhere else.
+#: Number of triples from which on a first line is suspicious if its labels occur nowhere else.
 _MIN_TRIPLES = 10
 #: head, relation, tail, and the full stop at the end of a line in some files.
 _SPACED_TRIPLE = r"^[ \t]*([^ \t\r]+)[ \t]+([^ \t\r]+)[ \t]+([^ \t\r]+)(?:[ \t]+\.)?[ \t\r]*$"
@@ -167,7 +167,7 @@ def columns_by_name(cells: Sequence[str]) -> tuple[int, int, int] | None:
 
 
 def may_be_header(cells: Sequence[str]) -> bool:
-    """Whether these cells as a first line would be read as a header, or refused as a likely one."""
+    """Return whether a first line of these cells is a header, or refused as a likely one."""
     heads, _, tails = _named(cells)
     return columns_by_name(cells) is not None or len(heads) == len(tails) == 1
 
@@ -199,7 +199,7 @@ def _check_order(
 
 
 def _stands_alone(frame: pl.DataFrame) -> bool:
-    """Whether no label of the first triple occurs in another one, if there are enough triples."""
+    """Return whether no label of the first triple recurs, if there are enough triples."""
     if frame.height < _MIN_TRIPLES:
         return False
     head, relation, tail = frame.row(0)
@@ -357,7 +357,7 @@ def _fast(
 
 
 def _has_width(path: Path, separator: str, quoted: bool, skipped: int, width: int) -> bool:
-    """Whether every line that is not blank has ``width`` cells that are not all empty; vectorised.
+    """Return whether every line that is not blank has ``width`` cells, not all empty; vectorised.
 
     False if a quote is used in any other way than around a cell within one line.
     """
@@ -368,7 +368,7 @@ def _has_width(path: Path, separator: str, quoted: bool, skipped: int, width: in
 
 
 def quotes_are_plain(path: Path, separator: str, skipped: int = 0) -> bool:
-    """Whether all quotes are valid CSV and no quoted cell holds a line break; vectorised.
+    """Return whether all quotes are valid CSV and no quoted cell holds a line break; vectorised.
 
     Otherwise, the fast reader may read lines as part of a label, or misread a quote.
     """
@@ -378,7 +378,7 @@ def quotes_are_plain(path: Path, separator: str, skipped: int = 0) -> bool:
 
 
 def _is_whole(separator: str, quoted: bool, times: str) -> pl.Expr:
-    """Expression: whether a line is one cell and further cells ``times`` (a regex quantifier)."""
+    """Return an expression: a line is a cell and more cells ``times`` (a regex quantifier)."""
     between = re.escape(separator)
     cell = f"[^{between}]*"
     if quoted:
@@ -387,7 +387,7 @@ def _is_whole(separator: str, quoted: bool, times: str) -> pl.Expr:
 
 
 def _has_nul(frame: pl.DataFrame) -> bool:
-    """Whether any label holds a NUL byte, as in files that are not text."""
+    """Return whether any label holds a NUL byte, as in files that are not text."""
     return bool(
         frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any())).item()
     )
@@ -689,7 +689,7 @@ def announced_count(path: Path, number: int, line: str) -> int:
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is a count or an id: digits of a number that fits into 64 bits."""
+    """Return whether a text is a count or an id: digits of a number that fits into 64 bits."""
     return text.isdecimal() and len(text) <= 18
 
 

@@ -86,7 +86,7 @@ class AnswerIndex(NamedTuple):
     def _from_packed(cls, packed: Tensor, num_entities: int) -> AnswerIndex:
         """Index (n,) values of ``key * num_entities + answer``, which are overwritten."""
         if packed.device.type == "cpu":
-            packed.numpy().sort()  # in place, and vectorized
+            packed.numpy().sort()  # in place, and vectorised
         else:
             packed = packed.sort().values
         first = torch.ones_like(packed, dtype=torch.bool)

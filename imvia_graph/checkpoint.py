@@ -4,7 +4,7 @@ A run folder, format version 5:
 
 - ``run.json``: format, version, the graph's name, and the versions of imvia-graph, torch and
   Python; if torchrun started the command line, also the `job`, by which restarted processes
-  recognize their own run;
+  recognise their own run;
 - ``settings.yaml``: every setting;
 - ``kg/``: the graph that was trained on, splits included (see `MultiViewKG.save`);
 - ``metrics.jsonl``: a line per epoch;
@@ -91,7 +91,7 @@ def check_free(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; expected a folder to write. Choose another.")
     if not (folder / LOCK).is_file() or is_run(folder):
-        hint = "; --resume (resume=True) continues its run" if is_resumable(folder) else ""
+        hint = "; --resume (resume=True) resumes its run" if is_resumable(folder) else ""
         raise CheckpointError(f"{folder} exists and is not empty{hint}. Choose another folder.")
 
 
@@ -760,7 +760,7 @@ def _own_rows(state: Mapping[str, Tensor], split: Set[str], shards: Shards) -> d
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise DamagedError(f"{path} does not exist: the run has not come to its first checkpoint.")
+        raise DamagedError(f"{path} does not exist: the run has not reached its first checkpoint.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -264,7 +264,7 @@ def _validation(grouped: _Grouped, distinct: int, shared: dict[str, int]) -> dic
     if not distinct:
         auto, why = "none", "there is no validation set, and auto makes none"
     elif in_train or in_test:
-        auto, why = "held-out", "it shares triples with train or test; auto puts it aside"
+        auto, why = "held-out", "it shares triples with train or test; auto sets it aside"
     else:
         auto, why = "published", "it shares no triple with train or test; auto uses it as it is"
     return {
@@ -574,7 +574,7 @@ def _repeated_rows(feat: Tensor, digest: NDArray[np.uint64], step: int) -> tuple
 
 
 def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the warnings, gravest first, with advice; they call relations by their names."""
+    """Return the warnings, most serious first, with advice; they call relations by their names."""
     names = dict(zip(kg.relations, kg.relation_names, strict=True))
     warnings: list[tuple[str, str]] = []
     triples, shared, validation = found["triples"], found["shared"], found["validation"]

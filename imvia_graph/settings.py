@@ -494,7 +494,7 @@ def presets() -> list[str]:
     return sorted(file.stem for file in PRESETS.glob("*.yaml"))
 
 
-#: Largest size of a settings file in bytes: PyYAML reads about 100 KiB a second.
+#: Largest size of a settings file in bytes: PyYAML reads about 100 KiB per second.
 MOST_BYTES = 2**18
 #: Errors of PyYAML and tomllib for invalid YAML or TOML, invalid dates, and too deep nesting.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError)

@@ -236,7 +236,7 @@ def _numbered_pairs(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _first(values: Tensor) -> Tensor:
-    """Do `first_occurrence`, without sorting if the values are ids of a small enough range."""
+    """Compute `first_occurrence` without sorting if the values are ids of a small enough range."""
     if not len(values) or int(values.min()) < 0 or int(values.max()) > 4 * len(values) + 1024:
         return first_occurrence(values)
     position = torch.arange(len(values))

@@ -511,7 +511,7 @@ class Trainer:
             yield functools.partial(self.recorded.step, rows)
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Do one step: losses (Eq. 8), backward pass, optimizers. Return the detached losses."""
+        """Run one step: losses (Eq. 8), backward pass, optimizers. Return the detached losses."""
         before = Before(self.buffers, self.model.device)
         losses, estimation, gradients = self.gradients_of(batch, before)
         health = Health(
@@ -537,7 +537,7 @@ class Trainer:
         return losses
 
     def follow(self, health: Health, before: Before, batch: Batch | Tensor) -> None:
-        """Settle the last step, and register the one that is now running."""
+        """Check the previous step (`_settle`), and register the one that is now running."""
         self._settle()
         progress = self.progress
         self._unsettled = _Step(
@@ -559,7 +559,7 @@ class Trainer:
     def _gradients(
         self, batch: Batch, before: Before | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Do `_backward`, with smaller parts of the batch each time that memory runs out."""
+        """Run `_backward`, with smaller parts of the batch each time that memory runs out."""
         while True:
             try:
                 return self._backward(batch)

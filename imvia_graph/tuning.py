@@ -1,6 +1,6 @@
 """`tune`: a search for the settings with the best validation MRR, by Optuna.
 
-A study is an SQLite file. It can be stopped or killed, continued, and shared by several workers.
+A study is an SQLite file. It can be stopped or killed, resumed, and shared by several workers.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def tune(
 ) -> Tuned:
     """Search for the settings with the best validation MRR.
 
-    Another call with the same study continues it. Several processes may share a study, each on its
+    Another call with the same study resumes it. Several processes may share a study, each on its
     own device. If a worker is killed, another one, or the next call, repeats its trial. No settings
     are tried twice. Test triples are set aside before the first trial: as is customary, they filter
     validation ranks, but are never ranked.
@@ -393,7 +393,7 @@ class _Worker:
         self.exhausted: int | None = None
 
     def more(self, trials: int) -> bool:
-        """Do a trial if there is one to do; return False once the study is complete."""
+        """Run a trial if any is left; return False once the study is complete."""
         kinds = self.optuna.trial.TrialState
         with _lock(self.path):
             self._requeue_abandoned()
@@ -579,7 +579,7 @@ class _Pruned(Exception):  # noqa: N818 - ends a trial, is no error
 
 
 class _Watcher(Callback):
-    """Reports each validation to Optuna, and ends a trial that is to be pruned."""
+    """Reports each validation to Optuna, and ends a trial that should be pruned."""
 
     def __init__(self, worker: _Worker, trial: Any) -> None:
         self.worker, self.trial = worker, trial
@@ -587,7 +587,7 @@ class _Watcher(Callback):
         self.epochs = 0
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """Report the validation MRR; raise `_Pruned` if the trial is to be pruned."""
+        """Report the validation MRR; raise `_Pruned` if the trial should be pruned."""
         self.epochs = record["epoch"]
         self.best = trainer.progress.best_mrr
         if "valid" in record:

@@ -412,7 +412,7 @@ def test_the_broken_validation_set_of_db15k_is_told():
         "in_test": 824,
         "held_out": 73,
         "auto": "held-out",
-        "why": "it shares triples with train or test; auto puts it aside",
+        "why": "it shares triples with train or test; auto sets it aside",
     }
     assert found["triples"]["valid"] == {"triples": 9904, "distinct": 7481, "repeated": 2423}
     assert codes(found)[0] == "validation-in-train"
@@ -479,7 +479,7 @@ def test_validation_is_as_published_unless_asked_otherwise(tmp_path):
     assert published["validation"]["auto"] == "held-out"
     auto = json.loads(run(str(folder), "--json", "--validation", "auto").stdout)
     assert auto["validation"]["in_train"] == 0
-    assert "put aside" in auto["notes"][0]
+    assert "set aside" in auto["notes"][0]
 
 
 def test_countries_has_nothing_grave():

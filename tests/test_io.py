@@ -352,7 +352,7 @@ def test_a_validation_set_that_is_put_aside_still_filters_and_is_never_held_out_
     kg = ring_kg(60, valid=6, test=6)
     held = ig.load_kg(kg, "held-out")
     assert torch.equal(held.known, kg.valid)
-    assert "put aside" in held.notes[-1]
+    assert "set aside" in held.notes[-1]
     everything = torch.cat([kg.train, kg.valid, kg.test])
     for head, relation, tail in everything.tolist():
         index = held.answers()

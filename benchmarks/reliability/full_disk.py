@@ -43,7 +43,7 @@ def whole_run(folder: Path) -> bool:
     try:
         ig.load(folder, "cpu")
     except ig.CheckpointError as error:
-        return "has not come to its first checkpoint" in str(error)
+        return "has not reached its first checkpoint" in str(error)
     return True
 
 

@@ -243,7 +243,7 @@ class FolderReader:
         try:
             ig.load(self.folder, "cpu")
         except ig.CheckpointError as error:
-            if "has not come to its first checkpoint" not in str(error):
+            if "has not reached its first checkpoint" not in str(error):
                 self.unreadable.append(str(error))
         except Exception as error:
             self.unreadable.append(repr(error))

@@ -54,7 +54,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class _AddUp(torch.autograd.Function):
-    """Sums of gradients at the rows of the table, with a gradient of their own."""
+    """Sums of gradients at the rows of the table; can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, row: Tensor, grad: Tensor, shape: torch.Size) -> Tensor:

@@ -381,13 +381,13 @@ def _put(
 
 @no_type_check
 def _softplus(x):
-    """log(1 + exp(x))."""
+    """Return log(1 + exp(x))."""
     return tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
 
 
 @no_type_check
 def _sigmoid(x):
-    """1 / (1 + exp(-x)), without overflow."""
+    """Return 1 / (1 + exp(-x)), without overflow."""
     small = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, small) / (1 + small)
 

@@ -12,7 +12,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function at its first call, without interpreter lock; cache it on disk if possible.
 
     Division by zero gives infinity or NaN. Python's exception would need a test at every division,
-    which prevents vectorization.
+    which prevents vectorisation.
     """
     options = {"error_model": "numpy", **options}
 

@@ -1,4 +1,4 @@
-"""Floating-point helpers of the loops: half precision as bits, and a vectorizable exponential."""
+"""Floating-point helpers of the loops: half precision as bits, and a vectorisable exponential."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numba.extending import intrinsic, overload
 
 from imvia_graph._kernels import _compile
 
-# Sums may be reordered, as vectorization does; NaN and infinity keep their meaning.
+# Sums may be reordered, as vectorisation does; NaN and infinity keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz"}
 compiled = _compile.compiled(fastmath=_FASTMATH)
 #: For functions that loops call. If not inlined, they would be compiled differently in a process

@@ -61,7 +61,7 @@ def binary_head(row: Any, positives: Any, smoothing: Any, positive: Any, negativ
     for start in range(0, row.size, 64):
         factor = np.float32(1)
         linear = np.float32(0)
-        # Indexed from 0: the compiler does not vectorize reads at indices that may be negative.
+        # Indexed from 0: the compiler does not vectorise reads at indices that may be negative.
         part = row[start : start + 64]
         for n in range(part.size):
             s = part[n]

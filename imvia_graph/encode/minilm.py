@@ -23,7 +23,7 @@ from imvia_graph.encode.encoder import (
     weights_fingerprint,
 )
 
-#: Context length in word pieces, as in the model's training; longer texts are cut off.
+#: Context length in word pieces, as in the model's training; longer texts are truncated.
 LONGEST = 256
 #: Texts are cut to this many characters before tokenisation; they have more than `LONGEST` pieces.
 LONGEST_TEXT = 16_384

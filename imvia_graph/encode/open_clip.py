@@ -38,7 +38,7 @@ class _Spec(NamedTuple):
 
     architecture: str
     weights: str | None
-    fetched: bool
+    downloaded: bool
 
 
 class _Model:
@@ -184,10 +184,10 @@ def _announce(argument: str, hub: str) -> None:
         try:
             socket.getaddrinfo(host, 443)
         except OSError as error:
-            raise _not_fetched(argument, f"{host}: {error.strerror}") from error
+            raise _not_downloaded(argument, f"{host}: {error.strerror}") from error
 
 
-def _not_fetched(argument: str, detail: str) -> EncoderError:
+def _not_downloaded(argument: str, detail: str) -> EncoderError:
     return EncoderError(
         f"open_clip:{argument} cannot be downloaded or loaded ({detail}). Without a network, use a"
         " checkpoint on disk (open_clip:ARCHITECTURE/path/to/file), or the encoders whose weights"
@@ -199,12 +199,12 @@ def _not_fetched(argument: str, detail: str) -> EncoderError:
 def _unusable(argument: str, spec: _Spec, error: Exception) -> EncoderError:
     text = str(error).strip()
     detail = (text.splitlines()[0] if text else type(error).__name__).rstrip(".")[:300]
-    if not spec.fetched:
+    if not spec.downloaded:
         return EncoderError(
             f"open_clip:{argument} cannot be loaded ({detail}). Expected weights of this"
             " architecture, as safetensors or written by torch.save; nothing else is unpickled."
         )
-    return _not_fetched(argument, detail)
+    return _not_downloaded(argument, detail)
 
 
 @contextlib.contextmanager

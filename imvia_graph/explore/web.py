@@ -1,7 +1,7 @@
 """The explorer over HTTP: routes, response schemas and protection against other sites.
 
-- Host names are checked, so that a page of another site cannot reach the service through a host
-  name of its own that resolves to this machine (DNS rebinding). IP addresses need no check.
+- Host names are checked, so that a page of another site cannot reach the service through its own
+  host name that resolves to this machine (DNS rebinding). IP addresses need no check.
 - A strict content security policy allows only the page's own script and style, none inline.
 - Requests contain no paths: a picture is requested by modality and number, and drawn again.
 """

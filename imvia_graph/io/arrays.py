@@ -182,7 +182,7 @@ def write_npz(kg: MultiViewKG, target: Path, *, follow: bool = False) -> list[Pa
 
 
 def is_pykeen(value: Any) -> bool:
-    """Whether a value is a PyKEEN factory, or an object with the same fields."""
+    """Return whether a value is a PyKEEN factory, or an object with the same fields."""
     return isinstance(getattr(value, "mapped_triples", None), Tensor)
 
 
@@ -266,5 +266,5 @@ def to_pykeen(kg: MultiViewKG) -> dict[str, Any]:
 
 
 def is_pykeen_dataset(value: Any) -> bool:
-    """Whether a value is a PyKEEN data set: training, validation and testing factories."""
+    """Return whether a value is a PyKEEN data set: training, validation and testing factories."""
     return "pykeen" in sys.modules and is_pykeen(getattr(value, "training", None))

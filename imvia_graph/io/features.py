@@ -612,7 +612,7 @@ def _whole_tensor(path: Path, value: Tensor) -> Tensor:
 
 
 def _is_flat(value: Any) -> bool:
-    """Whether a value is a list of labels or ids."""
+    """Return whether a value is a list of labels or ids."""
     return isinstance(value, list | tuple) and all(isinstance(item, str | int) for item in value)
 
 

@@ -176,7 +176,7 @@ def to_networkx(kg: MultiViewKG) -> Any:
 
 
 def is_dgl(value: Any) -> bool:
-    """Whether a value is a DGL graph."""
+    """Return whether a value is a DGL graph."""
     return isinstance(value, dgl.DGLGraph)
 
 

@@ -224,7 +224,7 @@ def _has_splits_error(parts: Iterable[str]) -> DataError:
 
 
 def _are_shares(split: Sequence[float] | bool) -> bool:
-    """Whether the caller passed shares, rather than a bool or nothing."""
+    """Return whether the caller passed shares, rather than a bool or nothing."""
     return not isinstance(split, bool)
 
 
@@ -271,7 +271,7 @@ def _read(source: Any, format: str | None, options: dict[str, Any]) -> Source | 
 
 
 def _is_pandas(value: Any) -> bool:
-    """Whether a value is a pandas frame, without importing pandas."""
+    """Return whether a value is a pandas frame, without importing pandas."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(value, pandas.DataFrame)
 
@@ -423,7 +423,7 @@ def _read_folder(folder: Path, format: str | None, options: dict[str, Any]) -> S
 
 
 def _has_kg_file_names(folder: Path) -> bool:
-    """Whether all split files of a folder with a train.tsv are named as in a KG folder.
+    """Return whether all split files of a folder with a train.tsv are named as in a KG folder.
 
     Raises a DataError if one is named otherwise although the folder has files that only a KG
     folder has.
@@ -442,7 +442,7 @@ def _has_kg_file_names(folder: Path) -> bool:
 
 
 def _has_header(folder: Path) -> bool:
-    """Whether a split file begins with a header, which the files of a KG folder do not have."""
+    """Return whether a split file begins with a header, which files of a KG folder do not have."""
     for split in SPLITS:
         if not (folder / f"{split}.tsv").is_file():
             continue
@@ -537,7 +537,7 @@ def with_validation(
         what = f"of the {distinct} distinct published validation triples"
         reason = f"{found.replace(' ', f' {what} ', 1)}. "
     if len(kg.valid):
-        reason += "The published validation set is put aside and only filters ranks. "
+        reason += "The published validation set is set aside and only filters ranks. "
     note = (
         f"{reason}Validation: {len(valid)} triples held out of train, {by} by {by} (seed {seed})."
     )

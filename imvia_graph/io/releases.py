@@ -38,13 +38,13 @@ from imvia_graph.kg import SPLITS, MultiViewKG, Split
 
 
 def is_momok(folder: Path) -> bool:
-    """Whether a folder has the files of the MoMoK layout."""
+    """Return whether a folder has the files of the MoMoK layout."""
     names = ("train.txt", "entity2id.txt", "relation2id.txt")
     return all((folder / name).is_file() for name in names)
 
 
 def is_mygo(folder: Path) -> bool:
-    """Whether a folder has the files of the MyGO layout."""
+    """Return whether a folder has the files of the MyGO layout."""
     listed = any((folder / name).is_file() for name in ("entities.txt", "entity2id.txt"))
     return listed and (folder / "train.txt").is_file() and not is_momok(folder)
 
@@ -137,7 +137,7 @@ def _are_numbers(cells: pl.Series) -> bool:
 
 
 def _as_ids(cells: pl.Series, labels: list[str]) -> bool:
-    """Whether the cells are ids: all numbers, and not all of them labels."""
+    """Return whether the cells are ids: all numbers, and not all of them labels."""
     return _are_numbers(cells) and not bool(cells.is_in(labels).all())
 
 

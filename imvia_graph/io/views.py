@@ -318,7 +318,7 @@ _NOT_TEXT = "its name is not UTF-8"
 
 
 def _is_text(name: str) -> bool:
-    """Whether a file name is valid UTF-8: Python decodes other bytes to lone surrogates."""
+    """Return whether a file name is valid UTF-8: Python decodes other bytes to lone surrogates."""
     return not re.search("[\ud800-\udfff]", name)
 
 
@@ -328,7 +328,7 @@ def _bytes_of(name: str) -> str:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder; circular links are not."""
+    """Return whether an entry is a folder; circular links are not."""
     try:
         return entry.is_dir()
     except OSError:

@@ -127,7 +127,7 @@ def contrastive_alignment(
     entity: Tensor | None = None,
     present: Tensor | None = None,
 ) -> Tensor:
-    r"""Contrastive alignment of two modalities, in both directions, as in CLIP.
+    r"""Compute the contrastive alignment of two modalities, in both directions, as in CLIP.
 
     .. math::
         \frac{1}{B} \sum_i \left[
@@ -179,7 +179,7 @@ def printed_alignment(
     entity: Tensor | None = None,
     present: Tensor | None = None,
 ) -> Tensor:
-    r"""Eq. 5 as printed: cross-entropy between the two directions' distributions, both ways.
+    r"""Compute Eq. 5 as printed: cross-entropy of the two directions' distributions, both ways.
 
     .. math::
         P_{ij} = \frac{\exp(x_i \cdot y_j / \tau)}{\sum_k \exp(x_i \cdot y_k / \tau)}, \quad

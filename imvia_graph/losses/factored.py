@@ -26,7 +26,7 @@ def factored_completion(
     shards: Shards | None = None,
     among: tuple[int, int] | None = None,
 ) -> Tensor:
-    r"""L3 for heads whose scores are inner products, and for their decision.
+    r"""Compute L3 for heads whose scores are inner products, and for their decision.
 
     The value and the gradients equal those of `completion` for the scores
     :math:`S_m = Q_m C_m^\top` and :math:`\sum_m w_m S_m`, at a fraction of its time and memory: the

@@ -1,4 +1,4 @@
-"""DURA and N3: regularizers of the embeddings of true triples."""
+"""DURA and N3: regularisers of the embeddings of true triples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dura(
     shards: Shards | None = None,
     times: Tensor | None = None,
 ) -> Tensor:
-    r"""DURA: squared norms of the factors in the scores of true triples.
+    r"""Compute DURA: squared norms of the factors in the scores of true triples.
 
     .. math:: \frac{1}{B} \sum_i \left( \|h_i\|^2 + \|q_i\|^2 + \|t_i\|^2 \right), \qquad
         q = \mathcal W \times_1 h \times_2 r
@@ -93,7 +93,7 @@ def n3(
     shards: Shards | None = None,
     times: Tensor | None = None,
 ) -> Tensor:
-    r"""N3: cubed moduli of the ComplEx embeddings in the scores of true triples.
+    r"""Compute N3: cubed moduli of the ComplEx embeddings in the scores of true triples.
 
     .. math:: \frac{1}{B} \sum_i \left( \|h_i\|_3^3 + \|r_i\|_3^3 + \|t_i\|_3^3 \right)
 

@@ -11,7 +11,7 @@ from imvia_graph.losses._shared import at_least_float32
 def relation_prediction(
     scores: Tensor, relation: Tensor, number: int | None = None, counts: Tensor | None = None
 ) -> Tensor:
-    r"""Softmax cross-entropy of the relation between the entities of true triples.
+    r"""Compute the softmax cross-entropy of the relation between the entities of true triples.
 
     .. math:: \frac{1}{P} \sum_i - \log \frac{\exp S(h_i, r_i, t_i)}{\sum_r \exp S(h_i, r, t_i)}
 

@@ -64,7 +64,7 @@ def sampled_completion(
     label_smoothing: float = 0.0,
     shards: Shards | None = None,
 ) -> Tensor:
-    r"""L3 over sampled candidates: an estimate of `completion` over all entities.
+    r"""Compute L3 over sampled candidates: an estimate of `completion` over all entities.
 
     A candidate j that is sampled with probability :math:`q_j` stands for :math:`1 / q_j` entities
     (Horvitz and Thompson 1952); the answer of a query, which is always included, stands for itself.

@@ -39,7 +39,7 @@ class Positives(NamedTuple):
 
 
 def binary_completion(scores: Tensor, positives: Positives, label_smoothing: float = 0.0) -> Tensor:
-    r"""Binary cross-entropy, with equal weight for positives and negatives (L3 of a head, Eq. 7).
+    r"""Compute binary cross-entropy; positives and negatives weigh equally (L3 of a head, Eq. 7).
 
     .. math::
         -\frac{1}{|T_+|} \sum_{T_+} \log \sigma(S) - \frac{1}{|T_-|} \sum_{T_-} \log \sigma(-S)
@@ -90,7 +90,7 @@ def binary_completion(scores: Tensor, positives: Positives, label_smoothing: flo
 def softmax_completion(
     scores: Tensor, positives: Positives, label_smoothing: float = 0.0
 ) -> Tensor:
-    r"""Softmax cross-entropy over the candidates, with equal weight for a query's positives.
+    r"""Compute softmax cross-entropy over the candidates; a query's positives weigh equally.
 
     .. math::
         \frac{1}{B} \sum_i \left[ \log \sum_t \exp S_{it}
@@ -128,7 +128,7 @@ def completion(
     loss: str = "softmax",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """L3: the sum over the heads of `softmax_completion` or `binary_completion` (Eq. 7).
+    """Compute L3: the sum over the heads of `softmax_completion` or `binary_completion` (Eq. 7).
 
     Parameters
     ----------

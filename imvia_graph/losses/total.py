@@ -13,7 +13,7 @@ def total_loss(
     lambda_alignment: float = 1.0,
     lambda_completion: float = 1.0,
 ) -> Tensor:
-    r"""Eq. 8: :math:`\lambda_0 L_1 + \lambda_1 L_2 + \lambda_2 L_3`.
+    r"""Compute Eq. 8: :math:`\lambda_0 L_1 + \lambda_1 L_2 + \lambda_2 L_3`.
 
     Parameters
     ----------
