@@ -373,7 +373,7 @@ def fit(
         `RESUMABLE` may be changed: ``epochs``, ``patience``, ``device``, ``validate_every``,
         ``checkpoint_every``, ``non_finite``, ``disk_full``, ``views_on``, ``cuda_graph``,
         ``backend``. ``epochs``, ``lambda_regularization``, ``complex_head`` and ``precision`` keep
-        the run's values if they are left open. A run that has ended is returned as it is, unless
+        the run's values if they are left open. A run that has ended is returned unchanged, unless
         ``epochs`` or ``patience`` lets it go on. ``epochs`` below the number already trained is
         raised to that number.
     callbacks : Callback or sequence of Callback
@@ -652,7 +652,7 @@ def _resume(folder: Path, callbacks: Sequence[Callback], overrides: dict[str, An
 
 
 def _warn_of_slow_precision(trainer: Trainer) -> None:
-    """Warn if a run goes on in bfloat16 on a device that has it only in software."""
+    """Warn if a run is resumed in bfloat16 on a device that has it only in software."""
     here = training_dtype(trainer.settings.replace(precision="auto"), trainer.model.device)
     if trainer.precision == torch.bfloat16 != here:
         logger.warning(

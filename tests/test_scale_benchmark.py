@@ -187,7 +187,7 @@ def test_operations_of_a_step_are_those_that_torch_counts(bench):
 def test_the_table_is_printed_with_and_without_measured_rates(bench, tmp_path):
     result = tmp_path / "scale.json"
     found = CliRunner().invoke(bench.reckon.main, ["--result", str(result)])
-    assert "Not measured on a CPU yet" in found.output
+    assert "There are no CPU measurements yet" in found.output
     row = {"entities": 1000, "triples_a_second": 1000.0}
     result.write_text(json.dumps({"rows": [row]}), "utf-8")
     found = CliRunner().invoke(bench.reckon.main, ["--result", str(result)])
