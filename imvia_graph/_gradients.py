@@ -13,7 +13,7 @@ from imvia_graph.errors import IMVIAError
 
 
 def first_order(what: str, instead: str) -> Callable[[Any], Any]:
-    """Make a backward pass raise if it is to be differentiated, which would be wrong or zero.
+    """Make a backward pass raise if it is differentiated: the result would be wrong or zero.
 
     ``once_differentiable`` raises only if an incoming gradient requires a gradient itself. That of
     a sum does not, and second-order gradients would be zero without an error.

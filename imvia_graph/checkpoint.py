@@ -606,8 +606,8 @@ def save_trainer(path: Path, trainer: Trainer) -> None:
 def load_last(folder: Path, trainer: Trainer) -> None:
     """Read the last checkpoint of a run folder into a trainer; call this with it `locked`.
 
-    If the checkpoint is damaged, the one before it is read; if there is none yet, the trainer stays
-    as it is, and the run starts again.
+    If the checkpoint is damaged, the one before it is read; if there is none yet, the trainer is
+    unchanged, and the run starts again.
 
     Raises
     ------

@@ -21,8 +21,8 @@ FOLDER = "pictures"
 class Pictures:
     """The pictures that the views of a graph name as their sources.
 
-    Only files inside the known folders are opened, after links are resolved, and no file is
-    returned as it is, but only a small picture drawn from it.
+    Only files inside the known folders are opened, after links are resolved. Files are
+    never returned themselves, only small pictures drawn from them.
 
     Parameters
     ----------
