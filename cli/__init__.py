@@ -28,7 +28,7 @@ COMMANDS = {
     "tune": "Search for the settings with the best validation MRR.",
     "evaluate": "Rank the triples of a split with a trained run.",
     "predict": "Complete a triple: list the best answers to a query.",
-    "explain": "Explain a triple: ranks and scores by modality, weights of the views.",
+    "explain": "Explain a triple: rank and score by each head, weights of the views.",
     "report": "Write an HTML page about one or more runs: metrics, curves, pictures.",
     "explore": "Explore a run in the browser, or query it as a JSON service.",
     "pictures": "Draw the pictures of the built-in graph `countries` for report and explore.",

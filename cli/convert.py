@@ -69,8 +69,9 @@ def convert(
     kg = load_kg(source, validation, seed, **loading)
     for note in kg.notes:
         click.echo(printable(note))
+    click.echo(printable(repr(kg)))
     read = source if Path(source).exists() else None  # SOURCE may be the name of a data set
     lost = write_kg(kg, target, form, compression=compression, overwrite=overwrite, source=read)
-    click.echo(printable(f"Wrote {target}: {repr(kg)[1:-1]}."))
+    click.echo(printable(f"Wrote {target}."))
     for sentence in lost:
         click.echo(printable(f"Note: {sentence}"), err=True)

@@ -102,8 +102,7 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
     table = Table(title=cell(f"{title}, against {metrics['candidates']}"), title_justify="left")
     table.add_column("", no_wrap=True)
     for column in COLUMNS:
-        name = {"mrr": "MRR %", "mr": "MR"}.get(column, f"{column.replace('hits', 'H')} %")
-        table.add_column(name, justify="right")
+        table.add_column(_heading(column), justify="right")
     rows = {
         "all": metrics["both"],
         "predict heads": metrics["head"],
@@ -116,19 +115,25 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
     return table
 
 
-def relations_table(metrics: Mapping[str, Any]) -> Table:
-    """Return the metrics of both sides per relation, the most frequent relation first."""
+def relations_table(metrics: Mapping[str, Any], names: Mapping[str, str]) -> Table:
+    """Return the metrics of both sides per relation, the most frequent relation first.
+
+    ``names`` maps the labels of the relations to their display names.
+    """
     table = Table(title="By relation", title_justify="left")
     table.add_column("relation")
     table.add_column("triples", justify="right")
     for column in COLUMNS[:1] + COLUMNS[2:5]:
-        name = {"mrr": "MRR %"}.get(column, f"{column.capitalize()} %")
-        table.add_column(name, justify="right")
+        table.add_column(_heading(column), justify="right")
     rows = sorted(metrics["relations"].items(), key=lambda item: -item[1]["triples"])
     for label, row in rows:
         cells = (_cell(column, row[column]) for column in COLUMNS[:1] + COLUMNS[2:5])
-        table.add_row(cell(label), str(row["triples"]), *cells)
+        table.add_row(cell(names[label]), str(row["triples"]), *cells)
     return table
+
+
+def _heading(column: str) -> str:
+    return {"mrr": "MRR %", "mr": "MR"}.get(column, f"{column.replace('hits', 'H')} %")
 
 
 def _cell(column: str, value: float) -> str:

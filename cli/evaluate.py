@@ -63,7 +63,8 @@ def evaluate(
         return
     results.print(metrics_table(f"{trained.kg.name}: {split}, filtered", metrics))
     if relations:
-        results.print(relations_table(metrics))
+        names = dict(zip(trained.kg.relations, trained.kg.relation_names, strict=True))
+        results.print(relations_table(metrics, names))
 
 
 def _candidates(value: str | None, kg: MultiViewKG) -> int | Tensor | None:

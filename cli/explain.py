@@ -49,7 +49,8 @@ def explain(run: Path, head: str, relation: str, tail: str, as_json: bool, devic
     results.print(f"{escape(triple)}: {where}")
     results.print(_judgements(found))
     for end, under in ((found.head, ""), (found.tail, ", inverse")):
-        results.print(_views(end, f"{shown(found.relation_name)}{under}"))
+        if end.views:
+            results.print(_views(end, f"{shown(found.relation_name)}{under}"))
 
 
 def _judgements(found: Explanation) -> Table:

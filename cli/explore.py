@@ -83,10 +83,10 @@ def explore(
 ) -> None:
     """Explore the trained run in the folder RUN in the browser.
 
-    Choose an entity and a relation to see the ranked answers and the weight of each modality,
-    picture and text. The same data is available as a JSON service, documented at /docs. The server
-    accepts connections from this machine only, unless --host is given, and shows no files but the
-    run's own views. It needs the extra `explore`; stop it with Ctrl-C.
+    Choose an entity and a relation to see the ranked answers, the score by each head, and the
+    weight of each picture and text. The same data is available as a JSON service, documented at
+    /docs. The server accepts connections from this machine only, unless --host is given, and shows
+    no files but the run's own views. It needs the extra `explore`; stop it with Ctrl-C.
 
     \b
     Examples:

@@ -112,7 +112,14 @@ def inspect(
 
 def _triples_table(found: dict[str, Any]) -> Table:
     table = _table(
-        "Triples", "", "triples", "distinct", "in train", "in test", "unseen end", "unseen ends"
+        "Triples",
+        "",
+        "triples",
+        "distinct",
+        "in train",
+        "in test",
+        "with unseen entity",
+        "unseen heads, tails",
     )
     shared = found["shared"]
     others = {

@@ -26,7 +26,7 @@ def report(
     """Write one HTML page about the trained runs in the folders RUN.
 
     The page shows the graphs, curves, metrics side by side with their differences, overall, by
-    relation and by degree, the modalities' weights, best and worst answers, pictures and texts with
+    relation and by degree, the heads' weights, best and worst answers, pictures and texts with
     their weights, settings and commands. It needs neither a network nor scripts. The command ranks
     the test triples, which takes as long as `imvia-graph evaluate`, and needs the extra `report`.
 

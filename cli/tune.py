@@ -224,8 +224,9 @@ class _Line:
         value = "-" if mrr is None else f"{100 * mrr:.2f} %"
         best = "-" if self.best is None else f"{100 * self.best[0]:.2f} % (trial {self.best[1]})"
         if state != "training":
+            epochs = "1 epoch" if epoch == 1 else f"{epoch} epochs"
             console.print(
-                f"Trial {trial} {state} after {epoch} epochs: validation MRR {value}, best {best}.",
+                f"Trial {trial} {state} after {epochs}: validation MRR {value}, best {best}.",
                 markup=False,
                 highlight=False,
             )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from imvia_graph import distributed as distributed
     from imvia_graph import evaluation as evaluation
     from imvia_graph import explore as explore
+    from imvia_graph import export as export
     from imvia_graph import inference as inference
     from imvia_graph import model as model
     from imvia_graph import run as run
@@ -91,8 +92,8 @@ _HOME = {
     "tune": "tuning",
 }
 _MODULES = (
-    *("answers", "datasets", "distributed", "encode", "evaluation", "explore", "inference", "io"),
-    *("losses", "model", "nn", "ops", "run", "splits", "training", "tuning"),
+    *("answers", "datasets", "distributed", "encode", "evaluation", "explore", "export"),
+    *("inference", "io", "losses", "model", "nn", "ops", "run", "splits", "training", "tuning"),
 )
 
 __all__ = [

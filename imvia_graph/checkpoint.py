@@ -22,7 +22,7 @@ SHA-256 of their content. If ``last.safetensors`` is damaged, training resumes f
 
 Version 1 had no checksums, no ``previous.safetensors``, and no position within an epoch. Up to
 version 2, relations had no block-diagonal matrices, and layers and tables shared one optimizer; up
-to version 3 there was no head of ComplEx; up to version 4 views were not rescaled (`scale_views`).
+to version 3 there was no ComplEx head; up to version 4 views were not rescaled (`scale_views`).
 """
 
 from __future__ import annotations

@@ -241,6 +241,82 @@ def rank(
     )
 
 
+@torch.no_grad()
+def rank_scorer(
+    score: Callable[[Tensor, Tensor], Tensor],
+    kg: MultiViewKG,
+    split: Split = "test",
+    batch_size: int = 1024,
+) -> Ranking:
+    """Rank the tails and heads of a split by any function that scores all entities.
+
+    The protocol is that of `rank`, so that metrics of other models are comparable.
+
+    Parameters
+    ----------
+    score : callable
+        Called with (B,) int64 entities and (B,) int64 relations on the CPU; returns (B, N) scores
+        of all entities, on any device. A relation r from ``num_relations`` on is the inverse of
+        relation r - ``num_relations``: the query then asks for the heads of triples with that tail.
+    kg : MultiViewKG
+        All its known triples filter the ranks.
+    split : {"train", "valid", "test"}, optional
+        Default: ``"test"``.
+    batch_size : int, optional
+        Number of queries per call. Default: ``1024``.
+
+    Returns
+    -------
+    Ranking
+        Ranks under the name ``decision``; `Ranking.metrics` computes metrics from them.
+
+    Raises
+    ------
+    DataError
+        If the split has no triples, ``batch_size`` is below 1, or the scores have another shape.
+    UnknownLabelError
+        If there is no such split.
+
+    Examples
+    --------
+    DistMult, which has no inverse relations:
+
+    >>> import torch
+    >>> import imvia_graph as ig
+    >>> from imvia_graph.evaluation import rank_scorer
+    >>> kg = ig.load_kg("countries")
+    >>> entities, relations = torch.rand(kg.num_entities, 8), torch.rand(kg.num_relations, 8)
+    >>> def score(entity, relation):
+    ...     return (entities[entity] * relations[relation % kg.num_relations]) @ entities.T
+    >>> sorted(rank_scorer(score, kg, "valid").metrics()["both"])
+    ['hits@1', 'hits@10', 'hits@100', 'hits@3', 'mr', 'mrr']
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size: expected at least 1, received {batch_size}.")
+    triples, known = _of_split(kg, split), kg.answers()
+    ranks = []
+    for queries in with_inverses(triples, kg.num_relations).split(batch_size):
+        entity, relation, answer = queries.unbind(1)
+        scores = score(entity, relation)
+        if scores.shape != (len(queries), kg.num_entities):
+            raise DataError(
+                f"score: expected ({len(queries)}, {kg.num_entities}) scores of all entities,"
+                f" received {tuple(scores.shape)}."
+            )
+        places = (part.to(scores.device) for part in (answer, *known.pairs(entity, relation)))
+        ranks.append(filtered_ranks(scores, *places).cpu())
+    tail, head = torch.cat(ranks).tensor_split([len(triples)])
+    return Ranking(triples, {DECISION: tail}, {DECISION: head})
+
+
+def _of_split(kg: MultiViewKG, split: Split) -> Tensor:
+    """Return the triples of a split that has any."""
+    triples = kg.triples(split)
+    if not len(triples):
+        raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
+    return triples
+
+
 class _Progress:
     """Progress of a ranking, passed to ``on_batch`` whenever more queries are done."""
 
@@ -393,9 +469,7 @@ def evaluate(
     '100 entities drawn with seed 0'
     """
     model.check_graph(kg)
-    triples = kg.triples(split)
-    if not len(triples):
-        raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
+    triples = _of_split(kg, split)
     if isinstance(candidates, str):
         raise DataError(f"candidates: expected a number, ids or labels; received {candidates!r}.")
     if isinstance(candidates, Sequence) and any(isinstance(one, str) for one in candidates):
@@ -419,4 +493,5 @@ __all__ = [
     "filtered_ranks",
     "rank",
     "rank_metrics",
+    "rank_scorer",
 ]

@@ -20,7 +20,7 @@ from imvia_graph.settings import Settings
 #: sampled, the losses of two processes then deviate from those of one by 0.0009 within 50 steps;
 #: with 1e-6 for all tables by 2e-5, with these values by 5e-7.
 ADAGRAD_EPS, ADAGRAD_EPS_OF_ROWS = 1e-6, 1e-5
-#: Adagrad's epsilon for the tables of the head of ComplEx, which are initialised so small that a
+#: Adagrad's epsilon for the tables of the ComplEx head, which are initialised so small that a
 #: larger one would hide their gradients.
 ADAGRAD_EPS_OF_SMALL = 1e-10
 

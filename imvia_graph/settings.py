@@ -85,7 +85,7 @@ class Settings(BaseModel):
         " that is above 32 or below 1/32: the model learns little from views of other lengths.",
     )
     dim: int = Field(
-        256, ge=1, description="Width of entity embeddings in every head but that of ComplEx."
+        256, ge=1, description="Width of entity embeddings in every head except the ComplEx head."
     )
     relation_dim: int = Field(64, ge=1, description="Width of relation embeddings.")
     structure: bool = Field(
@@ -113,18 +113,18 @@ class Settings(BaseModel):
     )
     complex_head: bool | None = Field(
         None,
-        description="Whether to add a head of ComplEx with its own tables, regularised by N3 (not"
+        description="Whether to add a ComplEx head with its own tables, regularised by N3 (not"
         " in the paper); null for true with fewer than 50,000 entities, where the tables take"
         " little memory.",
     )
     complex_rank: int = Field(
-        256, ge=1, description="Rank of the head of ComplEx: complex numbers per entity."
+        256, ge=1, description="Rank of the ComplEx head: complex numbers per entity."
     )
     complex_weight: float = Field(
         0.5,
         gt=0,
         lt=1,
-        description="Weight of the head of ComplEx in the decision; the other heads share the rest."
+        description="Weight of the ComplEx head in the decision; the other heads share the rest."
         " It is not learned: the head soon fits the training triples, on which the decision would"
         " give it too much weight.",
     )
@@ -192,7 +192,7 @@ class Settings(BaseModel):
         " 0.1 pulls the scores to zero before anything is learned.",
     )
     lambda_n3: float = Field(
-        0.05, ge=0, description="Weight of N3, the regularisation of the head of ComplEx."
+        0.05, ge=0, description="Weight of N3, the regularisation of the ComplEx head."
     )
     lambda_relation: float = Field(
         0.0,
@@ -360,7 +360,10 @@ class Settings(BaseModel):
                 )
             path = PRESETS / f"{path}.yaml"
         values = cls.read_mapping(path, "settings")
-        cls.create(values)
+        try:
+            cls.create(values)
+        except SettingsError as error:
+            raise SettingsError(f"{path}: {error}") from None
         return values
 
     @classmethod

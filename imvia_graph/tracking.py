@@ -98,9 +98,9 @@ class ProgressBar(Callback):
             else "nothing was validated, the last epoch is kept"
         )
         skipped = f" {progress.skipped} steps were skipped." if progress.skipped else ""
+        epochs = "1 epoch" if progress.epoch == 1 else f"{progress.epoch} epochs"
         self.console.print(
-            f"Trained {progress.epoch} epochs in {progress.seconds:.0f} s: {reason}; {chosen}."
-            f"{skipped}"
+            f"Trained {epochs} in {progress.seconds:.0f} s: {reason}; {chosen}.{skipped}"
         )
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import imvia_graph as ig
 from imvia_graph.cli import COMMANDS, command_line, main
-from imvia_graph.cli.display import results
+from imvia_graph.cli.display import relations_table, results
 
 METRICS = ["mrr", "mr", "hits@1", "hits@3", "hits@10", "hits@100"]
 #: --set of a model that trains in no time.
@@ -434,6 +434,13 @@ def test_evaluate_shows_a_table_in_per_cent(run):
     for row in ("predict heads", "predict tails", "structure head", "text head", "joint head"):
         assert f"│ {row} " in result.output
     assert re.search(r"│ opposite +│ +\d+ │", result.output)
+    assert re.search(r"┃ relation +┃ triples ┃ MRR % ┃ +H@1 % ┃ +H@3 % ┃ +H@10 % ┃", result.output)
+
+
+def test_the_table_by_relation_shows_display_names():
+    metrics = {"relations": {"P58": {**dict.fromkeys(METRICS, 0.5), "triples": 3}}}
+    table = relations_table(metrics, {"P58": "screenwriter"})
+    assert list(table.columns[0].cells) == ["screenwriter"]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def test_it_says_what_it_read_what_it_wrote_and_what_it_left_out(tmp_path):
     views = sum(kg.graph.num_nodes(modality) for modality in kg.modalities)
     assert f"{views} views of 2 modalities (image, text) are left out" in result.output
     assert "splits are not kept" in result.output
+    assert f"Wrote {tmp_path / 'g.nt'}.\n" in result.stdout  # without the views left out
 
 
 def test_a_file_without_splits_is_split_unless_told(tmp_path):

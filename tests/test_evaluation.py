@@ -28,6 +28,7 @@ from imvia_graph.evaluation import (
     filtered_ranks,
     rank,
     rank_metrics,
+    rank_scorer,
 )
 from imvia_graph.training import Progress
 
@@ -99,6 +100,29 @@ def test_a_model_that_scores_all_alike_ranks_in_the_middle():
     scores = torch.zeros(1, 101)
     nothing = torch.empty(0, dtype=torch.int64)
     assert filtered_ranks(scores, torch.tensor([7]), nothing, nothing).item() == 51
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1024])
+def test_any_scorer_is_ranked_as_the_loop_ranks(batch_size):
+    kg = random_kg(views=False)
+    table = torch.randint(3, (2 * kg.num_relations, 9, 9)).float()
+    found = rank_scorer(lambda entity, relation: table[relation, entity], kg, batch_size=batch_size)
+    known = known_of(
+        [triple for split in ("train", "valid", "test") for triple in kg.triples(split).tolist()],
+        kg.num_relations,
+    )
+    queries = with_inverses(kg.test, kg.num_relations).tolist()
+    expected = [loops.rank(table[r, e].tolist(), t, known[e, r]) for e, r, t in queries]
+    assert [*found.tail["decision"].tolist(), *found.head["decision"].tolist()] == expected
+    assert found.metrics(kg.relations)["head"] == rank_metrics(found.head["decision"])
+
+
+def test_a_scorer_that_does_not_score_all_entities_is_refused():
+    kg = random_kg(views=False)
+    with pytest.raises(ig.DataError, match=r"score: expected \(4, 9\) .* received \(4,\)"):
+        rank_scorer(lambda entity, relation: entity.float(), kg, batch_size=4)
+    with pytest.raises(ig.DataError, match="batch_size: expected at least 1"):
+        rank_scorer(lambda entity, relation: entity, kg, batch_size=0)
 
 
 # -- ranks of a model -----------------------------------------------------------------------------

@@ -397,3 +397,11 @@ def test_the_command_prints_what_the_function_gives(folder):
     assert "number 2" in result.stdout
     assert f"{100 * expected.head.views['image'][0].weight:.1f} %" in result.stdout
     assert "(none)" in result.stdout
+
+
+def test_the_command_prints_no_table_of_views_for_a_graph_without_any(tmp_path):
+    ig.fit(ring_kg(views=False), out=tmp_path / "run", settings=settings(epochs=1))
+    result = command(tmp_path / "run", "--head", "e1", "--relation", "after", "--tail", "e0")
+    assert result.exit_code == 0, result.output
+    assert "decision" in result.stdout
+    assert "Views of" not in result.stdout

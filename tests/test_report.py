@@ -310,7 +310,7 @@ def test_a_structural_model_without_a_folder_has_no_weights_and_no_gallery(tmp_p
     assert name == run.kg.name
     assert done == total == 2 * len(run.kg.test)
     text = path.read_text(encoding="utf-8")
-    assert "Weights of the modalities" not in text
+    assert "Weights of the heads" not in text
     assert "Gallery" not in text
     assert "Curves" not in text
 

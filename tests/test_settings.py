@@ -301,9 +301,9 @@ def test_several_mistakes_are_told_at_once():
 
 
 FILES = {
-    "an unknown key": ("s.yaml", "dimm: 3", SettingsError, "did you mean 'dim'"),
+    "an unknown key": ("s.yaml", "dimm: 3", SettingsError, r"s\.yaml: .*did you mean 'dim'"),
     "an unknown key in TOML": ("s.toml", "dimm = 3", SettingsError, "did you mean 'dim'"),
-    "a wrong value": ("s.yaml", "dim: x", SettingsError, "Setting dim"),
+    "a wrong value": ("s.yaml", "dim: x", SettingsError, r"s\.yaml: Setting dim"),
     "a list": ("s.yaml", "- dim", SettingsError, r"s\.yaml: expected a mapping"),
     "a text": ("s.yaml", "dim", SettingsError, r"s\.yaml: expected a mapping"),
     "no YAML": ("s.yaml", "dim: [", SettingsError, r"s\.yaml cannot be read"),

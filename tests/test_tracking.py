@@ -115,6 +115,13 @@ def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
 # -- the progress bar -----------------------------------------------------------------------------
 
 
+def test_one_epoch_is_singular():
+    shown = io.StringIO()
+    bar = ig.ProgressBar(Console(file=shown, width=100))
+    ig.fit(ring_kg(), settings=settings(epochs=1), callbacks=[bar])
+    assert "Trained 1 epoch in" in shown.getvalue()
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_bar_tells_epochs_on_the_console_that_it_is_given(terminal, capsys):
     shown = io.StringIO()

@@ -209,12 +209,12 @@ def _lost(kg: MultiViewKG, format: str, one_file: bool) -> list[str]:
         views = sum(kg.graph.num_nodes(modality) for modality in kg.modalities)
         lost.append(
             f"{views} views of {len(kg.modalities)} modalities ({', '.join(kg.modalities)}) are"
-            " left out; only the form kg holds views."
+            " left out; only the format kg holds views."
         )
     if format != "kg" and len(kg.known):
         lost.append(
             f"{len(kg.known)} triples that are in no split and only filter ranks, such as a"
-            " validation set that was set aside, are left out; only the form kg holds them."
+            " validation set that was set aside, are left out; only the format kg holds them."
         )
     if one_file and any(len(kg.triples(split)) for split in SPLITS[1:]):
         lost.append("The splits are not kept: one file holds all triples.")
