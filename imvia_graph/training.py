@@ -416,6 +416,7 @@ class Trainer:
     def stop(self) -> None:
         """Make `fit` return after the current step, with ``progress.ended`` empty.
 
+        Called from `Callback.on_epoch`, it ends training after the first step of the next epoch.
         May be called from a callback, another thread or a signal handler.
         """
         self._stopping = True

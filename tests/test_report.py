@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import statistics
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -100,6 +101,20 @@ def test_its_metrics_are_those_of_evaluate(runs, page):
     assert text_head == f"{100 * expected[0]['heads']['text']['mrr']:.2f}"
     assert ("image head", "first") in by_row
     assert ("image head", "second") not in by_row
+
+
+def test_runs_that_differ_in_the_seed_alone_have_a_mean_and_a_deviation(runs, page, tmp_path):
+    assert not any("seeds" in caption for caption in page.tables)  # other heads, the same seed
+    seeds = [ig.fit(ring_kg(), settings=settings(epochs=1, seed=seed)) for seed in (1, 2, 3)]
+    path = ig.write_report([*seeds, runs[1]], tmp_path / "seeds.html")
+    rows = Page(path.read_text(encoding="utf-8")).only("± standard deviation over 3 seeds")
+    assert rows[0][:2] == ["ranked by", "MRR %"]
+    metrics = [run.evaluate("test")["heads"]["text"] for run in seeds]
+    values = [100 * metric["mrr"] for metric in metrics]
+    [row] = [row for row in rows if row[0] == "text head"]
+    assert row[1] == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    ranks = [metric["mr"] for metric in metrics]
+    assert row[-1] == f"{statistics.mean(ranks):.1f} ± {statistics.stdev(ranks):.1f}"
 
 
 def test_its_numbers_by_relation_and_side_are_those_of_evaluate(runs, page):

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from imvia_graph import _files
@@ -45,10 +47,10 @@ def write_report(
     """Write an HTML file that shows runs side by side.
 
     The page has sizes of the graphs, loss and validation curves, metrics with their differences to
-    the first run, metrics by relation, side and degree, the decision's weights by relation, the
-    best and the worst answers, entities whose view weights depend on the relation, the settings,
-    the environment and the commands. It ranks the test triples, or the validation triples if there
-    are none.
+    the first run, their mean and standard deviation over runs that differ only in the seed, metrics
+    by relation, side and degree, the decision's weights by relation, the best and the worst
+    answers, entities whose view weights depend on the relation, the settings, the environment and
+    the commands. It ranks the test triples, or the validation triples if there are none.
 
     Parameters
     ----------
@@ -149,6 +151,7 @@ def _page(found: Sequence[Numbers], path: Path) -> dict[str, Any]:
         "graphs": [{"name": n.name, "sizes": sizes(n.run.kg), "kg": n.run.kg} for n in found],
         "metrics": METRICS,
         "rows": _metric_rows(found),
+        "seeds": _over_seeds(found),
         "cell": _cell,
         "difference": _difference,
         "direction": _direction,
@@ -174,6 +177,35 @@ def _metric_rows(found: Sequence[Numbers]) -> list[tuple[str, list[Mapping[str, 
     if len(heads) > 1:
         rows += [(f"{head} head", [n.metrics["heads"].get(head) for n in found]) for head in heads]
     return rows
+
+
+def _over_seeds(found: Sequence[Numbers]) -> list[tuple[list[str], list[tuple[str, list[str]]]]]:
+    """Return names and rows (label, mean ± standard deviation) of runs that differ in the seed."""
+    groups: dict[str, list[Numbers]] = defaultdict(list)
+    for n in found:
+        settings = n.run.settings.model_dump(mode="json", exclude={"seed"})
+        ranked = n.run.kg.triples(n.split).numpy().tobytes()
+        key = n.run.kg.name, sizes(n.run.kg), n.split, hash(ranked), settings
+        groups[repr(key)].append(n)
+    return [
+        (
+            [n.name for n in group],
+            [
+                (label, [_spread(metric, values) for metric in METRICS])
+                for label, values in _metric_rows(group)
+            ],
+        )
+        for group in groups.values()
+        if len({n.run.settings.seed for n in group}) == len(group) > 1
+    ]
+
+
+def _spread(metric: str, runs: Sequence[Mapping[str, float] | None]) -> str:
+    """Return the mean and the sample standard deviation of a metric over runs with equal heads."""
+    values = [metrics[metric] for metrics in runs if metrics is not None]
+    if metric == "mr":
+        return f"{mean(values):.1f} ± {stdev(values):.1f}"
+    return f"{100 * mean(values):.2f} ± {100 * stdev(values):.2f}"
 
 
 def _cell(metric: str, value: float | None) -> str:
