@@ -129,7 +129,7 @@ def test_a_part_of_a_model_does_not_answer_for_all():
         lambda: run.encoder,
     ):
         with pytest.raises(
-            ig.IMVIAError, match=r"each of the 2 processes has; `imvia_graph\.load`"
+            ig.IMVIAError, match=r"only one of 2 parts of the entities; `imvia_graph\.load`"
         ):
             ask()
 

@@ -812,7 +812,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path):
 def test_an_older_run_is_refused_left_alone_and_resuming_it_is_proposed(tmp_path):
     run = fit(tmp_path / "run", epochs=1)
     before = contents(run.folder)
-    with pytest.raises(CheckpointError, match=r"not empty; --resume \(resume=True\) continues"):
+    with pytest.raises(CheckpointError, match=r"not empty; --resume \(resume=True\) resumes"):
         fit(run.folder, epochs=1)
     assert contents(run.folder) == before
 
