@@ -8,7 +8,7 @@ import click
 
 from imvia_graph.cli.options import run_argument
 from imvia_graph.datasets.pictures import draw_countries
-from imvia_graph.errors import CheckpointError
+from imvia_graph.errors import DataError
 
 
 @click.command()
@@ -26,7 +26,14 @@ def pictures(run: Path) -> None:
     Examples:
       imvia-graph pictures runs/countries-1
     """
-    if not (run / "run.json").is_file():
-        raise CheckpointError(f"{run} holds no run (no run.json); expected a folder `fit` wrote.")
+    from imvia_graph.checkpoint import open_run
+
+    kg, _ = open_run(run)
+    sources = (source for modality in kg.modalities for source in kg.view_sources(modality))
+    if not any(source.startswith(("flags/", "outlines/")) for source in sources):
+        raise DataError(
+            f"{run}: {kg} has no views of the flags and outlines of `countries`, so these would not"
+            " be shown. Name a run that was trained on `countries`."
+        )
     folder = run / "pictures"
     click.echo(f"{draw_countries(folder)} pictures in {folder}")

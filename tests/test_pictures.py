@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+import imvia_graph as ig
+from imvia_graph import checkpoint
 from imvia_graph.cli import command_line
 from imvia_graph.datasets import pictures
 from imvia_graph.errors import DataError
@@ -49,10 +52,17 @@ def packages(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "npm_package", lambda name, version, folder: tmp_path / name)
 
 
+def write_run(folder, kg):
+    """What a command reads of a run folder before it loads the model."""
+    kg.save(folder / "kg")
+    about = {"format": checkpoint.FORMAT, "version": checkpoint.FORMAT_VERSION}
+    (folder / "run.json").write_text(json.dumps(about))
+    (folder / "settings.yaml").write_text("")
+    return folder
+
+
 def test_the_command_draws_into_the_run_folder_what_the_views_are_called(packages, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "run.json").write_text("{}")
+    run = write_run(tmp_path / "run", ig.load_kg("countries"))
     result = CliRunner().invoke(command_line, ["pictures", str(run)])
     assert result.exit_code == 0, result.output
     assert result.stdout == f"2 pictures in {run / 'pictures'}\n"
@@ -63,6 +73,15 @@ def test_the_command_draws_into_the_run_folder_what_the_views_are_called(package
     outline = image.open(run / "pictures/outlines/FR.png").convert("L")
     assert outline.getpixel((112, 112)) == 0
     assert outline.getpixel((2, 2)) == 255
+
+
+def test_a_run_on_another_graph_is_refused(packages, tmp_path):
+    kg = ig.MultiViewKG.from_labels([("a", "r", "b")], views={"image": (torch.ones(1, 2), ["a"])})
+    run = write_run(tmp_path / "run", kg.replace(name="mine"))
+    result = CliRunner().invoke(command_line, ["pictures", str(run)])
+    assert isinstance(result.exception, DataError)
+    assert "the graph 'mine' has no views of the flags and outlines" in str(result.exception)
+    assert not (run / "pictures").exists()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
