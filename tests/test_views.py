@@ -73,12 +73,16 @@ def test_a_table_of_pictures(tmp_path, form):
 
 
 @pytest.mark.parametrize("path", ["../1.png", "/etc/passwd", "a/../../b.png"])
-def test_a_path_that_leaves_the_folder_is_refused(tmp_path, path):
+def test_a_path_that_leaves_the_folder_is_refused(tmp_path, monkeypatch, path):
     table = tmp_path / "t" / "table.tsv"
     table.parent.mkdir()
     table.write_text(f"Paris\tok.png\nLyon\t{path}\n")
-    with pytest.raises(ig.DataError, match=r"table\.tsv, line 2: the path .* leaves the folder"):
+    message = rf"table\.tsv, line 2: the path .* leaves the folder {table.parent}\."
+    with pytest.raises(ig.DataError, match=message):
         io.read_images(table, PLACES)
+    monkeypatch.chdir(table.parent)
+    with pytest.raises(ig.DataError, match=message):  # not "the folder .."
+        io.read_images("table.tsv", PLACES)
     assert io.read_images(table, PLACES, root="/").source[1].endswith(path.rpartition("/")[2])
 
 

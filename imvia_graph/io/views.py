@@ -345,7 +345,7 @@ def _inside(root: Path, path: str, where: Rows, row: int) -> str:
     full = os.path.normpath(os.path.join(absolute, path))
     if "\0" in path or not (full + os.sep).startswith(os.path.join(absolute, "")):
         raise DataError(
-            f"{where}, {where.at(row)}: the path {shorten(path)!r} leaves the folder {root}."
+            f"{where}, {where.at(row)}: the path {shorten(path)!r} leaves the folder {absolute}."
             " Name a folder that contains all paths (root=…, on the command line --images-root)."
         )
     return Path(full[len(os.path.join(absolute, "")) :]).as_posix()
