@@ -228,8 +228,8 @@ class Settings(BaseModel):
         "auto",
         description="Rows of the entity tables that a step updates: all (dense), those that the"
         " batch looks up (lazy), or those with one second moment per row and no first moment"
-        " (rowwise), which needs the least memory; auto for lazy in the regime sampled, else"
-        " dense.",
+        " (rowwise), which needs the least memory. lazy and rowwise need the regime sampled, and"
+        " auto is lazy there, else dense.",
     )
     learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the layers.")
     table_learning_rate: float = Field(
