@@ -235,10 +235,16 @@ def _label_table_fast(path: Path, column: str) -> tuple[pl.Series, pl.Series | N
     last = frame.columns[-1]
     if column not in frame.columns or frame[column].null_count() or frame[last].null_count():
         return None
-    if frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any())).item():
+    if has_nul(frame):
         return None
     names = frame["name"].fill_null("") if "name" in frame.columns else None
     return frame[column], names
+
+
+def has_nul(frame: pl.DataFrame) -> bool:
+    """Return whether any cell of text columns holds a NUL byte, as in files that are not text."""
+    found = frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any()))
+    return bool(found.item())
 
 
 def _label_table_by_line(path: Path, column: str) -> tuple[pl.Series, pl.Series | None]:

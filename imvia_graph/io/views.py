@@ -484,7 +484,7 @@ def _read_text_table(
     frame = _read_fast(path, layout)
     if frame is None:
         frame = _read_by_line(path, layout)
-    if _has_nul(frame):
+    if _files.has_nul(frame):
         raise DataError(f"{path}: expected text, found a NUL byte.")
     first_row = ["" if cell is None else str(cell) for cell in frame.row(0)]
     if first_row[0].startswith(_files.BOM):
@@ -568,11 +568,6 @@ def _name_another_separator(where: str, line: str, layout: _Layout) -> None:
                 f" {SEPARATED[mark]}: {shorten(line)!r}. Pass separator={mark!r}"
                 f" ({layout.option} {typed(mark)})."
             )
-
-
-def _has_nul(frame: pl.DataFrame) -> bool:
-    found = frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any()))
-    return bool(found.item())
 
 
 def _pick(
