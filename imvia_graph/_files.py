@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imvia_graph._display import bounded, shorten
+from imvia_graph._display import bounded, first_line, shorten
 from imvia_graph.errors import DataError, IMVIAError, StorageError
 
 TRIPLE_COLUMNS = ("head", "relation", "tail")
@@ -286,9 +286,9 @@ def read_view_table(path: Path) -> tuple[pl.Series, pl.Series | None]:
     try:
         frame = pl.read_csv(path, infer_schema=False, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{path}: expected a CSV table in UTF-8 with the header entity,source: {detail}."
+            f"{path}: expected a CSV table in UTF-8 with the header entity,source:"
+            f" {first_line(error)}."
         ) from error
     if "entity" not in frame.columns:
         raise DataError(

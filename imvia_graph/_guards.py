@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imvia_graph import _gpu
+from imvia_graph._display import first_line
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import OutOfMemoryError
 
@@ -65,7 +66,7 @@ class Parts:
         """
         if not is_out_of_memory(error):
             raise error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if self.rows(whole) == 1:
             raise OutOfMemoryError(
                 f"Out of memory while {self.what}, one row at a time ({reason}). Close other"

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from imvia_graph._display import first_line
 from imvia_graph._factored import fits_at_once
 from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Kept
 from imvia_graph._streams import Streams
@@ -197,9 +198,8 @@ class RecordedSteps:
         except RuntimeError as error:
             # Not run without a graph instead: a failed capture may leave the random generator of
             # the GPU in a state from which it cannot continue.
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise SettingsError(
-                f"A training step could not be recorded as a CUDA graph ({reason}). Set"
+                f"A training step could not be recorded as a CUDA graph ({first_line(error)}). Set"
                 " cuda_graph=false to train without graphs; `fit --resume` takes it, too."
             ) from error
         self.pool, self.known = graph.pool(), self._tensors()

@@ -16,7 +16,7 @@ from typing import Literal
 import polars as pl
 
 from imvia_graph import _files
-from imvia_graph._display import shorten
+from imvia_graph._display import first_line, shorten
 from imvia_graph._files import TRIPLE_COLUMNS
 from imvia_graph._parquet import check_parquet
 from imvia_graph.errors import DataError
@@ -549,7 +549,7 @@ def read_parquet_triples(path: Path, columns: Columns | None = None) -> pl.DataF
         check_parquet(path)
         return frame_of_triples(pl.scan_parquet(path, glob=False), str(path), columns)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        detail = shorten((str(error).splitlines() or [type(error).__name__])[0], 200)
+        detail = shorten(first_line(error), 200)
         raise DataError(
             f"{path}: expected a Parquet file; it cannot be read ({detail}). It may be truncated:"
             " download or create it again."

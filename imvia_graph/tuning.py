@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from imvia_graph import _files
+from imvia_graph._display import first_line
 from imvia_graph.errors import (
     DataError,
     IMVIAError,
@@ -225,7 +226,7 @@ def _storing(optuna: Any, path: Path) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         if "disk is full" in reason or "disk I/O error" in reason:
             raise StorageError(
                 f"{path} cannot be written ({reason}). It has the trials that ended; free some"
@@ -337,8 +338,9 @@ def _open(
             if "about" not in study.user_attrs:
                 study.set_user_attr("about", about)
     except _storage_errors(optuna) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path} cannot be used as a study ({reason}). Use another file.") from None
+        raise DataError(
+            f"{path} cannot be used as a study ({first_line(error)}). Use another file."
+        ) from None
     stored = study.user_attrs["about"]
     for what, value in about.items():
         if stored.get(what) != value:

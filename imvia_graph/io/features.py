@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from imvia_graph import _files
-from imvia_graph._display import shorten
+from imvia_graph._display import first_line, shorten
 from imvia_graph.errors import DataError
 from imvia_graph.io.views import Entities, resolve, unreadable, warn_of_numeric_labels
 from imvia_graph.kg import MultiViewKG, Views
@@ -578,10 +578,9 @@ def _read_torch(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise _is_a_pickle(path, "more than tensors") from error
     except Exception as error:  # on garbage, torch's reader may raise any exception
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{path}: expected a file written by torch.save; it cannot be read"
-            f" ({shorten(detail, 200)})."
+            f" ({shorten(first_line(error), 200)})."
         ) from error
     if isinstance(content, Tensor):
         return {"": _whole_tensor(path, content)}

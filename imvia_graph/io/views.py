@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from imvia_graph import _files
-from imvia_graph._display import nearest, shorten
+from imvia_graph._display import first_line, nearest, shorten
 from imvia_graph._parquet import check_parquet
 from imvia_graph._tables import (
     SEPARATED,
@@ -637,9 +637,8 @@ def unreadable(path: Path, expected: str) -> Iterator[None]:
     except READERS as error:
         if isinstance(error, IMVIAError):
             raise
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{path}: expected {expected}; it cannot be read ({shorten(detail, 200)})."
+            f"{path}: expected {expected}; it cannot be read ({shorten(first_line(error), 200)})."
         ) from error
 
 
