@@ -228,22 +228,8 @@ class Trainer:
         #: Whether the averaged weights are in the model, and the trained ones in `average`.
         self._averaged = False
         self.batches = Batches(kg, settings, model.device)
-        if settings.epochs is None:
-            needed = math.ceil(_STEPS / max(len(self.batches), 1))
-            settings = settings.replace(epochs=max(_EPOCHS, needed))
-        if settings.lambda_regularization is None:
-            weight = _WEIGHTS[kg.num_entities >= MANY]
-            settings = settings.replace(lambda_regularization=weight)
-        if settings.complex_head is None:
-            settings = settings.replace(complex_head=model.settings.complex_head)
-        self.precision = training_dtype(settings, model.device)
-        if settings.precision == "auto":
-            lacks_bfloat16 = float(self.precision == torch.float32)
-            if self.shards.max_(torch.tensor([lacks_bfloat16], device=model.device)).item():
-                self.precision = torch.float32  # which all processes support
-            chosen = str(self.precision).removeprefix("torch.")
-            settings = settings.replace(precision=chosen)
-        self.settings = settings
+        self.precision = self._precision(settings)
+        self.settings = settings = self._with_choices(settings)
         self.objective = Objective(model, settings, self.parts)
         self.known = kg.answers()
         number = settings.ranking_candidates
@@ -259,16 +245,14 @@ class Trainer:
         #: Parameters that every process holds in full, and those whose ``grad`` autograd fills.
         self.replicated = [p for p in of_model if id(p) not in tables]
         self.parameters = self.replicated if by_rows else of_model
+        named = dict(model.named_parameters())
         #: Entity tables that are updated row by row, by the names of their weights.
         self.tables = {
-            name: tables[id(p)] for name, p in model.named_parameters() if id(p) in tables
+            name: tables[id(p)] for name, p in named.items() if by_rows and id(p) in tables
         }
-        if not by_rows:
-            self.tables = {}
-        self.named = {name: p for name, p in model.named_parameters() if name not in self.tables}
+        self.named = {name: p for name, p in named.items() if name not in self.tables}
         # Persistent buffers only: the views are buffers, too, but never change.
-        learned = {name for name, _ in model.named_parameters()}
-        self.buffers = [model.get_buffer(name) for name in model.state_dict().keys() - learned]
+        self.buffers = [model.get_buffer(name) for name in model.state_dict().keys() - named.keys()]
         kind, rate = table_optimizer(settings)
         decay = settings.weight_decay
         of_tables = {id(table.weight) for table in (*model.relation_tables, *model.entity_tables)}
@@ -319,6 +303,29 @@ class Trainer:
         #: On a GPU: the recorded steps, and the streams that their parts run in.
         self.recorded: RecordedSteps | None = None
         self.streams = Streams()
+
+    def _precision(self, settings: Settings) -> torch.dtype:
+        """Return the dtype of products; with "auto", one that all processes support."""
+        device = self.model.device
+        found = training_dtype(settings, device)
+        if settings.precision == "auto":
+            lacks_bfloat16 = torch.tensor([float(found == torch.float32)], device=device)
+            if self.shards.max_(lacks_bfloat16).item():
+                return torch.float32
+        return found
+
+    def _with_choices(self, settings: Settings) -> Settings:
+        """Return the settings with values for those that were left open; see `Trainer`."""
+        chosen: dict[str, Any] = {}
+        if settings.epochs is None:
+            chosen["epochs"] = max(_EPOCHS, math.ceil(_STEPS / max(len(self.batches), 1)))
+        if settings.lambda_regularization is None:
+            chosen["lambda_regularization"] = _WEIGHTS[self.kg.num_entities >= MANY]
+        if settings.complex_head is None:
+            chosen["complex_head"] = self.model.settings.complex_head
+        if settings.precision == "auto":
+            chosen["precision"] = str(self.precision).removeprefix("torch.")
+        return settings.replace(**chosen)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Return all optimizers."""
