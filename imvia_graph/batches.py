@@ -230,7 +230,7 @@ class Batches:
         if self.settings.regime == "1vsall":
             return Batch(entity, relation, Positives(row, answer, self._weight(count)))
         if self.sampler is not None:
-            return self._with_shared(query, entity, relation, answer)
+            return self._with_shared(self.sampler, query, entity, relation, answer)
         negative = self._entities(len(rows), self.settings.negatives)
         for _ in range(_REDRAWS):
             true = self.answers.contains(entity, relation, negative, self.true_keys)
@@ -243,11 +243,10 @@ class Batches:
         return drawn.to(self.answers.key.device)
 
     def _with_shared(
-        self, query: Tensor, entity: Tensor, relation: Tensor, answer: Tensor
+        self, sampler: Sampler, query: Tensor, entity: Tensor, relation: Tensor, answer: Tensor
     ) -> Batch:
         """Return the batch of queries that share as candidates their answers and drawn entities."""
-        assert self.sampler is not None
-        candidate, log_q = self.sampler.draw(relation, answer, self.generator)
+        candidate, log_q = sampler.draw(relation, answer, self.generator)
         positive = torch.searchsorted(candidate, answer)
         row, col = self._answers_among(query, candidate)
         other = col != positive[row]

@@ -322,7 +322,6 @@ class GatedViewConv(nn.Module):
             gated = gated_view_aggregate(
                 view_feat, ptr, entity[several], gate, backend=self.backend
             )
-            assert isinstance(gated, Tensor)
             # A single view has weight 1, whatever the gate.
             only = view_feat[ptr[entity].clamp(max=len(view_feat) - 1)]
             out = only.to(gated.dtype).index_copy(0, several, gated)
