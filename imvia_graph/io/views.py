@@ -243,19 +243,16 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool, within: Path | N
     folders: list[str] = []
     aside: list[str] = []
     broken: list[tuple[str, str]] = []
-    with os.scandir(top) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name.lower() in LITTER:
-                continue
-            if not _is_folder(entry):
-                aside.append(entry.name)
-            elif not _is_text(entry.name):
-                broken.append((_bytes_of(entry.name), _NOT_TEXT))
-            elif entry.is_symlink() and not Path(entry).resolve().is_relative_to(bounds):
-                # The folder is not listed, so that no names from outside of ``bounds`` leak.
-                broken.append((f"{entry.name}/", f"it is a link that leads out of {bounds}"))
-            else:
-                folders.append(entry.name)
+    for entry in _visible(top):
+        if not _is_folder(entry):
+            aside.append(entry.name)
+        elif not _is_text(entry.name):
+            broken.append((_bytes_of(entry.name), _NOT_TEXT))
+        elif entry.is_symlink() and not Path(entry).resolve().is_relative_to(bounds):
+            # The folder is not listed, so that no names from outside of ``bounds`` leak.
+            broken.append((f"{entry.name}/", f"it is a link that leads out of {bounds}"))
+        else:
+            folders.append(entry.name)
     if not folders and not broken:
         files_only = f" but {len(aside)} files" if aside else ""
         raise DataError(
@@ -267,31 +264,22 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool, within: Path | N
         raise DataError(f"{top}: none of its folders can be used. The first is {name}: {reason}.")
     folders.sort()
     # The name itself takes precedence over its decoded forms. macOS decomposes accented letters.
-    names = pl.Series(folders, dtype=pl.String)
-    forms = [
-        names,
-        *(
-            pl.Series([form(name) for name in folders], dtype=pl.String)
-            for form in (_composed, unquote, lambda name: _composed(unquote(name)))
-        ),
-    ]
+    spellings = (str, _composed, unquote, lambda name: _composed(unquote(name)))
+    forms = [pl.Series([spell(name) for name in folders], dtype=pl.String) for spell in spellings]
     keep, owner = resolve_any(forms, of, Rows(f"{top}, folder names"), skip_unknown)
     entity: list[int] = []
     source: list[str] = []
     for folder, known, place in zip(folders, keep.tolist(), owner.tolist(), strict=True):
         if not known:
             continue
-        with os.scandir(top / folder) as entries:
-            files = []
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name.lower() in LITTER:
-                    continue
-                if _is_folder(entry):
-                    aside.append(f"{folder}/{entry.name}/")
-                elif _is_text(entry.name):
-                    files.append(entry.name)
-                else:
-                    broken.append((f"{folder}/{_bytes_of(entry.name)}", _NOT_TEXT))
+        files = []
+        for entry in _visible(top / folder):
+            if _is_folder(entry):
+                aside.append(f"{folder}/{entry.name}/")
+            elif _is_text(entry.name):
+                files.append(entry.name)
+            else:
+                broken.append((f"{folder}/{_bytes_of(entry.name)}", _NOT_TEXT))
         source += [f"{folder}/{name}" for name in sorted(files)]
         entity += [place] * len(files)
     if not source:
@@ -325,6 +313,14 @@ def _is_text(name: str) -> bool:
 def _bytes_of(name: str) -> str:
     """Return the bytes of a file name that is not UTF-8, for messages."""
     return repr(os.fsencode(name))
+
+
+def _visible(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield the entries of a folder, without hidden ones and `LITTER`."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.name.lower() not in LITTER:
+                yield entry
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
