@@ -360,18 +360,18 @@ def _patterns(
 
     # Number of pairs of relation `a` in common with relation `b`, and of test rows of `a` that a
     # training triple of `b` leaks, by key a * num + b. Mirrored: the pair of b is reversed.
-    common = {mirrored: _Counter(num * num) for mirrored in (True, False)}
+    common = {mirrored: _SumsByKey(num * num) for mirrored in (True, False)}
     for i, j in _pairs_in_groups(group, np.arange(len(group))):
         key, opposite = label[i] * num + label[j], backward[i] != backward[j]
-        for mirrored, counter in common.items():
-            counter.add(key[opposite == mirrored])
-    leaked = {mirrored: _Counter(num * num) for mirrored in (True, False)}
+        for mirrored, sums in common.items():
+            sums.add(key[opposite == mirrored])
+    leaked = {mirrored: _SumsByKey(num * num) for mirrored in (True, False)}
     test_only = np.flatnonzero(test_rows)
     for i, j in _pairs_in_groups(group, test_only):
         key, opposite = label[i] * num + label[j], backward[i] != backward[j]
-        for mirrored, counter in leaked.items():
+        for mirrored, sums in leaked.items():
             which = in_train[j] & (opposite == mirrored)
-            counter.add(key[which], test_rows[i[which]])
+            sums.add(key[which], test_rows[i[which]])
 
     found: dict[str, Any] = {"symmetric": [], "inverse": [], "copy": []}
     listed: dict[str, list[int]] = {sort: [] for sort in found}
@@ -433,7 +433,7 @@ def _pairs_in_groups(group: Ints, rows: Ints) -> Iterator[tuple[Ints, Ints]]:
         at = end
 
 
-class _Counter:
+class _SumsByKey:
     """Sums by key: a dense array if there are few possible keys, else sorted keys and sums."""
 
     def __init__(self, size: int) -> None:
