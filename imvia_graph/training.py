@@ -236,11 +236,11 @@ class Trainer:
         self._ranked_against = (
             None if number is None else draw_candidates(kg.num_entities, number, settings.seed)
         )
-        estimators = [] if model.information is None else list(model.information.parameters())
-        self.estimators = estimators
+        information = model.information
+        self.estimators = [] if information is None else list(information.parameters())
         tables = {id(table.weight): table for table in model.entity_tables}
         by_rows = follows_rows(settings)
-        of_estimators = {id(parameter) for parameter in estimators}
+        of_estimators = {id(parameter) for parameter in self.estimators}
         of_model = [p for p in model.parameters() if id(p) not in of_estimators]
         #: Parameters that every process holds in full, and those whose ``grad`` autograd fills.
         self.replicated = [p for p in of_model if id(p) not in tables]
@@ -255,9 +255,8 @@ class Trainer:
         self.buffers = [model.get_buffer(name) for name in model.state_dict().keys() - named.keys()]
         kind, rate = table_optimizer(settings)
         decay = settings.weight_decay
-        of_tables = {id(table.weight) for table in (*model.relation_tables, *model.entity_tables)}
-        if settings.table_optimizer == "same":
-            of_tables = set()
+        apart = [*model.relation_tables, *model.entity_tables]
+        of_tables = {id(table.weight) for table in apart if settings.table_optimizer != "same"}
         layers = [p for p in self.parameters if id(p) not in of_tables]
         looked_up = [p for p in self.parameters if id(p) in of_tables]
         small = [table.weight for table in model.complex_tables]
@@ -268,31 +267,18 @@ class Trainer:
         self.table_optimizer = (
             make_optimizer(kind, looked_up, rate, decay, small) if looked_up else None
         )
-        self.row_optimizer = (
-            RowOptimizer(
-                model.entity_tables,
-                kind,
-                rate,
-                decay,
-                settings.entity_optimizer == "rowwise",
-                [table for table in model.complex_tables if isinstance(table, EntityTable)],
+        self.row_optimizer: RowOptimizer | None = None
+        if by_rows:
+            rowwise = settings.entity_optimizer == "rowwise"
+            of_complex = [table for table in model.complex_tables if isinstance(table, EntityTable)]
+            self.row_optimizer = RowOptimizer(
+                model.entity_tables, kind, rate, decay, rowwise, of_complex
             )
-            if by_rows
-            else None
-        )
-        self.estimator_optimizer = (
-            torch.optim.Adam(
-                estimators,
-                lr=settings.information_learning_rate,
-                fused=True if model.device.type == "cuda" else None,
-            )
-            if estimators and settings.lambda_information
-            else None
-        )
-        if self.precision == torch.float16 and not self.shards.alone:
-            raise SettingsError(
-                "Setting precision: float16 is for one process; with several, use bfloat16 or"
-                " float32."
+        self.estimator_optimizer: torch.optim.Optimizer | None = None
+        if self.estimators and settings.lambda_information:
+            fused = True if model.device.type == "cuda" else None
+            self.estimator_optimizer = torch.optim.Adam(
+                self.estimators, lr=settings.information_learning_rate, fused=fused
             )
         self.scaler = torch.amp.GradScaler(
             model.device.type, enabled=self.precision == torch.float16
@@ -312,6 +298,11 @@ class Trainer:
             lacks_bfloat16 = torch.tensor([float(found == torch.float32)], device=device)
             if self.shards.max_(lacks_bfloat16).item():
                 return torch.float32
+        if found == torch.float16 and not self.shards.alone:
+            raise SettingsError(
+                "Setting precision: float16 is for one process; with several, use bfloat16 or"
+                " float32."
+            )
         return found
 
     def _with_choices(self, settings: Settings) -> Settings:
