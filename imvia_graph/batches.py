@@ -71,19 +71,17 @@ class Batches:
         self.num_entities = kg.num_entities
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.order_state = self.drawn = self.generator.get_state()
-        self.answers = kg.answers(["train"])
-        self.at_a_time = {"kvsall": max(len(self.answers.answer), 1), "sampled": 1}.get(
+        answers = kg.answers(["train"])
+        at_a_time = {"kvsall": max(len(answers.answer), 1), "sampled": 1}.get(
             settings.regime, _ANSWERS_AT_A_TIME if settings.loss == "softmax" else 1
         )
         #: Rows of batches: (query of the index, position of its first answer, number of answers).
         #: None if each answer is a row.
-        rows = None if self.at_a_time == 1 else _rows_of(self.answers, self.at_a_time).to(device)
-        self.answers = self.answers.to(device)
-        self.rows = rows
-        self.num_rows = len(self.answers.answer) if rows is None else len(rows)
+        self.rows = None if at_a_time == 1 else _rows_of(answers, at_a_time).to(device)
+        self.num_rows = len(answers.answer) if self.rows is None else len(self.rows)
         #: Number of the queries that `batch_size` counts.
-        kvsall = settings.regime == "kvsall"
-        self.size = len(self.answers.key) if kvsall else len(self.answers.answer)
+        self.size = len(answers.key if settings.regime == "kvsall" else answers.answer)
+        self.answers = answers.to(device)
         #: Largest numbers of positives and of distinct relations in a batch of `filled`.
         self.most_positives = self.most_relations = 0
         #: The number of answers and the relation of each row, on the CPU.
