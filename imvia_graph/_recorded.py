@@ -194,7 +194,7 @@ class RecordedSteps:
         self.trainer.forget_gradients()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                result = self._finish(*self._begin(own))
+                result = self._finish(self._begin(own))
         except RuntimeError as error:
             # Not run without a graph instead: a failed capture may leave the random generator of
             # the GPU in a state from which it cannot continue.
@@ -215,7 +215,7 @@ class RecordedSteps:
         except MEMORY_ERRORS as error:
             trainer.parts.halve(error, len(rows))
         if begun is not None:
-            return self._finish(*begun)
+            return self._finish(begun)
         # Outside the handler, whose traceback holds the tensors of the failed step. From now on
         # no graph is replayed.
         self._forget()
@@ -236,15 +236,10 @@ class RecordedSteps:
         gradients = {name: grad for name, grad in gradients.items() if grad.numel()}
         return _Gradients(kept, losses, watched, gradients)
 
-    def _finish(
-        self,
-        kept: Kept,
-        losses: Mapping[str, Tensor],
-        watched: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-    ) -> _Result:
+    def _finish(self, begun: _Gradients) -> _Result:
         """Update the parameters, unless a loss or a gradient is not finite."""
         trainer = self.trainer
+        kept, losses, watched, gradients = begun
         numbers = Health.numbers_of(watched, gradients)
         bad = (~numbers.isfinite().all()).float()
         if trainer.settings.non_finite == "stop":
