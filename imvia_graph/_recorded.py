@@ -144,7 +144,7 @@ class RecordedSteps:
         result = self._run(rows)
         if result is None:
             return trainer.train_step(trainer.batches.filled(rows))
-        health = Health.of(result.watched, result.num_losses, result.numbers)
+        health = Health(result.watched, result.num_losses, result.numbers)
         trainer.follow(health, before, rows)
         names = [*result.names, "steps"]
         for name, value in self.before.items():

@@ -513,7 +513,7 @@ class Trainer:
         """Run one step: losses (Eq. 8), backward pass, optimizers. Return the detached losses."""
         before = Before(self.buffers, self.model.device)
         losses, estimation, gradients = self.gradients_of(batch, before)
-        health = Health(
+        health, bad = Health.of(
             losses if estimation is None else {**losses, "estimation": estimation},
             # In float16 the scaler checks the gradients: some overflow until it has found a scale.
             {} if self.scaler.is_enabled() else gradients,
@@ -523,15 +523,15 @@ class Trainer:
         # bad step during the next one, before that one changes anything.
         self.follow(health, before, batch)
         if self.model.device.type == "cuda":
-            before.restore_buffers(where=health.bad)
-            self.update(health.bad)
+            before.restore_buffers(where=bad)
+            self.update(bad)
         elif self._settle():
             self.update()
             self._check_scale()
         else:
             before.restore_buffers()
-        for name, value in {**losses, "steps": torch.ones_like(health.bad)}.items():
-            added = torch.where(health.bad > 0, 0.0, value)
+        for name, value in {**losses, "steps": torch.ones_like(bad)}.items():
+            added = torch.where(bad > 0, 0.0, value)
             self.sums[name] = self.sums[name] + added if name in self.sums else added
         return losses
 
