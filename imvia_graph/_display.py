@@ -99,8 +99,13 @@ def shorten(text: str, length: int = 80) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def bounded(value: Any, length: int = 80) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; the name of its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def bounded(value: Any) -> str:
     """Return the repr of a value of any size and depth, cut to a length that fits a message."""
     short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = length
-    return shorten(short.repr(value), length)
+    short.maxstring = short.maxother = short.maxlong = 80
+    return shorten(short.repr(value))

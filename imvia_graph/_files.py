@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imvia_graph._display import bounded, shorten
+from imvia_graph._display import bounded, first_line, shorten
 from imvia_graph.errors import DataError, IMVIAError, StorageError
 
 TRIPLE_COLUMNS = ("head", "relation", "tail")
@@ -235,10 +235,16 @@ def _label_table_fast(path: Path, column: str) -> tuple[pl.Series, pl.Series | N
     last = frame.columns[-1]
     if column not in frame.columns or frame[column].null_count() or frame[last].null_count():
         return None
-    if frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any())).item():
+    if has_nul(frame):
         return None
     names = frame["name"].fill_null("") if "name" in frame.columns else None
     return frame[column], names
+
+
+def has_nul(frame: pl.DataFrame) -> bool:
+    """Return whether any cell of text columns holds a NUL byte, as in files that are not text."""
+    found = frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any()))
+    return bool(found.item())
 
 
 def _label_table_by_line(path: Path, column: str) -> tuple[pl.Series, pl.Series | None]:
@@ -280,9 +286,9 @@ def read_view_table(path: Path) -> tuple[pl.Series, pl.Series | None]:
     try:
         frame = pl.read_csv(path, infer_schema=False, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{path}: expected a CSV table in UTF-8 with the header entity,source: {detail}."
+            f"{path}: expected a CSV table in UTF-8 with the header entity,source:"
+            f" {first_line(error)}."
         ) from error
     if "entity" not in frame.columns:
         raise DataError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imvia_graph import _gpu
+from imvia_graph._display import first_line
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import OutOfMemoryError
 
@@ -65,7 +66,7 @@ class Parts:
         """
         if not is_out_of_memory(error):
             raise error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if self.rows(whole) == 1:
             raise OutOfMemoryError(
                 f"Out of memory while {self.what}, one row at a time ({reason}). Close other"
@@ -131,56 +132,24 @@ class Before:
 
 
 class Health:
-    """The check whether the losses and gradients of a step are finite.
+    """The losses and gradients of a step, of which the host learns later whether they are finite.
 
     Parameters
     ----------
-    losses : mapping of str to Tensor
-        Scalar losses by name.
-    gradients : mapping of str to Tensor
-        Gradients by the names of the parameters.
-    shards : Shards, optional
-        With several processes, a step that is bad on one is bad on all.
-
-    Attributes
-    ----------
-    bad : Tensor
-        float32 scalar on the device: 1 if any loss or gradient is not finite, else 0. Optimizers
-        take it as ``found_inf`` and skip their step, without the host waiting for the value.
+    names : sequence of str
+        Names of the losses, then of the parameters.
+    num_losses : int
+    numbers : Tensor
+        Result of `numbers_of`.
+    elsewhere : bool, optional
+        Whether the step is bad in another process and not in this one. Default: ``False``.
     """
 
     def __init__(
-        self,
-        losses: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        shards: Shards | None = None,
+        self, names: Sequence[str], num_losses: int, numbers: Tensor, elsewhere: bool = False
     ) -> None:
-        gradients = {name: grad for name, grad in gradients.items() if grad.numel()}
-        numbers = self.numbers_of(losses, gradients)
-        self.bad = (~numbers.isfinite().all()).float()
-        self._elsewhere = False
-        if shards is not None and not shards.alone:
-            own = self.bad.clone()
-            self._elsewhere = bool(shards.max_(self.bad) > own)
-        self._watch([*losses, *gradients], len(losses), numbers)
-
-    @staticmethod
-    def numbers_of(losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
-        """Return (losses + gradients,) numbers, finite if the loss or (nonempty) gradient is."""
-        values = [value.detach().float() for value in losses.values()]
-        return torch.stack([*values, *_indicators(list(gradients.values()))])
-
-    @classmethod
-    def of(cls, names: Sequence[str], num_losses: int, numbers: Tensor) -> Health:
-        """Create the health of a step from its `numbers_of`; it has no ``bad``."""
-        health = cls.__new__(cls)
-        health._elsewhere = False
-        health._watch(names, num_losses, numbers)
-        return health
-
-    def _watch(self, names: Sequence[str], num_losses: int, numbers: Tensor) -> None:
         self.names, self.num_losses = list(names), num_losses
-        self._numbers = numbers
+        self._numbers, self._elsewhere = numbers, elsewhere
         self._event = None
         if numbers.device.type == "cuda":
             # Copied asynchronously; `problems` reads the numbers when the step is over.
@@ -189,6 +158,33 @@ class Health:
             # In the stream of the copy: another GPU may be the current one.
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(numbers.device))
+
+    @classmethod
+    def of(
+        cls,
+        losses: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        shards: Shards | None = None,
+    ) -> tuple[Health, Tensor]:
+        """Return the health of a step, and a scalar: 1 if any loss or gradient is not finite.
+
+        Optimizers take the scalar as ``found_inf`` and skip their step, without the host waiting
+        for its value. With several processes, a step that is bad on one is bad on all.
+        """
+        gradients = {name: grad for name, grad in gradients.items() if grad.numel()}
+        numbers = cls.numbers_of(losses, gradients)
+        bad = (~numbers.isfinite().all()).float()
+        elsewhere = False
+        if shards is not None and not shards.alone:
+            own = bad.clone()
+            elsewhere = bool(shards.max_(bad) > own)
+        return cls([*losses, *gradients], len(losses), numbers, elsewhere), bad
+
+    @staticmethod
+    def numbers_of(losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
+        """Return (losses + gradients,) numbers, finite if the loss or (nonempty) gradient is."""
+        values = [value.detach().float() for value in losses.values()]
+        return torch.stack([*values, *_indicators(list(gradients.values()))])
 
     def problems(self) -> tuple[list[str], list[str]]:
         """Return the losses that are not finite, with their values, and names of parameters."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from imvia_graph._streams import Streams
 from imvia_graph.batches import Batch
 from imvia_graph.losses import (
     Positives,
+    Sampled,
     at_least_float32,
     completion,
     dura,
@@ -28,6 +29,14 @@ from imvia_graph.losses import (
 from imvia_graph.model import COMPLEX, DECISION, IMVIA, Embedding
 from imvia_graph.nn.multi_view_encoder import views_present
 from imvia_graph.settings import Settings
+
+
+class _Scored(NamedTuple):
+    """L3 of queries, their candidate tables, and the rows of this process's answers in them."""
+
+    loss: Tensor
+    tables: Mapping[str, Tensor]
+    answers: Tensor
 
 
 class Objective:
@@ -149,24 +158,30 @@ class Objective:
         """
         shards, rows = self.shards, len(batch.entity)
         gathered = {head: shards.gather(query, rows) for head, query in queries.items()}
+        over_all = batch.candidate is None and batch.sampled is None
         if self.settings.candidates == "shared":
             loss, tables, answers = self._scored(batch, gathered, streams)
             true = self._true(tables, None if batch.positives.counts is not None else answers)
             squares, cubes = self._regularization(batch, heads, queries, true, answers)
-            whole = shards.alone and batch.candidate is None and batch.sampled is None
-            return (loss, squares, cubes), tables if whole else None
-        loss = torch.zeros((), device=self.model.device)
+            return (loss, squares, cubes), tables if shards.alone and over_all else None
         # All relations of the batch have the same candidates, unless each query has its own; what
         # their tables have in common is then computed once.
         halves: dict[Any, Tensor] | None = {} if batch.candidate is None else None
+        # Over sampled candidates the binary loss is approximated: its negatives are weighted
+        # relation by relation, not over the whole batch.
+        is_share = over_all and self.settings.loss == "binary"
+        weight = batch.positives.weight
+        if weight is None:
+            weight = torch.ones(rows, device=self.model.device)
+        loss = torch.zeros((), device=self.model.device)
         parts = []
         for one in batch.relation.unique():
             of_one = (batch.relation == one).nonzero().flatten()
             of_relation = {head: query[of_one] for head, query in gathered.items()}
             term, tables, answers = self._scored(
-                batch.of(of_one), of_relation, streams, one, halves, among=(batch, of_one)
+                batch.of(of_one), of_relation, streams, one, halves, batch
             )
-            loss = loss + term
+            loss = loss + (term if is_share else weight[of_one].sum() / weight.sum() * term)
             parts.append(self._true(tables, answers))
         true = {head: torch.cat([part[head] for part in parts]) for head in parts[0]}
         squares, cubes = self._regularization(batch, heads, queries, true, None)
@@ -179,99 +194,105 @@ class Objective:
         streams: Streams,
         relation: Tensor | None = None,
         halves: dict[Any, Tensor] | None = None,
-        among: tuple[Batch, Tensor] | None = None,
-    ) -> tuple[Tensor, Mapping[str, Tensor], Tensor]:
-        """Return L3 of queries that share their candidates or have sampled ones of their own.
+        whole: Batch | None = None,
+    ) -> _Scored:
+        """Return L3 of queries, whose vectors are those of all processes.
 
-        Parameters
-        ----------
-        batch : Batch
-        queries : mapping of str to Tensor
-            The query vectors of the whole batch, by head.
-        streams : Streams
-        relation : Tensor, optional
-            The relation that candidates are embedded under; see `IMVIA.candidates`.
-        halves : dict, optional
-            See `IMVIA.candidates`.
-        among : tuple of Batch and Tensor, optional
-            A larger batch and the rows of it that ``batch`` has: the loss is the share of these
-            rows in the mean over the larger batch.
+        Candidates are embedded under ``relation``; see `IMVIA.candidates`, also for ``halves``. The
+        queries may be a part of the batch ``whole``.
+        """
+        if batch.candidate is not None:
+            return self._over_own(batch, batch.candidate, queries, relation)
+        if batch.sampled is not None:
+            return self._over_sampled(batch, batch.sampled, queries, relation, halves)
+        return self._over_all(batch, queries, streams, relation, halves, whole)
 
-        Returns
-        -------
-        tuple of Tensor, mapping and Tensor
-            The loss, the candidate tables, and the rows of this process's answers in them.
+    def _over_own(
+        self,
+        batch: Batch,
+        candidate: Tensor,
+        queries: Mapping[str, Tensor],
+        relation: Tensor | None,
+    ) -> _Scored:
+        """Return L3 of queries that have (B, 1 + negatives) candidates of their own."""
+        settings, shards, positives = self.settings, self.shards, batch.positives
+        # Each distinct entity is embedded once. With several processes, each embeds a part of
+        # them and gathers all.
+        distinct, place = candidate.unique(return_inverse=True)
+        embedded = self.model.embed(distinct, relation).heads
+        tables = {head: shards.gather(table, len(distinct)) for head, table in embedded.items()}
+        scores = self._scores(
+            queries,
+            batch.relation,
+            lambda rows: {head: table[place[rows]] for head, table in tables.items()},
+        )
+        loss = completion(scores, positives, settings.loss, settings.label_smoothing)
+        answers = place[positives.row, positives.col]
+        return _Scored(shards.repeated(loss), tables, answers[shards.part(len(answers))])
+
+    def _over_sampled(
+        self,
+        batch: Batch,
+        sampled: Sampled,
+        queries: Mapping[str, Tensor],
+        relation: Tensor | None,
+        halves: dict[Any, Tensor] | None,
+    ) -> _Scored:
+        """Return L3 of queries that share sampled candidates."""
+        settings, shards, positives = self.settings, self.shards, batch.positives
+        sampled, first = sampled.of_process(shards)
+        tables = self.model.candidates(relation, sampled.entity, halves)
+        scores = self._scores(queries, batch.relation, lambda rows: tables)
+        own = (positives.col >= first) & (positives.col < first + len(sampled.entity))
+        answers = positives.col[own] - first
+        loss = sampled_completion(
+            scores,
+            Positives(positives.row[own], answers, positives.weight),
+            sampled,
+            settings.loss,
+            settings.label_smoothing,
+            shards,
+        )
+        return _Scored(loss, tables, answers)
+
+    def _over_all(
+        self,
+        batch: Batch,
+        queries: Mapping[str, Tensor],
+        streams: Streams,
+        relation: Tensor | None,
+        halves: dict[Any, Tensor] | None,
+        whole: Batch | None,
+    ) -> _Scored:
+        """Return L3 over all entities.
+
+        The binary loss is the part of these queries in the means over the batch ``whole``.
         """
         model, settings, shards = self.model, self.settings, self.shards
-        positives = batch.positives
-        learns = model.learns_decision
-        share: float | Tensor = 1.0
-        if among is not None:
-            weight = among[0].positives.weight
-            if weight is None:
-                weight = torch.ones(len(among[0].entity), device=model.device)
-            share = weight[among[1]].sum() / weight.sum()
-        if batch.candidate is not None:
-            # Each distinct entity is embedded once. With several processes, each embeds a part of
-            # them and gathers all.
-            distinct, place = batch.candidate.unique(return_inverse=True)
-            embedded = model.embed(distinct, relation).heads
-            tables: Mapping[str, Tensor] = {
-                head: shards.gather(table, len(distinct)) for head, table in embedded.items()
-            }
-            scores = self._scores(
-                queries,
-                batch.relation,
-                lambda rows: {head: table[place[rows]] for head, table in tables.items()},
-            )
-            if not learns:
-                del scores[DECISION]
-            loss = completion(scores, positives, settings.loss, settings.label_smoothing)
-            answers = place[positives.row, positives.col]
-            return share * shards.repeated(loss), tables, answers[shards.part(len(answers))]
-        if batch.sampled is not None:
-            # With the binary loss and `among`, an approximation: the weights of negatives are
-            # normalised for each relation, not for the whole batch.
-            sampled, first = batch.sampled.of_process(shards)
-            tables = model.candidates(relation, sampled.entity, halves)
-            scores = self._scores(queries, batch.relation, lambda rows: tables)
-            if not learns:
-                del scores[DECISION]
-            own = (positives.col >= first) & (positives.col < first + len(sampled.entity))
-            answers = positives.col[own] - first
-            loss = sampled_completion(
-                scores,
-                Positives(positives.row[own], answers, positives.weight),
-                sampled,
-                settings.loss,
-                settings.label_smoothing,
-                shards,
-            )
-            return share * loss, tables, answers
         # In parallel with the embedding and decoding of the queries.
         with streams.beside("candidates", streams.begun):
             tables = model.candidates(relation, halves=halves, streams=streams)
         streams.keep(tables.values())
         # The means of Eq. 7 are over positives and over negatives, not over rows.
-        terms = None
-        if among is not None and settings.loss == "binary":
-            terms, share = (len(among[0].positives.row), len(among[0].entity)), 1.0
+        among = None
+        if whole is not None and settings.loss == "binary":
+            among = len(whole.positives.row), len(whole.entity)
         loss = factored_completion(
             [queries[head] for head in model.heads],
             [tables[head] for head in model.heads],
-            positives,
-            model.decision_weights(batch.relation) if learns else None,
+            batch.positives,
+            model.decision_weights(batch.relation) if model.learns_decision else None,
             settings.loss,
             settings.label_smoothing,
             settings.decision == "detached",
             self.parts.count,
             shards,
-            terms,
+            among,
         )
-        answers = positives.col
+        answers = batch.positives.col
         if not shards.alone:
             answers = answers[shards.owned(answers)] - shards.start
-        return (loss if among is None else share * loss), tables, answers
+        return _Scored(loss, tables, answers)
 
     @property
     def _has_cubes(self) -> bool:
@@ -328,14 +349,17 @@ class Objective:
         relation: Tensor,
         candidates: Callable[[slice], Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """Return scores by head, computed in parts when memory is short.
+        """Return the scores that have a loss, by head, computed in parts when memory is short.
 
         ``candidates`` returns the candidate tables of the queries in some rows.
         """
 
         def of(rows: slice) -> dict[str, Tensor]:
             part = {head: query[rows] for head, query in queries.items()}
-            return self.model.scores(part, candidates(rows), relation[rows])
+            scores = self.model.scores(part, candidates(rows), relation[rows])
+            if not self.model.learns_decision:
+                del scores[DECISION]
+            return scores
 
         size = self.parts.rows(len(relation))
         if size >= len(relation):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from imvia_graph._display import first_line
 from imvia_graph._factored import fits_at_once
 from imvia_graph._guards import MEMORY_ERRORS, Before, Health, Kept
 from imvia_graph._streams import Streams
@@ -143,7 +144,7 @@ class RecordedSteps:
         result = self._run(rows)
         if result is None:
             return trainer.train_step(trainer.batches.filled(rows))
-        health = Health.of(result.watched, result.num_losses, result.numbers)
+        health = Health(result.watched, result.num_losses, result.numbers)
         trainer.follow(health, before, rows)
         names = [*result.names, "steps"]
         for name, value in self.before.items():
@@ -193,13 +194,12 @@ class RecordedSteps:
         self.trainer.forget_gradients()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                result = self._finish(*self._begin(own))
+                result = self._finish(self._begin(own))
         except RuntimeError as error:
             # Not run without a graph instead: a failed capture may leave the random generator of
             # the GPU in a state from which it cannot continue.
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise SettingsError(
-                f"A training step could not be recorded as a CUDA graph ({reason}). Set"
+                f"A training step could not be recorded as a CUDA graph ({first_line(error)}). Set"
                 " cuda_graph=false to train without graphs; `fit --resume` takes it, too."
             ) from error
         self.pool, self.known = graph.pool(), self._tensors()
@@ -215,7 +215,7 @@ class RecordedSteps:
         except MEMORY_ERRORS as error:
             trainer.parts.halve(error, len(rows))
         if begun is not None:
-            return self._finish(*begun)
+            return self._finish(begun)
         # Outside the handler, whose traceback holds the tensors of the failed step. From now on
         # no graph is replayed.
         self._forget()
@@ -236,15 +236,10 @@ class RecordedSteps:
         gradients = {name: grad for name, grad in gradients.items() if grad.numel()}
         return _Gradients(kept, losses, watched, gradients)
 
-    def _finish(
-        self,
-        kept: Kept,
-        losses: Mapping[str, Tensor],
-        watched: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-    ) -> _Result:
+    def _finish(self, begun: _Gradients) -> _Result:
         """Update the parameters, unless a loss or a gradient is not finite."""
         trainer = self.trainer
+        kept, losses, watched, gradients = begun
         numbers = Health.numbers_of(watched, gradients)
         bad = (~numbers.isfinite().all()).float()
         if trainer.settings.non_finite == "stop":

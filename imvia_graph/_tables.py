@@ -16,7 +16,7 @@ from typing import Literal
 import polars as pl
 
 from imvia_graph import _files
-from imvia_graph._display import shorten
+from imvia_graph._display import first_line, shorten
 from imvia_graph._files import TRIPLE_COLUMNS
 from imvia_graph._parquet import check_parquet
 from imvia_graph.errors import DataError
@@ -343,7 +343,7 @@ def _fast(
                 return None
             frame = frame.filter(~pl.col("blank"))
         frame = frame.drop("short", "blank")
-    if sum(frame.null_count().row(0)) or _has_nul(frame):
+    if sum(frame.null_count().row(0)) or _files.has_nul(frame):
         return None
     if separator == SPACES and (frame["tail"] == ".").any():
         return None
@@ -384,13 +384,6 @@ def _is_whole(separator: str, quoted: bool, times: str) -> pl.Expr:
     if quoted:
         cell = f'(?:[^{between}"]*|"(?:[^"]|"")*")'
     return pl.col("line").str.contains(f"^{cell}(?:{between}{cell}){times}\\r*$")
-
-
-def _has_nul(frame: pl.DataFrame) -> bool:
-    """Return whether any label holds a NUL byte, as in files that are not text."""
-    return bool(
-        frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any())).item()
-    )
 
 
 def _slow(
@@ -556,7 +549,7 @@ def read_parquet_triples(path: Path, columns: Columns | None = None) -> pl.DataF
         check_parquet(path)
         return frame_of_triples(pl.scan_parquet(path, glob=False), str(path), columns)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        detail = shorten((str(error).splitlines() or [type(error).__name__])[0], 200)
+        detail = shorten(first_line(error), 200)
         raise DataError(
             f"{path}: expected a Parquet file; it cannot be read ({detail}). It may be truncated:"
             " download or create it again."
@@ -637,7 +630,7 @@ def _numbered_fast(path: Path, announced: bool | None) -> list[str] | None:
     length = len(lines)
     if not length or (announced and count is None) or (count is not None and count != length):
         return None
-    if labels.null_count() or _has_nul(labels.to_frame()) or ids.max() != length - 1:
+    if labels.null_count() or _files.has_nul(labels.to_frame()) or ids.max() != length - 1:
         return None
     if ids.n_unique() != length:
         return None

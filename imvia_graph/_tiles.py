@@ -51,7 +51,7 @@ _QUERIES = 2**28
 _MATRICES = 2**24
 
 
-class Batch(NamedTuple):
+class CountedBatch(NamedTuple):
     """Queries whose vectors were computed together, and their counts so far.
 
     Attributes
@@ -84,7 +84,7 @@ class Batch(NamedTuple):
     counts: Tensor
 
 
-class Counter:
+class RankCounter:
     """Counts the candidates that outrank the answers of queries.
 
     Parameters
@@ -189,7 +189,7 @@ class Counter:
         _, counts = torch.unique_consecutive(many, return_counts=True)
         return [min(batch_size, n - i) for n in counts.tolist() for i in range(0, n, batch_size)]
 
-    def batch(self, entity: Tensor, relation: Tensor, answer: Tensor) -> Batch:
+    def batch(self, entity: Tensor, relation: Tensor, answer: Tensor) -> CountedBatch:
         """Return the batch of (B,) queries, whose counts are zeros."""
         rows = len(entity)
         query = self.model.queries_alike(entity, relation)
@@ -207,7 +207,7 @@ class Counter:
             row, place = expand(cursor, end - cursor)
             pairs = self._by_tile(row, left_out[place], rows)
         counts = torch.zeros(rows, len(self.wanted), 2, dtype=torch.int64, device=self.device)
-        return Batch(vectors, weights, truth, left_out, cursor, end, pairs, counts)
+        return CountedBatch(vectors, weights, truth, left_out, cursor, end, pairs, counts)
 
     def _left_out(
         self, entity: Tensor, relation: Tensor, answer: Tensor
@@ -216,7 +216,7 @@ class Counter:
 
         Queries of the same entity and relation share a list, since a relation may have many of
         them, each with many known answers. Returns ``left_out`` and where in it the list of each
-        query begins and ends; see `Batch`.
+        query begins and ends; see `CountedBatch`.
         """
         entities = self.model.num_entities
         asked, of = torch.unique(relation * entities + entity, return_inverse=True)
@@ -336,7 +336,7 @@ class Counter:
                     found[rows, m] = part.diagonal()
         return found
 
-    def _count_chunk(self, batch: Batch, start: int, tables: list[Tensor]) -> None:
+    def _count_chunk(self, batch: CountedBatch, start: int, tables: list[Tensor]) -> None:
         """Count the candidates of the chunk that begins at a position."""
         for begin in range(start, start + self.made, self.width):
             low, high = max(self.first - begin, 0), min(self.last - begin, self.width)
@@ -381,7 +381,7 @@ class Counter:
         return row[order], col[order], begin
 
     def _count_plainly(
-        self, batch: Batch, rows: slice, scores: Tensor, begin: int, low: int, high: int
+        self, batch: CountedBatch, rows: slice, scores: Tensor, begin: int, low: int, high: int
     ) -> None:
         """Count like the kernel `outranked`."""
         assert batch.pairs is not None
@@ -447,4 +447,4 @@ def _up(number: int, multiple: int) -> int:
     return max(1, -(-number // multiple)) * multiple
 
 
-__all__ = ["Batch", "Counter"]
+__all__ = ["CountedBatch", "RankCounter"]

@@ -71,19 +71,17 @@ class Batches:
         self.num_entities = kg.num_entities
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.order_state = self.drawn = self.generator.get_state()
-        self.answers = kg.answers(["train"])
-        self.at_a_time = {"kvsall": max(len(self.answers.answer), 1), "sampled": 1}.get(
+        answers = kg.answers(["train"])
+        at_a_time = {"kvsall": max(len(answers.answer), 1), "sampled": 1}.get(
             settings.regime, _ANSWERS_AT_A_TIME if settings.loss == "softmax" else 1
         )
         #: Rows of batches: (query of the index, position of its first answer, number of answers).
         #: None if each answer is a row.
-        rows = None if self.at_a_time == 1 else _rows_of(self.answers, self.at_a_time).to(device)
-        self.answers = self.answers.to(device)
-        self.rows = rows
-        self.num_rows = len(self.answers.answer) if rows is None else len(rows)
+        self.rows = None if at_a_time == 1 else _rows_of(answers, at_a_time).to(device)
+        self.num_rows = len(answers.answer) if self.rows is None else len(self.rows)
         #: Number of the queries that `batch_size` counts.
-        kvsall = settings.regime == "kvsall"
-        self.size = len(self.answers.key) if kvsall else len(self.answers.answer)
+        self.size = len(answers.key if settings.regime == "kvsall" else answers.answer)
+        self.answers = answers.to(device)
         #: Largest numbers of positives and of distinct relations in a batch of `filled`.
         self.most_positives = self.most_relations = 0
         #: The number of answers and the relation of each row, on the CPU.
@@ -230,7 +228,7 @@ class Batches:
         if self.settings.regime == "1vsall":
             return Batch(entity, relation, Positives(row, answer, self._weight(count)))
         if self.sampler is not None:
-            return self._with_shared(query, entity, relation, answer)
+            return self._with_shared(self.sampler, query, entity, relation, answer)
         negative = self._entities(len(rows), self.settings.negatives)
         for _ in range(_REDRAWS):
             true = self.answers.contains(entity, relation, negative, self.true_keys)
@@ -243,11 +241,10 @@ class Batches:
         return drawn.to(self.answers.key.device)
 
     def _with_shared(
-        self, query: Tensor, entity: Tensor, relation: Tensor, answer: Tensor
+        self, sampler: Sampler, query: Tensor, entity: Tensor, relation: Tensor, answer: Tensor
     ) -> Batch:
         """Return the batch of queries that share as candidates their answers and drawn entities."""
-        assert self.sampler is not None
-        candidate, log_q = self.sampler.draw(relation, answer, self.generator)
+        candidate, log_q = sampler.draw(relation, answer, self.generator)
         positive = torch.searchsorted(candidate, answer)
         row, col = self._answers_among(query, candidate)
         other = col != positive[row]

@@ -688,14 +688,14 @@ def load_trainer(path: Path, trainer: Trainer) -> None:
 
 
 def _optimizers(trainer: Trainer) -> dict[str, torch.optim.Optimizer]:
-    found = {"optimizer": trainer.optimizer}
-    if trainer.table_optimizer is not None:
-        found["tables"] = trainer.table_optimizer
-    if trainer.row_optimizer is not None:
-        found["rows"] = trainer.row_optimizer
-    if trainer.estimator_optimizer is not None:
-        found["estimator"] = trainer.estimator_optimizer
-    return found
+    """Return the optimizers by the names of their tensors in checkpoints."""
+    every = {
+        "optimizer": trainer.optimizer,
+        "tables": trainer.table_optimizer,
+        "rows": trainer.row_optimizer,
+        "estimator": trainer.estimator_optimizer,
+    }
+    return {label: optimizer for label, optimizer in every.items() if optimizer is not None}
 
 
 def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

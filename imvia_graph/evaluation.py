@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from imvia_graph._guards import MEMORY_ERRORS, Parts, is_out_of_memory
-from imvia_graph._tiles import Counter
+from imvia_graph._tiles import RankCounter
 from imvia_graph.answers import AnswerIndex, by_relation, with_inverses
 from imvia_graph.distributed import Shards
 from imvia_graph.errors import DataError, OutOfMemoryError, UnknownLabelError
@@ -211,7 +211,7 @@ def rank(
     progress = _Progress(on_batch, len(queries))
     with evaluating(model):
         for relation, group in _by_relation(model, queries[:, 1]):
-            counter = Counter(model, shards, known, wanted, chosen, relation)
+            counter = RankCounter(model, shards, known, wanted, chosen, relation)
             while len(group):
                 size = parts.rows(batch_size)
                 block = group[: max(1, counter.queries // parts.count // size) * size]

@@ -473,8 +473,8 @@ class Predictor:
             weights = decision_weights(model, under)
         heads = [head for head in model.heads if head in given]
         total = sum(weights[head] for head in heads)
-        decision = sum(weights[head] / total * scores[head] for head in heads)
-        assert isinstance(decision, Tensor)
+        parts = [weights[head] / total * scores[head] for head in heads]
+        decision = sum(parts[1:], parts[0])
         if decision.isnan().any():
             raise IMVIAError(
                 "predict_new: the model's scores of these views are not numbers. Are the features"

@@ -140,7 +140,7 @@ def inspect_kg(
         "patterns": _patterns(kg, columns, grouped, threshold, near, minimum),
         "views": {modality: _views(kg, modality) for modality in kg.modalities},
     }
-    result["warnings"] = _warnings(kg, result)
+    result["warnings"] = [{"code": code, "text": text} for code, text in _warnings(kg, result)]
     return result
 
 
@@ -360,18 +360,18 @@ def _patterns(
 
     # Number of pairs of relation `a` in common with relation `b`, and of test rows of `a` that a
     # training triple of `b` leaks, by key a * num + b. Mirrored: the pair of b is reversed.
-    common = {mirrored: _Counter(num * num) for mirrored in (True, False)}
+    common = {mirrored: _SumsByKey(num * num) for mirrored in (True, False)}
     for i, j in _pairs_in_groups(group, np.arange(len(group))):
         key, opposite = label[i] * num + label[j], backward[i] != backward[j]
-        for mirrored, counter in common.items():
-            counter.add(key[opposite == mirrored])
-    leaked = {mirrored: _Counter(num * num) for mirrored in (True, False)}
+        for mirrored, sums in common.items():
+            sums.add(key[opposite == mirrored])
+    leaked = {mirrored: _SumsByKey(num * num) for mirrored in (True, False)}
     test_only = np.flatnonzero(test_rows)
     for i, j in _pairs_in_groups(group, test_only):
         key, opposite = label[i] * num + label[j], backward[i] != backward[j]
-        for mirrored, counter in leaked.items():
+        for mirrored, sums in leaked.items():
             which = in_train[j] & (opposite == mirrored)
-            counter.add(key[which], test_rows[i[which]])
+            sums.add(key[which], test_rows[i[which]])
 
     found: dict[str, Any] = {"symmetric": [], "inverse": [], "copy": []}
     listed: dict[str, list[int]] = {sort: [] for sort in found}
@@ -433,7 +433,7 @@ def _pairs_in_groups(group: Ints, rows: Ints) -> Iterator[tuple[Ints, Ints]]:
         at = end
 
 
-class _Counter:
+class _SumsByKey:
     """Sums by key: a dense array if there are few possible keys, else sorted keys and sums."""
 
     def __init__(self, size: int) -> None:
@@ -573,87 +573,70 @@ def _repeated_rows(feat: Tensor, digest: NDArray[np.uint64], step: int) -> tuple
 # -- warnings -------------------------------------------------------------------------------------
 
 
-def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the warnings, most serious first, with advice; they call relations by their names."""
+def _warnings(kg: MultiViewKG, found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield codes and texts, the most serious first; the texts call relations by their names."""
     names = dict(zip(kg.relations, kg.relation_names, strict=True))
-    warnings: list[tuple[str, str]] = []
     triples, shared, validation = found["triples"], found["shared"], found["validation"]
     test = triples["test"]["triples"]
 
     alike = _common_labels(kg)
     if len(alike) > 1 and 2 * len(alike) >= kg.num_relations:
-        warnings.append(
-            (
-                "relations-are-entities",
-                f"{len(alike):,} of {kg.num_relations:,} relations have the label of an entity,"
-                f" first {alike[0]!r}. If the columns of the source are not in the order head,"
-                " relation, tail, give their order (--columns 1,0,2, or their names).",
-            )
+        yield (
+            "relations-are-entities",
+            f"{len(alike):,} of {kg.num_relations:,} relations have the label of an entity,"
+            f" first {alike[0]!r}. If the columns of the source are not in the order head,"
+            " relation, tail, give their order (--columns 1,0,2, or their names).",
         )
     if validation["in_train"]:
-        warnings.append(
-            (
-                "validation-in-train",
-                f"{validation['in_train']:,} of the {validation['distinct']:,} distinct validation"
-                f" triples are in train and {validation['in_test']:,} in test;"
-                f" {validation['held_out']:,} are in neither. This set cannot choose an epoch."
-                f" {_advice(kg, '--validation held-out; the default, auto, does so here')}",
-            )
+        yield (
+            "validation-in-train",
+            f"{validation['in_train']:,} of the {validation['distinct']:,} distinct validation"
+            f" triples are in train and {validation['in_test']:,} in test;"
+            f" {validation['held_out']:,} are in neither. This set cannot choose an epoch."
+            f" {_advice(kg, '--validation held-out; the default, auto, does so here')}",
         )
     elif validation["in_test"]:
-        warnings.append(
-            (
-                "validation-in-test",
-                f"{validation['in_test']:,} of the {validation['distinct']:,} distinct validation"
-                " triples are in test: choosing by validation is choosing by test."
-                f" {_advice(kg, '--validation held-out')}",
-            )
+        yield (
+            "validation-in-test",
+            f"{validation['in_test']:,} of the {validation['distinct']:,} distinct validation"
+            " triples are in test: choosing by validation is choosing by test."
+            f" {_advice(kg, '--validation held-out')}",
         )
     if shared["train-test"]:
-        warnings.append(
-            (
-                "test-in-train",
-                f"{shared['train-test']:,} of the {triples['test']['distinct']:,} distinct test"
-                " triples are in train: test metrics are too good. Remove them from train (or from"
-                " test, and report that).",
-            )
+        yield (
+            "test-in-train",
+            f"{shared['train-test']:,} of the {triples['test']['distinct']:,} distinct test"
+            " triples are in train: test metrics are too good. Remove them from train (or from"
+            " test, and report that).",
         )
     repeated = {split: triples[split]["repeated"] for split in SPLITS if triples[split]["repeated"]}
     if repeated:
         listed = ", ".join(f"{count:,} in {split}" for split, count in repeated.items())
-        warnings.append(
-            (
-                "repeated-triples",
-                f"Rows that repeat an earlier row of their split: {listed}. They count more than"
-                " once in training or in the metrics; remove them unless that is intended.",
-            )
+        yield (
+            "repeated-triples",
+            f"Rows that repeat an earlier row of their split: {listed}. They count more than"
+            " once in training or in the metrics; remove them unless that is intended.",
         )
-    warnings += _unseen_warnings(found, names)
-    warnings += _pattern_warnings(found["patterns"], test, names)
+    yield from _unseen_warnings(found, names)
+    yield from _pattern_warnings(found["patterns"], test, names)
     if found["loops"]["triples"]:
         worst = names[next(iter(found["loops"]["relations"]))]
-        warnings.append(
-            (
-                "loops",
-                f"{_number(found['loops']['triples'], 'triple')} with the same head and tail, most"
-                f" of them of {worst!r}. Check that they are meaningful.",
-            )
+        yield (
+            "loops",
+            f"{_number(found['loops']['triples'], 'triple')} with the same head and tail, most"
+            f" of them of {worst!r}. Check that they are meaningful.",
         )
     for modality, views in found["views"].items():
-        warnings += _view_warnings(modality, views, found["entities"])
+        for code, text in _view_warnings(views, found["entities"]):
+            yield code, f"{modality}: {text}"
     if not triples["valid"]["triples"]:
-        warnings.append(
-            (
-                "no-validation",
-                "There is no validation set, so training keeps its last epoch, not the best."
-                f" {_advice(kg, '--validation held-out')}",
-            )
+        yield (
+            "no-validation",
+            "There is no validation set, so training keeps its last epoch, not the best."
+            f" {_advice(kg, '--validation held-out')}",
         )
     if not test:
-        warnings.append(
-            ("no-test", "There is no test set, so nothing measures how good the predictions are.")
-        )
-    return [{"code": code, "text": text} for code, text in warnings]
+        yield "no-test", "There is no test set, so nothing measures how good the predictions are."
 
 
 def _common_labels(kg: MultiViewKG) -> list[str]:
@@ -674,50 +657,41 @@ def _advice(kg: MultiViewKG, option: str) -> str:
     )
 
 
-def _unseen_warnings(found: dict[str, Any], names: dict[str, str]) -> list[tuple[str, str]]:
+def _unseen_warnings(found: dict[str, Any], names: dict[str, str]) -> Iterator[tuple[str, str]]:
     unseen, test = found["unseen"], found["triples"]["test"]["triples"]
-    warnings = []
     if unseen["valid"]["triples"] or unseen["test"]["triples"]:
         views = f"{'Only views describe' if found['views'] else 'Nothing describes'} these entities"
         if found["views"] and unseen["without_views"]:
             views += f", and {unseen['without_views']:,} of them have none"
-        warnings.append(
-            (
-                "unseen-entities",
-                f"{unseen['test']['triples']:,} of {test:,} test triples"
-                f" ({_number(unseen['test']['ends'], 'end')}) and {unseen['valid']['triples']:,} of"
-                f" {found['triples']['valid']['triples']:,} validation triples have an entity"
-                f" without training triples. {views}. Report these triples separately, or give the"
-                " entities views or training triples.",
-            )
+        yield (
+            "unseen-entities",
+            f"{unseen['test']['triples']:,} of {test:,} test triples"
+            f" ({_number(unseen['test']['ends'], 'end')}) and {unseen['valid']['triples']:,} of"
+            f" {found['triples']['valid']['triples']:,} validation triples have an entity"
+            f" without training triples. {views}. Report these triples separately, or give the"
+            " entities views or training triples.",
         )
     if unseen["nowhere"]:
-        warnings.append(
-            (
-                "unused-entities",
-                f"{_number(unseen['nowhere'], 'entity', 'entities')} in no triple of any split. All"
-                " compete as candidates; remove those that predictions should not name.",
-            )
+        yield (
+            "unused-entities",
+            f"{_number(unseen['nowhere'], 'entity', 'entities')} in no triple of any split. All"
+            " compete as candidates; remove those that predictions should not name.",
         )
     if unseen["relations"]:
         first = ", ".join(repr(names[label]) for label in unseen["first_relations"])
         first += ", …" if unseen["relations"] > len(unseen["first_relations"]) else ""
-        warnings.append(
-            (
-                "unseen-relations",
-                f"{_number(unseen['relations'], 'relation')} without a training triple ({first}):"
-                f" {_number(unseen['test']['relation_triples'], 'test triple')} and"
-                f" {_number(unseen['valid']['relation_triples'], 'validation triple')} of them."
-                " Nothing can be learned about these; remove them or move triples to train.",
-            )
+        yield (
+            "unseen-relations",
+            f"{_number(unseen['relations'], 'relation')} without a training triple ({first}):"
+            f" {_number(unseen['test']['relation_triples'], 'test triple')} and"
+            f" {_number(unseen['valid']['relation_triples'], 'validation triple')} of them."
+            " Nothing can be learned about these; remove them or move triples to train.",
         )
-    return warnings
 
 
 def _pattern_warnings(
     patterns: dict[str, Any], test: int, names: dict[str, str]
-) -> list[tuple[str, str]]:
-    warnings = []
+) -> Iterator[tuple[str, str]]:
     kinds = {
         "inverse": (
             "inverse-relations",
@@ -740,59 +714,50 @@ def _pattern_warnings(
         if answered:
             worst = patterns[sort][0]
             both = [repr(names[worst[key]]) for key in ("relation", "other") if key in worst]
-            warnings.append(
-                (
-                    code,
-                    f"Train leaks {answered:,} of {test:,} test triples ({answered / test:.1%}): it"
-                    f" has {what} (most: {' and '.join(both)}, {worst['test_answered']:,}). A rule"
-                    f" answers these. {advice}.",
-                )
+            yield (
+                code,
+                f"Train leaks {answered:,} of {test:,} test triples ({answered / test:.1%}): it"
+                f" has {what} (most: {' and '.join(both)}, {worst['test_answered']:,}). A rule"
+                f" answers these. {advice}.",
             )
-    return warnings
 
 
-def _view_warnings(modality: str, views: dict[str, Any], entities: int) -> list[tuple[str, str]]:
-    warnings = []
-
-    def warn(code: str, text: str) -> None:
-        warnings.append((code, f"{modality}: {text}"))
-
+def _view_warnings(views: dict[str, Any], entities: int) -> Iterator[tuple[str, str]]:
     if views["none"] == entities:
-        warn("no-views", "no entity has a view. Leave the modality out.")
+        yield "no-views", "no entity has a view. Leave the modality out."
     if views["non_finite"]:
-        warn(
+        yield (
             "non-finite-features",
             f"{_number(views['non_finite'], 'view')} with NaN or infinity. Leave them out, or"
             " encode again.",
         )
     if views["zero"]:
-        warn(
+        yield (
             "zero-features",
             f"{_number(views['zero'], 'view')} of zeros only, perhaps missing data. If so, leave"
             " them out; an entity without a view gets a learned vector.",
         )
     if views["constant"]:
-        warn(
+        yield (
             "constant-features",
             f"{_number(views['constant'], 'view')} of one repeated value. Check where they come"
             " from.",
         )
     if views["constant_columns"]:
-        warn(
+        yield (
             "constant-columns",
             f"{views['constant_columns']:,} of {views['width']:,} columns are equal in all views"
             " and carry no information; drop them, or check the encoder.",
         )
     if views["repeated"]:
         most = views["most_repeated"]
-        warn(
+        yield (
             "repeated-features",
             f"{views['repeated']:,} of {views['views']:,} views equal an earlier one"
             f" ({views['repeated_same_entity']:,} of the same entity). The most frequent occurs"
             f" {most['views']:,} times, in {_number(most['entities'], 'entity', 'entities')},"
             f" first {most['entity']!r}. If it is a placeholder, leave it out.",
         )
-    return warnings
 
 
 def _number(count: int, one: str, many: str = "") -> str:

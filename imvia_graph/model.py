@@ -408,8 +408,7 @@ class IMVIA(nn.Module):
 
     def gate_relation(self, relation: Tensor) -> Tensor | None:
         """Return the (B, relation_dim) relation features of the gates, or None without them."""
-        found: Tensor = self.relation[0](relation)
-        return found if self.gate_sees_relations else None
+        return self.relation[0](relation) if self.gate_sees_relations else None
 
     def embed(
         self,

@@ -430,12 +430,7 @@ def fit(
         raise DataError("fit: pass a graph: a MultiViewKG, a data set's name or a folder.")
     chosen = Settings.of(settings).replace(**overrides)
     device = _device(chosen)
-    graph = with_validation(
-        kg if isinstance(kg, MultiViewKG) else load_kg(kg, None, chosen.split_seed),
-        chosen.validation,
-        chosen.split_seed,
-        chosen.hold_out_by,
-    )
+    graph = graph_for(kg, chosen)
     _check_modalities(graph, chosen)
     torch.manual_seed(chosen.seed)
     shards = Shards.of_world(graph.num_entities)
@@ -449,6 +444,12 @@ def fit(
             shards.first_does(lambda: checkpoint.start_run(folder, graph, trainer.settings))
             progress = _fit_in(folder, trainer)
     return Run(_best_of(trainer), graph, trainer.settings, progress, folder, records.found)
+
+
+def graph_for(kg: Any, settings: Settings) -> MultiViewKG:
+    """Return the graph of anything that `load_kg` accepts, with the settings' validation set."""
+    graph = kg if isinstance(kg, MultiViewKG) else load_kg(kg, None, settings.split_seed)
+    return with_validation(graph, settings.validation, settings.split_seed, settings.hold_out_by)
 
 
 def _best_of(trainer: Trainer) -> IMVIA:

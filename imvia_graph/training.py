@@ -228,52 +228,35 @@ class Trainer:
         #: Whether the averaged weights are in the model, and the trained ones in `average`.
         self._averaged = False
         self.batches = Batches(kg, settings, model.device)
-        if settings.epochs is None:
-            needed = math.ceil(_STEPS / max(len(self.batches), 1))
-            settings = settings.replace(epochs=max(_EPOCHS, needed))
-        if settings.lambda_regularization is None:
-            weight = _WEIGHTS[kg.num_entities >= MANY]
-            settings = settings.replace(lambda_regularization=weight)
-        if settings.complex_head is None:
-            settings = settings.replace(complex_head=model.settings.complex_head)
-        self.precision = training_dtype(settings, model.device)
-        if settings.precision == "auto":
-            lacks_bfloat16 = float(self.precision == torch.float32)
-            if self.shards.max_(torch.tensor([lacks_bfloat16], device=model.device)).item():
-                self.precision = torch.float32  # which all processes support
-            chosen = str(self.precision).removeprefix("torch.")
-            settings = settings.replace(precision=chosen)
-        self.settings = settings
+        self.precision = self._precision(settings)
+        self.settings = settings = self._with_choices(settings)
         self.objective = Objective(model, settings, self.parts)
         self.known = kg.answers()
         number = settings.ranking_candidates
         self._ranked_against = (
             None if number is None else draw_candidates(kg.num_entities, number, settings.seed)
         )
-        estimators = [] if model.information is None else list(model.information.parameters())
-        self.estimators = estimators
+        information = model.information
+        self.estimators = [] if information is None else list(information.parameters())
         tables = {id(table.weight): table for table in model.entity_tables}
         by_rows = follows_rows(settings)
-        of_estimators = {id(parameter) for parameter in estimators}
+        of_estimators = {id(parameter) for parameter in self.estimators}
         of_model = [p for p in model.parameters() if id(p) not in of_estimators]
         #: Parameters that every process holds in full, and those whose ``grad`` autograd fills.
         self.replicated = [p for p in of_model if id(p) not in tables]
         self.parameters = self.replicated if by_rows else of_model
+        named = dict(model.named_parameters())
         #: Entity tables that are updated row by row, by the names of their weights.
         self.tables = {
-            name: tables[id(p)] for name, p in model.named_parameters() if id(p) in tables
+            name: tables[id(p)] for name, p in named.items() if by_rows and id(p) in tables
         }
-        if not by_rows:
-            self.tables = {}
-        self.named = {name: p for name, p in model.named_parameters() if name not in self.tables}
+        self.named = {name: p for name, p in named.items() if name not in self.tables}
         # Persistent buffers only: the views are buffers, too, but never change.
-        learned = {name for name, _ in model.named_parameters()}
-        self.buffers = [model.get_buffer(name) for name in model.state_dict().keys() - learned]
+        self.buffers = [model.get_buffer(name) for name in model.state_dict().keys() - named.keys()]
         kind, rate = table_optimizer(settings)
         decay = settings.weight_decay
-        of_tables = {id(table.weight) for table in (*model.relation_tables, *model.entity_tables)}
-        if settings.table_optimizer == "same":
-            of_tables = set()
+        apart = [*model.relation_tables, *model.entity_tables]
+        of_tables = {id(table.weight) for table in apart if settings.table_optimizer != "same"}
         layers = [p for p in self.parameters if id(p) not in of_tables]
         looked_up = [p for p in self.parameters if id(p) in of_tables]
         small = [table.weight for table in model.complex_tables]
@@ -284,31 +267,18 @@ class Trainer:
         self.table_optimizer = (
             make_optimizer(kind, looked_up, rate, decay, small) if looked_up else None
         )
-        self.row_optimizer = (
-            RowOptimizer(
-                model.entity_tables,
-                kind,
-                rate,
-                decay,
-                settings.entity_optimizer == "rowwise",
-                [table for table in model.complex_tables if isinstance(table, EntityTable)],
+        self.row_optimizer: RowOptimizer | None = None
+        if by_rows:
+            rowwise = settings.entity_optimizer == "rowwise"
+            of_complex = [table for table in model.complex_tables if isinstance(table, EntityTable)]
+            self.row_optimizer = RowOptimizer(
+                model.entity_tables, kind, rate, decay, rowwise, of_complex
             )
-            if by_rows
-            else None
-        )
-        self.estimator_optimizer = (
-            torch.optim.Adam(
-                estimators,
-                lr=settings.information_learning_rate,
-                fused=True if model.device.type == "cuda" else None,
-            )
-            if estimators and settings.lambda_information
-            else None
-        )
-        if self.precision == torch.float16 and not self.shards.alone:
-            raise SettingsError(
-                "Setting precision: float16 is for one process; with several, use bfloat16 or"
-                " float32."
+        self.estimator_optimizer: torch.optim.Optimizer | None = None
+        if self.estimators and settings.lambda_information:
+            fused = True if model.device.type == "cuda" else None
+            self.estimator_optimizer = torch.optim.Adam(
+                self.estimators, lr=settings.information_learning_rate, fused=fused
             )
         self.scaler = torch.amp.GradScaler(
             model.device.type, enabled=self.precision == torch.float16
@@ -319,6 +289,34 @@ class Trainer:
         #: On a GPU: the recorded steps, and the streams that their parts run in.
         self.recorded: RecordedSteps | None = None
         self.streams = Streams()
+
+    def _precision(self, settings: Settings) -> torch.dtype:
+        """Return the dtype of products; with "auto", one that all processes support."""
+        device = self.model.device
+        found = training_dtype(settings, device)
+        if settings.precision == "auto":
+            lacks_bfloat16 = torch.tensor([float(found == torch.float32)], device=device)
+            if self.shards.max_(lacks_bfloat16).item():
+                return torch.float32
+        if found == torch.float16 and not self.shards.alone:
+            raise SettingsError(
+                "Setting precision: float16 is for one process; with several, use bfloat16 or"
+                " float32."
+            )
+        return found
+
+    def _with_choices(self, settings: Settings) -> Settings:
+        """Return the settings with values for those that were left open; see `Trainer`."""
+        chosen: dict[str, Any] = {}
+        if settings.epochs is None:
+            chosen["epochs"] = max(_EPOCHS, math.ceil(_STEPS / max(len(self.batches), 1)))
+        if settings.lambda_regularization is None:
+            chosen["lambda_regularization"] = _WEIGHTS[self.kg.num_entities >= MANY]
+        if settings.complex_head is None:
+            chosen["complex_head"] = self.model.settings.complex_head
+        if settings.precision == "auto":
+            chosen["precision"] = str(self.precision).removeprefix("torch.")
+        return settings.replace(**chosen)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Return all optimizers."""
@@ -515,7 +513,7 @@ class Trainer:
         """Run one step: losses (Eq. 8), backward pass, optimizers. Return the detached losses."""
         before = Before(self.buffers, self.model.device)
         losses, estimation, gradients = self.gradients_of(batch, before)
-        health = Health(
+        health, bad = Health.of(
             losses if estimation is None else {**losses, "estimation": estimation},
             # In float16 the scaler checks the gradients: some overflow until it has found a scale.
             {} if self.scaler.is_enabled() else gradients,
@@ -525,15 +523,15 @@ class Trainer:
         # bad step during the next one, before that one changes anything.
         self.follow(health, before, batch)
         if self.model.device.type == "cuda":
-            before.restore_buffers(where=health.bad)
-            self.update(health.bad)
+            before.restore_buffers(where=bad)
+            self.update(bad)
         elif self._settle():
             self.update()
             self._check_scale()
         else:
             before.restore_buffers()
-        for name, value in {**losses, "steps": torch.ones_like(health.bad)}.items():
-            added = torch.where(health.bad > 0, 0.0, value)
+        for name, value in {**losses, "steps": torch.ones_like(bad)}.items():
+            added = torch.where(bad > 0, 0.0, value)
             self.sums[name] = self.sums[name] + added if name in self.sums else added
         return losses
 

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from imvia_graph import _files
+from imvia_graph._display import first_line
 from imvia_graph.errors import (
     DataError,
     IMVIAError,
@@ -30,9 +31,8 @@ from imvia_graph.errors import (
     StorageError,
     TrainingError,
 )
-from imvia_graph.io import load_kg, with_validation
 from imvia_graph.kg import MultiViewKG
-from imvia_graph.run import fit
+from imvia_graph.run import fit, graph_for
 from imvia_graph.settings import Settings, as_number
 from imvia_graph.training import Callback, Trainer
 
@@ -210,9 +210,9 @@ def tune(
     graph = _without_test(kg, Settings.create(fixed))
     shared = _open(optuna, path, chosen, fixed, graph)
     stop = math.inf if timeout is None else time.monotonic() + timeout
-    work = _Worker(optuna, shared, path, graph, chosen, fixed, seed, prune, progress, stop)
+    worker = _Worker(optuna, shared, path, graph, chosen, fixed, seed, prune, progress, stop)
     with _storing(optuna, path):
-        while time.monotonic() < stop and work.more(trials):
+        while time.monotonic() < stop and worker.more(trials):
             pass
         return _found(optuna, shared, fixed)
 
@@ -225,7 +225,7 @@ def _storing(optuna: Any, path: Path) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         if "disk is full" in reason or "disk I/O error" in reason:
             raise StorageError(
                 f"{path} cannot be written ({reason}). It has the trials that ended; free some"
@@ -286,8 +286,7 @@ def _optuna() -> Any:
 
 def _without_test(kg: Any, settings: Settings) -> MultiViewKG:
     """Return the graph with `fit`'s choice of validation set, and test triples moved to known."""
-    graph = kg if isinstance(kg, MultiViewKG) else load_kg(kg, None, settings.split_seed)
-    graph = with_validation(graph, settings.validation, settings.split_seed, settings.hold_out_by)
+    graph = graph_for(kg, settings)
     if not len(graph.valid):
         raise DataError(f"{graph}: there are no validation triples to choose settings by.")
     return graph.replace(known=torch.cat([graph.known, graph.test]), test=graph.test[:0])
@@ -337,8 +336,9 @@ def _open(
             if "about" not in study.user_attrs:
                 study.set_user_attr("about", about)
     except _storage_errors(optuna) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path} cannot be used as a study ({reason}). Use another file.") from None
+        raise DataError(
+            f"{path} cannot be used as a study ({first_line(error)}). Use another file."
+        ) from None
     stored = study.user_attrs["about"]
     for what, value in about.items():
         if stored.get(what) != value:
@@ -368,27 +368,24 @@ def _release(lock: FileLock) -> None:
     Path(lock.lock_file).unlink(missing_ok=True)
 
 
+@dataclass
 class _Worker:
     """One of the processes that work on a study."""
 
-    def __init__(
-        self,
-        optuna: Any,
-        study: Any,
-        path: Path,
-        graph: MultiViewKG,
-        space: Mapping[str, Range | list[Any]],
-        fixed: Mapping[str, Any],
-        seed: int,
-        prune: bool,
-        progress: Progress | None,
-        stop: float,
-    ) -> None:
-        self.optuna, self.study, self.path, self.graph = optuna, study, path, graph
-        self.space, self.fixed, self.seed, self.prune = space, fixed, seed, prune
-        #: Time on the monotonic clock after which no further trial starts.
-        self.progress, self.stop = progress, stop
-        self.axes = _axes(space)
+    optuna: Any
+    study: Any
+    path: Path
+    graph: MultiViewKG
+    space: Mapping[str, Range | list[Any]]
+    fixed: Mapping[str, Any]
+    seed: int
+    prune: bool
+    progress: Progress | None
+    #: Time on the monotonic clock after which no further trial starts.
+    stop: float
+
+    def __post_init__(self) -> None:
+        self.axes = _axes(self.space)
         #: Number of settings that had been tried when drawing found no others.
         self.exhausted: int | None = None
 

@@ -570,7 +570,7 @@ def test_known_answers_are_listed_once_for_queries_that_ask_the_same():
     of_all, of_train = kg.answers(), AnswerIndex.from_triples([kg.train], size, 1)
     # (?, r, e0): what is known is listed once, and again for each answer that is not known.
     for known, listed, of_a_query in [(of_all, 29, 29), (of_train, 20 + 9 * 21, 21)]:
-        counter = _tiles.Counter(model, model.shards, known, ["decision"])
+        counter = _tiles.RankCounter(model, model.shards, known, ["decision"])
         head, relation, tail = triples.unbind(1)
         batch = counter.batch(tail, relation + 1, head)
         assert len(batch.left_out) == listed

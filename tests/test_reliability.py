@@ -472,8 +472,8 @@ def test_a_step_that_went_wrong_at_an_end_of_an_epoch_is_made_again(place, monke
 )
 def test_a_gradient_is_bad_where_an_element_is_not_where_its_sum_is(gradient, good):
     gradients = {"fine": torch.ones(2), "looked_at": torch.tensor(gradient)}
-    health = Health({"L3": torch.tensor(1.0)}, gradients)
-    assert health.bad.item() == (not good)
+    health, bad = Health.of({"L3": torch.tensor(1.0)}, gradients)
+    assert bad.item() == (not good)
     assert health.problems() == ([], [] if good else ["looked_at"])
 
 

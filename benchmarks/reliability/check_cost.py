@@ -41,7 +41,7 @@ class Clock:
 CLOCK = Clock()
 for part, method in (
     (_guards.Before, "__init__"),
-    (_guards.Health, "__init__"),
+    (_guards.Health, "of"),
     (_guards.Health, "problems"),
 ):
     setattr(part, method, CLOCK.around(getattr(part, method)))

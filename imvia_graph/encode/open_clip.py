@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from imvia_graph._display import first_line
 from imvia_graph.encode.encoder import (
     OFFLINE,
     Encoder,
@@ -197,8 +198,7 @@ def _not_downloaded(argument: str, detail: str) -> EncoderError:
 
 
 def _unusable(argument: str, spec: _Spec, error: Exception) -> EncoderError:
-    text = str(error).strip()
-    detail = (text.splitlines()[0] if text else type(error).__name__).rstrip(".")[:300]
+    detail = first_line(error).rstrip(".")[:300]
     if not spec.downloaded:
         return EncoderError(
             f"open_clip:{argument} cannot be loaded ({detail}). Expected weights of this"

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from imvia_graph._display import first_line
+
 #: A larger picture may be a decompression bomb. This is Pillow's own limit, 89 million pixels.
 MOST_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 #: The largest file that is read, in bytes.
@@ -47,8 +49,7 @@ def open_picture(content: bytes) -> Any:
     except Image.UnidentifiedImageError:
         raise BrokenPicture("it is not a picture in a known format") from None
     except Exception as error:  # on a bad file, Pillow's decoders may raise any exception
-        detail = str(error).strip().splitlines()
-        raise BrokenPicture(detail[0] if detail else type(error).__name__) from error
+        raise BrokenPicture(first_line(error)) from error
 
 
 def _rgb(picture: Any, image: Any) -> Any:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from imvia_graph import _files
-from imvia_graph._display import shorten
+from imvia_graph._display import first_line, shorten
 from imvia_graph.errors import DataError
 from imvia_graph.io.views import Entities, resolve, unreadable, warn_of_numeric_labels
 from imvia_graph.kg import MultiViewKG, Views
@@ -92,12 +92,7 @@ def with_views(
             new[modality] = value
         elif isinstance(value, Tensor | np.ndarray):
             new[modality] = views_from_array(value, kg, where=where)
-        elif isinstance(value, tuple):
-            if len(value) != 2:
-                raise DataError(
-                    f"{where}: expected a file, an array, Views, or a pair of an array and the"
-                    f" entity of each of its rows; received a tuple of {len(value)}."
-                )
+        elif isinstance(value, tuple) and len(value) == 2:
             feat, entity = value
             new[modality] = views_from_array(
                 feat, kg, entity=entity, skip_unknown=skip_unknown, where=where
@@ -105,9 +100,11 @@ def with_views(
         elif isinstance(value, str | os.PathLike):
             new[modality] = read_features(value, kg, skip_unknown=skip_unknown)
         else:
+            several = isinstance(value, tuple)
+            received = f"a tuple of {len(value)}" if several else type(value).__name__
             raise DataError(
                 f"{where}: expected a file, an array, Views, or a pair of an array and the entity"
-                f" of each of its rows; received {type(value).__name__}."
+                f" of each of its rows; received {received}."
             )
     kept = {
         modality: new.pop(modality) if modality in new else kg._views(modality)
@@ -517,10 +514,8 @@ def _text_entries(path: Path, name: str, item: Any) -> Iterator[bytes]:
     from h5py import h5d
 
     layout = item.id.get_create_plist()
-    kind, filters = (
-        layout.get_layout(),
-        [layout.get_filter(i) for i in range(layout.get_nfilters())],
-    )
+    kind = layout.get_layout()
+    filters = [layout.get_filter(i) for i in range(layout.get_nfilters())]
     deflated, shuffled = (any(code == known for code, *_ in filters) for known in (1, 2))
     known = deflated + shuffled == len(filters) and not layout.get_external_count()
     if layout.fill_value_defined() == h5d.FILL_VALUE_USER_DEFINED or not known:
@@ -578,10 +573,9 @@ def _read_torch(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise _is_a_pickle(path, "more than tensors") from error
     except Exception as error:  # on garbage, torch's reader may raise any exception
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{path}: expected a file written by torch.save; it cannot be read"
-            f" ({shorten(detail, 200)})."
+            f" ({shorten(first_line(error), 200)})."
         ) from error
     if isinstance(content, Tensor):
         return {"": _whole_tensor(path, content)}

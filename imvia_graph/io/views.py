@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from imvia_graph import _files
-from imvia_graph._display import nearest, shorten
+from imvia_graph._display import first_line, nearest, shorten
 from imvia_graph._parquet import check_parquet
 from imvia_graph._tables import (
     SEPARATED,
@@ -243,19 +243,16 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool, within: Path | N
     folders: list[str] = []
     aside: list[str] = []
     broken: list[tuple[str, str]] = []
-    with os.scandir(top) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name.lower() in LITTER:
-                continue
-            if not _is_folder(entry):
-                aside.append(entry.name)
-            elif not _is_text(entry.name):
-                broken.append((_bytes_of(entry.name), _NOT_TEXT))
-            elif entry.is_symlink() and not Path(entry).resolve().is_relative_to(bounds):
-                # The folder is not listed, so that no names from outside of ``bounds`` leak.
-                broken.append((f"{entry.name}/", f"it is a link that leads out of {bounds}"))
-            else:
-                folders.append(entry.name)
+    for entry in _visible(top):
+        if not _is_folder(entry):
+            aside.append(entry.name)
+        elif not _is_text(entry.name):
+            broken.append((_bytes_of(entry.name), _NOT_TEXT))
+        elif entry.is_symlink() and not Path(entry).resolve().is_relative_to(bounds):
+            # The folder is not listed, so that no names from outside of ``bounds`` leak.
+            broken.append((f"{entry.name}/", f"it is a link that leads out of {bounds}"))
+        else:
+            folders.append(entry.name)
     if not folders and not broken:
         files_only = f" but {len(aside)} files" if aside else ""
         raise DataError(
@@ -267,31 +264,22 @@ def _image_folders(top: Path, of: Entities, skip_unknown: bool, within: Path | N
         raise DataError(f"{top}: none of its folders can be used. The first is {name}: {reason}.")
     folders.sort()
     # The name itself takes precedence over its decoded forms. macOS decomposes accented letters.
-    names = pl.Series(folders, dtype=pl.String)
-    forms = [
-        names,
-        *(
-            pl.Series([form(name) for name in folders], dtype=pl.String)
-            for form in (_composed, unquote, lambda name: _composed(unquote(name)))
-        ),
-    ]
+    spellings = (str, _composed, unquote, lambda name: _composed(unquote(name)))
+    forms = [pl.Series([spell(name) for name in folders], dtype=pl.String) for spell in spellings]
     keep, owner = resolve_any(forms, of, Rows(f"{top}, folder names"), skip_unknown)
     entity: list[int] = []
     source: list[str] = []
     for folder, known, place in zip(folders, keep.tolist(), owner.tolist(), strict=True):
         if not known:
             continue
-        with os.scandir(top / folder) as entries:
-            files = []
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name.lower() in LITTER:
-                    continue
-                if _is_folder(entry):
-                    aside.append(f"{folder}/{entry.name}/")
-                elif _is_text(entry.name):
-                    files.append(entry.name)
-                else:
-                    broken.append((f"{folder}/{_bytes_of(entry.name)}", _NOT_TEXT))
+        files = []
+        for entry in _visible(top / folder):
+            if _is_folder(entry):
+                aside.append(f"{folder}/{entry.name}/")
+            elif _is_text(entry.name):
+                files.append(entry.name)
+            else:
+                broken.append((f"{folder}/{_bytes_of(entry.name)}", _NOT_TEXT))
         source += [f"{folder}/{name}" for name in sorted(files)]
         entity += [place] * len(files)
     if not source:
@@ -325,6 +313,14 @@ def _is_text(name: str) -> bool:
 def _bytes_of(name: str) -> str:
     """Return the bytes of a file name that is not UTF-8, for messages."""
     return repr(os.fsencode(name))
+
+
+def _visible(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield the entries of a folder, without hidden ones and `LITTER`."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.name.lower() not in LITTER:
+                yield entry
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -484,7 +480,7 @@ def _read_text_table(
     frame = _read_fast(path, layout)
     if frame is None:
         frame = _read_by_line(path, layout)
-    if _has_nul(frame):
+    if _files.has_nul(frame):
         raise DataError(f"{path}: expected text, found a NUL byte.")
     first_row = ["" if cell is None else str(cell) for cell in frame.row(0)]
     if first_row[0].startswith(_files.BOM):
@@ -570,11 +566,6 @@ def _name_another_separator(where: str, line: str, layout: _Layout) -> None:
             )
 
 
-def _has_nul(frame: pl.DataFrame) -> bool:
-    found = frame.select(pl.any_horizontal(pl.all().str.contains("\0", literal=True).any()))
-    return bool(found.item())
-
-
 def _pick(
     frame: pl.DataFrame,
     columns: tuple[Column, Column] | None,
@@ -642,9 +633,8 @@ def unreadable(path: Path, expected: str) -> Iterator[None]:
     except READERS as error:
         if isinstance(error, IMVIAError):
             raise
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{path}: expected {expected}; it cannot be read ({shorten(detail, 200)})."
+            f"{path}: expected {expected}; it cannot be read ({shorten(first_line(error), 200)})."
         ) from error
 
 

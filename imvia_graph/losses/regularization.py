@@ -235,7 +235,8 @@ class _Cubes(torch.autograd.Function):
         all_moduli = []
         with torch.autocast(share.device.type, enabled=False):
             for part, weight in zip(parts, weights, strict=True):
-                squares, moduli = _moduli(at_least_float32(part))
+                squares = _squared_moduli(at_least_float32(part))
+                moduli = squares.sqrt()
                 total = total + torch.linalg.vecdot(squares, moduli).to(share.dtype) @ weight
                 all_moduli.append(moduli)
         ctx.save_for_backward(share, of_answers, *parts, *all_moduli)
@@ -263,13 +264,8 @@ class _Cubes(torch.autograd.Function):
         return None, None, *gradients
 
 
-def _moduli(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (n, d - d // 2) squared moduli of rows of complex numbers (n, d), and the moduli."""
-    squares = _squared_moduli(numbers)
-    return squares, squares.sqrt()
-
-
 def _squared_moduli(numbers: Tensor) -> Tensor:
+    """Return (n, d - d // 2) squared moduli of rows of complex numbers (n, d)."""
     real, imaginary, rest = _split(numbers)
     squares = torch.addcmul(real.square(), imaginary, imaginary)
     return torch.cat([squares, rest.square()], dim=1) if rest.shape[1] else squares

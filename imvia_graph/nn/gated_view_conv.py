@@ -312,17 +312,14 @@ class GatedViewConv(nn.Module):
             )
             out, weights = result if isinstance(result, tuple) else (result, None)
         else:
-            own_row = relation is None and rel_feat is not None and rel_feat.dim() == 2
-            gate = self.gate(
-                entity_feat[several],
-                rel_feat[several] if own_row and rel_feat is not None else rel_feat,
-                None if relation is None else relation[several],
-                halves,
-            )
+            if relation is not None:
+                relation = relation[several]
+            elif rel_feat is not None and rel_feat.dim() == 2:
+                rel_feat = rel_feat[several]
+            gate = self.gate(entity_feat[several], rel_feat, relation, halves)
             gated = gated_view_aggregate(
                 view_feat, ptr, entity[several], gate, backend=self.backend
             )
-            assert isinstance(gated, Tensor)
             # A single view has weight 1, whatever the gate.
             only = view_feat[ptr[entity].clamp(max=len(view_feat) - 1)]
             out = only.to(gated.dtype).index_copy(0, several, gated)

@@ -252,6 +252,7 @@ class MultiViewEncoder(nn.Module):
             If the views of a modality are missing; see also `GatedViewConv.aggregate`.
         """
         out = {}
+        queries = (entity, entity_feat, rel_feat, relation)
         streams = Streams() if streams is None else streams
         begun = streams.mark()
         for modality, conv, projection in self._layers():
@@ -260,34 +261,13 @@ class MultiViewEncoder(nn.Module):
                     f"MultiViewEncoder: expected views of {self.modalities}, received"
                     f" {list(views)}."
                 )
-
-            def part(
-                rows: slice | None,
-                csr: tuple[Tensor, Tensor] = views[modality],
-                conv: GatedViewConv = conv,
-                projection: nn.Linear = projection,
-                halves: dict[Any, Tensor] | None = halves,
-            ) -> Tensor:
-                a_row_each = relation is None and rel_feat is not None and rel_feat.dim() == 2
-                aggregated = conv.aggregate(
-                    *csr,
-                    _rows(entity, rows),
-                    _rows(entity_feat, rows),
-                    _rows(rel_feat, rows) if a_row_each and rel_feat is not None else rel_feat,
-                    relation=None if relation is None else _rows(relation, rows),
-                    halves=halves,
-                )
-                assert isinstance(aggregated, Tensor)
-                return _project(projection, aggregated, conv.backend)
-
-            picked = picking.apart(views[modality][0], entity)
-            if picked:
-                out[modality] = _in_parts(functools.partial(part, halves=None), len(entity))
+            encode = functools.partial(_encode, conv, projection, views[modality], *queries)
+            if picking.apart(views[modality][0], entity):
+                out[modality] = _in_parts(encode, len(entity))
             else:
                 with streams.beside(str(modality), begun):
-                    out[modality] = part(None)
-        shared = (entity, entity_feat, rel_feat, relation)
-        streams.keep([*(part for part in shared if part is not None), *out.values()])
+                    out[modality] = encode(None, halves)
+        streams.keep([*(part for part in queries if part is not None), *out.values()])
         return self._combine(out)
 
     def _combine(self, parts: dict[str, Tensor], destination: str = "entity") -> Any:
@@ -322,6 +302,30 @@ def _of_type(feat: Any, node_type: str) -> Tensor:
         )
     found: Tensor = feat[node_type]
     return found
+
+
+def _encode(
+    conv: GatedViewConv,
+    projection: nn.Linear,
+    csr: tuple[Tensor, Tensor],
+    entity: Tensor,
+    entity_feat: Tensor,
+    rel_feat: Tensor | None,
+    relation: Tensor | None,
+    rows: slice | None,
+    halves: dict[Any, Tensor] | None = None,
+) -> Tensor:
+    """Encode one modality of some rows of a batch; see `MultiViewEncoder.encode`."""
+    if relation is not None:
+        relation = _rows(relation, rows)
+    elif rel_feat is not None and rel_feat.dim() == 2:
+        rel_feat = _rows(rel_feat, rows)
+    entity, entity_feat = _rows(entity, rows), _rows(entity_feat, rows)
+    aggregated = conv.aggregate(
+        *csr, entity, entity_feat, rel_feat, relation=relation, halves=halves
+    )
+    assert isinstance(aggregated, Tensor)
+    return _project(projection, aggregated, conv.backend)
 
 
 def _rows(tensor: Tensor, rows: slice | None) -> Tensor:

@@ -341,7 +341,6 @@ def _products(head: Tensor, matrix: Tensor, groups: RelationGroups) -> Tensor:
         if grouped.usable(head, matrix):
             return grouped.product(head, matrix, groups.offsets)
         runs = _runs(groups.offsets.diff().tolist(), head.device)
-    assert runs is not None
     if not runs:
         # DistributedDataParallel needs a gradient for every parameter.
         return head + 0 * matrix.sum()
@@ -366,10 +365,9 @@ def _run_product(head: Tensor, matrix: Tensor, run: Run) -> Tensor:
 def _of_each(groups: RelationGroups) -> Tensor:
     """Return the (B,) int64 relation of each sorted query."""
     size = len(groups.order)
-    if groups.counts is not None:
+    if groups.offsets is None:
         counts = torch.tensor(groups.counts, dtype=torch.int64, device=groups.order.device)
         return groups.distinct.repeat_interleave(counts, output_size=size)
-    assert groups.offsets is not None
     position = torch.arange(size, device=groups.order.device)
     place = torch.searchsorted(groups.offsets, position, right=True) - 1
     return groups.distinct[place]

@@ -61,14 +61,12 @@ def curves(series: Mapping[str, Series], title: str, y: str) -> str:
         return _svg(figure, title)
 
 
-def bars(
-    rows: Sequence[str], series: Mapping[str, Sequence[float]], title: str, x: str, width: float = 5
-) -> str:
+def bars(rows: Sequence[str], series: Mapping[str, Sequence[float]], title: str, x: str) -> str:
     """Return a plot of horizontal bars, one group per row and one bar per series; NaN for none."""
     with mpl.rc_context(_STYLE):
         thick = 0.8 / max(len(series), 1)
         height = 0.9 + len(rows) * max(0.22, 0.13 * len(series))
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(5, height), layout="constrained")
         axes = figure.add_subplot()
         place = np.arange(len(rows))
         for i, (name, values) in enumerate(series.items()):
