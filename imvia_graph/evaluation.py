@@ -164,7 +164,7 @@ def rank(
     model : IMVIA
         Ranked in evaluation mode, with scores in float32.
     triples : Tensor
-        (n, 3) int64 triples.
+        (n, 3) integer ids of triples.
     known : AnswerIndex
         Answers to filter out; by convention, all known answers (`MultiViewKG.answers`).
     batch_size : int, optional
@@ -188,7 +188,7 @@ def rank(
     Raises
     ------
     DataError
-        If candidates are not entities of the model.
+        If triples are no (n, 3) integer ids of the model, or candidates no entities of it.
     UnknownLabelError
         If the model lacks a head.
     OutOfMemoryError
@@ -204,7 +204,8 @@ def rank(
     device = model.device
     known = known.to(device)
     chosen = None if candidates is None else _checked(candidates, model.num_entities).to(device)
-    queries = with_inverses(triples.long(), model.num_relations).to(device)
+    triples = _checked_triples(triples, model.num_entities, model.num_relations)
+    queries = with_inverses(triples, model.num_relations).to(device)
     wanted = [*(model.heads if heads is None else heads), DECISION]
     ranks = torch.empty(len(queries), len(wanted), dtype=torch.float64, device=device)
     parts = Parts("ranking a batch of queries")
@@ -335,6 +336,29 @@ class _Progress:
         """Report that the current block of queries is done."""
         self.report(queries, 1)
         self.done += queries
+
+
+def _checked_triples(triples: Any, num_entities: int, num_relations: int) -> Tensor:
+    """Return triples of ids as (n, 3) int64."""
+    try:
+        found = torch.as_tensor(triples)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"triples: expected (n, 3) integer ids ({error}).") from None
+    kind = found.dtype
+    if found.shape[1:] != (3,) or kind == torch.bool or kind.is_floating_point or kind.is_complex:
+        raise DataError(
+            f"triples: expected (n, 3) integer ids, received {kind} of shape {tuple(found.shape)}."
+        )
+    found = found.long()
+    limits = found.new_tensor([num_entities, num_relations, num_entities])
+    bad = ((found < 0) | (found >= limits)).any(1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise DataError(
+            f"triples, row {row}: expected (head, relation, tail) of {num_entities} entities and"
+            f" {num_relations} relations, received the ids {tuple(found[row].tolist())}."
+        )
+    return found
 
 
 def _checked(candidates: Tensor, num_entities: int) -> Tensor:

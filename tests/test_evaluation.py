@@ -13,7 +13,7 @@ import pytest
 import reference as loops
 import torch
 from conftest import randomised
-from helpers import score_all
+from helpers import ring_kg, score_all
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -705,6 +705,24 @@ def test_a_head_that_is_not_there_is_an_error():
     kg = larger_kg()
     with pytest.raises(ig.UnknownLabelError, match="no head 'nope'; it has structure"):
         rank(model_of(kg), kg.test, kg.answers(), heads=["nope"])
+
+
+@pytest.mark.parametrize(
+    ("triples", "message"),
+    [
+        (torch.tensor([[0, 0, 1], [0, 0, 12]]), r"row 1: expected .* the ids \(0, 0, 12\)"),
+        (torch.tensor([[0, 2, 1]]), "12 entities and 2 relations"),
+        (torch.tensor([[-1, 0, 1]]), "row 0"),
+        (torch.tensor([0, 0, 1]), r"shape \(3,\)"),
+        (torch.tensor([[0.0, 0.0, 1.7]]), "received torch.float32"),
+        ([("e0", "after", "e1")], "expected .n, 3. integer ids"),
+    ],
+)
+def test_triples_that_are_no_ids_of_the_model_are_an_error(triples, message):
+    kg = ring_kg()
+    model = ig.IMVIA.from_kg(kg, ig.Settings(dim=4, complex_head=False))
+    with pytest.raises(ig.DataError, match=message):
+        rank(model, triples, kg.answers())
 
 
 def test_triples_may_be_of_another_integer_dtype():
