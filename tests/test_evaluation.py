@@ -117,6 +117,52 @@ def test_any_scorer_is_ranked_as_the_loop_ranks(batch_size):
     assert found.metrics(kg.relations)["head"] == rank_metrics(found.head["decision"])
 
 
+def test_a_scorer_is_ranked_against_candidates_as_a_model_is():
+    kg = ring_kg()
+    model = randomised(ig.IMVIA.from_kg(kg, ig.Settings(dim=4, complex_head=False)).eval())
+    predictor = ig.Predictor(model, kg)
+
+    def score(entity, relation):
+        [(_, scores)] = predictor.scores(entity, relation)
+        return scores["decision"]
+
+    options = {"candidates": ["e1", 5, 7, 8, 8], "triples": [("e3", "after", "e4"), *TWO]}
+    found = rank_scorer(score, kg, **options).metrics(kg.relations)
+    expected = evaluate(model, kg, **options)
+    assert found == {**expected, "heads": {}}
+    assert found["candidates"] == "4 entities given"
+
+
+#: True or not, and e7 is a candidate in the test above.
+TWO = [("e5", "opposite", "e7"), ("e5", "opposite", "e9")]
+
+
+def test_chosen_triples_are_filtered_by_one_another():
+    kg = ring_kg()
+    table = torch.arange(12.0)
+    found = rank_scorer(lambda entity, relation: table.expand(len(entity), -1), kg, triples=TWO)
+    # Only e8 and e10 outrank e7: e9 is the other triple's answer, e11 that of the graph.
+    assert kg.answers().contains(*kg.ids_of(TWO[:1])[:, :2].T, torch.tensor([[11]])).item()
+    assert found.tail["decision"].tolist() == [3.0, 2.0]
+
+
+def test_ranks_of_queries_are_a_table_in_the_order_of_the_triples():
+    kg = ring_kg()
+    ranking = Ranking(
+        kg.ids_of(TWO),
+        {"text": torch.tensor([1.0, 2.0]), "decision": torch.tensor([3.0, 4.0])},
+        {"text": torch.tensor([5.0, 6.0]), "decision": torch.tensor([7.0, 8.0])},
+    )
+    frame = ranking.frame(kg)
+    assert frame.columns == ["head", "relation", "tail", "asked", "rank", "rank_text"]
+    assert frame.rows() == [
+        (*TWO[0], "tail", 3.0, 1.0),
+        (*TWO[0], "head", 7.0, 5.0),
+        (*TWO[1], "tail", 4.0, 2.0),
+        (*TWO[1], "head", 8.0, 6.0),
+    ]
+
+
 def test_a_scorer_that_does_not_score_all_entities_is_refused():
     kg = random_kg(views=False)
     with pytest.raises(ig.DataError, match=r"score: expected \(4, 9\) .* received \(4,\)"):
