@@ -384,11 +384,14 @@ def ranked_triples(
         if not len(ids):
             raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
         return ids, kg.answers()
-    if not isinstance(triples, Tensor) and any(isinstance(x, str) for row in triples for x in row):
+    if not len(triples):
+        raise DataError("triples: there are none; there is nothing to rank.")
+    if isinstance(triples, Sequence) and any(
+        isinstance(row, str) or (isinstance(row, Sequence) and any(isinstance(x, str) for x in row))
+        for row in triples
+    ):
         triples = kg.ids_of(triples)
     ids = _checked_triples(triples, kg.num_entities, kg.num_relations).cpu()
-    if not len(ids):
-        raise DataError("triples: there are none; there is nothing to rank.")
     parts = [kg.train, kg.valid, kg.test, kg.known, ids]
     return ids, AnswerIndex.from_triples(parts, kg.num_entities, kg.num_relations)
 

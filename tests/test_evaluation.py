@@ -146,6 +146,21 @@ def test_chosen_triples_are_filtered_by_one_another():
     assert found.tail["decision"].tolist() == [3.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("triples", "message"),
+    [
+        ([], "there are none"),
+        ([0, 0, 1], r"of shape \(3,\)"),
+        ([("e1", "after")], "in row 0, received"),
+        ("mine.tsv", "in row 0, received 'm'"),
+        ([(0, 0, 12)], "row 0: expected"),
+    ],
+)
+def test_chosen_triples_that_are_none_of_the_graph_are_an_error(triples, message):
+    with pytest.raises(ig.DataError, match=message):
+        rank_scorer(None, ring_kg(), triples=triples)
+
+
 def test_ranks_of_queries_are_a_table_in_the_order_of_the_triples():
     kg = ring_kg()
     ranking = Ranking(
