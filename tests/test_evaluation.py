@@ -680,7 +680,7 @@ for candidates in ("shared", "relation"):
     for kept in (2**30, 0):
         _tiles._KEPT, _tiles._QUERIES = kept, 2**14
         ranking = rank(model, kg.test, kg.answers(), 60)
-        found += [{name: part.tolist() for name, part in side.items()} for side in ranking[1:]]
+        found += [{name: part.tolist() for name, part in side.items()} for side in ranking[1:3]]
 with open(f"{sys.argv[2]}-{shards.rank}.json", "w") as file:
     json.dump(found, file)
 """
