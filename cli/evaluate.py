@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from imvia_graph._display import shorten
 from imvia_graph.cli.display import Bar, json_text, metrics_table, relations_table, results
-from imvia_graph.cli.options import device_option, run_argument
+from imvia_graph.cli.options import NamedFile, device_option, run_argument
 from imvia_graph.errors import DataError, UnknownLabelError
 
 if TYPE_CHECKING:
+    import polars as pl
     from torch import Tensor
 
     from imvia_graph.kg import MultiViewKG
@@ -28,21 +30,42 @@ if TYPE_CHECKING:
     help="Split whose triples are ranked.",
 )
 @click.option(
+    "--triples",
+    type=NamedFile(),
+    help="File of triples to rank in place of a split's, one per line: the labels of head,"
+    " relation and tail, separated by tabs.",
+)
+@click.option(
     "--candidates",
     metavar="NUMBER|FILE",
     help="Entities that the answer is ranked against: a number of them, drawn with the run's seed,"
     " or a file of labels, one per line.  [default: all entities]",
 )
+@click.option(
+    "--ranks",
+    type=NamedFile(),
+    help="Also write the rank of each query to this file: .tsv, .csv or .parquet.",
+)
+@click.option("--force", is_flag=True, help="Overwrite an existing file of --ranks.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (fractions).")
 @click.option("--relations", is_flag=True, help="Also show the metrics of each relation.")
 @device_option
 def evaluate(
-    run: Path, split: str, candidates: str | None, as_json: bool, relations: bool, device: str
+    run: Path,
+    split: str,
+    triples: Path | None,
+    candidates: str | None,
+    ranks: Path | None,
+    force: bool,
+    as_json: bool,
+    relations: bool,
+    device: str,
 ) -> None:
     """Rank the triples of a split with the trained run in the folder RUN.
 
     Ranks the head and the tail of each triple. Ranks are filtered by all known triples; tied
-    entities get their mean rank.
+    entities get their mean rank. The table of --ranks has two rows per triple, in the order of the
+    triples: the query for its tail, then that for its head.
 
     \b
     Examples:
@@ -50,21 +73,74 @@ def evaluate(
       imvia-graph evaluate runs/countries-1 --split valid --relations
       imvia-graph evaluate runs/countries-1 --json | jq .both.mrr
       imvia-graph evaluate runs/large-1 --candidates 10000
+      imvia-graph evaluate runs/countries-1 --triples mine.tsv --ranks ranks.parquet
     """
+    from imvia_graph.export import check_free
     from imvia_graph.run import load
 
+    if ranks is not None:
+        if ranks.suffix.lower() not in _WRITERS:
+            raise DataError(f"--ranks {ranks}: expected a suffix of {', '.join(_WRITERS)}.")
+        check_free(ranks, force)
     trained = load(run, device)
     among = _candidates(candidates, trained.kg)
+    chosen = None if triples is None else _triples(triples, trained.kg)
     with Bar() as bar:
         ranked = partial(bar.show, "Queries ranked")
-        metrics = trained.evaluate(split, candidates=among, on_batch=ranked)
+        ranking = trained.rank(split, triples=chosen, candidates=among, on_batch=ranked)
+    metrics = ranking.metrics(trained.kg.relations)
+    if ranks is not None:
+        _write(ranking.frame(trained.kg), ranks)
     if as_json:
         click.echo(json_text(metrics))
         return
-    results.print(metrics_table(f"{trained.kg.name}: {split}, filtered", metrics))
+    what = split if triples is None else triples.name
+    results.print(metrics_table(f"{trained.kg.name}: {what}, filtered", metrics))
     if relations:
         names = dict(zip(trained.kg.relations, trained.kg.relation_names, strict=True))
         results.print(relations_table(metrics, names))
+
+
+#: Methods of a polars frame by suffix, with their options.
+_WRITERS: dict[str, tuple[str, dict[str, str]]] = {
+    ".tsv": ("write_csv", {"separator": "\t"}),
+    ".csv": ("write_csv", {}),
+    ".parquet": ("write_parquet", {}),
+}
+
+
+def _write(frame: pl.DataFrame, path: Path) -> None:
+    """Write a table in the format of the file's suffix."""
+    from imvia_graph import _files
+
+    method, options = _WRITERS[path.suffix.lower()]
+    write = partial(getattr(frame, method), **options)
+    _files.write_atomically(path, write, follow=True)
+
+
+def _triples(path: Path, kg: MultiViewKG) -> Tensor:
+    """Return the ids of the triples that a file lists."""
+    import torch
+
+    from imvia_graph._files import read_lines
+
+    ids = []
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        if len(fields) != 3:
+            raise DataError(
+                f"{path}, line {number}: expected head, relation and tail, separated by tabs; found"
+                f" {shorten(line)!r}."
+            )
+        try:
+            ids.append(kg.ids_of([fields]))
+        except UnknownLabelError as error:
+            raise UnknownLabelError(f"{path}, line {number}: {error}") from None
+    if not ids:
+        raise DataError(f"{path}: expected triples, one per line; the file has none.")
+    return torch.cat(ids)
 
 
 def _candidates(value: str | None, kg: MultiViewKG) -> int | Tensor | None:

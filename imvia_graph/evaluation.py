@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import polars as pl
 import torch
 from torch import Tensor
 
 from imvia_graph._guards import MEMORY_ERRORS, Parts, is_out_of_memory
+from imvia_graph._labels import decode_triples
 from imvia_graph._tiles import RankCounter
 from imvia_graph.answers import AnswerIndex, by_relation, with_inverses
 from imvia_graph.distributed import Shards
@@ -37,11 +39,14 @@ class Ranking(NamedTuple):
     tail, head : dict of str to Tensor
         (n,) float64 ranks of the true tail and of the true head, for each ranked head of the model
         and for ``decision``.
+    candidates : str
+        A text that describes the candidates; empty if it is not known.
     """
 
     triples: Tensor
     tail: dict[str, Tensor]
     head: dict[str, Tensor]
+    candidates: str = ""
 
     def metrics(self, relations: Sequence[str] | None = None) -> dict[str, Any]:
         """Return metrics as fractions: for both sides, each side, each model head, each relation.
@@ -58,7 +63,7 @@ class Ranking(NamedTuple):
             ``{"both": {"mrr", "mr", "hits@1", …}, "head": …, "tail": …, "heads": {head: …},
             "relations": {label: …}}``. ``both`` covers the ranks of heads and tails together,
             ``head`` those of the heads of the triples, and ``heads`` those by each head of the
-            model.
+            model. With the key ``candidates`` if there is a text that describes them.
         """
         tail, head = self.tail[DECISION], self.head[DECISION]
         result: dict[str, Any] = {
@@ -80,7 +85,46 @@ class Ranking(NamedTuple):
                 }
                 for i in of_triple.unique().tolist()
             }
+        if self.candidates:
+            result["candidates"] = self.candidates
         return result
+
+    def frame(self, kg: MultiViewKG) -> pl.DataFrame:
+        """Return the rank of each query as a table, for statistical tests and other programs.
+
+        Parameters
+        ----------
+        kg : MultiViewKG
+            The graph, for the labels.
+
+        Returns
+        -------
+        polars.DataFrame
+            Two rows for each triple, in the order of ``triples``: the query for its tail, then that
+            for its head. Columns: ``head``, ``relation``, ``tail`` (labels), ``asked`` (``tail`` or
+            ``head``), ``rank`` (by the decision), and ``rank_NAME`` for each ranked head NAME of
+            the model.
+
+        Examples
+        --------
+        >>> import imvia_graph as ig
+        >>> kg = ig.load_kg("countries")
+        >>> model = ig.IMVIA.from_kg(kg, ig.Settings(dim=8, modalities=[]))
+        >>> frame = ig.rank(model, kg.test, kg.answers(), heads=["structure"]).frame(kg)
+        >>> frame.columns, len(frame) == 2 * len(kg.test)
+        (['head', 'relation', 'tail', 'asked', 'rank', 'rank_structure'], True)
+        """
+        rows = decode_triples(self.triples.cpu().repeat_interleave(2, 0), *kg.label_columns)
+        ranks = {
+            "rank" if name == DECISION else f"rank_{name}": torch.stack(
+                [self.tail[name], self.head[name]], dim=1
+            )
+            for name in (DECISION, *(name for name in self.tail if name != DECISION))
+        }
+        return rows.with_columns(
+            pl.Series("asked", ["tail", "head"] * len(self.triples), dtype=pl.String),
+            *(pl.Series(name, value.flatten().cpu().numpy()) for name, value in ranks.items()),
+        )
 
 
 def rank_metrics(ranks: Tensor) -> dict[str, float]:
@@ -164,7 +208,7 @@ def rank(
     model : IMVIA
         Ranked in evaluation mode, with scores in float32.
     triples : Tensor
-        (n, 3) int64 triples.
+        (n, 3) integer ids of triples.
     known : AnswerIndex
         Answers to filter out; by convention, all known answers (`MultiViewKG.answers`).
     batch_size : int, optional
@@ -188,7 +232,7 @@ def rank(
     Raises
     ------
     DataError
-        If candidates are not entities of the model.
+        If triples are no (n, 3) integer ids of the model, or candidates no entities of it.
     UnknownLabelError
         If the model lacks a head.
     OutOfMemoryError
@@ -204,7 +248,8 @@ def rank(
     device = model.device
     known = known.to(device)
     chosen = None if candidates is None else _checked(candidates, model.num_entities).to(device)
-    queries = with_inverses(triples.long(), model.num_relations).to(device)
+    triples = _checked_triples(triples, model.num_entities, model.num_relations)
+    queries = with_inverses(triples, model.num_relations).to(device)
     wanted = [*(model.heads if heads is None else heads), DECISION]
     ranks = torch.empty(len(queries), len(wanted), dtype=torch.float64, device=device)
     parts = Parts("ranking a batch of queries")
@@ -247,6 +292,10 @@ def rank_scorer(
     kg: MultiViewKG,
     split: Split = "test",
     batch_size: int = 1024,
+    *,
+    triples: Tensor | Sequence[Sequence[str]] | None = None,
+    candidates: int | Sequence[int | str] | Tensor | None = None,
+    seed: int = 0,
 ) -> Ranking:
     """Rank the tails and heads of a split by any function that scores all entities.
 
@@ -264,6 +313,8 @@ def rank_scorer(
         Default: ``"test"``.
     batch_size : int, optional
         Number of queries per call. Default: ``1024``.
+    triples, candidates, seed
+        As in `evaluate`.
 
     Returns
     -------
@@ -273,9 +324,10 @@ def rank_scorer(
     Raises
     ------
     DataError
-        If the split has no triples, ``batch_size`` is below 1, or the scores have another shape.
+        If the split has no triples, ``batch_size`` is below 1, the scores have another shape, or
+        triples or candidates are not those of the graph.
     UnknownLabelError
-        If there is no such split.
+        If there is no such split, or a label is unknown.
 
     Examples
     --------
@@ -293,9 +345,14 @@ def rank_scorer(
     """
     if batch_size < 1:
         raise DataError(f"batch_size: expected at least 1, received {batch_size}.")
-    triples, known = _of_split(kg, split), kg.answers()
+    ids, known = ranked_triples(kg, split, triples)
+    chosen, among = ranked_candidates(kg, candidates, seed)
+    if chosen is not None:
+        chosen = _checked(chosen, kg.num_entities)
+        place = torch.full((kg.num_entities,), -1)
+        place[chosen] = torch.arange(len(chosen))
     ranks = []
-    for queries in with_inverses(triples, kg.num_relations).split(batch_size):
+    for queries in with_inverses(ids, kg.num_relations).split(batch_size):
         entity, relation, answer = queries.unbind(1)
         scores = score(entity, relation)
         if scores.shape != (len(queries), kg.num_entities):
@@ -303,18 +360,56 @@ def rank_scorer(
                 f"score: expected ({len(queries)}, {kg.num_entities}) scores of all entities,"
                 f" received {tuple(scores.shape)}."
             )
-        places = (part.to(scores.device) for part in (answer, *known.pairs(entity, relation)))
+        row, col = known.pairs(entity, relation)
+        if chosen is not None:
+            # The answer is the first column; if it is among the candidates, it is filtered there.
+            here = chosen.to(scores.device)
+            true = scores.gather(1, answer.to(scores.device)[:, None])
+            scores = torch.cat([true, scores[:, here]], dim=1)
+            row, col = torch.cat([row, torch.arange(len(answer))]), torch.cat([col, answer])
+            row, col = torch.stack([row, place[col] + 1])[:, place[col] >= 0].unique(dim=1)
+            answer = torch.zeros_like(answer)
+        places = (part.to(scores.device) for part in (answer, row, col))
         ranks.append(filtered_ranks(scores, *places).cpu())
-    tail, head = torch.cat(ranks).tensor_split([len(triples)])
-    return Ranking(triples, {DECISION: tail}, {DECISION: head})
+    tail, head = torch.cat(ranks).tensor_split([len(ids)])
+    return Ranking(ids, {DECISION: tail}, {DECISION: head}, among)
 
 
-def _of_split(kg: MultiViewKG, split: Split) -> Tensor:
-    """Return the triples of a split that has any."""
-    triples = kg.triples(split)
+def ranked_triples(
+    kg: MultiViewKG, split: Split, triples: Tensor | Sequence[Sequence[str]] | None = None
+) -> tuple[Tensor, AnswerIndex]:
+    """Return the triples of a split, or chosen ones, and the answers that filter their ranks."""
+    if triples is None:
+        ids = kg.triples(split)
+        if not len(ids):
+            raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
+        return ids, kg.answers()
     if not len(triples):
-        raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
-    return triples
+        raise DataError("triples: there are none; there is nothing to rank.")
+    if isinstance(triples, Sequence) and any(
+        isinstance(row, str) or (isinstance(row, Sequence) and any(isinstance(x, str) for x in row))
+        for row in triples
+    ):
+        triples = kg.ids_of(triples)
+    ids = _checked_triples(triples, kg.num_entities, kg.num_relations).cpu()
+    parts = [kg.train, kg.valid, kg.test, kg.known, ids]
+    return ids, AnswerIndex.from_triples(parts, kg.num_entities, kg.num_relations)
+
+
+def ranked_candidates(
+    kg: MultiViewKG, candidates: int | Sequence[int | str] | Tensor | None, seed: int
+) -> tuple[Tensor | None, str]:
+    """Return the ids of the candidates, or None for all, and a text that describes them."""
+    if isinstance(candidates, str):
+        raise DataError(f"candidates: expected a number, ids or labels; received {candidates!r}.")
+    if isinstance(candidates, Sequence) and any(isinstance(one, str) for one in candidates):
+        candidates = [kg.id_of(one) if isinstance(one, str) else one for one in candidates]
+    chosen, how = None if candidates is None else torch.as_tensor(candidates), "given"
+    if chosen is not None and not chosen.dim() and not chosen.is_floating_point():
+        chosen, how = draw_candidates(kg.num_entities, int(chosen), seed), f"drawn with seed {seed}"
+    if chosen is None:
+        return None, f"all {kg.num_entities:,} entities"
+    return chosen, f"{len(chosen.unique()):,} entities {how}"
 
 
 class _Progress:
@@ -335,6 +430,29 @@ class _Progress:
         """Report that the current block of queries is done."""
         self.report(queries, 1)
         self.done += queries
+
+
+def _checked_triples(triples: Any, num_entities: int, num_relations: int) -> Tensor:
+    """Return triples of ids as (n, 3) int64."""
+    try:
+        found = torch.as_tensor(triples)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"triples: expected (n, 3) integer ids ({error}).") from None
+    kind = found.dtype
+    if found.shape[1:] != (3,) or kind == torch.bool or kind.is_floating_point or kind.is_complex:
+        raise DataError(
+            f"triples: expected (n, 3) integer ids, received {kind} of shape {tuple(found.shape)}."
+        )
+    found = found.long()
+    limits = found.new_tensor([num_entities, num_relations, num_entities])
+    bad = ((found < 0) | (found >= limits)).any(1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise DataError(
+            f"triples, row {row}: expected (head, relation, tail) of {num_entities} entities and"
+            f" {num_relations} relations, received the ids {tuple(found[row].tolist())}."
+        )
+    return found
 
 
 def _checked(candidates: Tensor, num_entities: int) -> Tensor:
@@ -421,6 +539,7 @@ def evaluate(
     on_batch: Callable[[int, int], None] | None = None,
     candidates: int | Sequence[int | str] | Tensor | None = None,
     seed: int = 0,
+    triples: Tensor | Sequence[Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Compute the filtered ranking metrics of a split; see `Ranking.metrics`.
 
@@ -438,6 +557,9 @@ def evaluate(
         among all, and comparable only among the same candidates. Default: all entities.
     seed : int, optional
         Seed of the sample. Default: ``0``.
+    triples : Tensor or sequence of (head, relation, tail), optional
+        Ranked in place of those of the split: (n, 3) ids or rows of labels. They filter ranks like
+        the known triples of the graph. Default: those of the split.
 
     Returns
     -------
@@ -448,10 +570,10 @@ def evaluate(
     Raises
     ------
     DataError
-        If the split has no triples, candidates are not entities of the graph, or the graph is not
-        that of the model.
+        If there are no triples to rank, triples or candidates are not those of the graph, or the
+        graph is not that of the model.
     UnknownLabelError
-        If the label of a candidate or the split is unknown.
+        If a label or the split is unknown.
     OutOfMemoryError
         If a single query does not fit into memory.
 
@@ -467,21 +589,30 @@ def evaluate(
     'all 1,475 entities'
     >>> ig.evaluate(model, kg, "valid", candidates=100)["candidates"]
     '100 entities drawn with seed 0'
+    >>> ig.evaluate(model, kg, triples=[("France", "borders", "Spain")])["both"]["mr"] >= 1
+    True
     """
+    return rank_split(model, kg, split, batch_size, on_batch, candidates, seed, triples).metrics(
+        kg.relations
+    )
+
+
+def rank_split(
+    model: IMVIA,
+    kg: MultiViewKG,
+    split: Split = "test",
+    batch_size: int = 4096,
+    on_batch: Callable[[int, int], None] | None = None,
+    candidates: int | Sequence[int | str] | Tensor | None = None,
+    seed: int = 0,
+    triples: Tensor | Sequence[Sequence[str]] | None = None,
+) -> Ranking:
+    """Return the ranks from which `evaluate`, with the same arguments, computes its metrics."""
     model.check_graph(kg)
-    triples = _of_split(kg, split)
-    if isinstance(candidates, str):
-        raise DataError(f"candidates: expected a number, ids or labels; received {candidates!r}.")
-    if isinstance(candidates, Sequence) and any(isinstance(one, str) for one in candidates):
-        candidates = [kg.id_of(one) if isinstance(one, str) else one for one in candidates]
-    chosen, how = None if candidates is None else torch.as_tensor(candidates), "given"
-    if chosen is not None and not chosen.dim() and not chosen.is_floating_point():
-        chosen, how = draw_candidates(kg.num_entities, int(chosen), seed), f"drawn with seed {seed}"
-    ranking = rank(model, triples, kg.answers(), batch_size, on_batch=on_batch, candidates=chosen)
-    among = f"all {kg.num_entities:,} entities"
-    if chosen is not None:
-        among = f"{len(chosen.unique()):,} entities {how}"
-    return {**ranking.metrics(kg.relations), "candidates": among}
+    ids, known = ranked_triples(kg, split, triples)
+    chosen, among = ranked_candidates(kg, candidates, seed)
+    ranking = rank(model, ids, known, batch_size, on_batch=on_batch, candidates=chosen)
+    return ranking._replace(candidates=among)
 
 
 __all__ = [
@@ -494,4 +625,5 @@ __all__ = [
     "rank",
     "rank_metrics",
     "rank_scorer",
+    "rank_split",
 ]

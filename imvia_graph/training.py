@@ -161,7 +161,11 @@ class Trainer:
     ----------
     settings : Settings
         The settings passed in, with the values that training chose for ``epochs``,
-        ``lambda_regularization``, ``complex_head`` and ``precision`` if these were left open.
+        ``lambda_regularization``, ``complex_head`` and ``precision`` if these were left open. A
+        callback may assign settings that differ in `CHANGEABLE` (``trainer.settings =
+        trainer.settings.replace(patience=3)``); any other change is an error. Learning rates may
+        change, too, unless the schedule is ``constant``: then change those of `optimizers`. A run
+        folder keeps the settings that training began with.
     progress : Progress
         Epochs and steps done, and the best epoch so far.
     best_state : dict of str to Tensor or None
@@ -229,7 +233,7 @@ class Trainer:
         self._averaged = False
         self.batches = Batches(kg, settings, model.device)
         self.precision = self._precision(settings)
-        self.settings = settings = self._with_choices(settings)
+        self._settings = settings = self._with_choices(settings)
         self.objective = Objective(model, settings, self.parts)
         self.known = kg.answers()
         number = settings.ranking_candidates
@@ -318,6 +322,23 @@ class Trainer:
             chosen["precision"] = str(self.precision).removeprefix("torch.")
         return settings.replace(**chosen)
 
+    @property
+    def settings(self) -> Settings:
+        """The settings of training; see `Trainer`."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, changed: Settings) -> None:
+        changed, now = checked_settings(changed), self._settings
+        free = CHANGEABLE if now.schedule == "constant" else (*CHANGEABLE, *_SCHEDULED)
+        for key in Settings.model_fields.keys() - {*free}:
+            if getattr(changed, key) != getattr(now, key):
+                raise SettingsError(
+                    f"Setting {key}: it cannot change from {getattr(now, key)!r} to"
+                    f" {getattr(changed, key)!r} during training. These can: {', '.join(free)}."
+                )
+        self._settings = changed
+
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Return all optimizers."""
         every = (
@@ -371,12 +392,11 @@ class Trainer:
             A single query does not fit into memory.
         """
         settings, progress = self.settings, self.progress
-        epochs = self.epochs
         more_patience = settings.patience is None or progress.waited < settings.patience
-        if progress.epoch < epochs and more_patience:
+        if progress.epoch < self.epochs and more_patience:
             progress.ended = ""  # a run that ended, resumed with more epochs or patience
         try:
-            return self._fit(epochs)
+            return self._fit()
         finally:
             for table in self.tables.values():
                 table.forget()
@@ -384,14 +404,14 @@ class Trainer:
                 for callback in reversed(self.callbacks):
                     closing.callback(callback.on_close, self)
 
-    def _fit(self, epochs: int) -> Progress:
+    def _fit(self) -> Progress:
         progress = self.progress
         for callback in self.callbacks:
             callback.on_start(self)
         try:
             while not progress.ended:
                 give_back_freed_memory()
-                if progress.epoch < epochs:
+                if progress.epoch < self.epochs:
                     self._epoch()
                 else:
                     progress.ended = "epochs"
@@ -846,6 +866,10 @@ _STEPS, _EPOCHS = 500, 32
 _WEIGHTS = (0.1, 0.01)
 #: Smallest number of candidates for `_warn_of_chance`; fewer are soon ranked better.
 _WARN_FROM = 10_000
+
+#: Settings that are read during training, and so may change; the rates do so under a schedule.
+CHANGEABLE = ("epochs", "patience", "validate_every", "ranking_batch_size", "checkpoint_every")
+_SCHEDULED = ("learning_rate", "table_learning_rate")
 
 #: What to try where a loss or gradient is not finite.
 _ADVICE = (

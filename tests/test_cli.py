@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy
+import polars as pl
 import pytest
 import torch
 from click.testing import CliRunner
@@ -461,6 +462,23 @@ def test_on_a_terminal_a_bar_says_how_far_the_queries_are(
     plain = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", shown.getvalue())
     done, total = re.findall(rf"{task}.* (\d+)/(\d+)", plain)[-1]
     assert done == total
+
+
+def test_evaluate_ranks_the_triples_of_a_file_and_writes_each_rank(run, tmp_path):
+    loaded = ig.load(run)
+    kg = loaded.kg
+    rows = loaded.rank().frame(kg).select("head", "relation", "tail").rows()[:4:2]
+    listed, ranks = tmp_path / "mine.tsv", tmp_path / "ranks.parquet"
+    listed.write_text("".join("\t".join(row) + "\n" for row in rows))
+    result = invoke("evaluate", run, "--triples", listed, "--ranks", ranks, "--json")
+    ranking = loaded.rank(triples=kg.test[:2])
+    assert json.loads(result.stdout) == ranking.metrics(kg.relations)
+    assert pl.read_parquet(ranks).equals(ranking.frame(kg))
+    assert_one_paragraph(invoke("evaluate", run, "--ranks", ranks), "exists")
+    assert_one_paragraph(invoke("evaluate", run, "--ranks", tmp_path / "a.txt"), r"suffix of \.tsv")
+    listed.write_text("\t".join(rows[0]) + "\n\nnobody\tknows\n")
+    result = invoke("evaluate", run, "--triples", listed)
+    assert_one_paragraph(result, r"mine\.tsv, line 3: expected head, relation and tail")
 
 
 def test_evaluate_among_drawn_or_listed_entities_says_so(run, tmp_path):

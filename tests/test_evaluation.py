@@ -13,7 +13,7 @@ import pytest
 import reference as loops
 import torch
 from conftest import randomised
-from helpers import score_all
+from helpers import ring_kg, score_all
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,6 +115,67 @@ def test_any_scorer_is_ranked_as_the_loop_ranks(batch_size):
     expected = [loops.rank(table[r, e].tolist(), t, known[e, r]) for e, r, t in queries]
     assert [*found.tail["decision"].tolist(), *found.head["decision"].tolist()] == expected
     assert found.metrics(kg.relations)["head"] == rank_metrics(found.head["decision"])
+
+
+def test_a_scorer_is_ranked_against_candidates_as_a_model_is():
+    kg = ring_kg()
+    model = randomised(ig.IMVIA.from_kg(kg, ig.Settings(dim=4, complex_head=False)).eval())
+    predictor = ig.Predictor(model, kg)
+
+    def score(entity, relation):
+        [(_, scores)] = predictor.scores(entity, relation)
+        return scores["decision"]
+
+    options = {"candidates": ["e1", 5, 7, 8, 8], "triples": [("e3", "after", "e4"), *TWO]}
+    found = rank_scorer(score, kg, **options).metrics(kg.relations)
+    expected = evaluate(model, kg, **options)
+    assert found == {**expected, "heads": {}}
+    assert found["candidates"] == "4 entities given"
+
+
+#: True or not, and e7 is a candidate in the test above.
+TWO = [("e5", "opposite", "e7"), ("e5", "opposite", "e9")]
+
+
+def test_chosen_triples_are_filtered_by_one_another():
+    kg = ring_kg()
+    table = torch.arange(12.0)
+    found = rank_scorer(lambda entity, relation: table.expand(len(entity), -1), kg, triples=TWO)
+    # Only e8 and e10 outrank e7: e9 is the other triple's answer, e11 that of the graph.
+    assert kg.answers().contains(*kg.ids_of(TWO[:1])[:, :2].T, torch.tensor([[11]])).item()
+    assert found.tail["decision"].tolist() == [3.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("triples", "message"),
+    [
+        ([], "there are none"),
+        ([0, 0, 1], r"of shape \(3,\)"),
+        ([("e1", "after")], "in row 0, received"),
+        ("mine.tsv", "in row 0, received 'm'"),
+        ([(0, 0, 12)], "row 0: expected"),
+    ],
+)
+def test_chosen_triples_that_are_none_of_the_graph_are_an_error(triples, message):
+    with pytest.raises(ig.DataError, match=message):
+        rank_scorer(None, ring_kg(), triples=triples)
+
+
+def test_ranks_of_queries_are_a_table_in_the_order_of_the_triples():
+    kg = ring_kg()
+    ranking = Ranking(
+        kg.ids_of(TWO),
+        {"text": torch.tensor([1.0, 2.0]), "decision": torch.tensor([3.0, 4.0])},
+        {"text": torch.tensor([5.0, 6.0]), "decision": torch.tensor([7.0, 8.0])},
+    )
+    frame = ranking.frame(kg)
+    assert frame.columns == ["head", "relation", "tail", "asked", "rank", "rank_text"]
+    assert frame.rows() == [
+        (*TWO[0], "tail", 3.0, 1.0),
+        (*TWO[0], "head", 7.0, 5.0),
+        (*TWO[1], "tail", 4.0, 2.0),
+        (*TWO[1], "head", 8.0, 6.0),
+    ]
 
 
 def test_a_scorer_that_does_not_score_all_entities_is_refused():
@@ -619,7 +680,7 @@ for candidates in ("shared", "relation"):
     for kept in (2**30, 0):
         _tiles._KEPT, _tiles._QUERIES = kept, 2**14
         ranking = rank(model, kg.test, kg.answers(), 60)
-        found += [{name: part.tolist() for name, part in side.items()} for side in ranking[1:]]
+        found += [{name: part.tolist() for name, part in side.items()} for side in ranking[1:3]]
 with open(f"{sys.argv[2]}-{shards.rank}.json", "w") as file:
     json.dump(found, file)
 """
@@ -705,6 +766,24 @@ def test_a_head_that_is_not_there_is_an_error():
     kg = larger_kg()
     with pytest.raises(ig.UnknownLabelError, match="no head 'nope'; it has structure"):
         rank(model_of(kg), kg.test, kg.answers(), heads=["nope"])
+
+
+@pytest.mark.parametrize(
+    ("triples", "message"),
+    [
+        (torch.tensor([[0, 0, 1], [0, 0, 12]]), r"row 1: expected .* the ids \(0, 0, 12\)"),
+        (torch.tensor([[0, 2, 1]]), "12 entities and 2 relations"),
+        (torch.tensor([[-1, 0, 1]]), "row 0"),
+        (torch.tensor([0, 0, 1]), r"shape \(3,\)"),
+        (torch.tensor([[0.0, 0.0, 1.7]]), "received torch.float32"),
+        ([("e0", "after", "e1")], "expected .n, 3. integer ids"),
+    ],
+)
+def test_triples_that_are_no_ids_of_the_model_are_an_error(triples, message):
+    kg = ring_kg()
+    model = ig.IMVIA.from_kg(kg, ig.Settings(dim=4, complex_head=False))
+    with pytest.raises(ig.DataError, match=message):
+        rank(model, triples, kg.answers())
 
 
 def test_triples_may_be_of_another_integer_dtype():

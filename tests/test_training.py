@@ -1194,3 +1194,34 @@ def test_a_model_in_half_precision_is_not_trained(dtype):
     model = IMVIA.from_kg(kg, settings()).to(dtype)
     with pytest.raises(ig.SettingsError, match=rf"entity.weight is in {dtype}.*model.float\(\)"):
         Trainer(model, kg, settings())
+
+
+class _Changes(ig.Callback):
+    """Changes settings after the first epoch."""
+
+    def __init__(self, **changes):
+        self.changes, self.rates = changes, []
+
+    def on_step(self, trainer, losses):
+        self.rates.append(trainer.optimizer.param_groups[0]["lr"])
+
+    def on_epoch(self, trainer, record):
+        if record["epoch"] == 1:
+            trainer.settings = trainer.settings.replace(**self.changes)
+
+
+def test_settings_that_training_reads_may_change_during_training():
+    kg = ring_kg()
+    run = ig.fit(kg, settings=settings(epochs=9), callbacks=_Changes(epochs=2))
+    assert (run.progress.epoch, run.progress.ended, run.settings.epochs) == (2, "epochs", 2)
+    changes = _Changes(learning_rate=1e-4)
+    ig.fit(kg, settings=settings(schedule="linear"), callbacks=changes)
+    assert changes.rates[-1] < 1e-4 < changes.rates[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lambda_regularization", 0.0), ("learning_rate", 1e-4), ("dim", 4)]
+)
+def test_a_setting_that_would_not_take_effect_cannot_change_during_training(key, value):
+    with pytest.raises(ig.SettingsError, match=f"Setting {key}: it cannot change from"):
+        ig.fit(ring_kg(), settings=settings(), callbacks=_Changes(**{key: value}))

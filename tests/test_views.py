@@ -363,6 +363,63 @@ def test_an_array_an_entity(tmp_path, suffix):
     assert torch.equal(feat, torch.cat([arrays["Paris"][None], arrays["Lyon"]]))
 
 
+ONE, TWO = np.ones(5, dtype=np.float32), np.full((2, 5), 2, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"Lyon": TWO, "Paris": ONE},
+        {"Lyon": torch.from_numpy(TWO), "Paris": ONE.tolist(), "Zoë": None},
+        {3: TWO, 0: ONE.astype(np.float64)},
+        {np.int64(3): TWO, np.int64(0): ONE},
+        [ONE, None, None, TWO],
+    ],
+)
+def test_an_array_an_entity_in_memory(arrays):
+    kg = ig.MultiViewKG(PLACES, ["r"], torch.tensor([[0, 0, 1]]))
+    feat, ptr = io.with_views(kg, {"image": arrays}).views("image")
+    assert ptr.tolist() == [0, 1, 1, 1, 3]
+    assert feat.dtype == torch.float32
+    assert feat[:, 0].tolist() == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ([ONE], "None, for each of the 4 entities in id order, received 1"),
+        ({3: ONE, "Lyon": ONE}, "labels .str. or ids .int. as keys, received int, str"),
+        ({4: ONE}, "first 4 in row 1"),
+        ({"Nowhere": ONE}, "first 'Nowhere'"),
+        ({0: ONE, 1: ONE[:4]}, r"1: expected shape .* received \(1, 4\)"),
+        ({0: None}, "no entity has a view"),
+        ({}, "no entity has a view"),
+        ({0: ONE * np.nan}, "'Paris' has NaN"),
+        ({0: "Paris.png"}, "floating-point features, received <U9"),
+    ],
+)
+def test_arrays_that_are_no_views_of_entities_are_an_error(arrays, message):
+    with pytest.raises(ig.DataError, match=message):
+        io.views_by_entity(arrays, PLACES)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pth"])
+def test_arrays_of_a_file_may_be_named_by_ids(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+
+    def write(arrays):
+        if suffix == ".npz":
+            np.savez(path, **{str(name): value for name, value in arrays.items()})
+        else:
+            torch.save({name: torch.from_numpy(value) for name, value in arrays.items()}, path)
+
+    write({3: TWO, 0: ONE})
+    assert io.read_features(path, PLACES).entity.tolist() == [3, 3, 0]
+    write({0: np.ones((4, 5), dtype=np.float32), 1: np.ones((4, 5), dtype=np.float32)})
+    with pytest.raises(ig.DataError, match="expected one array of features"):  # of all entities
+        io.read_features(path, PLACES)
+
+
 @pytest.mark.parametrize(
     "present",
     [[True, False, False, True], ["Paris", "Lyon"], [3, 0], np.array([True, False, False, True])],

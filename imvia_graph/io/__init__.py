@@ -1,7 +1,7 @@
 """Reading and writing knowledge graphs."""
 
 from imvia_graph.io.arrays import to_arrays, to_pykeen
-from imvia_graph.io.features import read_features, views_from_array, with_views
+from imvia_graph.io.features import read_features, views_by_entity, views_from_array, with_views
 from imvia_graph.io.graphs import to_dgl, to_networkx
 from imvia_graph.io.load import load_kg, with_validation
 from imvia_graph.io.names import read_names
@@ -23,6 +23,7 @@ __all__ = [
     "to_dgl",
     "to_networkx",
     "to_pykeen",
+    "views_by_entity",
     "views_from_array",
     "with_validation",
     "with_views",

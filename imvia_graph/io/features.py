@@ -1,9 +1,9 @@
 """Reading ready features: safetensors, npz, npy, HDF5 and torch files to `Views`.
 
 Three shapes are read (`views_from_array`): (N, d), one row per entity; (N, k, d), up to k views per
-entity; (V, d) with a column that names the entity of each row. HDF5 and npy files are read in
-portions, of which only the views stay in memory; npz and HDF5 files are read only as far as their
-arrays are used.
+entity; (V, d) with a column that names the entity of each row. `views_by_entity` takes one array
+per entity. HDF5 and npy files are read in portions, of which only the views stay in memory; npz and
+HDF5 files are read only as far as their arrays are used.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ def with_views(
         The graph.
     views : mapping
         From each modality to a file (`read_features`), an array, a pair of an array and the entity
-        of each of its rows (`views_from_array`), or `Views`. Views that the graph has of these
-        modalities are replaced; its other modalities are kept.
+        of each of its rows (`views_from_array`), a mapping from labels, display names or ids to
+        arrays or a list of arrays in id order (`views_by_entity`), or `Views`. Views that the graph
+        has of these modalities are replaced; its other modalities are kept.
     skip_unknown : bool
         Whether to leave out, with a warning, rows of entities that are not in the graph. Default:
         such rows are an error.
@@ -99,12 +100,14 @@ def with_views(
             )
         elif isinstance(value, str | os.PathLike):
             new[modality] = read_features(value, kg, skip_unknown=skip_unknown)
+        elif isinstance(value, Mapping | list):
+            new[modality] = views_by_entity(value, kg, skip_unknown=skip_unknown, where=where)
         else:
             several = isinstance(value, tuple)
             received = f"a tuple of {len(value)}" if several else type(value).__name__
             raise DataError(
-                f"{where}: expected a file, an array, Views, or a pair of an array and the entity"
-                f" of each of its rows; received {received}."
+                f"{where}: expected a file, an array, Views, a mapping from entities to arrays, or"
+                f" a pair of an array and the entity of each of its rows; received {received}."
             )
     kept = {
         modality: new.pop(modality) if modality in new else kg._views(modality)
@@ -313,6 +316,82 @@ def views_from_array(
         raise DataError(f"{where}: every row is zero or NaN, so no entity has a view.")
     _refuse_nan(views, owner, labels, where)
     return Views(views, owner)
+
+
+def views_by_entity(
+    arrays: Mapping[Any, Any] | Sequence[Any],
+    of: Entities,
+    *,
+    skip_unknown: bool = False,
+    where: str = "features",
+) -> Views:
+    """Make views of one modality from an array per entity.
+
+    Parameters
+    ----------
+    arrays : mapping or sequence
+        Floating point arrays or tensors, (d,) for one view or (k, d) for k views, by labels or
+        display names or by ids, or in the order of the entities. None stands for no view.
+    of : MultiViewKG or sequence of str
+        The graph, or the labels of its N entities in id order.
+    skip_unknown, where
+        As for `views_from_array`.
+
+    Raises
+    ------
+    DataError
+        As for `views_from_array`; also if a sequence does not have N items, or the widths differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import imvia_graph as ig
+    >>> by_label = {"Paris": np.ones((2, 4)), "Lyon": np.ones(4)}
+    >>> ig.io.views_by_entity(by_label, ["Lyon", "Paris"]).entity.tolist()
+    [1, 1, 0]
+    >>> ig.io.views_by_entity([None, np.ones(4)], ["Lyon", "Paris"]).entity.tolist()
+    [1]
+    """
+    labels = of.entities if isinstance(of, MultiViewKG) else of
+    if not isinstance(arrays, Mapping):
+        if len(arrays) != len(labels):
+            raise DataError(
+                f"{where}: expected an array, or None, for each of the {len(labels)} entities in id"
+                f" order, received {len(arrays)}. Or pass a mapping from entities to arrays."
+            )
+        arrays = dict(enumerate(arrays))
+    there = {
+        int(name) if isinstance(name, np.integer) else name: value
+        for name, value in arrays.items()
+        if value is not None
+    }
+    kinds = {type(name) for name in there}
+    if not there:
+        raise DataError(f"{where}: no entity has a view.")
+    if kinds not in ({str}, {int}):
+        raise DataError(
+            f"{where}: expected labels (str) or ids (int) as keys, received"
+            f" {', '.join(sorted(kind.__name__ for kind in kinds))}."
+        )
+    keep, ids = resolve(pl.Series(list(there)), of, f"{where}, arrays", skip_unknown)
+    rows: list[Tensor] = []
+    kept = [item for item, known in zip(there.items(), keep.tolist(), strict=True) if known]
+    for name, value in kept:
+        array = value if isinstance(value, Tensor) else np.asarray(value)
+        row = _floating(array, f"{where}, {name!r}")
+        row = row[None] if row.dim() == 1 else row
+        if row.dim() != 2 or row.shape[1] == 0 or (rows and row.shape[1] != rows[0].shape[1]):
+            raise DataError(
+                f"{where}, {name!r}: expected shape (width,) or (views, width), with the same width"
+                f" for all entities, received {tuple(row.shape)}."
+            )
+        rows.append(row)
+    feat = torch.cat(rows)
+    if not len(feat):
+        raise DataError(f"{where}: no entity has a view.")
+    owner = ids.repeat_interleave(torch.tensor([len(row) for row in rows]))
+    _refuse_nan(feat, owner, labels, where)
+    return Views(feat, owner)
 
 
 def _read_views(feat: Any, where: str, is_view: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -619,38 +698,22 @@ def _is_a_pickle(path: Path, what: str) -> DataError:
 
 
 def _by_entity(
-    arrays: Mapping[str, Any], of: Entities, path: Path, skip_unknown: bool
+    arrays: Mapping[Any, Any], of: Entities, path: Path, skip_unknown: bool
 ) -> Views | None:
     """Return the views of a file with one array per entity; None if its arrays are not that."""
     names = list(arrays)
     known = set(of.entities) | set(of.entity_names) if isinstance(of, MultiViewKG) else set(of)
     reserved = {*FEATURE_NAMES, *ENTITY_NAMES, *PRESENT_NAMES}
-    if not known.intersection(names) or reserved.intersection(names):
+    if reserved.intersection(names):
         return None
-    keep, ids = resolve(pl.Series(names, dtype=pl.String), of, f"{path}, arrays", skip_unknown)
-    rows: list[Tensor] = []
-    owners: list[int] = []
-    for name, owner in zip(
-        (name for name, kept in zip(names, keep.tolist(), strict=True) if kept),
-        ids.tolist(),
-        strict=True,
-    ):
-        value = _floating(arrays[name][...], f"{path}, {name!r}")
-        value = value[None] if value.dim() == 1 else value
-        if value.dim() != 2 or value.shape[1] == 0 or (rows and value.shape[1] != rows[0].shape[1]):
-            raise DataError(
-                f"{path}, {name!r}: expected shape (width,) or (views, width), with the same width"
-                f" for all entities, received {tuple(value.shape)}."
-            )
-        rows.append(value)
-        owners += [owner] * len(value)
-    feat = torch.cat(rows)
-    if not len(feat):
-        raise DataError(f"{path}: no entity has a view.")
-    owner_ids = torch.tensor(owners, dtype=torch.int64)
-    labels = of.entities if isinstance(of, MultiViewKG) else of
-    _refuse_nan(feat, owner_ids, labels, str(path))
-    return Views(feat, owner_ids)
+    if not known.intersection(names):
+        # Named by ids, unless one of the arrays can hold the features of all entities.
+        number = len(of.entities if isinstance(of, MultiViewKG) else of)
+        by_id = len(names) > 1 and all(name.isdecimal() and name.isascii() for name in names)
+        if not by_id or any(array.shape[:1] == (number,) for array in arrays.values()):
+            return None
+        arrays = {int(name): array for name, array in arrays.items()}
+    return views_by_entity(arrays, of, skip_unknown=skip_unknown, where=str(path))
 
 
 def _named(arrays: Mapping[str, Any], names: Sequence[str]) -> str | None:

@@ -441,6 +441,33 @@ class MultiViewKG:
         near = f"The nearest known: {', '.join(map(repr, shown))}" if shown else "None is like it"
         raise UnknownLabelError(f"Unknown {kind} {label!r} in {self}. {near}.")
 
+    def ids_of(self, triples: Iterable[Sequence[str]]) -> Tensor:
+        """Return triples of labels or display names as (n, 3) int64 ids; see `id_of`.
+
+        Raises
+        ------
+        DataError
+            If a row is not (head, relation, tail).
+        UnknownLabelError
+            As in `id_of`.
+
+        Examples
+        --------
+        >>> import imvia_graph as ig
+        >>> kg = ig.MultiViewKG.from_labels([("France", "borders", "Spain")])
+        >>> kg.ids_of([("Spain", "borders", "France")]).tolist()
+        [[1, 0, 0]]
+        """
+        ids = []
+        for row, triple in enumerate(triples):
+            if isinstance(triple, str) or len(triple) != 3:
+                raise DataError(
+                    f"Expected (head, relation, tail) in row {row}, received {triple!r}."
+                )
+            head, relation, tail = triple
+            ids.append((self.id_of(head), self.id_of(relation, "relation"), self.id_of(tail)))
+        return torch.tensor(ids, dtype=torch.int64).reshape(-1, 3)
+
     @cached_property
     def _lookup(self) -> dict[str, tuple[dict[str, int], dict[str, list[int]]]]:
         tables = {}
