@@ -1164,6 +1164,30 @@ def test_a_shared_candidate_is_told_how_likely_it_is_to_be_there(kind, batch_siz
             assert math.exp(log_q) == pytest.approx(1 - absent, rel=1e-5)
 
 
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize(
+    "batch_size", [7, 200]
+)  # with 7, entity 0 has more answers than candidates
+def test_other_known_answers_among_shared_candidates_are_left_out(batch_size, candidates):
+    kg = star_kg()
+    chosen = settings(regime="sampled", negatives=20, batch_size=batch_size, candidates=candidates)
+    known = set(map(tuple, with_inverses(kg.train, kg.num_relations).tolist()))
+    for batch in Batches(kg, chosen, CPU):
+        entities = batch.sampled.entity.tolist()
+        assert entities == sorted(set(entities))
+        queries = list(zip(batch.entity.tolist(), batch.relation.tolist(), strict=True))
+        positives = dict(zip(*(part.tolist() for part in batch.positives[:2]), strict=True))
+        expected = {
+            (i, j)
+            for i, query in enumerate(queries)
+            for j, entity in enumerate(entities)
+            if (*query, entity) in known and j != positives[i]
+        }
+        found = list(zip(batch.sampled.row.tolist(), batch.sampled.col.tolist(), strict=True))
+        assert len(found) == len(expected)
+        assert set(found) == expected
+
+
 # -- what a trainer is given -----------------------------------------------------------------------
 
 
