@@ -16,7 +16,7 @@ from imvia_graph import IMVIAError, SettingsError, training
 from imvia_graph.answers import with_inverses
 from imvia_graph.batches import Batch, Batches, pack
 from imvia_graph.distributed import Shards
-from imvia_graph.evaluation import evaluate, rank, rank_metrics
+from imvia_graph.evaluation import draw_candidates, evaluate, rank, rank_metrics
 from imvia_graph.losses import Positives, n3
 from imvia_graph.model import DECISION, IMVIA
 from imvia_graph.nn import GatedViewConv
@@ -359,6 +359,57 @@ def test_the_learning_rate_follows_the_schedule(schedule, factor):
     steps = len(rates.rates)
     expected = [0.02 * factor(step / steps) for step in range(steps)]
     assert rates.rates == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("regime", ["1vsall", "sampled"])
+def test_tables_and_their_rows_follow_the_schedule_at_a_rate_of_their_own(regime):
+    kg = ring_kg()
+    chosen = settings(
+        regime=regime,
+        schedule="linear",
+        table_optimizer="adam",
+        table_learning_rate=0.5,
+        information_learning_rate=0.125,
+        lambda_information=1.0,
+        weight_decay=0.25,
+    )
+    trainer = Trainer(IMVIA.from_kg(kg, chosen), kg, chosen)
+    steps = len(trainer.batches) * chosen.epochs
+    trainer._set_learning_rate(1)
+    of_tables = [o for o in (trainer.table_optimizer, trainer.row_optimizer) if o is not None]
+    assert len(of_tables) == 1 + (regime == "sampled")
+    for optimizer in of_tables:
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(0.5 * (1 - 1 / steps))
+    for optimizer in (trainer.optimizer, *of_tables):
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25]
+    # L1 is no bound if its estimators do not follow the embeddings.
+    [group] = trainer.estimator_optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.125, 0.0)
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+@pytest.mark.parametrize("regime", ["1vsall", "sampled"])
+def test_gradients_longer_than_the_bound_are_cut_to_it_and_shorter_ones_left(
+    regime, share, monkeypatch
+):
+    def update(optimizer, weight, row, grad, group):
+        of_rows.append(grad)
+
+    monkeypatch.setattr(training.RowOptimizer, "_update", update)
+    kg, found = ring_kg(), []
+    for factor in (None, share):
+        clip = None if factor is None else factor * found[0].norm().item()
+        chosen = settings(regime=regime, gradient_clip=clip)
+        torch.manual_seed(0)
+        trainer = Trainer(IMVIA.from_kg(kg, chosen), kg, chosen)
+        trainer.model.train()
+        of_rows = []
+        trainer.train_step(next(iter(trainer.batches)))
+        assert len(of_rows) == len(trainer.tables)
+        grads = [p.grad for p in trainer.parameters if p.grad is not None] + of_rows
+        found.append(torch.cat([grad.flatten() for grad in grads]))
+    torch.testing.assert_close(found[1], min(share, 1.0) * found[0], rtol=1e-4, atol=1e-8)
 
 
 class States(Callback):
@@ -1087,6 +1138,19 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_seed_others
     other = trained(kg, seed=6, regime=regime)
     assert same_weights(first.model, again.model)
     assert not same_weights(first.model, other.model)
+
+
+def test_validation_ranks_against_as_many_candidates_as_are_set_drawn_by_the_seed():
+    kg = ring_kg(40, valid=20)
+    chosen = settings(ranking_candidates=5, seed=3)
+    trainer = Trainer(IMVIA.from_kg(kg, chosen), kg, chosen)
+    found = trainer.validate()
+    metrics = []
+    for candidates in (draw_candidates(40, 5, 3), draw_candidates(40, 5, 0), None):
+        ranking = rank(trainer.model, kg.valid, kg.answers(), candidates=candidates)
+        metrics.append(ranking.metrics()["both"])
+    assert found == pytest.approx(metrics[0])
+    assert metrics[0]["mrr"] not in (metrics[1]["mrr"], metrics[2]["mrr"])
 
 
 def test_validation_draws_no_random_numbers():
