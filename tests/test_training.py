@@ -17,7 +17,7 @@ from imvia_graph.answers import with_inverses
 from imvia_graph.batches import Batch, Batches, pack
 from imvia_graph.distributed import Shards
 from imvia_graph.evaluation import draw_candidates, evaluate, rank, rank_metrics
-from imvia_graph.losses import Positives, n3
+from imvia_graph.losses import Positives, completion, n3, sampled_completion
 from imvia_graph.model import DECISION, IMVIA
 from imvia_graph.nn import GatedViewConv
 from imvia_graph.training import Callback, Trainer, resolve_device, training_dtype
@@ -330,6 +330,37 @@ def test_each_callback_is_closed_where_one_fails_to():
     with pytest.raises(ValueError, match="two"):
         trained(ring_kg(), callbacks, epochs=1)
     assert closed == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("decision", ["trained", "mean"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"regime": "sampled"}, {"regime": "sampled", "negative_sampling": "query"}],
+    ids=lambda changes: "-".join(changes.values()),
+)
+def test_a_decision_is_a_term_of_the_loss_where_it_has_weights_to_learn(changes, decision):
+    kg = ring_kg()
+    chosen = settings(decision=decision, **changes)
+    torch.manual_seed(0)
+    model = IMVIA.from_kg(kg, chosen).eval()
+    torch.nn.init.normal_(model.decision.linear.weight)
+    trainer = Trainer(model, kg, chosen)
+    batch = next(iter(trainer.batches))
+    losses, _ = trainer.losses(batch)
+    if batch.sampled is not None:
+        tables = model.candidates(entity=batch.sampled.entity)
+    else:
+        tables = model.candidates()
+    if batch.candidate is not None:
+        tables = {head: table[batch.candidate] for head, table in tables.items()}
+    scores = model.scores(model.queries(batch.entity, batch.relation), tables, batch.relation)
+    if decision == "mean":
+        del scores[DECISION]
+    if batch.sampled is not None:
+        expected = sampled_completion(scores, batch.positives, batch.sampled)
+    else:
+        expected = completion(scores, batch.positives)
+    assert losses["completion"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # -- the schedule and the average -----------------------------------------------------------------
