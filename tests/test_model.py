@@ -11,7 +11,7 @@ from reference import assert_agree, numbers, tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imvia_graph as ig
-from imvia_graph.model import inner, state_shapes
+from imvia_graph.model import inner, moderate, state_shapes
 
 SMALL = ig.Settings(
     dim=4,
@@ -323,6 +323,26 @@ def test_detached_decision_trains_no_head_through_itself(odd_kg):
     trained = model_of(odd_kg, decision="trained")
     trained.load_state_dict(model.state_dict())
     assert torch.equal(scores_of(trained, [0, 3], 1)["decision"], scores["decision"])
+
+
+def test_a_trained_decision_gives_each_head_its_weight_as_gradient(odd_kg):
+    model = model_of(odd_kg, decision="trained")
+    scores = [torch.randn(2, 7, dtype=torch.float64, requires_grad=True) for _ in model.heads]
+    relation = torch.tensor([1, 3])
+    model.decide(scores, relation).sum().backward()
+    for score, weight in zip(scores, model.decision_weights(relation).unbind(1), strict=True):
+        torch.testing.assert_close(score.grad, weight[:, None].expand(2, 7))
+
+
+def test_features_are_scaled_to_a_median_length_of_one_and_columns_to_a_range():
+    long, short = torch.tensor([[0.0, 600.0]]), torch.tensor([[0.0, 2.0**-7]])
+    assert moderate(long).tolist() == [2.0**-9] * 2  # 600 / 512
+    assert moderate(2 * long).tolist() == [2.0**-10] * 2
+    assert moderate(short).tolist() == [2.0**7] * 2
+    assert moderate(torch.zeros(3, 2)) is None
+    # A small column stays as it is beside a large one, and all are raised if all are small.
+    assert moderate(torch.tensor([[0.5, 2.0**12]]), typical=False).tolist() == [1.0, 2.0**-3]
+    assert moderate(2.0**-20 * torch.tensor([[1.0, 0.5]]), typical=False).tolist() == [2.0**19] * 2
 
 
 def test_no_queries_have_no_scores(odd_kg):

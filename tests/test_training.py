@@ -363,6 +363,31 @@ def test_a_decision_is_a_term_of_the_loss_where_it_has_weights_to_learn(changes,
     assert losses["completion"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("regime", ["1vsall", "sampled"])
+def test_the_model_learns_from_the_loss_alone_and_the_estimators_from_theirs(regime):
+    kg = ring_kg()
+    chosen = settings(regime=regime, lambda_information=0.5, **without_dropout())
+    found = []
+    for whole in (True, False):
+        torch.manual_seed(0)
+        model = IMVIA.from_kg(kg, chosen)
+        trainer = Trainer(model, kg, chosen)
+        batch = next(iter(trainer.batches))
+        if whole:
+            trainer.gradients_of(batch)
+        else:
+            losses, estimation = trainer.losses(batch)
+            estimation.backward(inputs=trainer.estimators, retain_graph=True)
+            losses["loss"].backward(inputs=trainer.replicated)
+        of_estimators = [p for p in trainer.estimators if p.grad is not None]
+        assert len(of_estimators) == len(trainer.estimators)
+        found.append([p.grad for p in [*trainer.replicated, *of_estimators]])
+    for mine, expected in zip(*found, strict=True):
+        assert (mine is None) == (expected is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, expected)
+
+
 # -- the schedule and the average -----------------------------------------------------------------
 
 
