@@ -284,6 +284,29 @@ def test_a_new_entity_is_judged_by_the_heads_of_its_views(complex_head):
         assert answer.score == pytest.approx(score, abs=1e-4)
 
 
+@pytest.mark.parametrize("ask", ["tail", "head"])
+def test_a_new_entity_scores_as_one_whose_rows_are_the_means_of_the_tables(ask):
+    run = make_run(ring_kg(), residual=True)
+    kg, model = run.kg, run.model
+    with torch.no_grad():
+        for table in model.entity_tables:
+            table.weight[5] = torch.cat([table.weight[:5], table.weight[6:]]).mean(0)
+    views = {}
+    for modality in kg.modalities:
+        feat, ptr = kg.views(modality)
+        views[modality] = feat[ptr[5] : ptr[6]]
+        assert len(views[modality])
+    entity = torch.tensor([5])
+    relation = torch.tensor([kg.num_relations if ask == "head" else 0])
+    with torch.no_grad():
+        queries = model.queries(entity, relation)
+        scores = model.scores(queries, model.candidates(), relation)
+    for answer in ig.Predictor(model, kg).predict_new(views, relation="after", ask=ask, k=99):
+        for head, score in answer.heads.items():
+            expected = scores[head][0, kg.id_of(answer.entity)].item()
+            assert score == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("views", "message"),
     [
