@@ -195,10 +195,11 @@ def test_sources_and_roots_are_carried_from_encoding_to_the_explanation(tmp_path
     assert run.kg.view_root("text") == tmp_path
 
 
-def test_it_says_which_part_of_the_graph_holds_the_triple(run):
+def test_it_says_which_part_of_the_graph_holds_the_triple():
+    run = make_run(ring_kg(known=torch.tensor([[0, 0, 5]])))
     kg = run.kg
-    for part in ("train", "valid", "test"):
-        h, r, t = kg.triples(part)[0].tolist()
+    for part in ("train", "valid", "test", "known"):
+        h, r, t = getattr(kg, part)[0].tolist()
         found = run.explain(head=f"e{h}", relation=kg.relations[r], tail=f"e{t}")
         assert found.known == part
     assert run.explain(head="e1", relation="after", tail="e9").known is None
