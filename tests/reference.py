@@ -256,6 +256,25 @@ def softmax_completion(scores, positives, smoothing=0.0):
     return total / len(scores)
 
 
+def sampled_completion(scores, answers, weights, loss, smoothing=0.0):
+    """A completion over entities of which a candidate j of query i stands for ``weights[i][j]``."""
+    whole = sum(sum(row) for row in weights)
+    size = whole / len(scores)
+    total = 0.0
+    for row, answer, weight in zip(scores, answers, weights, strict=True):
+        normaliser = log(dot(weight, [exp(score) for score in row]))
+        for j, score in enumerate(row):
+            if loss == "softmax":
+                target = (1 - smoothing) * (j == answer) + smoothing * weight[j] / sum(weight)
+                total = total + target * (normaliser - score) / len(scores)
+                continue
+            target = (1 - smoothing) * (j == answer) + smoothing / size
+            term = -target * log(sigmoid(score)) - (1 - target) * log(sigmoid(-score))
+            number = len(scores) if j == answer else whole - len(scores)
+            total = total + weight[j] * term / number
+    return total
+
+
 # -- ranking --------------------------------------------------------------------------------------
 
 

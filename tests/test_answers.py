@@ -87,6 +87,15 @@ def test_one_direction_is_indexed_as_it_stands():
     assert (row.tolist(), col.tolist()) == ([1, 1], [0, 4])
 
 
+@given(triples)
+def test_ids_whose_packed_form_would_not_fit_into_int64_are_indexed_all_the_same(rows):
+    given = as_tensor(rows)
+    few, many = (AnswerIndex.from_triples([given], n, RELATIONS) for n in (ENTITIES, 2**31))
+    assert torch.equal(many.ptr, few.ptr)
+    assert torch.equal(many.answer, few.answer)
+    assert torch.equal(many.queries(), few.queries())
+
+
 def test_index_moves_with_its_content():
     index = AnswerIndex.from_triples([as_tensor([[0, 1, 2]])], ENTITIES, RELATIONS)
     moved = index.to("cpu")

@@ -102,16 +102,18 @@ def test_a_model_that_scores_all_alike_ranks_in_the_middle():
     assert filtered_ranks(scores, torch.tensor([7]), nothing, nothing).item() == 51
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
 @pytest.mark.parametrize("batch_size", [1, 7, 1024])
-def test_any_scorer_is_ranked_as_the_loop_ranks(batch_size):
+def test_any_scorer_is_ranked_as_the_loop_ranks(batch_size, split):
     kg = random_kg(views=False)
-    table = torch.randint(3, (2 * kg.num_relations, 9, 9)).float()
-    found = rank_scorer(lambda entity, relation: table[relation, entity], kg, batch_size=batch_size)
-    known = known_of(
-        [triple for split in ("train", "valid", "test") for triple in kg.triples(split).tolist()],
-        kg.num_relations,
+    # Different in float64 only.
+    table = 1 + 1e-9 * torch.randint(3, (2 * kg.num_relations, 9, 9)).double()
+    found = rank_scorer(
+        lambda entity, relation: table[relation, entity], kg, split, batch_size=batch_size
     )
-    queries = with_inverses(kg.test, kg.num_relations).tolist()
+    everything = torch.cat([kg.train, kg.valid, kg.test, kg.known]).tolist()
+    known = known_of(everything, kg.num_relations)
+    queries = with_inverses(kg.triples(split), kg.num_relations).tolist()
     expected = [loops.rank(table[r, e].tolist(), t, known[e, r]) for e, r, t in queries]
     assert [*found.tail["decision"].tolist(), *found.head["decision"].tolist()] == expected
     assert found.metrics(kg.relations)["head"] == rank_metrics(found.head["decision"])
@@ -208,6 +210,9 @@ def random_kg(views=True):
         }
         if views
         else None,
+        known=torch.stack(
+            [torch.randint(9, (20,)), torch.randint(3, (20,)), torch.randint(9, (20,))], dim=1
+        ),
     )
 
 
@@ -270,7 +275,7 @@ def score_triple(model, entity, relation, candidate):
 
 def brute_force(model, kg, triples):
     """Ranks (tail, head) of each triple, by head of the model, one triple scored at a time."""
-    everything = torch.cat([kg.train, kg.valid, kg.test]).tolist()
+    everything = torch.cat([kg.train, kg.valid, kg.test, kg.known]).tolist()
     known = known_of(everything, kg.num_relations)
     sides = []
     with torch.no_grad():
@@ -758,8 +763,22 @@ def test_candidates_may_be_named():
     model = model_of(kg)
     by_name = evaluate(model, kg, candidates=[kg.entities[3], kg.entities[0]])
     assert by_name == evaluate(model, kg, candidates=torch.tensor([0, 3]))
+    assert by_name == evaluate(model, kg, candidates=[3, 0, 3])
+    assert by_name["candidates"] == "2 entities given"
     with pytest.raises(ig.UnknownLabelError, match="nowhere"):
         evaluate(model, kg, candidates=["nowhere"])
+
+
+def test_drawn_candidates_of_an_evaluation_are_those_of_its_seed():
+    kg = larger_kg()
+    model = model_of(kg)
+    found = [evaluate(model, kg, candidates=9, seed=seed) for seed in (4, 5)]
+    for metrics, seed in zip(found, (4, 5), strict=True):
+        assert metrics.pop("candidates") == f"9 entities drawn with seed {seed}"
+        given = evaluate(model, kg, candidates=draw_candidates(kg.num_entities, 9, seed))
+        assert given.pop("candidates") == "9 entities given"
+        assert metrics == given
+    assert found[0]["both"] != found[1]["both"]
 
 
 def test_a_head_that_is_not_there_is_an_error():
@@ -815,6 +834,8 @@ def test_drawn_candidates_are_distinct_and_the_seeds_own():
     assert torch.equal(drawn, draw_candidates(1000, 300, seed=5))
     assert not torch.equal(drawn, draw_candidates(1000, 300, seed=6))
     assert draw_candidates(300, 300) is None
+    some = torch.cat([draw_candidates(3, 2, seed) for seed in range(20)])
+    assert some.unique().tolist() == [0, 1, 2]
     with pytest.raises(ig.DataError, match="at least 1"):
         draw_candidates(300, 0)
 

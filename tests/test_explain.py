@@ -195,10 +195,11 @@ def test_sources_and_roots_are_carried_from_encoding_to_the_explanation(tmp_path
     assert run.kg.view_root("text") == tmp_path
 
 
-def test_it_says_which_part_of_the_graph_holds_the_triple(run):
+def test_it_says_which_part_of_the_graph_holds_the_triple():
+    run = make_run(ring_kg(known=torch.tensor([[0, 0, 5]])))
     kg = run.kg
-    for part in ("train", "valid", "test"):
-        h, r, t = kg.triples(part)[0].tolist()
+    for part in ("train", "valid", "test", "known"):
+        h, r, t = getattr(kg, part)[0].tolist()
         found = run.explain(head=f"e{h}", relation=kg.relations[r], tail=f"e{t}")
         assert found.known == part
     assert run.explain(head="e1", relation="after", tail="e9").known is None
@@ -282,6 +283,29 @@ def test_a_new_entity_is_judged_by_the_heads_of_its_views(complex_head):
         assert set(answer.heads) == {"image", "text"}
         score = share * answer.heads["text"] + (1 - share) * answer.heads["image"]
         assert answer.score == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.parametrize("ask", ["tail", "head"])
+def test_a_new_entity_scores_as_one_whose_rows_are_the_means_of_the_tables(ask):
+    run = make_run(ring_kg(), residual=True)
+    kg, model = run.kg, run.model
+    with torch.no_grad():
+        for table in model.entity_tables:
+            table.weight[5] = torch.cat([table.weight[:5], table.weight[6:]]).mean(0)
+    views = {}
+    for modality in kg.modalities:
+        feat, ptr = kg.views(modality)
+        views[modality] = feat[ptr[5] : ptr[6]]
+        assert len(views[modality])
+    entity = torch.tensor([5])
+    relation = torch.tensor([kg.num_relations if ask == "head" else 0])
+    with torch.no_grad():
+        queries = model.queries(entity, relation)
+        scores = model.scores(queries, model.candidates(), relation)
+    for answer in ig.Predictor(model, kg).predict_new(views, relation="after", ask=ask, k=99):
+        for head, score in answer.heads.items():
+            expected = scores[head][0, kg.id_of(answer.entity)].item()
+            assert score == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize(

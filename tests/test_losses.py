@@ -518,6 +518,30 @@ def test_a_weighted_softmax_completion_is_the_weighted_mean_of_its_rows():
     assert_agree(softmax_completion(scores, WEIGHTED, 0.1), tensor(expected), [scores])
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_sampled_completion_matches_the_loop(loss, smoothing):
+    scores = {"structure": double(3, 5), "text": double(3, 5)}
+    probability = torch.tensor([0.5, 0.9, 0.25, 0.1, 0.6])
+    left_out = [(0, 2), (2, 1), (2, 3)]  # other known answers of queries 0 and 2
+    sampled = losses.Sampled(
+        torch.tensor([1, 4, 5, 8, 9]), probability.log(), *torch.tensor(left_out).T
+    )
+    answers = [3, 0, 4]
+    positives = Positives(torch.tensor([1, 0, 2]), torch.tensor([0, 3, 4]))
+    weights = [(1 / probability).tolist() for _ in answers]
+    for i, answer in enumerate(answers):
+        weights[i][answer] = 1.0
+    for i, j in left_out:
+        weights[i][j] = 0.0
+    found = losses.sampled_completion(scores, positives, sampled, loss, smoothing)
+    expected = sum(
+        loops.sampled_completion(numbers(part), answers, weights, loss, smoothing)
+        for part in scores.values()
+    )
+    assert_agree(found, tensor(expected), list(scores.values()), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("detached", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_factored_completion_weighs_the_rows(kernel, blocks, dtype, detached):

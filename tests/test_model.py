@@ -11,7 +11,7 @@ from reference import assert_agree, numbers, tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imvia_graph as ig
-from imvia_graph.model import inner, state_shapes
+from imvia_graph.model import inner, moderate, state_shapes
 
 SMALL = ig.Settings(
     dim=4,
@@ -325,6 +325,26 @@ def test_detached_decision_trains_no_head_through_itself(odd_kg):
     assert torch.equal(scores_of(trained, [0, 3], 1)["decision"], scores["decision"])
 
 
+def test_a_trained_decision_gives_each_head_its_weight_as_gradient(odd_kg):
+    model = model_of(odd_kg, decision="trained")
+    scores = [torch.randn(2, 7, dtype=torch.float64, requires_grad=True) for _ in model.heads]
+    relation = torch.tensor([1, 3])
+    model.decide(scores, relation).sum().backward()
+    for score, weight in zip(scores, model.decision_weights(relation).unbind(1), strict=True):
+        torch.testing.assert_close(score.grad, weight[:, None].expand(2, 7))
+
+
+def test_features_are_scaled_to_a_median_length_of_one_and_columns_to_a_range():
+    long, short = torch.tensor([[0.0, 600.0]]), torch.tensor([[0.0, 2.0**-7]])
+    assert moderate(long).tolist() == [2.0**-9] * 2  # 600 / 512
+    assert moderate(2 * long).tolist() == [2.0**-10] * 2
+    assert moderate(short).tolist() == [2.0**7] * 2
+    assert moderate(torch.zeros(3, 2)) is None
+    # A small column stays as it is beside a large one, and all are raised if all are small.
+    assert moderate(torch.tensor([[0.5, 2.0**12]]), typical=False).tolist() == [1.0, 2.0**-3]
+    assert moderate(2.0**-20 * torch.tensor([[1.0, 0.5]]), typical=False).tolist() == [2.0**19] * 2
+
+
 def test_no_queries_have_no_scores(odd_kg):
     model = model_of(odd_kg)
     nothing = torch.empty(0, dtype=torch.int64)
@@ -402,6 +422,58 @@ def test_reset_parameters_initialises_every_parameter(odd_kg):
             parameter.fill_(torch.nan)
     model.reset_parameters()
     assert [name for name, p in model.named_parameters() if not p.isfinite().all()] == []
+
+
+def test_parameters_start_at_the_sizes_that_training_expects():
+    ptr = torch.arange(301)
+    chosen = ig.Settings(dim=64, relation_dim=32, complex_rank=16, residual=True)
+    model = ig.IMVIA(300, 200, {"image": (torch.randn(300, 48), ptr)}, chosen)
+    conv, decoder = model.encoder.convs[0], model.decoder[0]
+    bound = (6 / (64 + 32 + 48)) ** 0.5  # of Xavier, for the gate as one linear layer
+    expected = {
+        "entity": (model.entity.weight, 64**-0.5),
+        "residual": (model.residual[0].weight, 64**-0.5),
+        "relation": (model.relation[-1].weight, 32**-0.5),
+        "blocks": (model.relation_residual[0].weight, 0.05),
+        "complex entity": (model.complex_entity.weight, 1e-3),
+        "complex relation": (model.complex_relation.weight, 1e-3),
+        "core": (decoder.core, 64**-0.5),
+        "gate of entities": (conv.gate_entity.weight, bound / 3**0.5),
+        "gate of relations": (conv.gate_relation.weight, bound / 3**0.5),
+    }
+    for name, (value, std) in expected.items():
+        assert value.std().item() == pytest.approx(std, rel=0.05), name
+        assert abs(value.mean().item()) < 0.1 * std, name
+    assert conv.absent.std().item() == pytest.approx(48**-0.5, rel=0.5)
+    assert conv.gate_entity.bias.abs().max() == 0
+
+
+#: The first element of some parameters, drawn with seed 0.
+DRAWN = {
+    "entity.weight": -0.0736572,
+    "residual.2.weight": -0.0282339,
+    "encoder.convs.0.absent": -0.5186358,
+    "encoder.convs.1.gate_entity.weight": 0.8254247,
+    "encoder.convs.2.gate_relation.weight": -0.2048396,
+    "encoder.projections.2.bias": -0.4710113,
+    "relation.0.weight": 0.1031938,
+    "relation.4.weight": 0.4740418,
+    "relation_residual.4.weight": 0.0505091,
+    "decoder.0.core": 0.324575,
+    "decoder.3.core": -0.1159472,
+    "complex_entity.weight": 0.0009206,
+    "complex_relation.weight": 0.000745,
+    "information.estimators.11.log_variance.2.bias": 0.2468247,
+}
+
+
+def test_a_seed_draws_what_it_has_always_drawn(odd_kg):
+    """Results that were published with their seed can be made again."""
+    torch.manual_seed(0)
+    model = ig.IMVIA.from_kg(odd_kg, SMALL.replace(complex_head=True))
+    found = {name: value.flatten()[0].item() for name, value in model.named_parameters()}
+    for name, value in DRAWN.items():
+        assert found[name] == pytest.approx(value, rel=1e-3), name
 
 
 def test_autocast_to_bfloat16_trains(odd_kg):

@@ -8,7 +8,9 @@ from helpers import paper_settings as settings
 from helpers import ring_kg
 
 import imvia_graph as ig
-from imvia_graph.optimizers import Adagrad, make_optimizer
+from imvia_graph.distributed import Shards
+from imvia_graph.nn.entity_table import EntityTable
+from imvia_graph.optimizers import Adagrad, RowOptimizer, make_optimizer
 from imvia_graph.training import Trainer
 
 
@@ -58,6 +60,50 @@ def test_an_optimizer_is_the_one_that_is_named(kind):
     found = make_optimizer(kind, parameters(), 0.25, 0.5)
     assert type(found).__name__.lower() == kind
     assert (found.param_groups[0]["lr"], found.param_groups[0]["weight_decay"]) == (0.25, 0.5)
+
+
+def moved(value, grads, kind, rowwise, decay, lr):
+    """Return a row after a step for each of its gradients, by the equations of `RowOptimizer`."""
+    mean, square = torch.zeros_like(value), torch.zeros_like(value)
+    for k, grad in enumerate(grads, 1):
+        if kind == "adamw":
+            value = value - lr * decay * value
+        else:
+            grad = grad + decay * value
+        power = grad**2
+        if rowwise:
+            power = (power.sum() / len(power)).expand_as(power)
+        if kind == "adagrad":
+            square = square + power
+            value = value - lr * grad / (square.sqrt() + 1e-5)
+            continue
+        mean, square = 0.9 * mean + 0.1 * grad, 0.999 * square + 0.001 * power
+        first = grad if rowwise else mean / (1 - 0.9**k)
+        value = value - lr * first / ((square / (1 - 0.999**k)).sqrt() + 1e-8)
+    return value
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "adagrad"])
+@pytest.mark.parametrize("rowwise", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_rows_move_by_the_equations_each_in_the_steps_that_look_it_up(kind, rowwise, decay):
+    table = EntityTable(Shards(5), 3).double()
+    table.lazy = True
+    before = table.weight.detach().clone()
+    optimizer = RowOptimizer([table], kind, 0.1, decay, rowwise)
+    grads = [[] for _ in before]
+    for step, rows in enumerate([[0, 2, 2], [2], [3, 0], [0, 2]]):
+        factors = torch.randn(len(rows), 3, dtype=torch.float64)
+        (table(torch.tensor(rows)) * factors).sum().backward()
+        scale = torch.tensor(0.5) if step == 1 else None  # as clipping does
+        optimizer.step_by(scale)
+        table.forget()
+        for row in set(rows):
+            total = sum(factors[i] for i, one in enumerate(rows) if one == row)
+            grads[row].append(total if scale is None else total * scale)
+    for row, value in enumerate(before):
+        expected = moved(value, grads[row], kind, rowwise, decay, 0.1)
+        torch.testing.assert_close(table.weight.detach()[row], expected)
 
 
 def optimized(optimizer):

@@ -705,6 +705,8 @@ def test_a_run_that_ran_out_of_patience_goes_on_with_more(tmp_path):
     still = {"learning_rate": 1e-30, "table_optimizer": "same", "batch_norm": False, "epochs": 9}
     run = fit(tmp_path / "run", patience=2, **still)
     assert (run.progress.ended, run.progress.epoch) == ("patience", 3)
+    again = ig.fit(out=run.folder, resume=True)
+    assert (again.progress.ended, again.progress.epoch) == ("patience", 3)
     resumed = ig.fit(out=run.folder, resume=True, patience=4)
     assert (resumed.progress.ended, resumed.progress.epoch) == ("patience", 5)
     whole = fit(tmp_path / "whole", patience=4, **still)

@@ -16,8 +16,8 @@ from imvia_graph import IMVIAError, SettingsError, training
 from imvia_graph.answers import with_inverses
 from imvia_graph.batches import Batch, Batches, pack
 from imvia_graph.distributed import Shards
-from imvia_graph.evaluation import evaluate, rank, rank_metrics
-from imvia_graph.losses import Positives, n3
+from imvia_graph.evaluation import draw_candidates, evaluate, rank, rank_metrics
+from imvia_graph.losses import Positives, completion, n3, sampled_completion
 from imvia_graph.model import DECISION, IMVIA
 from imvia_graph.nn import GatedViewConv
 from imvia_graph.training import Callback, Trainer, resolve_device, training_dtype
@@ -332,6 +332,62 @@ def test_each_callback_is_closed_where_one_fails_to():
     assert closed == ["one", "two", "three"]
 
 
+@pytest.mark.parametrize("decision", ["trained", "mean"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"regime": "sampled"}, {"regime": "sampled", "negative_sampling": "query"}],
+    ids=lambda changes: "-".join(changes.values()),
+)
+def test_a_decision_is_a_term_of_the_loss_where_it_has_weights_to_learn(changes, decision):
+    kg = ring_kg()
+    chosen = settings(decision=decision, **changes)
+    torch.manual_seed(0)
+    model = IMVIA.from_kg(kg, chosen).eval()
+    torch.nn.init.normal_(model.decision.linear.weight)
+    trainer = Trainer(model, kg, chosen)
+    batch = next(iter(trainer.batches))
+    losses, _ = trainer.losses(batch)
+    if batch.sampled is not None:
+        tables = model.candidates(entity=batch.sampled.entity)
+    else:
+        tables = model.candidates()
+    if batch.candidate is not None:
+        tables = {head: table[batch.candidate] for head, table in tables.items()}
+    scores = model.scores(model.queries(batch.entity, batch.relation), tables, batch.relation)
+    if decision == "mean":
+        del scores[DECISION]
+    if batch.sampled is not None:
+        expected = sampled_completion(scores, batch.positives, batch.sampled)
+    else:
+        expected = completion(scores, batch.positives)
+    assert losses["completion"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("regime", ["1vsall", "sampled"])
+def test_the_model_learns_from_the_loss_alone_and_the_estimators_from_theirs(regime):
+    kg = ring_kg()
+    chosen = settings(regime=regime, lambda_information=0.5, **without_dropout())
+    found = []
+    for whole in (True, False):
+        torch.manual_seed(0)
+        model = IMVIA.from_kg(kg, chosen)
+        trainer = Trainer(model, kg, chosen)
+        batch = next(iter(trainer.batches))
+        if whole:
+            trainer.gradients_of(batch)
+        else:
+            losses, estimation = trainer.losses(batch)
+            estimation.backward(inputs=trainer.estimators, retain_graph=True)
+            losses["loss"].backward(inputs=trainer.replicated)
+        of_estimators = [p for p in trainer.estimators if p.grad is not None]
+        assert len(of_estimators) == len(trainer.estimators)
+        found.append([p.grad for p in [*trainer.replicated, *of_estimators]])
+    for mine, expected in zip(*found, strict=True):
+        assert (mine is None) == (expected is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, expected)
+
+
 # -- the schedule and the average -----------------------------------------------------------------
 
 
@@ -359,6 +415,57 @@ def test_the_learning_rate_follows_the_schedule(schedule, factor):
     steps = len(rates.rates)
     expected = [0.02 * factor(step / steps) for step in range(steps)]
     assert rates.rates == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("regime", ["1vsall", "sampled"])
+def test_tables_and_their_rows_follow_the_schedule_at_a_rate_of_their_own(regime):
+    kg = ring_kg()
+    chosen = settings(
+        regime=regime,
+        schedule="linear",
+        table_optimizer="adam",
+        table_learning_rate=0.5,
+        information_learning_rate=0.125,
+        lambda_information=1.0,
+        weight_decay=0.25,
+    )
+    trainer = Trainer(IMVIA.from_kg(kg, chosen), kg, chosen)
+    steps = len(trainer.batches) * chosen.epochs
+    trainer._set_learning_rate(1)
+    of_tables = [o for o in (trainer.table_optimizer, trainer.row_optimizer) if o is not None]
+    assert len(of_tables) == 1 + (regime == "sampled")
+    for optimizer in of_tables:
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(0.5 * (1 - 1 / steps))
+    for optimizer in (trainer.optimizer, *of_tables):
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25]
+    # L1 is no bound if its estimators do not follow the embeddings.
+    [group] = trainer.estimator_optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.125, 0.0)
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+@pytest.mark.parametrize("regime", ["1vsall", "sampled"])
+def test_gradients_longer_than_the_bound_are_cut_to_it_and_shorter_ones_left(
+    regime, share, monkeypatch
+):
+    def update(optimizer, weight, row, grad, group):
+        of_rows.append(grad)
+
+    monkeypatch.setattr(training.RowOptimizer, "_update", update)
+    kg, found = ring_kg(), []
+    for factor in (None, share):
+        clip = None if factor is None else factor * found[0].norm().item()
+        chosen = settings(regime=regime, gradient_clip=clip)
+        torch.manual_seed(0)
+        trainer = Trainer(IMVIA.from_kg(kg, chosen), kg, chosen)
+        trainer.model.train()
+        of_rows = []
+        trainer.train_step(next(iter(trainer.batches)))
+        assert len(of_rows) == len(trainer.tables)
+        grads = [p.grad for p in trainer.parameters if p.grad is not None] + of_rows
+        found.append(torch.cat([grad.flatten() for grad in grads]))
+    torch.testing.assert_close(found[1], min(share, 1.0) * found[0], rtol=1e-4, atol=1e-8)
 
 
 class States(Callback):
@@ -1089,6 +1196,19 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_seed_others
     assert not same_weights(first.model, other.model)
 
 
+def test_validation_ranks_against_as_many_candidates_as_are_set_drawn_by_the_seed():
+    kg = ring_kg(40, valid=20)
+    chosen = settings(ranking_candidates=5, seed=3)
+    trainer = Trainer(IMVIA.from_kg(kg, chosen), kg, chosen)
+    found = trainer.validate()
+    metrics = []
+    for candidates in (draw_candidates(40, 5, 3), draw_candidates(40, 5, 0), None):
+        ranking = rank(trainer.model, kg.valid, kg.answers(), candidates=candidates)
+        metrics.append(ranking.metrics()["both"])
+    assert found == pytest.approx(metrics[0])
+    assert metrics[0]["mrr"] not in (metrics[1]["mrr"], metrics[2]["mrr"])
+
+
 def test_validation_draws_no_random_numbers():
     kg = ring_kg()
     often, once = Records(), Records()
@@ -1162,6 +1282,30 @@ def test_a_shared_candidate_is_told_how_likely_it_is_to_be_there(kind, batch_siz
                 every = answers[group].total()
                 absent *= math.comb(every - answers[group][entity], size) / math.comb(every, size)
             assert math.exp(log_q) == pytest.approx(1 - absent, rel=1e-5)
+
+
+@pytest.mark.parametrize("candidates", ["shared", "relation"])
+@pytest.mark.parametrize(
+    "batch_size", [7, 200]
+)  # with 7, entity 0 has more answers than candidates
+def test_other_known_answers_among_shared_candidates_are_left_out(batch_size, candidates):
+    kg = star_kg()
+    chosen = settings(regime="sampled", negatives=20, batch_size=batch_size, candidates=candidates)
+    known = set(map(tuple, with_inverses(kg.train, kg.num_relations).tolist()))
+    for batch in Batches(kg, chosen, CPU):
+        entities = batch.sampled.entity.tolist()
+        assert entities == sorted(set(entities))
+        queries = list(zip(batch.entity.tolist(), batch.relation.tolist(), strict=True))
+        positives = dict(zip(*(part.tolist() for part in batch.positives[:2]), strict=True))
+        expected = {
+            (i, j)
+            for i, query in enumerate(queries)
+            for j, entity in enumerate(entities)
+            if (*query, entity) in known and j != positives[i]
+        }
+        found = list(zip(batch.sampled.row.tolist(), batch.sampled.col.tolist(), strict=True))
+        assert len(found) == len(expected)
+        assert set(found) == expected
 
 
 # -- what a trainer is given -----------------------------------------------------------------------
