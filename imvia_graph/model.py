@@ -703,8 +703,9 @@ def moderate(feat: Tensor, typical: bool = True) -> Tensor | None:
     If the median length of the views is above `LONG` or below 1 / `LONG`, all features are
     multiplied by one factor for a median length of about 1, so that learning does not depend on the
     unit of the features. Then a column with magnitudes above `LARGEST` is scaled to at most
-    `LARGEST`, and if all columns are below `SMALLEST`, all are multiplied by one factor. Most
-    features need no scaling and hence no copy.
+    `LARGEST`, and if all columns are below `SMALLEST`, all are multiplied by one factor. If that
+    moves the median length out of its range, all are multiplied by one factor again, and a few much
+    longer views may exceed `LARGEST`. Most features need no scaling and hence no copy.
 
     Parameters
     ----------
