@@ -363,6 +363,25 @@ def test_an_array_an_entity(tmp_path, suffix):
     assert torch.equal(feat, torch.cat([arrays["Paris"][None], arrays["Lyon"]]))
 
 
+def test_labels_with_slashes_name_arrays_in_hdf5(tmp_path):
+    """HDF5 takes them for paths, and drops their empty parts."""
+    labels = ["<http://a/b>", "/m/01", "x/y", "x//y", "p//q", "p///q"]
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        for number, label in enumerate(labels[:3]):
+            file[label] = np.full((1, 4), number, dtype=np.float32)
+    views = io.read_features(path, labels)
+    assert dict(zip(views.entity.tolist(), views.feat[:, 0].tolist(), strict=True)) == {
+        0: 0.0,
+        1: 1.0,
+        2: 2.0,
+    }
+    with h5py.File(path, "a") as file:
+        file["p//q"] = np.ones((1, 4), dtype=np.float32)
+    with pytest.raises(ig.DataError, match="'p/q'"):  # of two entities: not guessed
+        io.read_features(path, labels)
+
+
 ONE, TWO = np.ones(5, dtype=np.float32), np.full((2, 5), 2, dtype=np.float32)
 
 

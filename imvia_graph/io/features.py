@@ -36,6 +36,8 @@ FEATURE_NAMES = ("feat", "feats", "feature", "features", "embedding", "embedding
 ENTITY_NAMES = ("entity", "entities", "label", "labels", "id", "ids")
 PRESENT_NAMES = ("present", "mask")
 
+#: Suffixes of HDF5 files.
+_HDF5 = (".h5", ".hdf5")
 #: Bytes of features that are read at a time.
 _PORTION = 2**26
 #: Signature and version of a global heap in an HDF5 file.
@@ -482,8 +484,7 @@ def _open_arrays(path: Path) -> Iterator[Mapping[str, Any]]:
         ".safetensors": whole(_read_safetensors),
         ".npy": _open_numpy,
         ".npz": _open_numpy,
-        ".h5": _open_hdf5,
-        ".hdf5": _open_hdf5,
+        **dict.fromkeys(_HDF5, _open_hdf5),
         ".pth": whole(_read_torch),
         ".pt": whole(_read_torch),
     }
@@ -701,8 +702,10 @@ def _by_entity(
     arrays: Mapping[Any, Any], of: Entities, path: Path, skip_unknown: bool
 ) -> Views | None:
     """Return the views of a file with one array per entity; None if its arrays are not that."""
-    names = list(arrays)
     known = set(of.entities) | set(of.entity_names) if isinstance(of, MultiViewKG) else set(of)
+    if path.suffix.lower() in _HDF5:
+        arrays = _by_label(arrays, known)
+    names = list(arrays)
     reserved = {*FEATURE_NAMES, *ENTITY_NAMES, *PRESENT_NAMES}
     if reserved.intersection(names):
         return None
@@ -714,6 +717,19 @@ def _by_entity(
             return None
         arrays = {int(name): array for name, array in arrays.items()}
     return views_by_entity(arrays, of, skip_unknown=skip_unknown, where=str(path))
+
+
+def _by_label(arrays: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    """Return the arrays of an HDF5 file by the labels that they were created with.
+
+    In HDF5 a name is a path without empty parts: ``http://a/b`` is stored as ``http:/a/b``.
+    """
+    labels: dict[str, str | None] = {}
+    for label in known:
+        stored = "/".join(part for part in label.split("/") if part not in ("", "."))
+        if stored not in known:
+            labels[stored] = None if stored in labels else label  # None if several have this path
+    return {labels.get(name) or name: array for name, array in arrays.items()}
 
 
 def _named(arrays: Mapping[str, Any], names: Sequence[str]) -> str | None:
