@@ -118,6 +118,18 @@ def test_texts_in_the_order_of_entities_then_rows(tmp_path, caplog):
     assert "texts.csv: 1 of 5 rows have no text and are left out." in caplog.text
 
 
+def test_a_header_that_is_not_known_as_one_is_told(tmp_path):
+    table = tmp_path / "texts.tsv"
+    table.write_text("name\tcaption\nParis\ta\nLyon\tb\n")
+    with pytest.raises(ig.DataError, match=r"'name' in line 1\. If that is a header.*text-columns"):
+        io.read_texts(table, PLACES)
+    named = io.read_texts(table, PLACES, columns=("name", "caption"))
+    assert named.source == ["a", "b"]
+    table.write_text("Pari\ta\nLyn\tb\n")  # two unknown entities: no header
+    with pytest.raises(ig.DataError, match=r"'Pari' in line 1\. The nearest known: 'Paris'"):
+        io.read_texts(table, PLACES)
+
+
 def test_a_tsv_has_no_quotes(tmp_path):
     table = tmp_path / "texts.tsv"
     table.write_text('Paris\t"City" of\nLyon\t5" wide\n')

@@ -726,6 +726,12 @@ def resolve_any(
         else:
             near = nearest(values[-1], list(labels), limit=3)
             reason = f" The nearest known: {', '.join(map(repr, near))}." if near else ""
+            if row == 0 and missing.sum() == 1 and where.layout is not None and not where.header:
+                option = where.layout.option.replace("separator", "columns")
+                reason = (
+                    " If that is a header, call the column 'entity', or name both columns"
+                    f" (columns=, on the command line {option})."
+                )
         _unknown(
             f"{where}: {missing.sum()} of {len(found)} rows name"
             f" {forms[0].filter(missing).n_unique()} entities that are not in {whole}, first"
