@@ -717,7 +717,7 @@ def test_out_of_memory_in_one_of_several_processes_says_which(monkeypatch):
     def never(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(_tiles.Counter, "batch", never)
+    monkeypatch.setattr(_tiles.RankCounter, "batch", never)
     shards = Shards(kg.num_entities, 1, 3)
     with pytest.raises(ig.OutOfMemoryError, match="in process 1 of 3"):
         rank(model, kg.test, kg.answers(), shards=shards)

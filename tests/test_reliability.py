@@ -131,14 +131,14 @@ def test_a_stop_while_validating_does_not_train_the_epoch_again(tmp_path, monkey
     whole = fit(tmp_path / "whole", epochs=3)
     calls = []
 
-    def counts(*arguments, _count=_tiles.Counter.count):
+    def counts(*arguments, _count=_tiles.RankCounter.count):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return _count(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_tiles.Counter, "count", counts)
+        patch.setattr(_tiles.RankCounter, "count", counts)
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "stopped", epochs=3)
     assert len(metrics_of(tmp_path / "stopped")) == 1
@@ -675,13 +675,13 @@ def test_ranking_without_enough_memory_gives_the_same_ranks(candidates, monkeypa
     whole = evaluation.rank(model, kg.train, kg.answers(), 16)
     done, sizes = [], []
 
-    def little(self, entity, *rest, _batch=_tiles.Counter.batch):
+    def little(self, entity, *rest, _batch=_tiles.RankCounter.batch):
         sizes.append(len(entity))
         if len(entity) > 3:
             raise shortage()
         return _batch(self, entity, *rest)
 
-    monkeypatch.setattr(_tiles.Counter, "batch", little)
+    monkeypatch.setattr(_tiles.RankCounter, "batch", little)
     with caplog.at_level("WARNING"):
         found = evaluation.rank(
             model, kg.train, kg.answers(), 16, on_batch=lambda n, of: done.append((n, of))
@@ -700,7 +700,7 @@ def test_ranking_where_not_one_query_fits_says_so(monkeypatch):
     def never(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(_tiles.Counter, "batch", never)
+    monkeypatch.setattr(_tiles.RankCounter, "batch", never)
     with pytest.raises(ig.OutOfMemoryError, match="while ranking"):
         run.evaluate()
 
