@@ -375,6 +375,15 @@ def test_an_array_an_entity(tmp_path, suffix):
     assert torch.equal(feat, torch.cat([arrays["Paris"][None], arrays["Lyon"]]))
 
 
+def test_two_names_of_one_id_are_an_error(tmp_path):
+    np.savez(tmp_path / "x.npz", **{"1": np.ones((1, 5)), "01": np.zeros((1, 5)), "2": np.ones(5)})
+    with pytest.raises(ig.DataError, match=r"x\.npz: two arrays are named by one id"):
+        io.read_features(tmp_path / "x.npz", PLACES)
+    np.savez(tmp_path / "x.npz", **{"9" * 5000: np.ones((1, 5)), "2": np.ones(5)})
+    with pytest.raises(ig.DataError, match=r"x\.npz: expected"):  # no id has so many digits
+        io.read_features(tmp_path / "x.npz", PLACES)
+
+
 def test_labels_with_slashes_name_arrays_in_hdf5(tmp_path):
     """HDF5 takes them for paths, and drops their empty parts."""
     labels = ["<http://a/b>", "/m/01", "x/y", "x//y", "p//q", "p///q"]

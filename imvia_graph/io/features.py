@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -712,10 +713,13 @@ def _by_entity(
     if not known.intersection(names):
         # Named by ids, unless one of the arrays can hold the features of all entities.
         number = len(of.entities if isinstance(of, MultiViewKG) else of)
-        by_id = len(names) > 1 and all(name.isdecimal() and name.isascii() for name in names)
+        by_id = len(names) > 1 and all(re.fullmatch("[0-9]{1,18}", name) for name in names)
         if not by_id or any(array.shape[:1] == (number,) for array in arrays.values()):
             return None
-        arrays = {int(name): array for name, array in arrays.items()}
+        by_number = {int(name): array for name, array in arrays.items()}
+        if len(by_number) < len(arrays):
+            raise DataError(f"{path}: two arrays are named by one id, such as '1' and '01'.")
+        arrays = by_number
     return views_by_entity(arrays, of, skip_unknown=skip_unknown, where=str(path))
 
 
