@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import networkx as nx
 import polars as pl
 import torch
 from torch import Tensor
 
-from imvia_graph._dgl import dgl
 from imvia_graph._labels import decode_triples
 from imvia_graph.errors import DataError
 from imvia_graph.io.arrays import split_of
@@ -158,6 +156,8 @@ def to_networkx(kg: MultiViewKG) -> Any:
     >>> list(ig.io.to_networkx(kg).edges(keys=True))
     [('France', 'Spain', 'borders')]
     """
+    import networkx as nx
+
     graph = nx.MultiDiGraph(name=kg.name, relations=list(kg.relations))
     for label, name in zip(kg.entities, kg.entity_names, strict=True):
         graph.add_node(label, **({"name": name} if name != label else {}))
@@ -173,11 +173,6 @@ def to_networkx(kg: MultiViewKG) -> Any:
 
 
 # -- DGL ------------------------------------------------------------------------------------------
-
-
-def is_dgl(value: Any) -> bool:
-    """Return whether a value is a DGL graph."""
-    return isinstance(value, dgl.DGLGraph)
 
 
 def from_dgl(
@@ -366,6 +361,8 @@ def to_dgl(kg: MultiViewKG, form: str = "heterogeneous") -> Any:
     sizes = [len(kg.triples(split)) for split in SPLITS]
     split = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     if form == "homogeneous":
+        from imvia_graph._dgl import dgl
+
         graph = dgl.graph((triples[:, 0], triples[:, 2]), num_nodes=kg.num_entities)
         graph.edata["rel"] = triples[:, 1].contiguous()
         for number, name in enumerate(SPLITS):

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import networkx as nx
 import numpy as np
 import polars as pl
 import torch
@@ -254,13 +253,13 @@ def _read(source: Any, format: str | None, options: dict[str, Any]) -> Source | 
         return _read_parts(
             {name: part for name, part in parts.items() if part is not None}, format, options
         )
-    if isinstance(source, nx.Graph):
+    if _is_a("networkx", "Graph", source):
         return graphs.from_networkx(
             source, **_checked_options(options, "graphs", "a networkx graph")
         )
-    if graphs.is_dgl(source):
+    if _is_a("dgl", "DGLGraph", source):
         return graphs.from_dgl(source, **_checked_options(options, "graphs", "a DGL graph"))
-    if _is_pandas(source):
+    if _is_a("pandas", "DataFrame", source):
         source = _from_pandas(source)
     if isinstance(source, pl.DataFrame) or arrays.is_pykeen(source) or _is_array(source):
         return _read_parts({"train": source}, format, options, whole=True)
@@ -270,10 +269,10 @@ def _read(source: Any, format: str | None, options: dict[str, Any]) -> Source | 
     )
 
 
-def _is_pandas(value: Any) -> bool:
-    """Return whether a value is a pandas frame, without importing pandas."""
-    pandas = sys.modules.get("pandas")
-    return pandas is not None and isinstance(value, pandas.DataFrame)
+def _is_a(package: str, name: str, value: Any) -> bool:
+    """Return whether a value is an instance of a class of a package, without importing it."""
+    kind = getattr(sys.modules.get(package), name, None)
+    return kind is not None and isinstance(value, kind)
 
 
 def _from_pandas(frame: Any) -> pl.DataFrame:
@@ -325,7 +324,8 @@ def _read_parts(
             f" {', '.join(map(repr, source)) or 'an empty one'}."
         )
     parts = {
-        name: _from_pandas(value) if _is_pandas(value) else value for name, value in parts.items()
+        name: _from_pandas(value) if _is_a("pandas", "DataFrame", value) else value
+        for name, value in parts.items()
     }
     values = list(parts.values())
     if all(isinstance(value, (str, os.PathLike)) for value in values):

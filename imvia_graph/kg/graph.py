@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from imvia_graph import _files, _linked
-from imvia_graph._dgl import dgl
 from imvia_graph._display import nearest
 from imvia_graph._labels import are_distinct, encode_labels, index_triples
 from imvia_graph.answers import AnswerIndex, pointer
@@ -320,7 +319,7 @@ class MultiViewKG:
         for modality, held in self._held.items():
             edges[modality, "of", "entity"] = (torch.arange(len(held.feat)), held.entity)
             num_nodes[modality] = len(held.feat)
-        graph = dgl.heterograph(edges, num_nodes_dict=num_nodes)
+        graph = _heterograph(edges, num_nodes)
         graph.edges["fact"].data["rel"] = relation
         for modality, held in self._held.items():
             graph.nodes[modality].data["feat"] = held.feat
@@ -522,7 +521,7 @@ class MultiViewKG:
         for modality in self.modalities:
             edges[modality, "of", "entity"] = self.graph.edges(etype=(modality, "of", "entity"))
         num_nodes = {ntype: self.graph.num_nodes(ntype) for ntype in self.graph.ntypes}
-        graph = dgl.heterograph(edges, num_nodes_dict=num_nodes)
+        graph = _heterograph(edges, num_nodes)
         for modality in self.modalities:
             graph.nodes[modality].data["feat"] = self._held[modality].feat
         return graph
@@ -629,6 +628,12 @@ class MultiViewKG:
 
 
 # -- labels and ids -------------------------------------------------------------------------------
+
+
+def _heterograph(edges: Mapping[tuple[str, str, str], Any], num_nodes: Mapping[str, int]) -> Any:
+    from imvia_graph._dgl import dgl  # here, because DGL takes seconds to import
+
+    return dgl.heterograph(edges, num_nodes_dict=num_nodes)
 
 
 def _as_tensor(numbers: Any, where: str) -> Tensor:

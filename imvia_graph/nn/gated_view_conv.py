@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from imvia_graph import _gpu
-from imvia_graph._dgl import dgl
 from imvia_graph._gpu.lookup import lookup
 from imvia_graph._gpu.products import linear
 from imvia_graph.answers import pointer
@@ -187,6 +186,8 @@ class GatedViewConv(nn.Module):
         IMVIAError
             If the features differ in width from the layer.
         """
+        from imvia_graph._dgl import dgl  # here, because DGL takes seconds to import
+
         degrees = graph.in_degrees()
         if not self.allow_zero_in_degree and (degrees == 0).any():
             raise dgl.DGLError(
@@ -389,6 +390,8 @@ class GatedViewConv(nn.Module):
                 halves[self] = gate
         if rel_feat is not None:
             if self.gate_relation is None:
+                from imvia_graph._dgl import dgl
+
                 raise dgl.DGLError(
                     "This layer was made without rel_feats, but received a rel_feat of shape"
                     f" {tuple(rel_feat.shape)}. Give rel_feats to the constructor."

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from imvia_graph._dgl import dgl
 from imvia_graph._gpu.products import linear
 from imvia_graph._streams import Streams
 from imvia_graph.errors import IMVIAError, UnknownLabelError
@@ -277,6 +276,8 @@ class MultiViewEncoder(nn.Module):
         if callable(self.aggregate):
             combine = self.aggregate
         else:
+            from imvia_graph._dgl import dgl  # here, because DGL takes seconds to import
+
             combine = dgl.nn.pytorch.hetero.get_aggregate_fn(self.aggregate)
         return combine(list(parts.values()), destination)
 

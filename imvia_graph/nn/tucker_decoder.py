@@ -397,9 +397,10 @@ def complex_product(left: Tensor, right: Tensor) -> Tensor:
     tensor([[-5., 10.]])
     """
     dtype = torch.promote_types(left.dtype, right.dtype)
-    # Only rows are broadcast: a single column is not a complex number.
-    rows = torch.broadcast_shapes(left.shape[:1], right.shape[:1])
-    both = (numbers.to(dtype).expand(*rows, -1) for numbers in (left, right))
+    # Only rows are broadcast: a single column is not a complex number. torch.broadcast_shapes would
+    # import sympy, which takes a second.
+    rows = len(left) if len(right) == 1 else len(right)
+    both = (numbers.to(dtype).expand(rows, -1) for numbers in (left, right))
     out: Tensor = _ComplexProduct.apply(*both)
     return out
 
