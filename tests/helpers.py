@@ -1,12 +1,14 @@
 """Helpers of several test files: small graphs, folders and comparisons."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing import start_processes
 
 import imvia_graph as ig
 from imvia_graph.settings import Settings
@@ -156,3 +158,29 @@ def run_python(*arguments: str, cwd: Path, **variables: str) -> subprocess.Compl
         timeout=300,
         check=False,
     )
+
+
+def in_groups(sizes, work) -> None:
+    """Call `work` in a process alone, in each of a group of two, or whatever sizes are given.
+
+    A group is forked from this process, where torchrun would import torch anew for each of its
+    processes. So call it in a process that has not computed anything yet.
+    """
+    for size in sizes:
+        start_processes(
+            _member, (size, _free_port(), work), nprocs=size, join=True, start_method="fork"
+        )
+
+
+def _member(rank, size, port, work):
+    if size > 1:
+        described = {"RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port, "LOCAL_RANK": rank}
+        os.environ.update({name: str(value) for name, value in described.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="none")
+    work()
+
+
+def _free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

@@ -4,6 +4,7 @@ import ast
 import importlib
 import weakref
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -230,8 +231,14 @@ def test_layers_under_autocast_go_the_fast_way_on_a_gpu_alone(device):  # noqa: 
 # -- rows of tables -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize(("number", "size", "width"), [(150, 40, 5), (1, 3, 300), (520, 1, 257)])
+@pytest.mark.parametrize(
+    ("number", "size", "width", "dtype"),
+    [
+        *((150, 40, 5, dtype) for dtype in [torch.float32, *HALF]),
+        (1, 3, 300, torch.float32),
+        (520, 1, 257, HALF[-1]),  # the interpreter takes seconds
+    ],
+)
 def test_gradients_of_lookups_are_summed(device, number, size, width, dtype):  # noqa: F811
     drawn = torch.Generator().manual_seed(0)
     row = torch.randint(size, (number,), generator=drawn)
@@ -364,8 +371,13 @@ def sizes(power, rows):
 
 
 # The interpreter multiplies no bfloat16, but here it is read as float32.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("width", [1, 2, 64, 301, 2051])
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [
+        *product([1, 2, 64, 301], [torch.float32, torch.float16, torch.bfloat16]),
+        (2051, torch.float16),  # the interpreter takes seconds
+    ],
+)
 @pytest.mark.parametrize("power", [2, 3])
 def test_sums_of_powers_match_the_plain_form(device, power, width, dtype):  # noqa: F811
     few, many, none = torch.rand(13), torch.rand(70), torch.rand(0)
@@ -742,9 +754,9 @@ def test_steps_in_one_shape_are_those_of_the_batches(
 def trainer_of(device, changes):  # noqa: F811
     torch.manual_seed(0)
     chosen = settings(
-        device=str(device), batch_size=20, precision="float32", backend="triton", **changes
+        device=str(device), batch_size=12, precision="float32", backend="triton", **changes
     )
-    kg = ring_kg()
+    kg = ring_kg(7, valid=2, test=2)
     model = ig.IMVIA.from_kg(kg, chosen).to(device)
     trainer = Trainer(model.train(), kg, chosen)
     for group in trainer.estimator_optimizer.param_groups:
@@ -761,9 +773,9 @@ def fitted(device, on_gpu, monkeypatch):  # noqa: F811
         monkeypatch.setattr(training, "can_record", lambda trainer: in_one_shape)
         monkeypatch.setattr(training, "RecordedSteps", partial(RecordedSteps, on_gpu=False))
         chosen = settings(
-            device=str(device), batch_size=20, precision="float32", epochs=2, **changes
+            device=str(device), batch_size=12, precision="float32", epochs=2, **changes
         )
-        kg = ring_kg(views=False)
+        kg = ring_kg(7, valid=2, test=2, views=False)
         torch.manual_seed(0)
         model = ig.IMVIA.from_kg(kg, chosen).to(device)
         return Trainer(model, kg, chosen, callbacks)
