@@ -13,6 +13,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import contents, ring_kg, run_python
 from PIL import Image
 from safetensors.torch import save_file
@@ -520,14 +521,17 @@ def test_killed_and_run_again_it_goes_on(tmp_path, clip):
     images = make_pictures(tmp_path / "images", kg.entities, 200)
     (images / "e3" / "broken.png").write_bytes(b"x")
     command = [sys.executable, "-m", "imvia_graph", "encode", "kg", "--images", "images"]
-    command += ["--encoder", clip, "--batch-size", "8", "--device", "cpu"]
-    whole = run_python(*command[1:], "--out", "whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
+    options = ["--encoder", str(clip), "--batch-size", "8", "--device", "cpu"]
+    files = [str(tmp_path / name) for name in ("kg", "images", "whole")]
+    whole = CliRunner().invoke(
+        main, ["encode", files[0], "--images", files[1], "--out", files[2], *options]
+    )
+    assert whole.exit_code == 0, whole.output
     assert "1 broken image is left out." in whole.stderr
     assert "broken: e3/broken.png: it is not a picture in a known format" in whole.stderr
     assert not (tmp_path / "whole" / ".encode").exists()
 
-    command += ["--out", "again", "--cache", "cache"]
+    command += ["--out", "again", "--cache", "cache", *options]
     # Few pixels make for a quick run; stopped while a part file is being renamed, say.
     process = subprocess.Popen(
         command,

@@ -123,7 +123,7 @@ def test_portions_make_no_difference_to_what_the_library_reads(bench, made, tmp_
         assert 0.9 < feat.std() < 2
 
 
-@pytest.mark.parametrize(("modalities", "epochs"), [(["image"], 8), ([], 30)], ids=str)
+@pytest.mark.parametrize(("modalities", "epochs"), [(["image"], 4), ([], 12)], ids=str)
 def test_a_short_fit_ranks_well_above_chance(made, modalities, epochs):
     run = ig.fit(made.kg, modalities=modalities, epochs=epochs, dim=32, batch_size=256,
                  validation="published", device="cpu", precision="float32")  # fmt: skip
