@@ -13,8 +13,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from click.testing import CliRunner
-from helpers import contents, ring_kg, run_python
+from helpers import contents, ring_kg
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -515,26 +514,23 @@ def test_a_cache_that_holds_an_input_twice_gives_each_its_own_features(tmp_path)
     assert torch.equal(found.views.feat, encode_views(raw, Mean()).views.feat)
 
 
-def test_killed_and_run_again_it_goes_on(tmp_path, clip):
+def test_killed_and_run_again_it_goes_on(tmp_path, clip, command):
     kg = ring_kg(views=False)
     kg.save(tmp_path / "kg")
     images = make_pictures(tmp_path / "images", kg.entities, 200)
     (images / "e3" / "broken.png").write_bytes(b"x")
-    command = [sys.executable, "-m", "imvia_graph", "encode", "kg", "--images", "images"]
-    options = ["--encoder", str(clip), "--batch-size", "8", "--device", "cpu"]
-    files = [str(tmp_path / name) for name in ("kg", "images", "whole")]
-    whole = CliRunner().invoke(
-        main, ["encode", files[0], "--images", files[1], "--out", files[2], *options]
-    )
-    assert whole.exit_code == 0, whole.output
-    assert "1 broken image is left out." in whole.stderr
-    assert "broken: e3/broken.png: it is not a picture in a known format" in whole.stderr
+    encode = ["encode", "kg", "--images", "images", "--encoder", clip, "--batch-size", "8"]
+    encode += ["--device", "cpu"]
+    status, _, errors = command(*encode, "--out", "whole")
+    assert status == 0, errors
+    assert "1 broken image is left out." in errors
+    assert "broken: e3/broken.png: it is not a picture in a known format" in errors
     assert not (tmp_path / "whole" / ".encode").exists()
 
-    command += ["--out", "again", "--cache", "cache", *options]
+    encode += ["--out", "again", "--cache", "cache"]
     # Few pixels make for a quick run; stopped while a part file is being renamed, say.
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "imvia_graph", *encode],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -551,8 +547,8 @@ def test_killed_and_run_again_it_goes_on(tmp_path, clip):
     assert 5 <= len(parts) <= kept < 25
     assert not (tmp_path / "again" / "kg.json").exists()
 
-    again = run_python(*command[1:], "--strict", cwd=tmp_path)
-    assert again.returncode == 1, again.stderr  # of the broken picture
+    status, _, errors = command(*encode, "--strict")
+    assert status == 1, errors  # of the broken picture
     (log,) = (tmp_path / "cache").rglob("log.jsonl")
     events = [json.loads(line) for line in log.read_text().splitlines()]
     started = sum(event["inputs"] for event in events if event["event"] == "start")
