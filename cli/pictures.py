@@ -32,8 +32,8 @@ def pictures(run: Path) -> None:
     sources = (source for modality in kg.modalities for source in kg.view_sources(modality))
     if not any(source.startswith(("flags/", "outlines/")) for source in sources):
         raise DataError(
-            f"{run}: {kg} has no views of the flags and outlines of `countries`, so these would not"
-            " be shown. Name a run that was trained on `countries`."
+            f"{run}: {kg.title} has no views of the flags and outlines of `countries`, so these"
+            " would not be shown. Name a run that was trained on `countries`."
         )
     folder = run / "pictures"
     click.echo(f"{draw_countries(folder)} pictures in {folder}")

@@ -382,7 +382,9 @@ def ranked_triples(
     if triples is None:
         ids = kg.triples(split)
         if not len(ids):
-            raise DataError(f"{kg}: the split {split!r} has no triples; there is nothing to rank.")
+            raise DataError(
+                f"{kg.title}: the split {split!r} has no triples; there is nothing to rank."
+            )
         return ids, kg.answers()
     if not len(triples):
         raise DataError("triples: there are none; there is nothing to rank.")

@@ -252,17 +252,17 @@ class IMVIA(nn.Module):
         for kind, mine, other in zip(kinds, ours, theirs, strict=True):
             if mine != other:
                 raise DataError(
-                    f"The model is for a graph with {mine:,} {kind}; {kg} has {other:,}. Use the"
-                    " graph that it was trained on: `imvia_graph.load` returns both."
+                    f"The model is for a graph with {mine:,} {kind}; {kg.title} has {other:,}. Use"
+                    " the graph that it was trained on: `imvia_graph.load` returns both."
                 )
         for kind, labels, column in zip(kinds, self._labels or (), kg.label_columns, strict=False):
             if labels is not column and not labels.equals(column):
                 place = int((labels != column).arg_max() or 0)
                 raise DataError(
                     f"The model is for a graph whose {kind} are in another order: number {place} is"
-                    f" {labels[place]!r} there and {column[place]!r} in {kg}. Use the graph that it"
-                    " was trained on (`imvia_graph.load` returns both), or fix the order of ids"
-                    " with a KG folder or with entities= and relations= of load_kg."
+                    f" {labels[place]!r} there and {column[place]!r} in {kg.title}. Use the graph"
+                    " that it was trained on (`imvia_graph.load` returns both), or fix the order of"
+                    " ids with a KG folder or with entities= and relations= of load_kg."
                 )
 
     def reset_parameters(self) -> None:

@@ -252,7 +252,8 @@ class Run:
 
     def __repr__(self) -> str:
         where = f" in {self.folder}" if self.folder else ""
-        return f"<Run of {self.kg}{where}: {self.progress.epoch} epochs, heads {self.model.heads}>"
+        trained = f"{self.progress.epoch} epochs, heads {self.model.heads}"
+        return f"<Run of {self.kg.title}{where}: {trained}>"
 
 
 class EntityEncoder(nn.Module):
@@ -359,7 +360,7 @@ def fit(
     out: str | os.PathLike[str] | None = None,
     settings: Settings | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     resume: bool = False,
-    callbacks: Callback | Sequence[Callback] = (),
+    callbacks: Callback | Sequence[Callback] | None = None,
     **overrides: Any,
 ) -> Run:
     """Train IMVIA on a graph.
@@ -383,8 +384,8 @@ def fit(
         the run's values if they are left open. A run that has ended is returned unchanged, unless
         ``epochs`` or ``patience`` lets it go on. ``epochs`` below the number already trained is
         raised to that number.
-    callbacks : Callback or sequence of Callback
-        See `imvia_graph.training.Callback`.
+    callbacks : Callback or sequence of Callback, optional
+        See `imvia_graph.training.Callback`. Default: ``None``, none.
     **overrides
         Settings by name, over ``settings``.
 
@@ -706,6 +707,6 @@ def _check_modalities(kg: MultiViewKG, settings: Settings) -> None:
     missing = [name for name in settings.modalities or [] if name not in kg.modalities]
     if missing:
         raise DataError(
-            f"Setting modalities: {kg} has no views of {', '.join(map(repr, missing))}; it has"
-            f" {', '.join(map(repr, kg.modalities)) or 'none'}."
+            f"Setting modalities: {kg.title} has no views of {', '.join(map(repr, missing))}; it"
+            f" has {', '.join(map(repr, kg.modalities)) or 'none'}."
         )

@@ -66,7 +66,9 @@ class ProgressBar(Callback):
         valid = record.get("valid")
         status = f"epoch {record['epoch']}/{trainer.epochs}  loss {record['loss']:.4g}"
         if valid:
-            status += f"  valid MRR {100 * valid['mrr']:.2f} %"
+            drawn = trainer.settings.ranking_candidates
+            against = "" if drawn is None else f" against {drawn:,} drawn"
+            status += f"  valid MRR{against} {100 * valid['mrr']:.2f} %"
         if trainer.progress.best_mrr is not None:
             status += (
                 f"  best {100 * trainer.progress.best_mrr:.2f} % (epoch"

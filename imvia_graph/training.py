@@ -73,7 +73,7 @@ class Callback:
         """Called after each epoch and its validation, with its record in ``metrics.jsonl``."""
 
     def on_stop(self, trainer: Trainer) -> None:
-        """Called after a step where training ends early: on request or for a `TrainingError`.
+        """Called where training ends early: on request or for a `TrainingError`.
 
         A checkpoint of the trainer saved here resumes with the next step, bit for bit.
         """
@@ -122,14 +122,16 @@ class _Step(NamedTuple):
     drawn: Tensor
 
 
-def checked_callbacks(callbacks: Callback | Sequence[Callback]) -> list[Callback]:
-    """Return one callback or several as a list.
+def checked_callbacks(callbacks: Callback | Sequence[Callback] | None) -> list[Callback]:
+    """Return one callback, several or none (None) as a list.
 
     Raises
     ------
     SettingsError
         One of them is no `Callback`.
     """
+    if callbacks is None:
+        return []
     if isinstance(callbacks, Callback):
         return [callbacks]
     found: list[Any] = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
@@ -154,8 +156,8 @@ class Trainer:
         ``train`` is trained on, ``valid`` selects the best epoch; ``test`` only filters ranks.
     settings : Settings
         See the groups *losses* and *training*.
-    callbacks : sequence of Callback, optional
-        Called in this order. Default: none.
+    callbacks : Callback or sequence of Callback, optional
+        Called in this order. Default: ``None``, none.
 
     Attributes
     ----------
@@ -207,7 +209,7 @@ class Trainer:
         model: IMVIA,
         kg: MultiViewKG,
         settings: Settings,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Callback | Sequence[Callback] | None = None,
     ) -> None:
         settings = checked_settings(settings)
         model.check_graph(kg)
@@ -224,7 +226,7 @@ class Trainer:
         self.sums: dict[str, Tensor] = {}
         self.parts = Parts("training on a batch of queries")
         self._holes = Holes()
-        self._stopping = False
+        self._stopping = self._stopped = False
         self._started = time.perf_counter()
         self._unsettled: _Step | None = None
         self._best: dict[str, Tensor] | None = None
@@ -391,6 +393,8 @@ class Trainer:
         OutOfMemoryError
             A single query does not fit into memory.
         """
+        if self._stopped:  # the last call did what was asked
+            self._stopping = self._stopped = False
         settings, progress = self.settings, self.progress
         more_patience = settings.patience is None or progress.waited < settings.patience
         if progress.epoch < self.epochs and more_patience:
@@ -398,6 +402,7 @@ class Trainer:
         try:
             return self._fit()
         finally:
+            self._stopped = self._stopping
             for table in self.tables.values():
                 table.forget()
             with ExitStack() as closing:  # closes every callback, even if another one raises
@@ -410,6 +415,8 @@ class Trainer:
             callback.on_start(self)
         try:
             while not progress.ended:
+                if self._is_stopping():
+                    raise _Stopped
                 give_back_freed_memory()
                 if progress.epoch < self.epochs:
                     self._epoch()
@@ -434,8 +441,9 @@ class Trainer:
     def stop(self) -> None:
         """Make `fit` return after the current step, with ``progress.ended`` empty.
 
-        Called from `Callback.on_epoch`, it ends training after the first step of the next epoch.
-        May be called from a callback, another thread or a signal handler.
+        If no step is in progress, as in `Callback.on_epoch` and before `fit`, no further one is
+        taken. The next call of `fit` continues. May be called from a callback, another thread or a
+        signal handler.
         """
         self._stopping = True
 

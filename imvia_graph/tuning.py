@@ -288,7 +288,7 @@ def _without_test(kg: Any, settings: Settings) -> MultiViewKG:
     """Return the graph with `fit`'s choice of validation set, and test triples moved to known."""
     graph = graph_for(kg, settings)
     if not len(graph.valid):
-        raise DataError(f"{graph}: there are no validation triples to choose settings by.")
+        raise DataError(f"{graph.title}: there are no validation triples to choose settings by.")
     return graph.replace(known=torch.cat([graph.known, graph.test]), test=graph.test[:0])
 
 

@@ -817,8 +817,6 @@ def test_training_that_was_stopped_goes_on_as_if_it_had_not_been(
         save_trainer(tmp_path / "last.safetensors", trainer)
         trainer = fitted(True, records)
         load_trainer(tmp_path / "last.safetensors", trainer)
-    else:
-        trainer._stopping = False
     records.after = None
     trainer.fit()
     assert [r["loss"] for r in records.records] == pytest.approx(

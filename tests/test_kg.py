@@ -877,7 +877,8 @@ def test_labels_survive_a_file_that_is_read_in_several_chunks(tmp_path):
 
 def test_str_and_repr_tell_name_and_sizes():
     kg = ring_kg()
-    assert str(kg) == "the graph 'ring'"
+    assert kg.title == "the graph 'ring'"
+    assert str(kg) == repr(kg)
     expected = "12 entities, 2 relations, 18 train, 3 valid, 3 test, 12 image views, 22 text views"
     assert repr(kg) == f"<MultiViewKG 'ring': {expected}>"
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import imvia_graph as ig
 from imvia_graph import CheckpointError, DataError, SettingsError, UnknownLabelError, checkpoint
-from imvia_graph.training import Callback
+from imvia_graph.training import Callback, Trainer
 
 FILES = ("best.safetensors", "last.safetensors")
 
@@ -641,6 +641,40 @@ def test_a_run_that_was_stopped_has_the_model_that_load_gives(step, graph, avera
     )
     assert resumed.progress.step == step + 1
     assert same_weights(resumed.model, ig.load(tmp_path / "run").model)
+
+
+class StopAfterEpoch(Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_epoch(self, trainer, record):
+        if record["epoch"] == self.epoch:
+            trainer.stop()
+
+
+@pytest.mark.parametrize("epoch", [2, 4])
+def test_a_run_stopped_after_an_epoch_has_taken_no_further_step(epoch, tmp_path):
+    whole = fit(tmp_path / "whole", epochs=4, patience=None)
+    out = tmp_path / "run"
+    run = fit(out, epochs=4, patience=None, callbacks=StopAfterEpoch(epoch))
+    assert (run.progress.epoch, run.progress.step) == (epoch, epoch * STEPS)
+    assert run.progress.ended == ("epochs" if epoch == 4 else "")
+    ig.fit(out=out, resume=True, callbacks=None)
+    assert_same_run(whole.folder, out)
+
+
+def test_a_trainer_asked_to_stop_before_it_begins_takes_no_step_and_goes_on_when_called_again():
+    kg, chosen = ring_kg(), settings(epochs=2)
+    models = []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        trainer = Trainer(ig.IMVIA.from_kg(kg, chosen), kg, chosen)
+        if asked:
+            trainer.stop()
+            assert trainer.fit().step == 0
+        assert trainer.fit().ended == "epochs"
+        models.append(trainer.model)
+    assert same_weights(*models)
 
 
 @pytest.mark.parametrize(("stop", "options"), RESUMED.values(), ids=RESUMED)

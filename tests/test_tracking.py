@@ -137,6 +137,13 @@ class Fails(ig.Callback):
         raise KeyError("mine")
 
 
+def test_the_bar_says_when_validation_ranks_against_a_sample():
+    shown = io.StringIO()
+    bar = ig.ProgressBar(Console(file=shown, width=100))
+    ig.fit(ring_kg(), settings=settings(epochs=1, ranking_candidates=5), callbacks=bar)
+    assert "valid MRR against 5 drawn " in shown.getvalue()
+
+
 def test_the_bar_is_taken_away_whatever_ends_training():
     bar = ig.ProgressBar(Console(file=io.StringIO(), force_terminal=True))
     with pytest.raises(KeyError, match="mine"):

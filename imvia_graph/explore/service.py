@@ -57,8 +57,9 @@ class Service:
             width = views["text"][0].shape[1] if "text" in views else None
             if text_encoder.width != width:
                 raise DataError(
-                    f"text_encoder: {run.kg} was trained on {width or 'no'} features per text, but"
-                    f" {text_encoder.name!r} makes {text_encoder.width}. Use the graph's encoder."
+                    f"text_encoder: {run.kg.title} was trained on {width or 'no'} features per"
+                    f" text, but {text_encoder.name!r} makes {text_encoder.width}. Use the graph's"
+                    " encoder."
                 )
         self._lock = threading.Lock()
         #: Names without case and accents, and such labels, if the graph's names are not its labels.

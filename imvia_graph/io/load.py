@@ -527,8 +527,9 @@ def with_validation(
     train, valid = hold_out(kg.train, HELD_OUT_FRACTION, seed, keep=kg.test, by=by)
     if not len(valid):
         raise DataError(
-            f"{kg}: no training triple can be held out: there are too few, or each is the only one"
-            " of an entity or a relation. Add a validation set, or use validation='published'."
+            f"{kg.title}: no training triple can be held out: there are too few, or each is the"
+            " only one of an entity or a relation. Add a validation set, or use"
+            " validation='published'."
         )
     reason = ""
     if leaks:

@@ -121,7 +121,7 @@ class MultiViewKG:
         self.test = self._checked_triples(test, "test")
         self.known = self._checked_triples(known, "known")
         if not len(self.train):
-            raise DataError(f"{self}: there are no training triples; at least one is needed.")
+            raise DataError(f"{self.title}: there are no training triples; at least one is needed.")
         if not isinstance(views or {}, Mapping):
             raise DataError(
                 f"views: expected Views by modality, {{modality: Views(…)}}; received"
@@ -401,7 +401,7 @@ class MultiViewKG:
     def _check_modality(self, modality: str) -> None:
         if modality not in self._held:
             raise UnknownLabelError(
-                f"{self} has no modality {modality!r}; it has"
+                f"{self.title} has no modality {modality!r}; it has"
                 f" {', '.join(map(repr, self.modalities)) or 'none'}."
             )
 
@@ -438,7 +438,7 @@ class MultiViewKG:
             )
         shown = nearest(label, [*labels, *names])
         near = f"The nearest known: {', '.join(map(repr, shown))}" if shown else "None is like it"
-        raise UnknownLabelError(f"Unknown {kind} {label!r} in {self}. {near}.")
+        raise UnknownLabelError(f"Unknown {kind} {label!r} in {self.title}. {near}.")
 
     def ids_of(self, triples: Iterable[Sequence[str]]) -> Tensor:
         """Return triples of labels or display names as (n, 3) int64 ids; see `id_of`.
@@ -509,8 +509,8 @@ class MultiViewKG:
         """
         if self.modalities and "of" in self.relations:
             raise DataError(
-                f"{self}: per_relation() needs the edge type 'of' for views, but a relation has"
-                " that label. Rename the relation."
+                f"{self.title}: per_relation() needs the edge type 'of' for views, but a relation"
+                " has that label. Rename the relation."
             )
         edges = {}
         order = torch.argsort(self.train[:, 1], stable=True)
@@ -623,7 +623,9 @@ class MultiViewKG:
             sizes.append(f"{len(held.feat)} {modality} views")
         return f"<{title}: {', '.join(sizes)}>"
 
-    def __str__(self) -> str:
+    @property
+    def title(self) -> str:
+        """How a message calls the graph: ``the graph 'countries'``, or ``the graph``."""
         return f"the graph {self.name!r}" if self.name else "the graph"
 
 

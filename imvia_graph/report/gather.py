@@ -108,7 +108,7 @@ def gather(
     kg = run.kg
     split = next((split for split in ("test", "valid") if len(kg.triples(split))), None)
     if split is None:
-        raise DataError(f"{name}: {kg} has neither test nor validation triples to rank.")
+        raise DataError(f"{name}: {kg.title} has neither test nor validation triples to rank.")
     predictor = Predictor(run.model, kg)
     triples, size = kg.triples(split), run.settings.ranking_batch_size
     ranking = rank(run.model, triples, kg.answers(), size, on_batch=on_batch)
