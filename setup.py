@@ -49,6 +49,7 @@ CORE = [
     'tomli; python_version < "3.11"',  # TOML, before the standard library had tomllib
     "click",  # the command line
     "rich",  # progress bars and tables on the terminal
+    "tabulate",  # tables in LaTeX and Markdown
     "safetensors",  # weights and features on disk
     'backports.zstd; python_version < "3.14"',  # size of the contents of a .zst file before it is read
     "filelock",  # locks of run folders and studies (torch depends on it, too)
@@ -104,7 +105,7 @@ EXTRAS = {
     "docs": ["sphinx", "furo", "myst-parser", "sphinx-click", "sphinx-copybutton"],
     # An independent evaluator to compare rankings with.
     "bench": ["pykeen"],
-    "dev": ["ruff", "mypy", "types-PyYAML"],
+    "dev": ["ruff", "mypy", "types-PyYAML", "types-tabulate"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

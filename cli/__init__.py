@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "Rank the triples of a split with a trained run.",
     "predict": "Complete a triple: list the best answers to a query.",
     "explain": "Explain a triple: rank and score by each head, weights of the views.",
+    "compare": "Compare runs in one table: means over seeds, differences; LaTeX, CSV.",
     "report": "Write an HTML page about one or more runs: metrics, curves, pictures.",
     "explore": "Explore a run in the browser, or query it as a JSON service.",
     "pictures": "Draw the pictures of the built-in graph `countries` for report and explore.",

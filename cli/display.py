@@ -102,7 +102,7 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
     table = Table(title=cell(f"{title}, against {metrics['candidates']}"), title_justify="left")
     table.add_column("", no_wrap=True)
     for column in COLUMNS:
-        table.add_column(_heading(column), justify="right")
+        table.add_column(heading(column), justify="right")
     rows = {
         "all": metrics["both"],
         "predict heads": metrics["head"],
@@ -111,7 +111,7 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
     if len(metrics["heads"]) > 1:
         rows.update({f"{name} head": m for name, m in metrics["heads"].items()})
     for name, row in rows.items():
-        table.add_row(cell(name), *(_cell(column, row[column]) for column in COLUMNS))
+        table.add_row(cell(name), *(value_text(column, row[column]) for column in COLUMNS))
     return table
 
 
@@ -124,17 +124,19 @@ def relations_table(metrics: Mapping[str, Any], names: Mapping[str, str]) -> Tab
     table.add_column("relation")
     table.add_column("triples", justify="right")
     for column in COLUMNS[:1] + COLUMNS[2:5]:
-        table.add_column(_heading(column), justify="right")
+        table.add_column(heading(column), justify="right")
     rows = sorted(metrics["relations"].items(), key=lambda item: -item[1]["triples"])
     for label, row in rows:
-        cells = (_cell(column, row[column]) for column in COLUMNS[:1] + COLUMNS[2:5])
+        cells = (value_text(column, row[column]) for column in COLUMNS[:1] + COLUMNS[2:5])
         table.add_row(cell(names[label]), str(row["triples"]), *cells)
     return table
 
 
-def _heading(column: str) -> str:
+def heading(column: str) -> str:
+    """Return the heading of a metric's column."""
     return {"mrr": "MRR %", "mr": "MR"}.get(column, f"{column.replace('hits', 'H')} %")
 
 
-def _cell(column: str, value: float) -> str:
+def value_text(column: str, value: float) -> str:
+    """Return a metric as its column shows it: in per cent, except the mean rank."""
     return f"{value:.1f}" if column == "mr" else f"{100 * value:.2f}"

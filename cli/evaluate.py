@@ -11,10 +11,10 @@ import click
 from imvia_graph._display import shorten
 from imvia_graph.cli.display import Bar, json_text, metrics_table, relations_table, results
 from imvia_graph.cli.options import NamedFile, device_option, run_argument
+from imvia_graph.cli.tables import FRAMES, check_suffix, write_frame
 from imvia_graph.errors import DataError, UnknownLabelError
 
 if TYPE_CHECKING:
-    import polars as pl
     from torch import Tensor
 
     from imvia_graph.kg import MultiViewKG
@@ -79,8 +79,7 @@ def evaluate(
     from imvia_graph.run import load
 
     if ranks is not None:
-        if ranks.suffix.lower() not in _WRITERS:
-            raise DataError(f"--ranks {ranks}: expected a suffix of {', '.join(_WRITERS)}.")
+        check_suffix("--ranks", ranks, list(FRAMES))
         check_free(ranks, force)
     trained = load(run, device)
     among = _candidates(candidates, trained.kg)
@@ -90,7 +89,7 @@ def evaluate(
         ranking = trained.rank(split, triples=chosen, candidates=among, on_batch=ranked)
     metrics = ranking.metrics(trained.kg.relations)
     if ranks is not None:
-        _write(ranking.frame(trained.kg), ranks)
+        write_frame(ranking.frame(trained.kg), ranks)
     if as_json:
         click.echo(json_text(metrics))
         return
@@ -99,23 +98,6 @@ def evaluate(
     if relations:
         names = dict(zip(trained.kg.relations, trained.kg.relation_names, strict=True))
         results.print(relations_table(metrics, names))
-
-
-#: Methods of a polars frame by suffix, with their options.
-_WRITERS: dict[str, tuple[str, dict[str, str]]] = {
-    ".tsv": ("write_csv", {"separator": "\t"}),
-    ".csv": ("write_csv", {}),
-    ".parquet": ("write_parquet", {}),
-}
-
-
-def _write(frame: pl.DataFrame, path: Path) -> None:
-    """Write a table in the format of the file's suffix."""
-    from imvia_graph import _files
-
-    method, options = _WRITERS[path.suffix.lower()]
-    write = partial(getattr(frame, method), **options)
-    _files.write_atomically(path, write, follow=True)
 
 
 def _triples(path: Path, kg: MultiViewKG) -> Tensor:

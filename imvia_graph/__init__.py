@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from imvia_graph import splits as splits
     from imvia_graph import training as training
     from imvia_graph import tuning as tuning
+    from imvia_graph.comparison import compare
     from imvia_graph.errors import (
         CheckpointError,
         DataError,
@@ -66,6 +67,7 @@ _HOME = {
     "StorageError": "errors",
     "TrainingError": "errors",
     "UnknownLabelError": "errors",
+    "compare": "comparison",
     "evaluate": "evaluation",
     "rank": "evaluation",
     "export_embeddings": "export",
@@ -120,6 +122,7 @@ __all__ = [
     "UnknownLabelError",
     "Views",
     "__version__",
+    "compare",
     "datasets",
     "encode",
     "evaluate",

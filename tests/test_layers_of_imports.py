@@ -11,7 +11,7 @@ HOUSE = [
     {"__main__"},
     {"cli"},
     {"report", "explore"},
-    {"export", "tuning"},
+    {"comparison", "export", "tuning"},
     {"run"},
     {"checkpoint", "tracking"},
     {"training", "inference"},
