@@ -149,6 +149,17 @@ def test_importing_the_package_imports_no_torch(tmp_path):
     assert run_python("-c", program, cwd=tmp_path).stdout == "[]\n"
 
 
+def test_predicting_does_not_wait_for_what_it_does_not_use(tmp_path):
+    program = (
+        "import sys, imvia_graph as ig; kg = ig.load_kg('countries'); settings = ig.Settings();"
+        "run = ig.Run(ig.IMVIA.from_kg(kg, settings), kg, settings, ig.training.Progress());"
+        "run.predict(head='France', relation='borders'); run.evaluate();"
+        "print(sorted({'dgl', 'networkx', 'sympy', 'torch._dynamo'} & set(sys.modules)))"
+    )
+    done = run_python("-c", program, cwd=tmp_path)
+    assert done.stdout == "[]\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("said", "spins"),
     [
