@@ -22,19 +22,22 @@ from imvia_graph.run import Run, load
 
 #: A trained run, its folder, or the ranks by another model (`imvia_graph.evaluation.rank_scorer`).
 Ranked: TypeAlias = "Run | Ranking | str | os.PathLike[str]"
+#: Labels of the entities and of the relations.
+Labels: TypeAlias = tuple[pl.Series, pl.Series]
 
 #: Half the width of a 95 % interval of the normal distribution, in standard deviations.
 _Z = 1.959964
 
 
 class _Member(NamedTuple):
-    """A ranked run: its name, the setting values that tell methods apart, and its ranks."""
+    """A ranked run."""
 
     name: str
+    #: Without the seed; None for the ranks by another model.
     settings: dict[str, Any] | None
     ranking: Ranking
     #: What the ids of the triples stand for; None if it is not known.
-    labels: tuple[pl.Series, pl.Series] | None
+    labels: Labels | None
 
 
 def compare(
@@ -90,22 +93,20 @@ def compare(
     >>> table.select("name", "runs", "settings").rows()
     [('wide', 2, ''), ('narrow', 1, 'dim=8')]
     """
-    groups = runs if isinstance(runs, Mapping) else None
-    if groups is None:
-        found = [_ranked(run, split, device, on_batch) for run in _as_list(runs)]
-        _check_comparable(found)
+    asked = runs if isinstance(runs, Mapping) else {"": runs}
+    found: list[_Member] = []
+    rows: dict[str, list[_Member]] = {}
+    for name, group in asked.items():
+        rows[name] = []
+        for run in _as_list(group):
+            found.append(_ranked(run, split, device, on_batch, found))
+            rows[name].append(found[-1])
+        if not rows[name] and isinstance(runs, Mapping):
+            raise DataError(f"compare: expected runs, {name!r} has none.")
+    if not found:
+        raise DataError("compare: expected runs, received none.")
+    if not isinstance(runs, Mapping):
         rows = _by_settings(found)
-    else:
-        rows = {
-            name: [_ranked(run, split, device, on_batch) for run in _as_list(group)]
-            for name, group in groups.items()
-        }
-        for name, members in rows.items():
-            if not members:
-                raise DataError(f"compare: {name!r} has no runs.")
-        _check_comparable([member for members in rows.values() for member in members])
-    if not rows:
-        raise DataError("compare: expected at least one run, received none.")
     first = next(iter(rows.values()))
     return pl.DataFrame(
         [_row(name, members, first) for name, members in rows.items()],
@@ -114,46 +115,45 @@ def compare(
     )
 
 
-def differing(settings: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings, except the seed, that differ from others."""
-    return {
-        name: value
-        for name, value in settings.items()
-        if name != "seed" and (name not in other or value != other[name])
-    }
-
-
 def _as_list(runs: Any) -> list[Any]:
     one = isinstance(runs, (Run, Ranking, str, os.PathLike))
     return [runs] if one else list(runs)
 
 
 def _ranked(
-    run: Ranked, split: Split, device: str, on_batch: Callable[[str, int, int], None] | None
+    run: Ranked,
+    split: Split,
+    device: str,
+    on_batch: Callable[[str, int, int], None] | None,
+    others: Sequence[_Member],
 ) -> _Member:
-    """Rank the split with a run, which is not kept."""
+    """Rank the split with a run, if the other runs have ranked the same triples."""
     if isinstance(run, Ranking):
+        _check_triples("a ranking", run.triples, None, others)
         return _Member("a ranking", None, run, None)
     if not isinstance(run, Run):
         run = load(run, device)
     name = str(run.folder) if run.folder else run.kg.name or "run"
+    labels = run.kg.label_columns
+    _check_triples(name, run.kg.triples(split), labels, others)
     told = None if on_batch is None else lambda done, total: on_batch(name, done, total)
     ranking = run.rank(split, on_batch=told)
-    return _Member(name, run.settings.model_dump(mode="json"), ranking, run.kg.label_columns)
+    settings = run.settings.model_dump(mode="json", exclude={"seed"})
+    return _Member(name, settings, ranking, labels)
 
 
-def _check_comparable(found: Sequence[_Member]) -> None:
-    """Raise an error if two runs rank other triples."""
-    named = next((member for member in found if member.labels is not None), None)
-    for member in found:
-        same = torch.equal(member.ranking.triples, found[0].ranking.triples)
-        if same and member.labels is not None and named is not None and named.labels is not None:
-            pairs = zip(member.labels, named.labels, strict=True)
-            same = all(one.equals(other) for one, other in pairs)
+def _check_triples(
+    name: str, triples: Tensor, labels: Labels | None, others: Sequence[_Member]
+) -> None:
+    """Raise an error if other runs have ranked other triples."""
+    for other in others:
+        same = torch.equal(triples, other.ranking.triples)
+        if same and labels is not None and other.labels is not None:
+            same = all(one.equals(two) for one, two in zip(labels, other.labels, strict=True))
         if not same:
             raise DataError(
-                f"compare: {member.name} ranks other triples than {found[0].name}; runs are"
-                " compared by their ranks of the same triples. Compare runs of one graph and split."
+                f"compare: {name} ranks other triples than {other.name}. Compare runs of one graph"
+                " and one split."
             )
 
 
@@ -161,8 +161,9 @@ def _by_settings(found: Sequence[_Member]) -> dict[str, list[_Member]]:
     """Group runs whose settings differ in the seed alone, and name the groups."""
     groups: dict[str, list[_Member]] = defaultdict(list)
     for number, member in enumerate(found):
-        own = f"{number}"  # rankings by other models are not grouped
-        groups[own if member.settings is None else repr(differing(member.settings, {}))] += [member]
+        # Rankings by other models are not grouped.
+        key = str(number) if member.settings is None else repr(member.settings)
+        groups[key].append(member)
     names = [_name([Path(member.name).name for member in members]) for members in groups.values()]
     if len(set(names)) < len(names):
         names = [members[0].name for members in groups.values()]
@@ -192,9 +193,10 @@ def _row(name: str, members: Sequence[_Member], first: Sequence[_Member]) -> dic
         row["difference"] = difference.mean().item()
         if len(difference) > 1:
             row["interval"] = _Z * difference.std().item() / math.sqrt(len(difference))
-    mine, other = members[0].settings, first[0].settings
-    changed = {} if mine is None or other is None else differing(mine, other)
-    row["settings"] = " ".join(f"{key}={_plain(value)}" for key, value in changed.items())
+    mine, other = members[0].settings or {}, first[0].settings or {}
+    row["settings"] = " ".join(
+        f"{key}={_plain(value)}" for key, value in mine.items() if other.get(key, value) != value
+    )
     return row
 
 

@@ -107,9 +107,11 @@ def test_a_ranking_by_another_model_is_compared_with_runs(runs):
 
 
 def test_what_cannot_be_compared_is_an_error(runs, tmp_path):
-    with pytest.raises(ig.DataError, match="at least one run"):
+    with pytest.raises(ig.DataError, match="expected runs, received none"):
         ig.compare([])
-    with pytest.raises(ig.DataError, match="'a' has no runs"):
+    with pytest.raises(ig.DataError, match="expected runs, received none"):
+        ig.compare({})
+    with pytest.raises(ig.DataError, match="'a' has none"):
         ig.compare({"a": []})
     other = ring_kg(14)
     run = ig.fit(other, settings=settings(epochs=1), out=tmp_path / "other")
