@@ -2,8 +2,9 @@
 
 import pytest
 from click.testing import CliRunner
-from helpers import contents, ring_kg, write_folder
+from helpers import contents, ring_kg, settings, write_folder
 
+import imvia_graph as ig
 from imvia_graph import MultiViewKG, load_kg
 from imvia_graph._forms import FORMATS
 from imvia_graph.cli import command_line
@@ -70,6 +71,17 @@ def test_a_target_that_is_there_is_left_alone_unless_told(tmp_path):
     assert "--overwrite" in str(result.exception)
     assert (tmp_path / "g.csv").read_text() == "mine"
     assert run(source, tmp_path / "g.csv", "--overwrite").exit_code == 0
+
+
+def test_the_graph_of_a_run_is_not_replaced(tmp_path):
+    source = ring_kg().save(tmp_path / "kg")
+    trained = ig.fit(ring_kg(views=False), settings=settings(epochs=1), out=tmp_path / "run")
+    before = contents(trained.folder)
+    (tmp_path / "linked").symlink_to(trained.folder / "kg")
+    for target in (trained.folder / "kg", tmp_path / "linked"):
+        result = run(source, target, "--overwrite")
+        assert "is the graph that the run in" in str(result.exception)
+    assert contents(trained.folder) == before
 
 
 def test_files_that_are_removed_are_named(tmp_path):

@@ -816,7 +816,7 @@ def test_the_graph_that_was_in_a_folder_is_gone_when_overwritten(old, new, tmp_p
 def test_overwriting_costs_neither_a_graph_nor_views_that_cannot_be_replaced(tmp_path):
     old = MultiViewKG.from_labels(ROWS, views={"image": (torch.ones(1, 2), ["a"])})
     old.save(tmp_path / "kg")
-    with pytest.raises(DataError, match=r"KG folder with views, which the form tsv"):
+    with pytest.raises(DataError, match=r"KG folder with views, which the format tsv"):
         write_kg(old, tmp_path / "kg", "tsv", overwrite=True)
     write_kg(old, tmp_path / "tsv", "tsv")
     with pytest.raises(DataError, match="1 labels"):

@@ -430,6 +430,7 @@ def test_an_array_an_entity_in_memory(arrays):
         ([ONE], "None, for each of the 4 entities in id order, received 1"),
         ({3: ONE, "Lyon": ONE}, "labels .str. or ids .int. as keys, received int, str"),
         ({4: ONE}, "first 4 in row 1"),
+        ({2**70: ONE}, "first 1180591620717411303424 in row 1"),
         ({"Nowhere": ONE}, "first 'Nowhere'"),
         ({0: ONE, 1: ONE[:4]}, r"1: expected shape .* received \(1, 4\)"),
         ({0: None}, "no entity has a view"),

@@ -159,15 +159,15 @@ def write_npz(kg: MultiViewKG, target: Path, *, follow: bool = False) -> list[Pa
     """Write triples and labels into one npz file, without pickles."""
     arrays: dict[str, Any] = {
         **to_arrays(kg),
-        "entities": text_array(target, kg.entities, "the form kg or parquet"),
-        "relations": text_array(target, kg.relations, "the form kg or parquet"),
+        "entities": text_array(target, kg.entities, "the format kg or parquet"),
+        "relations": text_array(target, kg.relations, "the format kg or parquet"),
     }
     for name in ("entities", "relations"):
         # NumPy drops NUL characters at the end of a text.
         if arrays[name].tolist() != getattr(kg, name):
             raise DataError(
                 f"{target}: a label of {name} ends with a NUL character, which NumPy drops. Rename"
-                " it, or write another form."
+                " it, or write another format."
             )
 
     def write(temporary: Path) -> None:

@@ -116,7 +116,7 @@ def load_kg(
         ``head, relation, tail``, ``subject, predicate, object`` or similar names.
     separator : str, optional
         Tables: the character between columns; a space stands for any run of spaces and tabs.
-        Default: the separator of the form.
+        Default: that of the format.
     relation_attribute : str, optional
         Graphs: the edge attribute (networkx) or edge data (DGL) that holds the relation.
     literals : {"leave-out", "numbers"}, optional
@@ -136,7 +136,7 @@ def load_kg(
     ------
     DataError
         The source does not exist, is not recognised or cannot be read, or an option does not apply
-        to its form.
+        to its format.
 
     Examples
     --------
@@ -401,7 +401,7 @@ def _read_folder(folder: Path, format: str | None, options: dict[str, Any]) -> S
         elif releases.is_mygo(folder):
             format = "mygo"
     if format in FOLDERS:
-        _checked_options(options, "folders", f"a folder in the form {format!r}")
+        _checked_options(options, "folders", f"a folder in the format {format!r}")
         if format in ("kg", "openke"):
             kg = MultiViewKG.load(folder) if format == "kg" else read_openke(folder)
             what = "a KG folder" if format == "kg" else "a folder in the OpenKE layout"
@@ -416,7 +416,7 @@ def _read_folder(folder: Path, format: str | None, options: dict[str, Any]) -> S
         found = sorted(path.name for path in folder.iterdir())[:8]
         raise DataError(
             f"{folder}: expected train.tsv (a KG folder: head, relation and tail labels on each"
-            " line), train2id.txt (the OpenKE layout), or a train file of another form (.csv,"
+            " line), train2id.txt (the OpenKE layout), or a train file in another format (.csv,"
             f" .parquet, .txt, .nt, .ttl), found {', '.join(found) or 'nothing'}."
         )
     return _read_files(files, format, options, whole=False, name=folder.resolve().name)
@@ -465,8 +465,8 @@ def _read_files(
         form = format or tables.form_of(path)
         if form is None:
             raise DataError(
-                f"{path}: the form is not clear from the file name; expected a name that ends in"
-                f" {', '.join(tables.FORMS)} (optionally with .gz or .zst). Name the form with"
+                f"{path}: the format is not clear from the file name; expected a name that ends in"
+                f" {', '.join(tables.FORMS)} (optionally with .gz or .zst). Name it with"
                 f" format= (--from), one of {', '.join(FORMATS[len(FOLDERS) :])}."
             )
         if path.stat().st_size == 0 and split == "train":
@@ -478,7 +478,7 @@ def _read_files(
         return rdf.read_rdf(files, forms, whole=whole, name=name, **options)
     if "rdf" in kinds or ("npz" in kinds and len(files) > 1):
         raise DataError(
-            f"{', '.join(path.name for path in files.values())}: expected all splits in one form,"
+            f"{', '.join(path.name for path in files.values())}: expected all splits in one format,"
             " or one npz file with all splits; found"
             f" {', '.join(dict.fromkeys(forms.values()))}."
         )

@@ -199,7 +199,9 @@ def read_literals(
         which = (
             "" if predicates is None and language is None else " with these predicates and language"
         )
-        raise DataError(f"{path}: expected text literals{which} of entities of {of}, found none.")
+        raise DataError(
+            f"{path}: expected text literals{which} of entities of {of.title}, found none."
+        )
     entity = encode_labels(values["entity"], of.entities, str(path))
     table = pl.DataFrame({"entity": entity.numpy(), "text": values["value"]})
     kept = table.unique(maintain_order=True).sort("entity", maintain_order=True)

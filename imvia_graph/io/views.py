@@ -644,7 +644,7 @@ def unreadable(path: Path, expected: str) -> Iterator[None]:
 def _labels(of: Entities) -> tuple[Sequence[str], Sequence[str], str]:
     """Return labels, display names, and the name of the whole in messages."""
     if isinstance(of, MultiViewKG):
-        return of.entities, of.entity_names, str(of)
+        return of.entities, of.entity_names, of.title
     return of, of, "the list of entities"
 
 
@@ -655,19 +655,22 @@ def resolve(
     labels, _, whole = _labels(of)
     where = Rows(where) if isinstance(where, str) else where
     if values.dtype.is_integer():
-        ids = torch.from_numpy(values.cast(pl.Int64).to_numpy().copy())
-        keep = (ids >= 0) & (ids < len(labels))
+        inside = values.is_between(0, len(labels) - 1)  # before the cast: ids may be of any size
+        keep = torch.from_numpy(inside.to_numpy().copy())
         if not keep.all():
             row = int((~keep).nonzero()[0])
             _unknown(
                 f"{where}: {int((~keep).sum())} rows name entity ids out of range, first"
-                f" {int(ids[row])} in {where.at(row)}; expected 0 to {len(labels) - 1}.",
+                f" {values[row]} in {where.at(row)}; expected 0 to {len(labels) - 1}.",
                 skip_unknown,
             )
             if not keep.any():
-                raise DataError(f"{where}: none of the {len(ids)} rows names an entity of {whole}.")
-        warn_of_numeric_labels(ids[keep], labels, str(where))
-        return keep, ids[keep]
+                raise DataError(
+                    f"{where}: none of the {len(keep)} rows names an entity of {whole}."
+                )
+        ids = torch.from_numpy(values.filter(inside).cast(pl.Int64).to_numpy().copy())
+        warn_of_numeric_labels(ids, labels, str(where))
+        return keep, ids
     keep, ids = resolve_any([values], of, where, skip_unknown)
     return keep, ids[keep]
 

@@ -110,10 +110,16 @@ def write_kg(
             " target, or allow overwriting (overwrite=True, on the command line --overwrite)."
         )
     folder = target
+    whole = target.resolve()
+    if taken and whole.name == "kg" and (whole.parent / "run.json").is_file():
+        raise DataError(
+            f"{target} is the graph that the run in {whole.parent} was trained on, which cannot be"
+            " replaced. Name another target."
+        )
     if format != "kg" and any((folder / "views").glob("*.safetensors")):
         raise DataError(
-            f"{folder} is a KG folder with views, which the form {format} cannot hold. Name another"
-            " target, or remove the folder first."
+            f"{folder} is a KG folder with views, which the format {format} cannot hold. Name"
+            " another target, or remove the folder first."
         )
     if folder.is_dir():
         _check_removals(folder, _file_names(kg, folder, format, compression), source)
@@ -227,7 +233,7 @@ def _lost(kg: MultiViewKG, format: str, one_file: bool) -> list[str]:
             unused = count - len(column.unique())
             if unused:
                 lost.append(
-                    f"{unused} {what} without a triple are left out; this form holds only the"
+                    f"{unused} {what} without a triple are left out; this format holds only the"
                     " labels of triples."
                 )
     if format not in ("kg", "openke") and (
