@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from helpers import ring_kg, settings
 
 import imvia_graph as ig
-from imvia_graph.cli import command_line
+from imvia_graph.cli import command_line, display
 from imvia_graph.evaluation import Ranking
 
 
@@ -129,13 +129,11 @@ def test_what_cannot_be_compared_is_an_error(runs, tmp_path):
 # -- the command ----------------------------------------------------------------------------------
 
 
-def compare(*arguments, **options):
-    return CliRunner().invoke(
-        command_line, ["compare", "--device", "cpu", *map(str, arguments)], **options
-    )
+def compare(*arguments):
+    return CliRunner().invoke(command_line, ["compare", "--device", "cpu", *map(str, arguments)])
 
 
-def test_tables_in_every_format_say_the_same(runs, tmp_path):
+def test_tables_in_every_format_say_the_same(runs, tmp_path, monkeypatch):
     named = [f"a_b|c={runs / 'all-0'}", f"a_b|c={runs / 'all-1'}", f"small={runs / 'narrow'}"]
     expected = ig.compare(
         {"a_b|c": [runs / "all-0", runs / "all-1"], "small": runs / "narrow"}, device="cpu"
@@ -168,7 +166,9 @@ def test_tables_in_every_format_say_the_same(runs, tmp_path):
         text = out.read_text("utf-8")
         for part in cells:
             assert part in text
-    printed = compare(*named, env={"COLUMNS": "120"}).output
+    # The console may have been made, and its width read, in another test.
+    monkeypatch.setattr(display.results, "_width", 120)
+    printed = compare(*named).output
     assert f"{mean:.2f} ± {deviation:.2f}" in printed
     assert "small: modalities=[image] dim=4 patience=null\n" in printed
     rows = json.loads(compare(*named, "--json").output)
