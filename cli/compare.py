@@ -93,8 +93,10 @@ def _by_name(runs: tuple[str, ...]) -> dict[str, list[str]]:
     if groups and sum(map(len, groups.values())) < len(runs):
         unnamed = next(run for run in runs if "=" not in run or Path(run).exists())
         raise click.UsageError(f"Give a name to each run or to none: {unnamed} has none.")
-    if "" in groups:
-        raise click.UsageError(f"={groups[''][0]}: expected NAME=RUN with a name.")
+    for name, folders in groups.items():
+        for folder in folders:
+            if not name or not folder:
+                raise click.UsageError(f"{name}={folder}: expected NAME=RUN, a name and a folder.")
     return groups
 
 

@@ -210,6 +210,15 @@ def is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file()
 
 
+def check_run(folder: Path) -> None:
+    """Raise a CheckpointError if a folder is no run folder."""
+    if not is_run(folder):
+        what = "holds no run (no run.json)" if folder.is_dir() else "does not exist"
+        if folder.is_file():
+            what = "is a file"
+        raise CheckpointError(f"{folder} {what}; expected a folder that `fit` wrote.")
+
+
 def open_run(folder: Path) -> tuple[MultiViewKG, Settings]:
     """Read the graph and the settings of a run folder.
 
@@ -218,11 +227,7 @@ def open_run(folder: Path) -> tuple[MultiViewKG, Settings]:
     CheckpointError
         The folder is not a run folder, or is of a newer format version.
     """
-    if not is_run(folder):
-        what = "holds no run (no run.json)" if folder.is_dir() else "does not exist"
-        if folder.is_file():
-            what = "is a file"
-        raise CheckpointError(f"{folder} {what}; expected a folder that `fit` wrote.")
+    check_run(folder)
     about = _files.read_json(_files.inside(folder, "run.json"))
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise CheckpointError(
@@ -800,6 +805,7 @@ def _load_state(path: Path, model: IMVIA, state: Mapping[str, Tensor]) -> None:
 __all__ = [
     "RunFolder",
     "check_free",
+    "check_run",
     "fitting_model",
     "history_of",
     "is_of_job",

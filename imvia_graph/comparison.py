@@ -14,6 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from imvia_graph.checkpoint import check_run
 from imvia_graph.errors import DataError
 from imvia_graph.evaluation import Ranking
 from imvia_graph.kg import Split
@@ -74,7 +75,9 @@ def compare(
     Raises
     ------
     DataError
-        If there are no runs, or if they do not rank the same triples.
+        If there are no runs, if one is named twice, or if they do not rank the same triples.
+    CheckpointError
+        If a folder holds no run.
 
     Notes
     -----
@@ -93,12 +96,14 @@ def compare(
     >>> table.select("name", "runs", "settings").rows()
     [('wide', 2, ''), ('narrow', 1, 'dim=8')]
     """
-    asked = runs if isinstance(runs, Mapping) else {"": runs}
+    named = runs if isinstance(runs, Mapping) else {"": runs}
+    asked = {name: _as_list(group) for name, group in named.items()}
+    _check_folders(asked)
     found: list[_Member] = []
     rows: dict[str, list[_Member]] = {}
     for name, group in asked.items():
         rows[name] = []
-        for run in _as_list(group):
+        for run in group:
             found.append(_ranked(run, split, device, on_batch, found))
             rows[name].append(found[-1])
         if not rows[name] and isinstance(runs, Mapping):
@@ -113,6 +118,18 @@ def compare(
         infer_schema_length=None,
         schema_overrides={"difference": pl.Float64, "interval": pl.Float64},
     )
+
+
+def _check_folders(asked: Mapping[str, Sequence[Ranked]]) -> None:
+    """Raise an error for a folder that is no run, or that a row has twice, before any is ranked."""
+    for group in asked.values():
+        folders = [Path(run) for run in group if isinstance(run, (str, os.PathLike))]
+        seen: set[Path] = set()
+        for folder in folders:
+            check_run(folder)
+            if folder.resolve() in seen:
+                raise DataError(f"compare: {folder} is named twice. Name it once.")
+            seen.add(folder.resolve())
 
 
 def _as_list(runs: Any) -> list[Any]:

@@ -122,8 +122,16 @@ def test_what_cannot_be_compared_is_an_error(runs, tmp_path):
     same_ids = ig.fit(renamed, settings=settings(epochs=1), out=tmp_path / "renamed")
     with pytest.raises(ig.DataError, match="renamed ranks other triples"):
         ig.compare([runs / "all-0", same_ids])
-    with pytest.raises(ig.CheckpointError, match="does not exist"):
-        ig.compare([tmp_path / "none"])
+    # Told before anything is ranked.
+    told = []
+    for wrong, message in (("none", "does not exist"), ("narrow", "narrow is named twice")):
+        with pytest.raises(ig.IMVIAError, match=message):
+            ig.compare(
+                [runs / "narrow", runs / wrong], on_batch=lambda *arguments: told.append(arguments)
+            )
+    assert not told
+    # Rows may share a run.
+    assert ig.compare({"a": runs / "narrow", "b": [runs / "narrow"]})["difference"][1] == 0
 
 
 # -- the command ----------------------------------------------------------------------------------
@@ -191,9 +199,10 @@ def test_all_runs_have_names_or_none(runs):
     done = compare(f"a={runs / 'all-0'}", runs / "narrow")
     assert done.exit_code == 2
     assert "narrow has none" in done.output
-    done = compare(f"={runs / 'all-0'}")
-    assert done.exit_code == 2
-    assert "NAME=RUN with a name" in done.output
+    for wrong in (f"={runs / 'all-0'}", "a="):
+        done = compare(wrong)
+        assert done.exit_code == 2
+        assert "expected NAME=RUN, a name and a folder" in done.output
 
 
 def test_a_folder_with_an_equals_sign_is_a_folder(runs, tmp_path):
