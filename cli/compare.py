@@ -9,7 +9,7 @@ import click
 
 from imvia_graph._display import shown
 from imvia_graph.cli.display import Bar, heading, json_text, results, value_text
-from imvia_graph.cli.options import NamedFile, device_option
+from imvia_graph.cli.options import NamedFile, device_option, split_option
 from imvia_graph.cli.tables import FRAMES, TEXTS, check_suffix, write_frame, write_text
 
 if TYPE_CHECKING:
@@ -21,13 +21,7 @@ COLUMNS = ("mrr", "hits@1", "hits@3", "hits@10")
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="[NAME=]RUN...")
-@click.option(
-    "--split",
-    type=click.Choice(["train", "valid", "test"]),
-    default="test",
-    show_default=True,
-    help="Split whose triples are ranked.",
-)
+@split_option
 @click.option(
     "--out",
     type=NamedFile(),

@@ -10,7 +10,7 @@ import click
 
 from imvia_graph._display import shorten
 from imvia_graph.cli.display import Bar, json_text, metrics_table, relations_table, results
-from imvia_graph.cli.options import NamedFile, device_option, run_argument
+from imvia_graph.cli.options import NamedFile, device_option, run_argument, split_option
 from imvia_graph.cli.tables import FRAMES, check_suffix, write_frame
 from imvia_graph.errors import DataError, UnknownLabelError
 
@@ -22,13 +22,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @run_argument
-@click.option(
-    "--split",
-    type=click.Choice(["train", "valid", "test"]),
-    default="test",
-    show_default=True,
-    help="Split whose triples are ranked.",
-)
+@split_option
 @click.option(
     "--triples",
     type=NamedFile(),

@@ -25,6 +25,17 @@ def device_option(command: Command) -> Command:
     return click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)(command)
 
 
+def split_option(command: Command) -> Command:
+    """Add --split for a command that ranks triples."""
+    return click.option(
+        "--split",
+        type=click.Choice(["train", "valid", "test"]),
+        default="test",
+        show_default=True,
+        help="Split whose triples are ranked.",
+    )(command)
+
+
 class NamedFile(click.Path):
     """A file path; ``-``, which often stands for a standard stream, is refused."""
 
