@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -52,5 +53,6 @@ def write_text(columns: Sequence[str], rows: Sequence[Sequence[str]], path: Path
         disable_numparse=True,
     )
     if path.suffix.lower() == ".tex":
-        text = text.replace("±", r"$\pm$").replace("Δ", r"$\Delta$").replace(" -", " $-$")
+        text = text.replace("±", r"$\pm$").replace("Δ", r"$\Delta$")
+        text = re.sub(r"(& *)-(?=\d)", r"\1$-$", text)  # minus signs of numbers
     _files.write_text(path, f"{text}\n", follow=True)

@@ -98,7 +98,7 @@ def compare(
     """
     named = runs if isinstance(runs, Mapping) else {"": runs}
     asked = {name: _as_list(group) for name, group in named.items()}
-    _check_folders(asked)
+    _check_asked(asked)
     found: list[_Member] = []
     rows: dict[str, list[_Member]] = {}
     for name, group in asked.items():
@@ -106,10 +106,6 @@ def compare(
         for run in group:
             found.append(_ranked(run, split, device, on_batch, found))
             rows[name].append(found[-1])
-        if not rows[name] and isinstance(runs, Mapping):
-            raise DataError(f"compare: expected runs, {name!r} has none.")
-    if not found:
-        raise DataError("compare: expected runs, received none.")
     if not isinstance(runs, Mapping):
         rows = _by_settings(found)
     first = next(iter(rows.values()))
@@ -120,9 +116,13 @@ def compare(
     )
 
 
-def _check_folders(asked: Mapping[str, Sequence[Ranked]]) -> None:
-    """Raise an error for a folder that is no run, or that a row has twice, before any is ranked."""
-    for group in asked.values():
+def _check_asked(asked: Mapping[str, Sequence[Ranked]]) -> None:
+    """Raise an error for missing runs and for folders that are no run or that a row has twice."""
+    if not any(asked.values()):
+        raise DataError("compare: expected runs, received none.")
+    for name, group in asked.items():
+        if not group:
+            raise DataError(f"compare: expected runs, {name!r} has none.")
         folders = [Path(run) for run in group if isinstance(run, (str, os.PathLike))]
         seen: set[Path] = set()
         for folder in folders:

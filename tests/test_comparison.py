@@ -112,7 +112,7 @@ def test_what_cannot_be_compared_is_an_error(runs, tmp_path):
     with pytest.raises(ig.DataError, match="expected runs, received none"):
         ig.compare({})
     with pytest.raises(ig.DataError, match="'a' has none"):
-        ig.compare({"a": []})
+        ig.compare({"b": runs / "narrow", "a": []})
     other = ring_kg(14)
     run = ig.fit(other, settings=settings(epochs=1), out=tmp_path / "other")
     with pytest.raises(ig.DataError, match=r"other ranks other triples than .*all-0"):
@@ -142,9 +142,9 @@ def compare(*arguments):
 
 
 def test_tables_in_every_format_say_the_same(runs, tmp_path, monkeypatch):
-    named = [f"a_b|c={runs / 'all-0'}", f"a_b|c={runs / 'all-1'}", f"small={runs / 'narrow'}"]
+    named = [f"a_b|c={runs / 'all-0'}", f"a_b|c={runs / 'all-1'}", f"small -1={runs / 'narrow'}"]
     expected = ig.compare(
-        {"a_b|c": [runs / "all-0", runs / "all-1"], "small": runs / "narrow"}, device="cpu"
+        {"a_b|c": [runs / "all-0", runs / "all-1"], "small -1": runs / "narrow"}, device="cpu"
     )
     for suffix in ("csv", "tsv", "parquet"):
         done = compare(*named, "--out", tmp_path / f"t.{suffix}")
@@ -162,6 +162,7 @@ def test_tables_in_every_format_say_the_same(runs, tmp_path, monkeypatch):
             "tex",
             (
                 r"a\_b|c",
+                "small -1 ",
                 rf"{mean:.2f} $\pm$ {deviation:.2f}",
                 rf"{difference:+.2f} $\pm$ {interval:.2f}".replace("-", "$-$"),
                 r"\toprule",
@@ -178,9 +179,9 @@ def test_tables_in_every_format_say_the_same(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(display.results, "_width", 120)
     printed = compare(*named).output
     assert f"{mean:.2f} ± {deviation:.2f}" in printed
-    assert "small: modalities=[image] dim=4 patience=null\n" in printed
+    assert "small -1: modalities=[image] dim=4 patience=null\n" in printed
     rows = json.loads(compare(*named, "--json").output)
-    assert [row["name"] for row in rows] == ["a_b|c", "small"]
+    assert [row["name"] for row in rows] == ["a_b|c", "small -1"]
 
 
 def test_a_table_is_neither_overwritten_nor_of_another_kind(runs, tmp_path):

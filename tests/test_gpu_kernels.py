@@ -45,6 +45,8 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 COUNTS = [3, 0, 40, 1, 0, 16, 0]
 #: What the interpreter, which is made of NumPy, has no arithmetic for.
 HALF = [torch.float16] if not ON_GPU else [torch.float16, torch.bfloat16]
+#: For large cases, for which the interpreter takes seconds.
+FEW = [torch.float32, *(HALF if ON_GPU else [])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -235,8 +237,8 @@ def test_layers_under_autocast_go_the_fast_way_on_a_gpu_alone(device):  # noqa: 
     ("number", "size", "width", "dtype"),
     [
         *((150, 40, 5, dtype) for dtype in [torch.float32, *HALF]),
-        (1, 3, 300, torch.float32),
-        (520, 1, 257, HALF[-1]),  # the interpreter takes seconds
+        *((1, 3, 300, dtype) for dtype in [torch.float32, *HALF]),
+        *((520, 1, 257, dtype) for dtype in FEW),
     ],
 )
 def test_gradients_of_lookups_are_summed(device, number, size, width, dtype):  # noqa: F811
@@ -375,7 +377,7 @@ def sizes(power, rows):
     ("width", "dtype"),
     [
         *product([1, 2, 64, 301], [torch.float32, torch.float16, torch.bfloat16]),
-        (2051, torch.float16),  # the interpreter takes seconds
+        *product([2051], FEW),
     ],
 )
 @pytest.mark.parametrize("power", [2, 3])
